@@ -56,6 +56,11 @@ class SourceConfig(Section):
         None, description="File or folder. tinystories also takes null (the seeded synthetic stories) or 'hub' (a download)."
     )
     max_documents: int | None = Field(None, ge=1, description="Read at most this many documents; null reads all.")
+    into: list[Literal["train", "sft"]] | None = Field(
+        None,
+        min_length=1,
+        description="Splits it feeds: 'train' (conversion; every token supervised), 'sft' (responses supervised). null: instruct feeds sft, the rest train.",
+    )
     documents: int = Field(2000, ge=1, description="How many synthetic stories to write when tinystories has no path.")
     dtype: Literal["uint16", "uint32"] = Field("uint16", description="Integer type of pretokenized .npy shards.")
 
@@ -63,7 +68,14 @@ class SourceConfig(Section):
     def _needs_path(self) -> SourceConfig:
         if self.path is None and self.kind != "tinystories":
             raise ValueError(f"a '{self.kind}' source needs 'path'")
+        if self.into is not None and "sft" in self.into and self.kind != "instruct":
+            raise ValueError(f"a '{self.kind}' source has no responses to supervise; 'into' can only be ['train']")
         return self
+
+    @property
+    def splits(self) -> list[Literal["train", "sft"]]:
+        """The splits this source feeds, the default of its kind resolved."""
+        return self.into or (["sft"] if self.kind == "instruct" else ["train"])
 
 
 class DataConfig(Section):

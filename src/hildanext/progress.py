@@ -1,0 +1,68 @@
+"""Progress on stderr: a live bar on a terminal, one plain line now and then where there is none (logs, CI)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_EVERY_S = 10.0
+
+
+class Advance(Protocol):
+    def __call__(self, done: float, note: str = "") -> None: ...
+
+
+def say(message: str) -> None:
+    """One line for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """4210.0 -> '1:10:10'."""
+    minutes, whole = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
+
+
+@contextmanager
+def progress(title: str, total: float | None, unit: str = "", start: float = 0) -> Iterator[Advance]:
+    """Yield `advance(done, note)`; `done` is the absolute count out of `total` (None: unknown).
+
+    On a terminal rich draws a bar with the time left; elsewhere a line with rate and time left appears every ten seconds.
+    """
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total, completed=start, note="")
+            yield lambda done, note="": bar.update(task, completed=done, note=note)
+        return
+
+    began = last = time.monotonic()
+
+    def advance(done: float, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_EVERY_S and done != total:
+            return
+        last = now
+        rate = (done - start) / max(now - began, 1e-9)
+        left = f", {duration((total - done) / rate)} left" if total and rate > 0 else ""
+        of = f"/{total:g}" if total else ""
+        say(f"{title}: {done:g}{of} {unit}, {rate:.1f}/s{left}{'  ' + note if note else ''}")
+
+    yield advance
