@@ -1,0 +1,89 @@
+"""The forward process: clean tokens x_0 -> noisy tokens x_t (mask-to-token and token-to-token noise).
+
+Everything here runs on the CPU from an explicit generator that is seeded by (run seed, global sample index), so a
+sample's noise does not depend on rank, worker, batch composition, device or resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Noisy(NamedTuple):
+    """x_t and what was done to it."""
+
+    noisy_ids: Tensor  # [..., L] int64
+    masked: Tensor  # [..., L] bool, positions set to the mask token (M2T)
+    corrupted: Tensor  # [..., L] bool, observed positions holding a wrong token (T2T); disjoint from masked
+
+
+def sample_generator(seed: int, index: int, stream: str = "train") -> torch.Generator:
+    """CPU generator of one sample: the same for (seed, index, stream) everywhere. `stream` keeps uses apart."""
+    digest = hashlib.blake2b(f"{seed}:{index}:{stream}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def block_ids(position_ids: Tensor, block_size: int) -> Tensor:
+    """Block of each token within its document: `position_ids // block_size`. [..., L] int64 -> [..., L] int64."""
+    return position_ids.div(block_size, rounding_mode="floor")
+
+
+def noise_levels(doc_ids: Tensor, block: Tensor, t_min: float, t_max: float, generator: torch.Generator) -> Tensor:
+    """One t ~ U[t_min, t_max] per block of each document (DESIGN section 3; LLaDA2.0 eq. 1).
+
+    doc_ids, block: [L] int64 of one row. Returns t [L] float32, constant within a block.
+    """
+    new_segment = torch.ones_like(doc_ids, dtype=torch.bool)
+    new_segment[1:] = (doc_ids[1:] != doc_ids[:-1]) | (block[1:] != block[:-1])
+    segment = new_segment.cumsum(0) - 1
+    draws = torch.rand(int(segment[-1]) + 1, generator=generator)
+    return (t_min + (t_max - t_min) * draws)[segment]
+
+
+def wrong_tokens(input_ids: Tensor, ordinary_ids: Tensor, generator: torch.Generator) -> Tensor:
+    """A uniformly random ordinary token that differs from the clean one, for each position.
+
+    input_ids: [L] int64. ordinary_ids: [n >= 2] int64, sorted, no special tokens. Returns [L] int64.
+    """
+    n = len(ordinary_ids)
+    place = torch.searchsorted(ordinary_ids, input_ids).clamp(max=n - 1)
+    is_ordinary = ordinary_ids[place] == input_ids
+    # Draw from the list with the clean token taken out: n-1 choices, those at or after its place move up by one.
+    draws = torch.rand(input_ids.shape, generator=generator, dtype=torch.float64)
+    choice = (draws * (n - is_ordinary.long())).long()
+    choice += (is_ordinary & (choice >= place)).long()
+    return ordinary_ids[choice]
+
+
+def add_noise(
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    t: Tensor,
+    *,
+    mask_token_id: int,
+    ordinary_ids: Tensor,
+    corrupt_rate: float,
+    generator: torch.Generator,
+) -> Noisy:
+    """Mask each allowed token with probability t; replace each remaining allowed token with probability `corrupt_rate`.
+
+    input_ids [L] int64, loss_mask [L] bool, t [L] float32 of one row, all on the CPU. A corrupted token is never the
+    clean one nor a special one. Source: LLaDA2.0 section 3 (M2T), LLaDA2.1 section 3 (T2T).
+    """
+    masked = (torch.rand(input_ids.shape, generator=generator) < t) & loss_mask
+    corrupted = (torch.rand(input_ids.shape, generator=generator) < corrupt_rate) & loss_mask & ~masked
+    noisy_ids = torch.where(corrupted, wrong_tokens(input_ids, ordinary_ids, generator), input_ids)
+    return Noisy(noisy_ids.masked_fill(masked, mask_token_id), masked, corrupted)
+
+
+def complement(input_ids: Tensor, loss_mask: Tensor, noisy: Noisy, mask_token_id: int) -> Noisy:
+    """The inverse mask of a sample: what was masked is observed and the other way round (LLaDA2.0 section 5.1).
+
+    Every allowed token is masked in exactly one of the two, so a pair supervises all of them. No corruption here.
+    """
+    masked = loss_mask & ~noisy.masked
+    return Noisy(input_ids.masked_fill(masked, mask_token_id), masked, torch.zeros_like(masked))
