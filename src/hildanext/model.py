@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
@@ -196,21 +203,19 @@ def load_causal_lm(config: ModelConfig, policy: Policy, dtype: torch.dtype) -> t
     """A stock causal LM and its tokenizer, weights in `dtype` on the policy's device."""
     place, gguf = locate(config.base)
     tokenizer = load_tokenizer(config)
+    # Training and block masks want dense weights: GGUF blocks are unpacked at load.
+    unpack = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf} if gguf else {"use_safetensors": True}
     model = _load(
         config.base,
         lambda: AutoModelForCausalLM.from_pretrained(
             place,
-            gguf_file=gguf,
             revision=config.revision or "main",
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
-            use_safetensors=True if gguf is None else None,
+            **unpack,
         ),
     )
-    if gguf is not None:
-        # The weights are plain now; a saved copy must not claim to be quantized.
-        del model.config.quantization_config
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model '{config.base}': its tokenizer has no end-of-text token")
     return model.to(policy.device), tokenizer

@@ -57,7 +57,8 @@ def probe(model: PreTrainedModel) -> None:
     changed[0, -1] = (changed[0, -1] + 1) % vocabulary
     positions = torch.arange(N, device=device)[None]
     full = torch.ones(1, N, N, dtype=torch.bool, device=device)
-    tolerance = 1e-3 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+    # Other shapes round differently: fp32 noise of a trained model is about 1e-4, a wrong mask changes logits by about 1.
+    tolerance = 0.1 if dtype in (torch.float16, torch.bfloat16) else 1e-3
 
     def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, attention_mask=additive(mask, dtype), position_ids=positions, use_cache=False).logits.float()
@@ -73,7 +74,7 @@ def probe(model: PreTrainedModel) -> None:
         docs = (positions >= CUT).long()
         packed = logits(ids, document_mask(docs), torch.cat([positions[:, :CUT], positions[:, : N - CUT]], dim=1))
         alone = logits(ids[:, CUT:], full[:, CUT:, CUT:], positions[:, : N - CUT])
-        if _difference(alone, packed[:, CUT:]) > max(tolerance, 0.1 * (tolerance > 1e-4)):
+        if _difference(alone, packed[:, CUT:]) > tolerance:
             raise ModelError(f"{name} gives a packed document other logits than alone; document masks do not hold on it")
         hidden = body(model, input_ids=ids, attention_mask=additive(full, dtype), position_ids=positions)
         head = model.get_output_embeddings()

@@ -1,0 +1,141 @@
+"""Checkpoints: a complete Hugging Face folder plus what a resume needs, written to a temporary name and renamed.
+
+A folder called step-N is always whole. Optimizer moments are safetensors; nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hildanext.errors import CheckpointError
+from hildanext.files import fsync_folder, write_json
+from hildanext.model import DiffusionLM, save_diffusion_lm
+
+STATE, TENSORS = "trainer.json", "trainer.safetensors"
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """Optimizer state as flat tensors `parameter|key`. `names`: id(parameter) -> name."""
+    return {
+        f"{names[id(parameter)]}|{key}": value.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]) -> None:
+    """Put `optimizer_tensors` back. Raises CheckpointError when they do not match the model's parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for flat, value in tensors.items():
+        name, _, key = flat.rpartition("|")
+        by_name.setdefault(name, {})[key] = value
+    wanted = {names[id(p)] for p in parameters}
+    if by_name and set(by_name) != wanted:
+        odd = sorted(set(by_name) ^ wanted)[0]
+        raise CheckpointError(f"optimizer state does not match the model: '{odd}' is on one side only")
+    for parameter in parameters:
+        if state := by_name.get(names[id(parameter)]):
+            # AdamW keeps its step counter on the CPU; moments live with the parameter.
+            optimizer.state[parameter] = {
+                key: value if value.ndim == 0 else value.to(parameter.device) for key, value in state.items()
+            }
+
+
+def save_checkpoint(
+    folder: Path, step: int, lm: DiffusionLM, state: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str, Tensor] | None = None
+) -> Path:
+    """Write `folder/step-N` atomically and return it. `state` is JSON (cursor, best list, ...), `tensors` the rest."""
+    final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_diffusion_lm(lm, temporary, weights)
+        save_file(tensors, temporary / TENSORS)
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        write_json(temporary / STATE, {"step": step, **state, "files": sizes})
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if final.exists():  # a resumed run writes a step again
+        remove_checkpoint(final)
+    os.replace(temporary, final)
+    fsync_folder(folder)
+    return final
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint so that no half of it ever carries the name step-N."""
+    doomed = path.with_name(f".deleting-{path.name}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint, oldest first; leftovers of killed writes are removed."""
+    if not folder.is_dir():
+        return []
+    for path in folder.iterdir():
+        if path.name.startswith((".tmp-step-", ".deleting-step-")):
+            shutil.rmtree(path, ignore_errors=True)
+    found = [(int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(found)
+
+
+def prune(folder: Path, keep_last: int, keep_best: int, eval_losses: dict[int, float]) -> None:
+    """Remove checkpoints that are neither among the newest nor among the best by evaluation loss."""
+    found = list_checkpoints(folder)
+    ranked = sorted((step for step, _ in found if step in eval_losses), key=lambda step: (eval_losses[step], step))
+    kept = {step for step, _ in found[-keep_last:]} | set(ranked[:keep_best])
+    for step, path in found:
+        if step not in kept:
+            remove_checkpoint(path)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's state and check that every file has its recorded size. Raises CheckpointError naming the file."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path / STATE}: not a readable checkpoint state: {error}") from None
+    for name, size in state["files"].items():
+        found = (path / name).stat().st_size if (path / name).is_file() else -1
+        if found != size:
+            what = "is missing" if found < 0 else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{path / name} {what}; the checkpoint is damaged")
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Optimizer, generator and scaler tensors of a checkpoint."""
+    try:
+        return load_file(path / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / TENSORS}: damaged: {error}") from None
+
+
+def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest checkpoint that is whole: (path, state, one line for each damaged one passed over); None without any."""
+    problems: list[str] = []
+    for _, path in reversed(list_checkpoints(folder)):
+        try:
+            return path, verify(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(problems[0] + "; no older checkpoint is whole")
+    return None

@@ -1,0 +1,113 @@
+"""A run's folder: the resolved configuration and versions, metrics.jsonl, curves.png and checkpoints/step-N."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from hildanext import __version__
+from hildanext.config import Config
+from hildanext.errors import UsageError
+from hildanext.files import atomic_open, write_json
+
+# May change between a run and its resume: they do not touch the numbers.
+FREE_ON_RESUME = {("train", "keep_last"), ("train", "keep_best"), ("train", "save_every"), ("paths", "runs")}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: Python and the packages that touch the numbers."""
+    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+    return {"hildanext": __version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the source checkout this package runs from ('-dirty' with local changes); None outside one."""
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{section}.{key}"
+        for section in old
+        for key in old[section]
+        if old[section][key] != new.get(section, {}).get(key) and (section, key) not in FREE_ON_RESUME
+    ]
+
+
+class RunFolder:
+    """Paths of one run and its append-only metrics."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.curves = path / "curves.png"
+        self.record = path / "config.json"
+
+    @classmethod
+    def create(cls, config: Config, name: str, command: str, resume: bool) -> RunFolder:
+        """Open `runs/NAME` for a new run or a resumed one.
+
+        Raises UsageError when a run of that name exists and resume is not asked for, when there is none to resume, or
+        when the configuration differs from the run's in a key that changes the numbers (the keys are named).
+        """
+        run = cls(Path(config.paths.runs) / name)
+        resolved = config.model_dump(mode="json")
+        if resume:
+            if not run.record.is_file():
+                raise UsageError(f"--resume: no run in {run.path}; start it without --resume")
+            old = json.loads(run.record.read_text(encoding="utf-8"))
+            if old["command"] != command:
+                raise UsageError(f"--resume: {run.path} is a '{old['command']}' run, not '{command}'")
+            relevant = {key: value for key, value in old["config"].items() if key not in ("decode", "engine", "server")}
+            if changed := _differences(relevant, resolved):
+                raise UsageError(f"--resume: the configuration differs from the run's in {', '.join(changed)}; restore it")
+            return run
+        if run.record.exists():
+            raise UsageError(f"{run.path} already holds a run; continue it with --resume or choose another name with --run")
+        record = {
+            "command": command,
+            "seed": config.train.seed,
+            "config": resolved,
+            "versions": versions(),
+            "git": git_revision(),
+        }
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(run.record, record)
+        return run
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl; a half-written last line (a killed run) is left out."""
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was logged after `step`, so that a resumed run's file equals an undisturbed one's."""
+        kept = [row for row in self.read_metrics() if row["step"] <= step]
+        with atomic_open(self.metrics) as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one line and hand it to the operating system."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
