@@ -157,6 +157,9 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds the data order, the noise and new weights.")
     rows_per_step: int = Field(8, ge=1, description="Rows in one optimizer step (the effective batch).")
     micro_batch: int = Field(4, ge=1, description="Rows in one forward; must divide rows_per_step.")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw", description="AdamW keeps 8 bytes of state a weight; Adafactor almost none (for cards of 8 GB)."
+    )
     lr: float = Field(3e-4, gt=0.0, description="Peak learning rate.")
     lr_warmup_steps: int = Field(10, ge=0, description="Steps of linear learning-rate warm-up.")
     lr_final_ratio: float = Field(0.1, ge=0.0, le=1.0, description="Learning rate at the end, as a share of the peak.")
