@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 def save_checkpoint(
-    folder: Path, step: int, lm: DiffusionLM, state: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str, Tensor] | None = None
+    folder: Path,
+    step: int,
+    lm: DiffusionLM,
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-N` atomically and return it. `state` is JSON (cursor, best list, ...), `tensors` the rest."""
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
@@ -96,7 +102,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def prune(folder: Path, keep_last: int, keep_best: int, eval_losses: dict[int, float]) -> None:
+def prune(folder: Path, keep_last: int, keep_best: int, eval_losses: Mapping[int, float]) -> None:
     """Remove checkpoints that are neither among the newest nor among the best by evaluation loss."""
     found = list_checkpoints(folder)
     ranked = sorted((step for step, _ in found if step in eval_losses), key=lambda step: (eval_losses[step], step))

@@ -44,7 +44,9 @@ class ModelConfig(Section):
         description="Compute type. 'auto': bf16 autocast where it is native, fp16 with a loss scaler on older GPUs, else fp32.",
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
-    trust_remote_code: bool = Field(False, description="Run model code that comes with a hub repository. Leave it false.")
+    trust_remote_code: bool = Field(
+        False, description="Run model code that comes with a hub repository. Leave it false."
+    )
 
 
 class SourceConfig(Section):
@@ -53,7 +55,8 @@ class SourceConfig(Section):
         "'input_ids'; tinystories: text, JSONL or parquet; instruct: messages, Alpaca or GSM8K shapes."
     )
     path: str | None = Field(
-        None, description="File or folder. tinystories also takes null (the seeded synthetic stories) or 'hub' (a download)."
+        None,
+        description="File or folder. tinystories also takes null (the seeded synthetic stories) or 'hub' (a download).",
     )
     max_documents: int | None = Field(None, ge=1, description="Read at most this many documents; null reads all.")
     into: list[Literal["train", "sft"]] | None = Field(
@@ -80,16 +83,26 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     sources: list[SourceConfig] = Field(
-        default_factory=lambda: [SourceConfig(kind="tinystories")], min_length=1, description="Where documents come from."
+        default_factory=lambda: [SourceConfig(kind="tinystories")],
+        min_length=1,
+        description="Where documents come from.",
     )
     seq_len: int = Field(256, ge=8, le=1_048_576, description="Row length L in tokens.")
-    eval_share: float = Field(0.02, ge=0.0, le=0.5, description="Share of documents held out, chosen by a hash of their text.")
-    max_reject_share: float = Field(0.01, ge=0.0, le=1.0, description="prepare-data fails above this share of unreadable records.")
+    eval_share: float = Field(
+        0.02, ge=0.0, le=0.5, description="Share of documents held out, chosen by a hash of their text."
+    )
+    max_reject_share: float = Field(
+        0.01, ge=0.0, le=1.0, description="prepare-data fails above this share of unreadable records."
+    )
     foreign_ids: Literal["error", "unk", "retokenize"] = Field(
         "error", description="What to do with pretokenized ids outside the tokenizer."
     )
-    source_tokenizer: str | None = Field(None, description="Tokenizer that wrote the ids, for foreign_ids 'retokenize' (folder or hub name).")
-    max_unk_share: float = Field(0.001, ge=0.0, le=1.0, description="foreign_ids 'unk' fails above this share of replaced ids.")
+    source_tokenizer: str | None = Field(
+        None, description="Tokenizer that wrote the ids, for foreign_ids 'retokenize' (folder or hub name)."
+    )
+    max_unk_share: float = Field(
+        0.001, ge=0.0, le=1.0, description="foreign_ids 'unk' fails above this share of replaced ids."
+    )
     workers: int = Field(1, ge=1, le=256, description="Processes used by tokenize.")
 
     @model_validator(mode="after")
@@ -102,12 +115,21 @@ class DataConfig(Section):
 class NoiseConfig(Section):
     t_min: float = Field(0.05, gt=0.0, le=1.0, description="Lowest noise level; also clips the ELBO weight 1/t.")
     t_max: float = Field(1.0, gt=0.0, le=1.0, description="Highest noise level.")
-    corrupt_rate: float = Field(0.1, ge=0.0, lt=1.0, description="T2T: probability r that an observed token is replaced by a wrong one.")
-    turns: Literal[1, 2] = Field(
-        1, description="2 adds the multi-turn forward: the model's own drafts become observed tokens, right ones kept, wrong ones edited."
+    corrupt_rate: float = Field(
+        0.1, ge=0.0, lt=1.0, description="T2T: probability r that an observed token is replaced by a wrong one."
     )
-    draft_share: float = Field(0.5, gt=0.0, lt=1.0, description="Multi-turn: share of a row's masked positions that get the model's draft.")
-    embed_std: float = Field(0.0, ge=0.0, description="Gaussian noise on the mask token's embedding, relative to the embeddings' std; 0 is off.")
+    turns: Literal[1, 2] = Field(
+        1,
+        description="2 adds the multi-turn forward: the model's own drafts become observed tokens, right ones kept, wrong ones edited.",
+    )
+    draft_share: float = Field(
+        0.5, gt=0.0, lt=1.0, description="Multi-turn: share of a row's masked positions that get the model's draft."
+    )
+    embed_std: float = Field(
+        0.0,
+        ge=0.0,
+        description="Gaussian noise on the mask token's embedding, relative to the embeddings' std; 0 is off.",
+    )
     embed_steps: int = Field(0, ge=0, description="Steps over which embed_std decays linearly to zero.")
 
     @model_validator(mode="after")
@@ -118,7 +140,9 @@ class NoiseConfig(Section):
 
 
 class LossConfig(Section):
-    weighting: Literal["elbo", "uniform"] = Field("elbo", description="Weight of a masked token's loss: 1/t (ELBO) or 1.")
+    weighting: Literal["elbo", "uniform"] = Field(
+        "elbo", description="Weight of a masked token's loss: 1/t (ELBO) or 1."
+    )
     w_m2t: float = Field(1.0, ge=0.0, description="Weight of the mask-to-token loss.")
     w_t2t: float = Field(1.0, ge=0.0, description="Weight of the token-to-token loss.")
     keep: float = Field(
@@ -129,15 +153,23 @@ class LossConfig(Section):
 
 
 class WsdConfig(Section):
-    shape: Literal["linear", "ladder"] = Field("linear", description="How the block size moves: evenly, or through the listed rungs.")
+    shape: Literal["linear", "ladder"] = Field(
+        "linear", description="How the block size moves: evenly, or through the listed rungs."
+    )
     warmup_steps: int = Field(100, ge=0, description="Steps that raise the block size from start_block to peak_block.")
     stable_steps: int = Field(100, ge=0, description="Steps at peak_block.")
     decay_steps: int = Field(100, ge=0, description="Steps that bring the block size down to final_block.")
     start_block: int = Field(1, ge=1, description="Block size at the first step (linear).")
-    peak_block: int | None = Field(None, ge=1, description="Block size of the stable phase; null is the full row (MDLM).")
+    peak_block: int | None = Field(
+        None, ge=1, description="Block size of the stable phase; null is the full row (MDLM)."
+    )
     final_block: int = Field(32, ge=1, description="Block size at the end, and the one used in decoding.")
-    warmup_ladder: list[int] = Field(default_factory=lambda: [1, 4, 32, 64], description="Rungs of the warm-up (ladder).")
-    decay_ladder: list[int] = Field(default_factory=lambda: [128, 64, 32], description="Rungs of the decay (ladder); the last must be final_block.")
+    warmup_ladder: list[int] = Field(
+        default_factory=lambda: [1, 4, 32, 64], description="Rungs of the warm-up (ladder)."
+    )
+    decay_ladder: list[int] = Field(
+        default_factory=lambda: [128, 64, 32], description="Rungs of the decay (ladder); the last must be final_block."
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> WsdConfig:
@@ -167,7 +199,9 @@ class TrainConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.", strict=False)
     clip_norm: float = Field(1.0, gt=0.0, description="Gradient norm is clipped to this.")
     gradient_checkpointing: bool = Field(False, description="Trade compute for activation memory.")
-    eval_every: int = Field(50, ge=0, description="Steps between evaluations on held-out rows; 0 evaluates at the end only.")
+    eval_every: int = Field(
+        50, ge=0, description="Steps between evaluations on held-out rows; 0 evaluates at the end only."
+    )
     eval_rows: int = Field(32, ge=1, description="Held-out rows used by an evaluation.")
     save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
@@ -186,12 +220,16 @@ class SftConfig(Section):
     steps: int = Field(200, ge=1, description="Optimizer steps.")
     lr: float = Field(1e-4, gt=0.0, description="Peak learning rate.")
     lr_warmup_steps: int = Field(10, ge=0, description="Steps of linear learning-rate warm-up.")
-    lr_decay_share: float = Field(0.3, ge=0.0, le=1.0, description="Last share of the steps in which the learning rate decays.")
+    lr_decay_share: float = Field(
+        0.3, ge=0.0, le=1.0, description="Last share of the steps in which the learning rate decays."
+    )
     block_size: int | None = Field(None, ge=1, description="Block size; null is the checkpoint's.")
     turns: Literal[1, 2] = Field(2, description="T2T noising passes a step; 2 is the multi-turn forward.")
     complementary: bool = Field(False, description="Train on x_t and on its inverse mask in the same batch.")
     mask_band: tuple[float, float] = Field((0.05, 1.0), description="Lowest and highest mask ratio.", strict=False)
-    cap_weight: float = Field(0.0, ge=0.0, description="Weight of the confidence loss on correctly predicted tokens (CAP); 0 is off.")
+    cap_weight: float = Field(
+        0.0, ge=0.0, description="Weight of the confidence loss on correctly predicted tokens (CAP); 0 is off."
+    )
 
     @model_validator(mode="after")
     def _band(self) -> SftConfig:
@@ -206,11 +244,16 @@ Threshold = Literal["preset"]
 
 class DecodeConfig(Section):
     mode: Mode = Field("Q_MODE", description="Preset: S_MODE is speedy (low tau_mask), Q_MODE careful.")
-    tau_mask: float | Threshold = Field("preset", description="A masked token is drafted above this confidence; 'preset' is the mode's.")
-    tau_edit: float | Threshold | None = Field(
-        "preset", description="An observed token is edited above this confidence; 0 takes every change, null is editing off."
+    tau_mask: float | Threshold = Field(
+        "preset", description="A masked token is drafted above this confidence; 'preset' is the mode's."
     )
-    max_post_steps: int = Field(16, ge=0, description="Correction passes after a block's last mask; 0 ends the block at once.")
+    tau_edit: float | Threshold | None = Field(
+        "preset",
+        description="An observed token is edited above this confidence; 0 takes every change, null is editing off.",
+    )
+    max_post_steps: int = Field(
+        16, ge=0, description="Correction passes after a block's last mask; 0 ends the block at once."
+    )
     block_size: int | None = Field(None, ge=1, description="Decoding block size; null is the checkpoint's.")
     max_new_tokens: int = Field(128, ge=1, description="Token budget of a completion.")
     temperature: float = Field(0.0, ge=0.0, description="0 is greedy.")
@@ -226,11 +269,12 @@ class DecodeConfig(Section):
 
 
 EngineName = Literal["dinfer", "transformers", "dummy"]
+ENGINES: tuple[EngineName, ...] = ("dinfer", "transformers", "dummy")
 
 
 class EngineConfig(Section):
     order: list[EngineName] = Field(
-        default_factory=lambda: ["dinfer", "transformers", "dummy"],
+        default_factory=lambda: list(ENGINES),
         min_length=1,
         description="Engines in order of preference; the first that can serve the model runs. The dummy answers only if listed.",
     )
@@ -240,9 +284,13 @@ class EngineConfig(Section):
 
 
 class ServerConfig(Section):
-    host: str = Field("127.0.0.1", min_length=1, description="Address to bind. Anything but loopback requires api_key_file.")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to bind. Anything but loopback requires api_key_file."
+    )
     port: int = Field(8000, ge=1, le=65535, description="TCP port.")
-    api_key_file: str | None = Field(None, description="File with one API key a line; requests then need 'Authorization: Bearer KEY'.")
+    api_key_file: str | None = Field(
+        None, description="File with one API key a line; requests then need 'Authorization: Bearer KEY'."
+    )
     max_prompt_chars: int = Field(100_000, ge=1, description="Longer prompts are refused.")
 
 

@@ -71,7 +71,11 @@ def resolve(config: DecodeConfig, trained_block: int) -> Settings:
     return Settings(
         mode=config.mode,
         tau_mask=tau_mask if config.tau_mask == "preset" else float(config.tau_mask),
-        tau_edit=tau_edit if config.tau_edit == "preset" else config.tau_edit if config.tau_edit is None else float(config.tau_edit),
+        tau_edit=tau_edit
+        if config.tau_edit == "preset"
+        else config.tau_edit
+        if config.tau_edit is None
+        else float(config.tau_edit),
         max_post_steps=config.max_post_steps,
         block_size=config.block_size or trained_block,
         max_new_tokens=config.max_new_tokens,
@@ -137,7 +141,13 @@ def edit_step(
 
 
 def decode_block(
-    context: Context, tokens: Tensor, editable: Tensor, block: int, settings: Settings, mask_token_id: int, vocab_size: int
+    context: Context,
+    tokens: Tensor,
+    editable: Tensor,
+    block: int,
+    settings: Settings,
+    mask_token_id: int,
+    vocab_size: int,
 ) -> Iterator[Step]:
     """Denoise one block to rest, a Step a pass; the last Step's tokens are the block.
 
@@ -177,12 +187,21 @@ def decode_block(
         )
         post_steps += was_clean
         clean = not (tokens == mask_token_id).any()
-        if clean and (settings.tau_edit is None or post_steps >= settings.max_post_steps or (was_clean and not edited.any())):
+        if clean and (
+            settings.tau_edit is None or post_steps >= settings.max_post_steps or (was_clean and not edited.any())
+        ):
             return
 
 
 def decode(
-    context: Context, prompt_ids: list[int], settings: Settings, *, mask_token_id: int, vocab_size: int, eos_token_id: int, device: torch.device
+    context: Context,
+    prompt_ids: list[int],
+    settings: Settings,
+    *,
+    mask_token_id: int,
+    vocab_size: int,
+    eos_token_id: int,
+    device: torch.device,
 ) -> Iterator[Step | Finished]:
     """Block by block until end of text or the token budget. `context` already holds the prompt's whole blocks.
 

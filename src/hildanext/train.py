@@ -11,7 +11,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class State(NamedTuple):
 
     step: int = 0  # steps done
     tokens_seen: int = 0
-    eval_losses: dict[int, float] = {}
+    eval_losses: Mapping[int, float] = MappingProxyType({})
 
 
 def make_optimizer(lm: DiffusionLM, config: Config) -> torch.optim.Optimizer:
@@ -69,7 +70,7 @@ def embedding_noise(lm: DiffusionLM, batch: Batch, first: Pass, std: float, seed
     """Gaussian noise [B, L, H] on the mask token's embeddings, `std` times the embeddings' own (LLaDA2.0 section 4.1)."""
     if std == 0:
         return None
-    weight = lm.model.get_input_embeddings().weight
+    weight = lm.embedding.weight
     shape = (first.masked.shape[1], weight.shape[1])
     draws = torch.stack([torch.randn(shape, generator=sample_generator(seed, s, "embed")) for s in batch.samples])
     return draws.to(lm.device) * first.masked[..., None] * (std * weight.detach().std())
@@ -78,7 +79,16 @@ def embedding_noise(lm: DiffusionLM, batch: Batch, first: Pass, std: float, seed
 class Trainer:
     """The pieces that live as long as a run."""
 
-    def __init__(self, config: Config, lm: DiffusionLM, policy: Policy, job: Job, rows: Rows, eval_rows: Rows | None, run: RunFolder):
+    def __init__(
+        self,
+        config: Config,
+        lm: DiffusionLM,
+        policy: Policy,
+        job: Job,
+        rows: Rows,
+        eval_rows: Rows | None,
+        run: RunFolder,
+    ):
         self.config, self.lm, self.job, self.rows, self.eval_rows, self.run = config, lm, job, rows, eval_rows, run
         torch.manual_seed(config.train.seed)
         self.accelerator = Accelerator(mixed_precision=policy.mixed_precision, cpu=policy.device.type == "cpu")
@@ -94,10 +104,15 @@ class Trainer:
         """Global sample indices of this process's micro-batches: a function of the step alone."""
         train, world, rank = self.config.train, self.accelerator.num_processes, self.accelerator.process_index
         first = step * train.rows_per_step
-        micro = [list(range(first + i, first + i + train.micro_batch)) for i in range(0, train.rows_per_step, train.micro_batch)]
+        micro = [
+            list(range(first + i, first + i + train.micro_batch))
+            for i in range(0, train.rows_per_step, train.micro_batch)
+        ]
         return micro[rank::world]
 
-    def micro_losses(self, batch: Batch, step: int, block_size: int, n_tokens: int) -> Iterator[tuple[Loss, Counts, int]]:
+    def micro_losses(
+        self, batch: Batch, step: int, block_size: int, n_tokens: int
+    ) -> Iterator[tuple[Loss, Counts, int]]:
         """Each pass of a micro-batch: (loss, counts, turn). A caller runs backward before asking for the next."""
         config, recipe, seed = self.config, self.job.recipe, self.config.train.seed
         decayed = max(0.0, 1 - step / config.noise.embed_steps) if config.noise.embed_steps else 0.0
@@ -112,7 +127,9 @@ class Trainer:
                 loss, counts, _ = self.one_pass(batch, second, block_size, n_tokens * n_passes, None)
                 yield loss, counts, 1
 
-    def one_pass(self, batch: Batch, one: Pass, block_size: int, n_tokens: int, noise: Tensor | None) -> tuple[Loss, Counts, Tensor]:
+    def one_pass(
+        self, batch: Batch, one: Pass, block_size: int, n_tokens: int, noise: Tensor | None
+    ) -> tuple[Loss, Counts, Tensor]:
         """Forward and loss; also the predicted ids [B, L] at the supervised positions (clean ids elsewhere)."""
         loss_config = self.config.loss
         wanted = one.masked | one.wrong
@@ -140,7 +157,7 @@ class Trainer:
         predicted[wanted] = choice.argmax(-1)
         return loss, counts, predicted
 
-    def train_step(self, step: int) -> dict[str, float]:
+    def train_step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Raises NonFiniteLossError naming step and rows."""
         point = self.job.point(step)
         accelerator = self.accelerator
@@ -152,9 +169,13 @@ class Trainer:
         # 2. count tokens globally, so that every token weighs the same however rows are split
         n_local = sum(int(batch.allowed.sum()) for batch in batches)
         seen_local = sum(int((batch.doc_ids >= 0).sum()) for batch in batches)
-        n_tokens, seen = (int(x) for x in accelerator.reduce(torch.tensor([n_local, seen_local], device=self.lm.device)))
+        n_tokens, seen = (
+            int(x) for x in accelerator.reduce(torch.tensor([n_local, seen_local], device=self.lm.device))
+        )
         # 3. noise, forward, backward
-        sums: dict[str, Tensor] = dict.fromkeys((*Loss._fields, *Counts._fields), torch.zeros((), device=self.lm.device))
+        sums: dict[str, Tensor] = dict.fromkeys(
+            (*Loss._fields, *Counts._fields), torch.zeros((), device=self.lm.device)
+        )
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.forward):
@@ -167,7 +188,9 @@ class Trainer:
                     # DDP averages gradients over processes; the loss is already divided by the global count.
                     accelerator.backward(loss.total * accelerator.num_processes)
                     for name, value in (loss._asdict() | counts._asdict()).items():
-                        if turn == 0 or not name.startswith("masked"):  # accuracy on masks: turn 0, comparable across recipes
+                        if turn == 0 or not name.startswith(
+                            "masked"
+                        ):  # accuracy on masks: turn 0, comparable across recipes
                             sums[name] = sums[name] + value.detach()
         # 4. clip, 5. optimizer
         grad_norm = accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm)
@@ -185,7 +208,7 @@ class Trainer:
             "masked_accuracy": total["masked_correct"] / max(total["masked"], 1),
             "edit_accuracy": total["corrupted_correct"] / max(total["corrupted"], 1),
             "block_size": point.block_size,
-            "phase": point.phase,  # type: ignore[dict-item]
+            "phase": point.phase,
             "lr": point.lr,
             "grad_norm": float(grad_norm),
             "tokens": seen,
@@ -213,7 +236,7 @@ class Trainer:
         record = {
             "tokens_seen": state.tokens_seen,
             "next_sample": state.step * train.rows_per_step,
-            "eval_losses": state.eval_losses,
+            "eval_losses": dict(state.eval_losses),
             "scaler": scaler,
         }
         save_checkpoint(self.run.checkpoints, state.step, self.lm, record, tensors)
@@ -280,16 +303,23 @@ def train(trainer: Trainer, state: State) -> dict[str, Any]:
             saves = step % train_config.save_every == 0 or step == job.steps or stopped is not None
             row: dict[str, Any] = {"step": step, **metrics, "tokens_seen": state.tokens_seen}
             row |= {"tokens_per_second": tokens / seconds, "peak_memory_mb": peak_memory_mb(trainer.lm.device)}
-            if step == job.steps or step % train_config.save_every == 0 or (train_config.eval_every and step % train_config.eval_every == 0):
+            if (
+                step == job.steps
+                or step % train_config.save_every == 0
+                or (train_config.eval_every and step % train_config.eval_every == 0)
+            ):
                 row |= trainer.evaluate()
             if "eval_loss" in row:
-                state = state._replace(eval_losses=state.eval_losses | {step: row["eval_loss"]})
+                state = state._replace(eval_losses={**state.eval_losses, step: row["eval_loss"]})
             run.log(row)
             history.append(row)
             if saves:
                 trainer.save(state)
                 draw_curves(history, run.curves, f"{job.title}: {trainer.lm.name}")
-            advance(step, f"loss {row['m2t_ce']:.3f} acc {row['masked_accuracy']:.3f} block {row['block_size']} lr {row['lr']:.1e}")
+            advance(
+                step,
+                f"loss {row['m2t_ce']:.3f} acc {row['masked_accuracy']:.3f} block {row['block_size']} lr {row['lr']:.1e}",
+            )
     if stopped:
         say(f"{stopped}: saved step {state.step} of {job.steps} in {run.path}; continue with --resume")
     last = history[-1] if history else {}

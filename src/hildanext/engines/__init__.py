@@ -62,6 +62,8 @@ class Engine(Protocol):
     """What every engine does. `stream` ends with the Completion."""
 
     name: EngineName
+    reasons: dict[str, str]  # why the engines before this one cannot serve
+    trained_block: int | None  # block size the model was trained for
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
@@ -94,7 +96,8 @@ def open_engine(config: Config) -> Engine:
             return kind(config, reasons)
         reasons[name] = reason
     raise UsageError(
-        f"no engine can serve '{config.model.base}': " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        f"no engine can serve '{config.model.base}': "
+        + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hildanext.chat import encode_prompt
-from hildanext.config import Config
+from hildanext.config import Config, EngineName
 from hildanext.decode import Finished, Settings, Step, check_request, decode, resolve
 from hildanext.engines import Completion, Event, Request, Stats, last_completion
 from hildanext.masks import additive, block_causal_mask
@@ -25,7 +25,9 @@ class CachedContext:
         self.cache = DynamicCache()
         self.forwards = self.prefill_forwards = 0
         self.scored: Tensor | None = None  # block whose keys and values lie at the cache's end, not stored yet
-        self.carry: Tensor | None = None  # shifted: logits [1, V] of the last stored token, which predict the next block's first
+        self.carry: Tensor | None = (
+            None  # shifted: logits [1, V] of the last stored token, which predict the next block's first
+        )
         self.last: Tensor | None = None
         whole = len(prompt_ids) // block_size * block_size
         if whole:
@@ -78,12 +80,13 @@ class CachedContext:
 class TransformersEngine:
     """Batch of one, block by block."""
 
-    name = "transformers"
+    name: EngineName = "transformers"
 
     def __init__(self, config: Config, reasons: dict[str, str], lm: DiffusionLM | None = None) -> None:
         self.lm = load_diffusion_lm(config.model)[0] if lm is None else lm
         self.lm.model.eval()
         self.reasons = reasons
+        self.trained_block = self.lm.block_size
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
@@ -144,7 +147,14 @@ class TransformersEngine:
             tau_mask=settings.tau_mask,
             tau_edit=settings.tau_edit,
             stats=Stats(
-                context.forwards, context.prefill_forwards, n / context.forwards, ratios, drafts, edits, seconds, n / seconds
+                context.forwards,
+                context.prefill_forwards,
+                n / context.forwards,
+                ratios,
+                drafts,
+                edits,
+                seconds,
+                n / seconds,
             ),
         )
 

@@ -1,0 +1,223 @@
+"""The command line. Heavy imports live inside the commands, so that `--help` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 wrong use. Progress and notes go to stderr; stdout carries the result only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hildanext import __version__
+from hildanext.errors import HildaError, UsageError
+
+Result = dict[str, Any]
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from hildanext.config import load_config
+
+    overrides = list(args.set)
+    if args.model is not None:
+        overrides.append(f"model.base={json.dumps(args.model)}")
+    return load_config(args.config, overrides)
+
+
+def _init(args: argparse.Namespace) -> Result:
+    from hildanext.config import Config, schema
+    from hildanext.files import write_json
+
+    ready = Path(__file__).parent / "configs"
+    target, beside = Path(args.path), Path(args.path).with_name("hildanext.schema.json")
+    if target.exists() and not args.force:
+        raise UsageError(f"{target} exists; choose another path or use --force")
+    if args.preset is None:
+        raw = Config().model_dump(mode="json")
+    else:
+        source = ready / f"{args.preset}.json"
+        if not source.is_file():
+            known = ", ".join(sorted(path.stem for path in ready.glob("*.json")))
+            raise UsageError(f"no preset '{args.preset}'; there are: {known}")
+        raw = json.loads(source.read_text(encoding="utf-8"))
+    write_json(beside, schema())
+    write_json(target, {"$schema": f"./{beside.name}"} | raw)
+    return {"config": str(target), "schema": str(beside)}
+
+
+def _prepare_data(args: argparse.Namespace) -> Result:
+    from hildanext.prepare import prepare_data
+
+    return prepare_data(_config(args))
+
+
+def _tokenize(args: argparse.Namespace) -> Result:
+    from hildanext.model import load_tokenizer
+    from hildanext.tokenization import tokenize_data
+
+    config = _config(args)
+    return tokenize_data(config, load_tokenizer(config.model))
+
+
+def _convert_wsd(args: argparse.Namespace) -> Result:
+    from hildanext.convert import convert_wsd
+
+    return convert_wsd(_config(args), args.run, args.resume)
+
+
+def _sft(args: argparse.Namespace) -> Result:
+    from hildanext.convert import sft
+
+    return sft(_config(args), args.run, args.resume)
+
+
+def _merge_topk(args: argparse.Namespace) -> Result:
+    from hildanext.convert import evaluate_checkpoint
+    from hildanext.merge import best_checkpoints, merge
+
+    config = _config(args)
+    run = Path(config.paths.runs) / args.run
+    folders = [Path(folder) for folder in args.checkpoints] or best_checkpoints(run, args.k)
+    result = merge(folders, Path(args.out) if args.out else run / "merged")
+    return result | evaluate_checkpoint(config, Path(result["out"]), args.split)
+
+
+def _generate(args: argparse.Namespace) -> Result:
+    from hildanext.generate import generate
+
+    config = _config(args)
+    return generate(config, args.prompt, raw=args.raw, trace=args.trace, live=not args.json)
+
+
+def _benchmark(args: argparse.Namespace) -> Result:
+    from hildanext.benchmark import benchmark
+
+    return benchmark(_config(args), args.base, Path(args.out))
+
+
+def _serve(args: argparse.Namespace) -> Result:
+    from hildanext.server import serve
+
+    return serve(_config(args))
+
+
+def _smoke_test(args: argparse.Namespace) -> Result:
+    from hildanext.smoke import smoke_test
+
+    return smoke_test(_config(args) if args.model is not None else None)
+
+
+def _demo(args: argparse.Namespace) -> Result:
+    from hildanext.demo import demo
+
+    return demo(args.config, list(args.set))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hildanext", description="Autoregressive language models in, editable block-diffusion language models out."
+    )
+    parser.add_argument("--version", action="version", version=f"hildanext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--config", metavar="FILE.json", help="configuration file (default: the built-in defaults)")
+    shared.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; repeatable"
+    )
+    shared.add_argument("--model", metavar="NAME", help="short for --set model.base=NAME")
+    shared.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], Result], text: str, *, with_run: str | None = None
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[shared], help=text, description=text)
+        command.set_defaults(call=run)
+        if with_run is not None:
+            command.add_argument(
+                "--run", default=with_run, metavar="NAME", help=f"name of the run's folder (default: {with_run})"
+            )
+        return command
+
+    init = add("init", _init, "Write a configuration file and its JSON Schema.")
+    init.add_argument("path", nargs="?", default="hildanext.json", help="file to write (default: hildanext.json)")
+    init.add_argument("--preset", metavar="NAME", help="start from a ready-made configuration (configs/NAME.json)")
+    init.add_argument("--force", action="store_true", help="overwrite the file")
+    add("prepare-data", _prepare_data, "Read the sources into data/processed, training and held-out documents apart.")
+    add("tokenize", _tokenize, "Pack data/processed into rows of tokens in data/tokenized.")
+    for name, call, text in (
+        (
+            "convert-wsd",
+            _convert_wsd,
+            "Convert an autoregressive model by continued pre-training on the WSD block schedule.",
+        ),
+        ("sft", _sft, "Fine-tune a converted checkpoint on instructions."),
+    ):
+        command = add(name, call, text, with_run=name.removesuffix("-wsd"))
+        command.add_argument("--resume", action="store_true", help="continue an interrupted run where it was")
+    merge = add(
+        "merge-topk", _merge_topk, "Average the best checkpoints of a run, or the given folders.", with_run="convert"
+    )
+    merge.add_argument("checkpoints", nargs="*", metavar="FOLDER", help="checkpoint folders (default: the run's best)")
+    merge.add_argument("--k", type=int, default=3, help="how many of the run's best (default: 3)")
+    merge.add_argument("--out", metavar="FOLDER", help="result (default: RUN/merged)")
+    merge.add_argument(
+        "--split", choices=["eval", "sft_eval"], default="eval", help="held-out rows that judge the result"
+    )
+    generate = add("generate", _generate, "Complete a prompt with a converted checkpoint.")
+    generate.add_argument("prompt", help="the prompt ('-' reads stdin)")
+    generate.add_argument(
+        "--raw", action="store_true", help="continue the text as it stands, without the chat template"
+    )
+    generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising step")
+    benchmark = add("benchmark", _benchmark, "Measure a converted checkpoint beside its autoregressive base.")
+    benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
+    benchmark.add_argument(
+        "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: runs/benchmark.json)"
+    )
+    add("serve", _serve, "Answer over HTTP: GET /health, POST /generate.")
+    add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")
+    add("demo", _demo, "The whole way on synthetic stories, offline, in minutes.")
+    return parser
+
+
+def _show(result: Result) -> None:
+    """A result for people: the printed text if it has one, else a line a key."""
+    if "stdout" in result:
+        print(result["stdout"])
+        return
+    for key, value in result.items():
+        print(f"{key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code."""
+    args = _parser().parse_args(argv)
+    # Kept quiet for people: weights load in a blink here, and progress has its own place.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        result = args.call(args)
+    except HildaError as error:
+        print(f"hildanext {args.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"hildanext {args.command}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"hildanext {args.command}: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps({key: value for key, value in result.items() if key != "stdout"}, ensure_ascii=False))
+    else:
+        _show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

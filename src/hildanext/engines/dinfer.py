@@ -1,0 +1,167 @@
+"""dInfer (inclusionAI/dInfer) behind its own API: LLaDA-family checkpoints on CUDA, through its worker processes.
+
+What it has not (editing, a second threshold, seeds) is listed in every answer. Importing it imports vLLM, so `can_serve`
+looks without importing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hildanext.chat import encode_prompt
+from hildanext.config import Config, EngineName
+from hildanext.decode import Finished, Settings, check_request, resolve
+from hildanext.engines import Completion, Event, Request, Stats, last_completion
+from hildanext.errors import ModelError
+from hildanext.model import load_tokenizer, read_config_dict
+
+# config.json's model_type -> dInfer's model_type argument
+FAMILIES = {"llada2_moe": "llada2", "llada": "llada", "dllm": "llada-moe"}
+DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
+NEEDED = {
+    "threshold",
+    "cache",
+    "temperature",
+    "early_stop",
+    "mask_id",
+    "eos_id",
+    "parallel_decoding",
+    "use_bd",
+    "max_length",
+}
+
+
+class DInferEngine:
+    """One dInfer server group for the process; its workers keep the sampling parameters they were started with."""
+
+    name: EngineName = "dinfer"
+    trained_block: int | None = DEFAULT_BLOCK
+
+    def __init__(self, config: Config, reasons: dict[str, str]) -> None:
+        self.reasons = reasons
+        self.tokenizer = load_tokenizer(config.model)
+        stored = read_config_dict(config.model)
+        self.context_length = int(stored.get("max_position_embeddings", 4096))
+        self.started = self.settings(config)
+        dinfer: Any = importlib.import_module("dinfer")
+        accepted = inspect.signature(dinfer.SamplingParams).parameters
+        if missing := NEEDED - set(accepted):
+            raise ModelError(f"this dInfer's SamplingParams has no {sorted(missing)}; install a version that has them")
+        family = FAMILIES[stored["model_type"]]
+        params = dinfer.SamplingParams(
+            threshold=self.started.tau_mask,
+            cache="prefix",
+            temperature=self.started.temperature,
+            early_stop=True,
+            mask_id=self.tokenizer.mask_token_id,
+            eos_id=self.tokenizer.eos_token_id,
+            parallel_decoding="threshold",
+            use_bd=family == "llada2",
+            max_length=self.context_length,
+        )
+        self.serving = dinfer.DiffusionLLMServing(
+            config.model.base,
+            model_type=family,
+            sample_params=params,
+            server_port=config.engine.dinfer_port,
+            num_gpus=config.engine.dinfer_gpus,
+            dp_size=1,
+            tpep_size=config.engine.dinfer_gpus,
+            backend=config.engine.dinfer_backend,
+        )
+
+    @staticmethod
+    def can_serve(config: Config) -> str | None:
+        try:
+            version: str | None = importlib.metadata.version("dinfer")
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if importlib.util.find_spec("dinfer") is None:
+            if version is not None:
+                return f"the installed dinfer {version} is an unrelated placeholder of the package index; dInfer installs from git"
+            return "dInfer is not installed (from git: inclusionAI/dInfer)"
+        if not torch.cuda.is_available():
+            return "dInfer needs CUDA and this machine has none"
+        if importlib.util.find_spec(config.engine.dinfer_backend) is None:
+            return f"dInfer's runtime '{config.engine.dinfer_backend}' is not installed"
+        family = read_config_dict(config.model).get("model_type")
+        if family not in FAMILIES:
+            return f"dInfer serves {', '.join(FAMILIES)} checkpoints, not '{family}'"
+        return None
+
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt)
+
+    def settings(self, config: Config) -> Settings:
+        return resolve(config.decode, DEFAULT_BLOCK)
+
+    def decode_tokens(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def ignored(self, settings: Settings) -> list[str]:
+        """Settings of a request that this engine cannot follow, one line each."""
+        lines = []
+        if settings.tau_edit is not None:
+            lines.append(f"tau_edit {settings.tau_edit:g}: dInfer has no editing")
+            lines.append(f"max_post_steps {settings.max_post_steps}: dInfer has no correction passes")
+        for name in ("tau_mask", "temperature"):
+            asked, running = settings._asdict()[name], self.started._asdict()[name]
+            if asked != running:
+                lines.append(f"{name} {asked:g}: the workers were started with {running:g} and keep it")
+        if settings.temperature > 0:
+            lines.append(f"seed {settings.seed}: dInfer takes none")
+        return lines
+
+    def answer_of(self, output: list[int], prompt_ids: list[int]) -> list[int]:
+        """The new tokens in dInfer's output.
+
+        At batch 1 dInfer deletes every end-of-text id, the prompt's too, and the caller pads with them: so the prompt
+        is looked for as sent and with those ids taken out, never cut off by its length alone.
+        """
+        eos = self.tokenizer.eos_token_id
+        for prefix in (prompt_ids, [i for i in prompt_ids if i != eos]):
+            if output[: len(prefix)] == prefix:
+                new = output[len(prefix) :]
+                return new[: new.index(eos)] if eos in new else new
+        raise ModelError("dInfer's output does not begin with the prompt; this version answers in another form")
+
+    def generate(self, request: Request) -> Completion:
+        return last_completion(self.stream(request))
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """dInfer has no steps to show: the whole answer comes as one finished block."""
+        settings = request.settings
+        check_request(request.prompt_ids, settings, self.context_length)
+        began = time.perf_counter()
+        output = self.serving.generate(
+            torch.tensor([request.prompt_ids]), gen_length=settings.max_new_tokens, block_length=settings.block_size
+        )
+        seconds = time.perf_counter() - began
+        new = self.answer_of(output[0].tolist(), request.prompt_ids)
+        stopped = len(new) < settings.max_new_tokens
+        new = new[: settings.max_new_tokens]
+        forwards = int(self.serving.num_forwards)
+        yield Finished(0, new)
+        yield Completion(
+            text=self.decode_tokens(new),
+            token_ids=new,
+            finish_reason="stop" if stopped else "length",
+            engine=self.name,
+            engine_reasons=self.reasons,
+            mode=settings.mode,
+            tau_mask=self.started.tau_mask,
+            tau_edit=None,
+            stats=Stats(forwards, 0, len(new) / max(forwards, 1), [], len(new), 0, seconds, len(new) / seconds),
+            ignored=self.ignored(settings),
+        )
+
+    def close(self) -> None:
+        self.serving.stop_serving()

@@ -1,0 +1,75 @@
+"""The `generate` command: one prompt, text streamed block by block, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hildanext.config import Config
+from hildanext.decode import Finished, Step
+from hildanext.engines import Completion, Engine, Request, open_engine
+from hildanext.errors import UsageError
+from hildanext.files import atomic_open
+from hildanext.progress import say
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or stdin for '-'. Raises UsageError for an empty one."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty; give some text")
+    return text
+
+
+def warn_block_size(engine: Engine, block_size: int) -> None:
+    """Say what to expect when decoding with another block than the checkpoint was trained for."""
+    if engine.trained_block is not None and block_size != engine.trained_block:
+        say(f"decode.block_size {block_size} is not the checkpoint's {engine.trained_block}: expect worse text")
+
+
+def generate(config: Config, prompt: str, *, raw: bool, trace: str | None, live: bool) -> dict[str, Any]:
+    """Complete a prompt. live=True streams text to stdout on a terminal; the result holds the completion's fields."""
+    text = read_prompt(prompt)
+    engine = open_engine(config)
+    for name, reason in engine.reasons.items():
+        say(f"engine {name} passed over: {reason}")
+    try:
+        request = Request(engine.encode(text if raw else [{"role": "user", "content": text}]), engine.settings(config))
+        warn_block_size(engine, request.settings.block_size)
+        stream_text = live and sys.stdout.isatty()
+        completion, steps = _consume(engine, request, stream_text)
+    finally:
+        engine.close()
+    if trace is not None:
+        with atomic_open(Path(trace)) as file:
+            file.writelines(json.dumps(step._asdict()) + "\n" for step in steps)
+    if completion.engine == "dummy":
+        say("the dummy engine answered: no model ran")
+    stats = completion.stats
+    if live:
+        say(
+            f"[{completion.engine}, {completion.mode}: {len(completion.token_ids)} tokens, {stats.forwards} forwards, "
+            f"{stats.tokens_per_forward:.2f} tokens per forward, {stats.edits} edits, {stats.tokens_per_second:.1f} tokens/s]"
+        )
+    return completion.as_dict() | {"stdout": "" if stream_text else completion.text}
+
+
+def _consume(engine: Engine, request: Request, stream_text: bool) -> tuple[Completion, list[Step]]:
+    token_ids: list[int] = []
+    shown = ""
+    steps: list[Step] = []
+    for event in engine.stream(request):
+        if isinstance(event, Step):
+            steps.append(event)
+        elif isinstance(event, Finished):
+            token_ids += event.new_tokens
+            text = engine.decode_tokens(token_ids)
+            # A character whose bytes straddle two blocks waits for the second one.
+            if stream_text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        else:
+            return event, steps
+    raise RuntimeError("an engine's stream ended without a completion")
