@@ -12,13 +12,85 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-GIRLS = tuple("Lily Mia Anna Sara Lucy Emma Ella Zoe Rosa Nina Ruby Alma Clara Dina Eva Gia Hana Ida June Kate".split())
-BOYS = tuple("Tom Ben Max Sam Leo Tim Jack Finn Noah Otto Hugo Paul Rick Carl Dan Ed Felix Gus Ivan Joe".split())
-THINGS = tuple(
-    "ball kite doll boat drum hat book car bear cup bell robot train spoon ring flute lamp scarf puppet wagon "
-    "basket blanket bucket candle clock coat crown fan globe horn jar key".split()
+GIRLS = (
+    "Lily",
+    "Mia",
+    "Anna",
+    "Sara",
+    "Lucy",
+    "Emma",
+    "Ella",
+    "Zoe",
+    "Rosa",
+    "Nina",
+    "Ruby",
+    "Alma",
+    "Clara",
+    "Dina",
+    "Eva",
+    "Gia",
+    "Hana",
+    "Ida",
+    "June",
+    "Kate",
 )
-COLOURS = tuple("red blue green yellow purple orange pink white".split())
+BOYS = (
+    "Tom",
+    "Ben",
+    "Max",
+    "Sam",
+    "Leo",
+    "Tim",
+    "Jack",
+    "Finn",
+    "Noah",
+    "Otto",
+    "Hugo",
+    "Paul",
+    "Rick",
+    "Carl",
+    "Dan",
+    "Ed",
+    "Felix",
+    "Gus",
+    "Ivan",
+    "Joe",
+)
+THINGS = (
+    "ball",
+    "kite",
+    "doll",
+    "boat",
+    "drum",
+    "hat",
+    "book",
+    "car",
+    "bear",
+    "cup",
+    "bell",
+    "robot",
+    "train",
+    "spoon",
+    "ring",
+    "flute",
+    "lamp",
+    "scarf",
+    "puppet",
+    "wagon",
+    "basket",
+    "blanket",
+    "bucket",
+    "candle",
+    "clock",
+    "coat",
+    "crown",
+    "fan",
+    "globe",
+    "horn",
+    "jar",
+    "key",
+)
+COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "white")
 LANDMARKS = {
     "park": "bench",
     "beach": "rock",
@@ -43,21 +115,40 @@ class Mishap(NamedTuple):
 
 
 MISHAPS = {
-    "lost": Mishap("Then {name} lost the {thing}.", "sad", "{friend} found the {thing} behind the {landmark}.", "was found"),
-    "broke": Mishap("Then the {thing} fell down and broke.", "upset", "{friend} fixed the {thing} with glue.", "was fixed"),
+    "lost": Mishap(
+        "Then {name} lost the {thing}.", "sad", "{friend} found the {thing} behind the {landmark}.", "was found"
+    ),
+    "broke": Mishap(
+        "Then the {thing} fell down and broke.", "upset", "{friend} fixed the {thing} with glue.", "was fixed"
+    ),
     "mud": Mishap("Then the {thing} fell in the mud.", "angry", "{friend} washed the {thing} with soap.", "was clean"),
-    "tree": Mishap("Then the {thing} got stuck in a tree.", "worried", "{friend} climbed up and took the {thing} down.", "was safe"),
-    "rain": Mishap("Then it rained and the {thing} got wet.", "cold", "{friend} dried the {thing} with a towel.", "was dry"),
-    "dog": Mishap("Then a dog ran away with the {thing}.", "scared", "{friend} called the dog and got the {thing} back.", "was home"),
+    "tree": Mishap(
+        "Then the {thing} got stuck in a tree.", "worried", "{friend} climbed up and took the {thing} down.", "was safe"
+    ),
+    "rain": Mishap(
+        "Then it rained and the {thing} got wet.", "cold", "{friend} dried the {thing} with a towel.", "was dry"
+    ),
+    "dog": Mishap(
+        "Then a dog ran away with the {thing}.",
+        "scared",
+        "{friend} called the dog and got the {thing} back.",
+        "was home",
+    ),
 }
 
 # One list a sentence of the story; its members say the same in other words.
 OPENING = ("Once upon a time there was a {child} named {name}.", "There was once a little {child} named {name}.")
 HAVING = ("{Pronoun} had a {colour} {thing}.", "{Pronoun} loved {possessive} {colour} {thing}.")
-GOING = ("One day {name} took the {thing} to the {place}.", "One morning {pronoun} went to the {place} with the {thing}.")
+GOING = (
+    "One day {name} took the {thing} to the {place}.",
+    "One morning {pronoun} went to the {place} with the {thing}.",
+)
 FEELING = ("{name} was very {feeling}.", "{Pronoun} felt {feeling}.")
 FRIEND = ("{Pronoun} asked {friend} for help.", "{possessive_start} friend {friend} came to help.")
-ENDING = ("Now the {colour} {thing} {outcome} and {name} was happy.", "{name} was happy because the {colour} {thing} {outcome}.")
+ENDING = (
+    "Now the {colour} {thing} {outcome} and {name} was happy.",
+    "{name} was happy because the {colour} {thing} {outcome}.",
+)
 THANKS = ("{name} said thank you to {friend}.", "{Pronoun} gave {friend} a big hug.")
 CLOSING = ("The end.",)
 
@@ -97,7 +188,9 @@ def draw_slots(rng: random.Random) -> Slots:
     """A random consistent set of choices."""
     name = rng.choice(GIRLS + BOYS)
     friend = rng.choice([other for other in GIRLS + BOYS if other != name])
-    return Slots(name, friend, rng.choice(THINGS), rng.choice(COLOURS), rng.choice(list(LANDMARKS)), rng.choice(list(MISHAPS)))
+    return Slots(
+        name, friend, rng.choice(THINGS), rng.choice(COLOURS), rng.choice(list(LANDMARKS)), rng.choice(list(MISHAPS))
+    )
 
 
 def tell(slots: Slots, rng: random.Random) -> str:
@@ -169,7 +262,11 @@ def check(story: str, name: str, thing: str) -> list[str]:
     sentences = [sentence.strip() for sentence in sentences]
     if story.strip() and not story.strip().endswith("."):
         return ["the last sentence is not finished"]
-    events = [key for key, mishap in MISHAPS.items() if len(sentences) > 3 and _read(sentences[3], (mishap.event,)) is not None]
+    events = [
+        key
+        for key, mishap in MISHAPS.items()
+        if len(sentences) > 3 and _read(sentences[3], (mishap.event,)) is not None
+    ]
     if not events:
         return ["no mishap in the fourth sentence"]
     expected = Slots(name, "", thing, "", "park", events[0]).words()

@@ -38,7 +38,9 @@ def mask_exactly(doc_ids: Tensor, block: Tensor, allowed: Tensor, generator: tor
 
 
 @torch.no_grad()
-def elbo(lm: DiffusionLM, rows: Rows, block_size: int, n_rows: int, batch_rows: int, samples: int = 4, seed: int = 0) -> Likelihood:
+def elbo(
+    lm: DiffusionLM, rows: Rows, block_size: int, n_rows: int, batch_rows: int, samples: int = 4, seed: int = 0
+) -> Likelihood:
     """Upper bound on the negative log-likelihood of the first `n_rows` rows, blocks of `block_size` in order.
 
     `samples` independent draws give the mean and its Monte Carlo standard error. Documents' first tokens do not count
@@ -52,11 +54,15 @@ def elbo(lm: DiffusionLM, rows: Rows, block_size: int, n_rows: int, batch_rows: 
         indices = list(range(start, min(start + batch_rows, n_rows)))
         batch = make_batch(lm, indices, rows.batch(indices))
         tokens += int(batch.allowed.sum())
-        cpu = [tensor.cpu() for tensor in (batch.doc_ids, block_ids(batch.position_ids, block_size), batch.allowed)]
+        docs, blocks, allowed = (
+            batch.doc_ids.cpu(),
+            block_ids(batch.position_ids, block_size).cpu(),
+            batch.allowed.cpu(),
+        )
         for k in range(samples):
             drawn = [
-                mask_exactly(*row, sample_generator(seed, index * samples + k, "elbo"))
-                for index, *row in zip(indices, *cpu, strict=True)
+                mask_exactly(docs[i], blocks[i], allowed[i], sample_generator(seed, index * samples + k, "elbo"))
+                for i, index in enumerate(indices)
             ]
             masked, weight = (torch.stack(part).to(lm.device) for part in zip(*drawn, strict=True))
             noisy_ids = batch.input_ids.masked_fill(masked, lm.mask_token_id)
