@@ -6,12 +6,12 @@ It is what the diffusion model is measured against, on the same packed rows.
 from __future__ import annotations
 
 import time
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.masks import additive, document_mask
 from hildanext.model import compute_dtype
@@ -97,7 +97,7 @@ def ar_complete(
     """Greedy completion by transformers' own `generate` (with its KV cache), batch of one."""
     ids = torch.tensor([prompt_ids], device=model.device)
     began = time.perf_counter()
-    output = cast(GenerationMixin, model).generate(
+    output = cast(Any, model).generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,

@@ -248,7 +248,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
         return tokenizer.mask_token_id
     before = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    mask_id = tokenizer.mask_token_id
+    mask_id = tokenizer.get_vocab()[MASK_TOKEN]
     embedding = _weight(model.get_input_embeddings())
     mean, std = embedding[:before].mean(0), embedding[:before].std(0)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
