@@ -119,7 +119,7 @@ def show_steps(engine: TransformersEngine, settings: Settings, slots: Slots, blo
             continue
         words = []
         for place, token in enumerate(event.tokens):
-            word = engine.lm.tokenizer.decode([token]).strip() if token != engine.lm.mask_token_id else "_"
+            word = engine.decode_tokens([token]).strip() if token != engine.lm.mask_token_id else "_"
             words.append(f"[{word}]" if place in event.drafted else f"{{{word}}}" if place in event.edited else word)
         lines.append(f"  block {event.block} pass {event.step + 1}:  {' '.join(words)}")
     return "\n".join(lines)

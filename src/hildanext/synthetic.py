@@ -12,97 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-GIRLS = (
-    "Lily",
-    "Mia",
-    "Anna",
-    "Sara",
-    "Lucy",
-    "Emma",
-    "Ella",
-    "Zoe",
-    "Rosa",
-    "Nina",
-    "Ruby",
-    "Alma",
-    "Clara",
-    "Dina",
-    "Eva",
-    "Gia",
-    "Hana",
-    "Ida",
-    "June",
-    "Kate",
-)
-BOYS = (
-    "Tom",
-    "Ben",
-    "Max",
-    "Sam",
-    "Leo",
-    "Tim",
-    "Jack",
-    "Finn",
-    "Noah",
-    "Otto",
-    "Hugo",
-    "Paul",
-    "Rick",
-    "Carl",
-    "Dan",
-    "Ed",
-    "Felix",
-    "Gus",
-    "Ivan",
-    "Joe",
-)
-THINGS = (
-    "ball",
-    "kite",
-    "doll",
-    "boat",
-    "drum",
-    "hat",
-    "book",
-    "car",
-    "bear",
-    "cup",
-    "bell",
-    "robot",
-    "train",
-    "spoon",
-    "ring",
-    "flute",
-    "lamp",
-    "scarf",
-    "puppet",
-    "wagon",
-    "basket",
-    "blanket",
-    "bucket",
-    "candle",
-    "clock",
-    "coat",
-    "crown",
-    "fan",
-    "globe",
-    "horn",
-    "jar",
-    "key",
-)
-COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "white")
-LANDMARKS = {
-    "park": "bench",
-    "beach": "rock",
-    "forest": "log",
-    "garden": "fence",
-    "farm": "barn",
-    "lake": "bridge",
-    "market": "gate",
-    "school": "door",
-    "hill": "bush",
-    "river": "stone",
-}
+GIRLS = ("Lily", "Mia", "Anna", "Sara", "Lucy", "Emma", "Zoe", "Ruby")
+BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Tim", "Jack", "Finn")
+THINGS = tuple("ball kite doll boat drum hat book car bear cup bell robot train spoon ring lamp".split())
+COLOURS = ("red", "blue", "green", "yellow", "purple", "orange")
+LANDMARKS = {"park": "bench", "beach": "rock", "forest": "log", "garden": "fence", "farm": "barn", "lake": "bridge"}
 
 
 class Mishap(NamedTuple):
@@ -138,18 +52,18 @@ MISHAPS = {
 
 # One list a sentence of the story; its members say the same in other words.
 OPENING = ("Once upon a time there was a {child} named {name}.", "There was once a little {child} named {name}.")
-HAVING = ("{Pronoun} had a {colour} {thing}.", "{Pronoun} loved {possessive} {colour} {thing}.")
+HAVING = ("{Pronoun} had a {colour} {thing}.",)
 GOING = (
     "One day {name} took the {thing} to the {place}.",
     "One morning {pronoun} went to the {place} with the {thing}.",
 )
 FEELING = ("{name} was very {feeling}.", "{Pronoun} felt {feeling}.")
-FRIEND = ("{Pronoun} asked {friend} for help.", "{possessive_start} friend {friend} came to help.")
+FRIEND = ("{Pronoun} asked {friend} for help.", "{Possessive} friend {friend} came to help.")
 ENDING = (
     "Now the {colour} {thing} {outcome} and {name} was happy.",
     "{name} was happy because the {colour} {thing} {outcome}.",
 )
-THANKS = ("{name} said thank you to {friend}.", "{Pronoun} gave {friend} a big hug.")
+THANKS = ("{name} said thank you to {friend}.",)
 CLOSING = ("The end.",)
 
 
@@ -171,8 +85,7 @@ class Slots(NamedTuple):
             "child": "girl" if girl else "boy",
             "pronoun": "she" if girl else "he",
             "Pronoun": "She" if girl else "He",
-            "possessive": "her" if girl else "his",
-            "possessive_start": "Her" if girl else "His",
+            "Possessive": "Her" if girl else "His",
             "landmark": LANDMARKS[self.place],
             "feeling": mishap.feeling,
             "outcome": mishap.outcome,
@@ -233,8 +146,7 @@ _CHOICES = {
     "child": ("girl", "boy"),
     "pronoun": ("she", "he"),
     "Pronoun": ("She", "He"),
-    "possessive": ("her", "his"),
-    "possessive_start": ("Her", "His"),
+    "Possessive": ("Her", "His"),
     "landmark": tuple(LANDMARKS.values()),
     "feeling": tuple(mishap.feeling for mishap in MISHAPS.values()),
     "outcome": tuple(mishap.outcome for mishap in MISHAPS.values()),
