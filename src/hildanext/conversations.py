@@ -80,12 +80,12 @@ def render(
     shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     options: dict[str, Any] = {"tools": tools, "chat_template": template, "tokenize": False}
     try:
-        text = tokenizer.apply_chat_template(shown, **options)
+        text = str(tokenizer.apply_chat_template(shown, **options))
         turns = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = tokenizer.apply_chat_template(shown[:i], add_generation_prompt=True, **options)
+            prompt = str(tokenizer.apply_chat_template(shown[:i], add_generation_prompt=True, **options))
             if not text.startswith(prompt):
                 raise DataError("the chat template writes earlier turns differently once later ones follow")
             turns.append(Turn(len(prompt), message["content"].strip(), message.get("train", True)))

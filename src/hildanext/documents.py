@@ -36,12 +36,10 @@ class Document:
     tools: list[dict[str, Any]] | None = None
 
     def to_line(self) -> bytes:
-        """The document as a line of JSON in UTF-8, newline included. Raises DataError for text that UTF-8 cannot hold."""
+        """The document as a line of JSON in UTF-8, newline included."""
         fields = {name: value for name, value in self.__dict__.items() if value is not None}
-        try:
-            return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
-        except UnicodeEncodeError:
-            raise DataError("invalid UTF-8 (a lone surrogate)") from None
+        # Only an id made from a file name that is no UTF-8 has anything to replace.
+        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 class Rejects:
@@ -99,7 +97,17 @@ def parse_json(line: bytes) -> dict[str, Any]:
         raise DataError("broken JSON") from None
     if not isinstance(value, dict):
         raise DataError("not a JSON object")
+    if rb"\ud" in line or rb"\uD" in line:
+        check_unicode(value)
     return value
+
+
+def check_unicode(value: object) -> None:
+    """Raises DataError for a lone surrogate anywhere in a JSON value: JSON can escape one, UTF-8 and tokenizers cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError("invalid UTF-8 (a lone surrogate)") from None
 
 
 def check_text(value: object) -> str:
@@ -129,23 +137,12 @@ def parse_document(line: bytes) -> Document:
     kinds = [kind for kind in ("text", "input_ids", "messages") if record.get(kind) is not None]
     if len(kinds) != 1:
         raise DataError("not exactly one of 'text', 'input_ids', 'messages'")
-    name = {"id": str(record.get("id", "")), "source": str(record.get("source", ""))}
+    name, source = str(record.get("id", "")), str(record.get("source", ""))
     if kinds == ["input_ids"]:
-        return Document(**name, input_ids=check_ids(record["input_ids"]))
-    # A lone surrogate can hide behind an escape and no tokenizer takes it.
-    if rb"\ud" in line.lower() and not _is_unicode(record):
-        raise DataError("invalid UTF-8 (a lone surrogate)")
+        return Document(name, source, input_ids=check_ids(record["input_ids"]))
     if kinds == ["text"]:
-        return Document(**name, text=check_text(record["text"]))
-    return Document(**name, messages=check_messages(record["messages"]), tools=record.get("tools"))
-
-
-def _is_unicode(record: dict[str, Any]) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return Document(name, source, text=check_text(record["text"]))
+    return Document(name, source, messages=check_messages(record["messages"]), tools=record.get("tools"))
 
 
 def read_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator[Document]:
@@ -155,6 +152,8 @@ def read_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
             try:
                 document = parse_document(line)
             except DataError as error:
@@ -219,9 +218,7 @@ def encode_documents(
     return results
 
 
-def _encode_texts(
-    docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, list[int]]]:
+def _encode_texts(docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, list[int]]]:
     """(index, ids) of the documents that are text, without an end-of-text token."""
     indices = [index for index, doc in enumerate(docs) if doc.text is not None]
     backend = tokenizer.backend_tokenizer
