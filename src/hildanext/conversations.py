@@ -148,12 +148,12 @@ def _supervise(
         mask[first:end] = turn.train
     # White space that the template puts after the last turn is never generated: the document ends with the turn. Any
     # other text after it stays, unsupervised.
-    last = int(offsets[end - 1, 1]) if end else 0
-    if text[last:].isspace():
+    ends_with_turn = not text[int(offsets[end - 1, 1]) :].strip()
+    if ends_with_turn:
         ids, mask = ids[:end], mask[:end]
-    if len(ids) == 0 or ids[-1] != eos:
+    if ids[-1] != eos:
         ids = np.append(ids, np.int32(eos))
-        mask = np.append(mask, turns[-1].train)
+        mask = np.append(mask, ends_with_turn and turns[-1].train)
     return ids, mask
 
 
