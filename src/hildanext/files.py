@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +42,54 @@ def atomic_open(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def workspace(data: Path, name: str) -> Iterator[Path]:
+    """A temporary folder beside the outputs (same file system), removed at the end whatever happens."""
+    data.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=data))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder with all it holds; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_together(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Rename each (new, final) file or folder to its final name: all of them, or none.
+
+    What stood under the final names waits as `.NAME.old` until every rename is done, and comes back if one fails. The
+    pairs must lie in one file system. Raises OSError of the rename that failed.
+    """
+    undo: list[tuple[Path, Path | None]] = []
+    try:
+        for new, final in moves:
+            old = final.with_name(f".{final.name}.old")
+            _remove(old)
+            if final.exists():
+                os.rename(final, old)
+                undo.append((final, old))
+            else:
+                undo.append((final, None))
+            os.replace(new, final)
+    except BaseException:
+        for final, saved in reversed(undo):
+            _remove(final)
+            if saved is not None:
+                os.rename(saved, final)
+        raise
+    for final, saved in undo:
+        if saved is not None:
+            _remove(saved)
+        fsync_folder(final.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,0 +1,88 @@
+"""Fixtures: a small tokenizer made here, a configuration in a temporary folder, and the real data where it is present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hildanext.config import Config, parse_config
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+
+CHATML = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "the cat saw a dog and the dog saw the cat",
+    "once upon a time there was a red house",
+    "1 2 3 4 answer user",
+] * 5
+
+
+def make_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of some 300 tokens: every text round-trips, so nothing is unknown to it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"} | special
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = CHATML
+    # As from a file, where the template's markers are special tokens.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]})
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer with a chat template; its end of text is the end of a turn."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer() -> PreTrainedTokenizerBase:
+    """The real Qwen3 tokenizer of a base model: its end of text is not the end of a turn."""
+    folder = SHARED / "qwen3-tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """`shared(name)`: a file or folder of the real data; the test is skipped where it is absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"no {path}")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """`make_config(*sources, **data)`: a configuration with paths in the test's own folder."""
+
+    def make(*sources: dict[str, Any], sft: dict[str, Any] | None = None, **data: Any) -> Config:
+        raw: dict[str, Any] = {"paths": {"data": str(tmp_path / "data")}, "data": data, "sft": sft or {}}
+        if sources:
+            raw["data"]["sources"] = list(sources)
+        return parse_config(raw)
+
+    return make

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hildanext.errors import DataError
+from hildanext.packing import Row, pack
+from hildanext.rows import RowOrder, Rows, RowWriter
+
+
+def write(folder: Path, lengths: list[int], seq_len: int = 16) -> list[Row]:
+    docs = [(np.arange(n, dtype=np.int32) + 10, np.arange(n) % 2 == 0) for n in lengths]
+    rows = list(pack(docs, seq_len, 0))
+    with RowWriter(folder) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finish({"rows": writer.count, "seq_len": seq_len})
+    return rows
+
+
+def test_batch_gives_back_what_was_written(tmp_path: Path) -> None:
+    written = write(tmp_path / "x.rows", [5, 9, 30, 16, 3, 7])
+    rows = Rows.open(tmp_path / "x.rows")
+    assert len(rows) == len(written)
+    assert rows.seq_len == 16
+    batch = rows.batch([2, 0])
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
+        "input_ids": (torch.int64, (2, 16)),
+        "doc_ids": (torch.int64, (2, 16)),
+        "position_ids": (torch.int64, (2, 16)),
+        "loss_mask": (torch.bool, (2, 16)),
+    }
+    for position, index in enumerate([2, 0]):
+        for name in ("input_ids", "doc_ids", "loss_mask"):
+            assert batch[name][position].tolist() == getattr(written[index], name).tolist()
+        # a token is its position plus ten, except for the second piece of the document that was cut
+        used = (batch["doc_ids"][position] >= 0) & (batch["input_ids"][position] < 10 + 16)
+        assert (batch["position_ids"][position][used] == batch["input_ids"][position][used] - 10).all()
+
+
+def test_empty_rows_open(tmp_path: Path) -> None:
+    write(tmp_path / "x.rows", [])
+    assert len(Rows.open(tmp_path / "x.rows")) == 0
+
+
+@pytest.mark.parametrize("name", ["input_ids", "doc_ids", "loss_mask"])
+def test_a_file_of_the_wrong_size_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "x.rows", [5, 9])
+    path = tmp_path / "x.rows" / f"{name}.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{name}\.bin: \d+ bytes, expected"):
+        Rows.open(tmp_path / "x.rows")
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{name}\.bin: missing"):
+        Rows.open(tmp_path / "x.rows")
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", json.dumps({"rows": 1})])
+def test_a_broken_meta_is_named(tmp_path: Path, text: str | None) -> None:
+    write(tmp_path / "x.rows", [5])
+    if text is None:
+        (tmp_path / "x.rows/meta.json").unlink()
+    else:
+        (tmp_path / "x.rows/meta.json").write_text(text)
+    with pytest.raises(DataError, match=r"meta\.json: missing or broken"):
+        Rows.open(tmp_path / "x.rows")
+
+
+@given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 3))
+def test_each_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    order = RowOrder(n, seed)
+    assert sorted(order.row(epoch * n + i) for i in range(n)) == list(range(n))
+
+
+@given(st.integers(20, 300), st.integers(0, 1000))
+def test_epochs_and_seeds_differ_and_runs_agree(n: int, seed: int) -> None:
+    first, again, other = RowOrder(n, seed), RowOrder(n, seed), RowOrder(n, seed + 1)
+    epochs = [[first.row(epoch * n + i) for i in range(n)] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != list(range(n))
+    assert epochs[1] == [again.row(n + i) for i in range(n)]
+    assert epochs[0] != [other.row(i) for i in range(n)]
+
+
+def test_order_is_spread_evenly_and_needs_no_memory() -> None:
+    # Where the first of 16 rows goes over many epochs: a biased network would prefer some places.
+    counts = np.bincount([RowOrder(16, 0).row(epoch * 16) for epoch in range(3200)], minlength=16)
+    assert counts.min() > 120
+    assert counts.max() < 290
+    assert 0 <= RowOrder(10**12, 3).row(10**15 + 7) < 10**12
+
+
+def test_order_of_no_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        RowOrder(0, 0)
