@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from hildanext.progress import progress, say
 from hildanext.rows import RowOrder, Rows
 from hildanext.runs import RunFolder
 from hildanext.schedule import Point
+from hildanext.signals import stop_on_signals
 
 
 class Job(NamedTuple):
@@ -254,26 +254,6 @@ class Trainer:
         if record["next_sample"] != record["step"] * self.config.train.rows_per_step:
             raise CheckpointError(f"{path}: saved with another train.rows_per_step; restore it to resume")
         return State(record["step"], record["tokens_seen"], {int(k): v for k, v in record["eval_losses"].items()})
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Callable[[], str | None]]:
-    """Within the block SIGINT and SIGTERM are remembered instead of killing; yields 'which one came, if any'."""
-    received: list[str] = []
-
-    def remember(number: int, frame: object) -> None:
-        received.append(signal.Signals(number).name)
-
-    try:
-        old = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are the caller's
-        yield lambda: None
-        return
-    try:
-        yield lambda: received[-1] if received else None
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -64,6 +64,7 @@ class Engine(Protocol):
     name: EngineName
     reasons: dict[str, str]  # why the engines before this one cannot serve
     trained_block: int | None  # block size the model was trained for
+    device: str | None  # where the model runs
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
@@ -86,8 +87,13 @@ class Engine(Protocol):
 def open_engine(config: Config) -> Engine:
     """Load the first engine of `engine.order` that can serve the model here.
 
-    Raises UsageError with every reason when none can.
+    Raises UsageError with every reason when none can, and for a model that is not there unless the dummy stands alone.
     """
+    if set(config.engine.order) != {"dummy"}:
+        from hildanext.model import locate  # loads transformers, which the dummy alone does without
+
+        # Asked first, so that a mistyped folder is an error even where no engine comes to look into it.
+        locate(config.model.base)
     reasons: dict[str, str] = {}
     for name in config.engine.order:
         kind = _engine(name)

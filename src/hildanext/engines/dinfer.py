@@ -10,8 +10,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,20 +24,34 @@ from hildanext.engines import Completion, Event, Request, Stats, last_completion
 from hildanext.errors import ModelError
 from hildanext.model import load_tokenizer, read_config_dict
 
-# config.json's model_type -> dInfer's model_type argument
-FAMILIES = {"llada2_moe": "llada2", "llada": "llada", "dllm": "llada-moe"}
+# config.json's model_type -> (dInfer's model_type argument, the runtime whose worker loads that family)
+FAMILIES = {"llada2_moe": ("llada2", "sglang"), "llada": ("llada", "vllm"), "dllm": ("llada-moe", "vllm")}
 DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
-NEEDED = {
-    "threshold",
-    "cache",
-    "temperature",
-    "early_stop",
-    "mask_id",
-    "eos_id",
-    "parallel_decoding",
-    "use_bd",
-    "max_length",
-}
+
+
+def fitting(
+    target: Callable[..., Any], needed: dict[str, Any], wanted: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `needed` and `wanted` that `target` has by name, and a line for each wanted one it has not.
+
+    Versions differ in their parameters; `**kwargs` does not count, it would swallow a renamed one. Raises ModelError
+    naming the needed ones that are missing.
+    """
+    has = inspect.signature(target).parameters
+    name = target.__qualname__
+    if missing := sorted(set(needed) - set(has)):
+        raise ModelError(f"this dInfer's {name} has no parameter {', '.join(missing)}; install a version that has it")
+    given = needed | {key: value for key, value in wanted.items() if key in has}
+    return given, [
+        f"{key} {value}: this dInfer's {name} does not take it" for key, value in wanted.items() if key not in has
+    ]
+
+
+def other_handle_runs() -> bool:
+    """Whether dInfer's workers already run in this process. Nothing is imported: what is not imported does not run."""
+    module: Any = sys.modules.get("dinfer.decoding.serving")
+    handle = module.__dict__.get("handle") if module is not None else None
+    return handle is not None and hasattr(handle, "is_running") and bool(handle.is_running())
 
 
 class DInferEngine:
@@ -44,6 +59,7 @@ class DInferEngine:
 
     name: EngineName = "dinfer"
     trained_block: int | None = DEFAULT_BLOCK
+    device: str | None = "cuda"
 
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons
@@ -51,32 +67,47 @@ class DInferEngine:
         stored = read_config_dict(config.model)
         self.context_length = int(stored.get("max_position_embeddings", 4096))
         self.started = self.settings(config)
+        mask_id = self.tokenizer.mask_token_id
+        if mask_id is None:
+            mask_id = stored.get("mask_token_id")
+        if mask_id is None or self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"model '{config.model.base}' names no mask token or no end-of-text token; dInfer needs both"
+            )
+        family, _ = FAMILIES[stored["model_type"]]
         dinfer: Any = importlib.import_module("dinfer")
-        accepted = inspect.signature(dinfer.SamplingParams).parameters
-        if missing := NEEDED - set(accepted):
-            raise ModelError(f"this dInfer's SamplingParams has no {sorted(missing)}; install a version that has them")
-        family = FAMILIES[stored["model_type"]]
-        params = dinfer.SamplingParams(
-            threshold=self.started.tau_mask,
-            cache="prefix",
-            temperature=self.started.temperature,
-            early_stop=True,
-            mask_id=self.tokenizer.mask_token_id,
-            eos_id=self.tokenizer.eos_token_id,
-            parallel_decoding="threshold",
-            use_bd=family == "llada2",
-            max_length=self.context_length,
+        sampling = {
+            "threshold": self.started.tau_mask,
+            "temperature": self.started.temperature,
+            "mask_id": mask_id,
+            "eos_id": self.tokenizer.eos_token_id,
+            "use_bd": family == "llada2",
+        }
+        beside = {
+            "cache": "prefix",
+            "early_stop": True,
+            "parallel_decoding": "threshold",
+            "max_length": self.context_length,
+        }
+        sampling, unknown = fitting(dinfer.SamplingParams, sampling, beside)
+        group, more = fitting(
+            dinfer.DiffusionLLMServing,
+            {
+                "model": config.model.base,
+                "model_type": family,
+                "sample_params": dinfer.SamplingParams(**sampling),
+                "backend": config.engine.dinfer_backend,
+            },
+            {
+                "server_port": config.engine.dinfer_port,
+                "num_gpus": config.engine.dinfer_gpus,
+                "dp_size": 1,
+                "tpep_size": config.engine.dinfer_gpus,
+            },
         )
-        self.serving = dinfer.DiffusionLLMServing(
-            config.model.base,
-            model_type=family,
-            sample_params=params,
-            server_port=config.engine.dinfer_port,
-            num_gpus=config.engine.dinfer_gpus,
-            dp_size=1,
-            tpep_size=config.engine.dinfer_gpus,
-            backend=config.engine.dinfer_backend,
-        )
+        self.not_passed = unknown + more
+        self.serving = dinfer.DiffusionLLMServing(**group)
+        self.forwards_before = 0
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
@@ -90,11 +121,23 @@ class DInferEngine:
             return "dInfer is not installed (from git: inclusionAI/dInfer)"
         if not torch.cuda.is_available():
             return "dInfer needs CUDA and this machine has none"
-        if importlib.util.find_spec(config.engine.dinfer_backend) is None:
-            return f"dInfer's runtime '{config.engine.dinfer_backend}' is not installed"
-        family = read_config_dict(config.model).get("model_type")
-        if family not in FAMILIES:
-            return f"dInfer serves {', '.join(FAMILIES)} checkpoints, not '{family}'"
+        stored = read_config_dict(config.model)
+        if stored.get("model_type") not in FAMILIES:
+            return f"dInfer serves {', '.join(FAMILIES)} checkpoints, not '{stored.get('model_type')}'"
+        convention = stored.get("hilda", {}).get("convention", "in_place")
+        if convention != "in_place":
+            return f"dInfer predicts in place and this checkpoint is '{convention}'"
+        family, backend = FAMILIES[stored["model_type"]]
+        if config.engine.dinfer_backend != backend:
+            return f"dInfer runs {family} on '{backend}' only; set engine.dinfer_backend to it"
+        # dInfer imports vLLM whichever runtime runs.
+        for runtime in dict.fromkeys((backend, "vllm")):
+            if importlib.util.find_spec(runtime) is None:
+                return f"dInfer's runtime '{runtime}' is not installed"
+        if other_handle_runs():
+            return (
+                "dInfer already runs in this process, with the model and parameters it was started with; close it first"
+            )
         return None
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -116,9 +159,9 @@ class DInferEngine:
             asked, running = settings._asdict()[name], self.started._asdict()[name]
             if asked != running:
                 lines.append(f"{name} {asked:g}: the workers were started with {running:g} and keep it")
-        if settings.temperature > 0:
+        if max(settings.temperature, self.started.temperature) > 0:
             lines.append(f"seed {settings.seed}: dInfer takes none")
-        return lines
+        return lines + self.not_passed
 
     def answer_of(self, output: list[int], prompt_ids: list[int]) -> list[int]:
         """The new tokens in dInfer's output.
@@ -132,6 +175,13 @@ class DInferEngine:
                 new = output[len(prefix) :]
                 return new[: new.index(eos)] if eos in new else new
         raise ModelError("dInfer's output does not begin with the prompt; this version answers in another form")
+
+    def forwards(self) -> int:
+        """Forwards of the last request: dInfer's workers count over their whole life."""
+        total = int(self.serving.num_forwards)
+        spent = total - self.forwards_before
+        self.forwards_before = total
+        return spent
 
     def generate(self, request: Request) -> Completion:
         return last_completion(self.stream(request))
@@ -148,7 +198,7 @@ class DInferEngine:
         new = self.answer_of(output[0].tolist(), request.prompt_ids)
         stopped = len(new) < settings.max_new_tokens
         new = new[: settings.max_new_tokens]
-        forwards = int(self.serving.num_forwards)
+        forwards = self.forwards()
         yield Finished(0, new)
         yield Completion(
             text=self.decode_tokens(new),

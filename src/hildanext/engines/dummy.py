@@ -16,6 +16,7 @@ class DummyEngine:
 
     name: EngineName = "dummy"
     trained_block: int | None = None
+    device: str | None = None
 
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons

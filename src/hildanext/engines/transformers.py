@@ -87,6 +87,7 @@ class TransformersEngine:
         self.lm.model.eval()
         self.reasons = reasons
         self.trained_block = self.lm.block_size
+        self.device: str | None = str(self.lm.device)
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
