@@ -69,7 +69,7 @@ class Chunk:
             yield Encoded(self.input_ids[start:end], self.loss_mask[start:end])
 
 
-def spans(path: Path, size: int = CHUNK_BYTES) -> Iterator[Span]:
+def spans(path: Path, size: int) -> Iterator[Span]:
     """Cut a file into spans of whole lines of about `size` bytes (one line at least)."""
     with open(path, "rb") as file:
         start, end = 0, path.stat().st_size
@@ -165,9 +165,9 @@ def encode_file(path: Path, job: Job, workers: int) -> Iterator[Chunk]:
     """
     # A worker takes seconds to start: for a small file this process is done sooner.
     if workers == 1 or path.stat().st_size < SMALL_FILE_BYTES:
-        yield from _in_thread(spans(path), job)
+        yield from _in_thread(spans(path, CHUNK_BYTES), job)
     else:
-        yield from _in_processes(spans(path), job, workers)
+        yield from _in_processes(spans(path, CHUNK_BYTES), job, workers)
 
 
 def _in_thread(todo: Iterator[Span], job: Job) -> Iterator[Chunk]:
