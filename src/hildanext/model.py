@@ -245,10 +245,10 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     special token with a meaning is never reused (DESIGN section 2).
     """
     if tokenizer.mask_token_id is not None:
-        return tokenizer.convert_tokens_to_ids(tokenizer.mask_token)
+        return tokenizer.mask_token_id
     before = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    mask_id: int = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    mask_id = tokenizer.get_vocab()[MASK_TOKEN]
     embedding = _weight(model.get_input_embeddings())
     mean, std = embedding[:before].mean(0), embedding[:before].std(0)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)

@@ -1,0 +1,202 @@
+"""Synthetic stories with names, things and consequences, and the checker that tells a right one from a wrong one.
+
+Each story is one path through a small grammar. What a later sentence may say follows from earlier ones: the pronoun from
+the name, the landmark from the place, the feeling, the rescue and the ending from the mishap, the colour from the start.
+That is what parallel decoding gets wrong first, so the share of accepted stories measures it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+GIRLS = ("Lily", "Mia", "Anna", "Sara", "Lucy", "Emma", "Zoe", "Ruby")
+BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Tim", "Jack", "Finn")
+THINGS = tuple("ball kite doll boat drum hat book car bear cup bell robot train spoon ring lamp".split())
+COLOURS = ("red", "blue", "green", "yellow", "purple", "orange")
+LANDMARKS = {"park": "bench", "beach": "rock", "forest": "log", "garden": "fence", "farm": "barn", "lake": "bridge"}
+
+
+class Mishap(NamedTuple):
+    """What goes wrong and what must follow from it."""
+
+    event: str
+    feeling: str
+    rescue: str
+    outcome: str
+
+
+MISHAPS = {
+    "lost": Mishap(
+        "Then {name} lost the {thing}.", "sad", "{friend} found the {thing} behind the {landmark}.", "was found"
+    ),
+    "broke": Mishap(
+        "Then the {thing} fell down and broke.", "upset", "{friend} fixed the {thing} with glue.", "was fixed"
+    ),
+    "mud": Mishap("Then the {thing} fell in the mud.", "angry", "{friend} washed the {thing} with soap.", "was clean"),
+    "tree": Mishap(
+        "Then the {thing} got stuck in a tree.", "worried", "{friend} climbed up and took the {thing} down.", "was safe"
+    ),
+    "rain": Mishap(
+        "Then it rained and the {thing} got wet.", "cold", "{friend} dried the {thing} with a towel.", "was dry"
+    ),
+    "dog": Mishap(
+        "Then a dog ran away with the {thing}.",
+        "scared",
+        "{friend} called the dog and got the {thing} back.",
+        "was home",
+    ),
+}
+
+# One list a sentence of the story; its members say the same in other words.
+OPENING = ("Once upon a time there was a {child} named {name}.", "There was once a little {child} named {name}.")
+HAVING = ("{Pronoun} had a {colour} {thing}.",)
+GOING = (
+    "One day {name} took the {thing} to the {place}.",
+    "One morning {pronoun} went to the {place} with the {thing}.",
+)
+FEELING = ("{name} was very {feeling}.", "{Pronoun} felt {feeling}.")
+FRIEND = ("{Pronoun} asked {friend} for help.", "{Possessive} friend {friend} came to help.")
+ENDING = (
+    "Now the {colour} {thing} {outcome} and {name} was happy.",
+    "{name} was happy because the {colour} {thing} {outcome}.",
+)
+THANKS = ("{name} said thank you to {friend}.",)
+CLOSING = ("The end.",)
+
+
+class Slots(NamedTuple):
+    """The choices behind a story."""
+
+    name: str
+    friend: str
+    thing: str
+    colour: str
+    place: str
+    mishap: str
+
+    def words(self) -> dict[str, str]:
+        """Everything the sentences fill in, the consequences included."""
+        girl = self.name in GIRLS
+        mishap = MISHAPS[self.mishap]
+        return self._asdict() | {
+            "child": "girl" if girl else "boy",
+            "pronoun": "she" if girl else "he",
+            "Pronoun": "She" if girl else "He",
+            "Possessive": "Her" if girl else "His",
+            "landmark": LANDMARKS[self.place],
+            "feeling": mishap.feeling,
+            "outcome": mishap.outcome,
+        }
+
+
+def outline(mishap: Mishap) -> tuple[tuple[str, ...], ...]:
+    """The sentences of a story in order, each as its possible wordings."""
+    return (OPENING, HAVING, GOING, (mishap.event,), FEELING, FRIEND, (mishap.rescue,), ENDING, THANKS, CLOSING)
+
+
+def draw_slots(rng: random.Random) -> Slots:
+    """A random consistent set of choices."""
+    name = rng.choice(GIRLS + BOYS)
+    friend = rng.choice([other for other in GIRLS + BOYS if other != name])
+    return Slots(
+        name, friend, rng.choice(THINGS), rng.choice(COLOURS), rng.choice(list(LANDMARKS)), rng.choice(list(MISHAPS))
+    )
+
+
+def tell(slots: Slots, rng: random.Random) -> str:
+    """A story for the choices; the wording is random."""
+    words = slots.words()
+    return " ".join(rng.choice(wordings).format(**words) for wordings in outline(MISHAPS[slots.mishap]))
+
+
+def synthetic_stories(count: int, seed: int) -> Iterator[str]:
+    """`count` stories, the same for the same seed."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield tell(draw_slots(rng), rng)
+
+
+def instruction(slots: Slots) -> str:
+    """The request that a story answers."""
+    return f"Tell a story about {slots.name} with a {slots.thing}."
+
+
+def synthetic_instructions(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """`count` conversations of one turn: the instruction and a story that follows it."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        slots = draw_slots(rng)
+        yield {
+            "messages": [
+                {"role": "user", "content": instruction(slots)},
+                {"role": "assistant", "content": tell(slots, rng)},
+            ]
+        }
+
+
+_CHOICES = {
+    "name": GIRLS + BOYS,
+    "friend": GIRLS + BOYS,
+    "thing": THINGS,
+    "colour": COLOURS,
+    "place": tuple(LANDMARKS),
+    "child": ("girl", "boy"),
+    "pronoun": ("she", "he"),
+    "Pronoun": ("She", "He"),
+    "Possessive": ("Her", "His"),
+    "landmark": tuple(LANDMARKS.values()),
+    "feeling": tuple(mishap.feeling for mishap in MISHAPS.values()),
+    "outcome": tuple(mishap.outcome for mishap in MISHAPS.values()),
+}
+
+
+def _read(sentence: str, wordings: tuple[str, ...]) -> dict[str, str] | None:
+    """The slots that a sentence fills, if it is one of the wordings."""
+    for wording in wordings:
+        pattern = re.escape(wording).replace(r"\{", "{").replace(r"\}", "}")
+        for slot, words in _CHOICES.items():
+            pattern = pattern.replace("{" + slot + "}", f"(?P<{slot}>{'|'.join(words)})")
+        if match := re.fullmatch(pattern, sentence):
+            return match.groupdict()
+    return None
+
+
+def check(story: str, name: str, thing: str) -> list[str]:
+    """What is wrong with a story that should be about `name` with a `thing`; empty when it is accepted.
+
+    Reads the text sentence by sentence, without knowing how it was made: every sentence must be one of the grammar's, in
+    order, and every slot must agree with the request and with the sentences before it.
+    """
+    sentences = re.findall(r"[^.]+\.", story.strip())
+    sentences = [sentence.strip() for sentence in sentences]
+    if story.strip() and not story.strip().endswith("."):
+        return ["the last sentence is not finished"]
+    events = [
+        key
+        for key, mishap in MISHAPS.items()
+        if len(sentences) > 3 and _read(sentences[3], (mishap.event,)) is not None
+    ]
+    if not events:
+        return ["no mishap in the fourth sentence"]
+    expected = Slots(name, "", thing, "", "park", events[0]).words()
+    del expected["friend"], expected["colour"], expected["place"], expected["landmark"]
+    plan = outline(MISHAPS[events[0]])
+    if len(sentences) != len(plan):
+        return [f"{len(sentences)} sentences instead of {len(plan)}"]
+    faults = []
+    for number, (sentence, wordings) in enumerate(zip(sentences, plan, strict=True), start=1):
+        slots = _read(sentence, wordings)
+        if slots is None:
+            faults.append(f"sentence {number} is not one of the story's: {sentence!r}")
+            continue
+        for slot, word in slots.items():
+            if expected.setdefault(slot, word) != word:
+                faults.append(f"sentence {number}: {slot} is '{word}', not '{expected[slot]}'")
+        if "place" in slots:
+            expected["landmark"] = LANDMARKS[slots["place"]]
+        if slots.get("friend") == name:
+            faults.append(f"sentence {number}: {name} cannot be the friend too")
+    return faults
