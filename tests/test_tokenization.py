@@ -185,6 +185,21 @@ def test_an_error_in_a_worker_reaches_the_caller(
         tokenize_data(config, tiny_tokenizer)
 
 
+class Deadly:
+    """A stand-in for a tokenizer that ends the process that receives it, as a lack of memory would."""
+
+    def __reduce__(self) -> tuple[Callable[[int], object], tuple[int]]:
+        return os._exit, (9,)
+
+
+def test_a_dead_worker_is_told(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "SMALL_FILE_BYTES", 0)
+    path = put(make_config(), "train", stories(3))
+    job: Any = chunks.Job(Deadly(), all_tokens=True, seq_len=16)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="a tokenize process died"):
+        list(chunks.encode_file(path, job, workers=2))
+
+
 def test_bad_lines_are_counted_by_line_up_to_the_share(
     make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
