@@ -37,7 +37,9 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
                 inner = f"{module}.{alias.name}".lstrip(".")
                 found.add(inner if inner in ROOMS or not module else module)
         elif isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("hildanext.") for alias in node.names if alias.name.startswith("hildanext.")}
+            found |= {
+                alias.name.removeprefix("hildanext.") for alias in node.names if alias.name.startswith("hildanext.")
+            }
     return found
 
 

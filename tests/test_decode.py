@@ -101,7 +101,15 @@ def make(**changes):
 
 def run(context, prompt, settings):
     return list(
-        decode(context, prompt, settings, mask_token_id=MASK, vocab_size=VOCAB, eos_token_id=EOS, device=torch.device("cpu"))
+        decode(
+            context,
+            prompt,
+            settings,
+            mask_token_id=MASK,
+            vocab_size=VOCAB,
+            eos_token_id=EOS,
+            device=torch.device("cpu"),
+        )
     )
 
 
@@ -115,12 +123,18 @@ def test_a_pass_drafts_the_sure_ones_or_the_most_confident():
 
 
 def test_editing_off_ends_a_block_with_its_last_mask():
-    steps = [e for e in run(Scripted([3], sure=set(range(9))), [], make(max_new_tokens=4, tau_edit=None)) if isinstance(e, Step)]
+    steps = [
+        e
+        for e in run(Scripted([3], sure=set(range(9))), [], make(max_new_tokens=4, tau_edit=None))
+        if isinstance(e, Step)
+    ]
     assert len(steps) == 1
 
 
 def test_the_prompt_shares_its_last_block_and_is_never_edited():
-    events = run(Scripted([3, 4, 5, 6], sure=set(range(20)), start=4), [7, 7, 7, 7, 8], make(tau_edit=0.0, max_new_tokens=7))
+    events = run(
+        Scripted([3, 4, 5, 6], sure=set(range(20)), start=4), [7, 7, 7, 7, 8], make(tau_edit=0.0, max_new_tokens=7)
+    )
     steps = [e for e in events if isinstance(e, Step)]
     assert steps[0].block == 1
     assert steps[0].tokens == [8, 4, 5, 6]
@@ -179,7 +193,9 @@ def test_presets_and_overrides():
     assert (off.tau_mask, off.tau_edit, off.block_size) == (0.9, None, 16)
 
 
-@pytest.mark.parametrize("changes", [{"tau_mask": 1.5}, {"tau_edit": -0.1}, {"block_size": 0}, {"max_new_tokens": 0}, {"temperature": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"tau_mask": 1.5}, {"tau_edit": -0.1}, {"block_size": 0}, {"max_new_tokens": 0}, {"temperature": -1}]
+)
 def test_impossible_settings_name_their_key(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         parse_config({"decode": changes})

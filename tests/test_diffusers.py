@@ -65,7 +65,9 @@ def lm(tiny_tokenizer):
     )
     model = model.double().eval()
     record = {"base_model": "tiny", "tokens_trained": 0}
-    return DiffusionLM(model, tiny_tokenizer, mask_token_id=MASK, block_size=BLOCK, convention="in_place", record=record)
+    return DiffusionLM(
+        model, tiny_tokenizer, mask_token_id=MASK, block_size=BLOCK, convention="in_place", record=record
+    )
 
 
 def ours(lm, prompt, new, tau_mask, tau_edit, post):

@@ -26,7 +26,9 @@ def brute_force(logits, labels, t, masked, wrong, n, weighting, w_m2t, w_t2t, ke
 
 
 @pytest.mark.parametrize("weighting", ["elbo", "uniform"])
-@pytest.mark.parametrize(("w_m2t", "w_t2t", "keep", "cap"), [(1, 1, 1, 0), (1, 0.5, 0, 0), (2, 1, 0.3, 0.7), (1, 0, 1, 0)])
+@pytest.mark.parametrize(
+    ("w_m2t", "w_t2t", "keep", "cap"), [(1, 1, 1, 0), (1, 0.5, 0, 0), (2, 1, 0.3, 0.7), (1, 0, 1, 0)]
+)
 def test_loss_is_the_formula(weighting, w_m2t, w_t2t, keep, cap):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(30, 7, generator=generator) * 2
@@ -64,5 +66,8 @@ def test_splitting_a_batch_changes_nothing_when_the_count_is_global():
     t, masked = torch.full((20,), 0.5), torch.rand(20, generator=generator) < 0.5
     wrong = torch.zeros(20, dtype=torch.bool)
     whole = denoising_loss(logits, labels, t, masked, wrong, 20)[0].total
-    parts = [denoising_loss(logits[i], labels[i], t[i], masked[i], wrong[i], 20)[0].total for i in (slice(0, 7), slice(7, 20))]
+    parts = [
+        denoising_loss(logits[i], labels[i], t[i], masked[i], wrong[i], 20)[0].total
+        for i in (slice(0, 7), slice(7, 20))
+    ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)

@@ -27,7 +27,13 @@ def test_linear_goes_from_one_to_the_row_and_down_to_the_decoding_block():
 
 def test_ladder_holds_every_rung_equally_long():
     wsd = WsdConfig(
-        shape="ladder", warmup_steps=8, stable_steps=2, decay_steps=6, final_block=32, warmup_ladder=[1, 4, 32, 64], decay_ladder=[128, 64, 32]
+        shape="ladder",
+        warmup_steps=8,
+        stable_steps=2,
+        decay_steps=6,
+        final_block=32,
+        warmup_ladder=[1, 4, 32, 64],
+        decay_ladder=[128, 64, 32],
     )
     assert sizes(wsd, 256) == [1, 1, 4, 4, 32, 32, 64, 64, 256, 256, 128, 128, 64, 64, 32, 32]
 

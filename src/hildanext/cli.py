@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--config", metavar="FILE.json", help="configuration file (default: the built-in defaults)")
-    shared.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; repeatable")
+    shared.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; repeatable"
+    )
     shared.add_argument("--model", metavar="NAME", help="short for --set model.base=NAME")
     shared.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
@@ -140,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--force", action="store_true", help="overwrite the file")
     add("prepare-data", _prepare_data, "Read the sources into data/processed, training and held-out documents apart.")
     add("tokenize", _tokenize, "Pack data/processed into rows of tokens in data/tokenized.")
-    convert = add("convert-wsd", _convert_wsd, "Convert an autoregressive model by continued pre-training on the WSD schedule.")
+    convert = add(
+        "convert-wsd", _convert_wsd, "Convert an autoregressive model by continued pre-training on the WSD schedule."
+    )
     tune = add("sft", _sft, "Fine-tune a converted checkpoint on instructions.")
     merge = add("merge-topk", _merge_topk, "Average the best checkpoints of a run, or the given folders.")
     for command, run in ((convert, "convert"), (tune, "sft"), (merge, "convert")):
@@ -150,14 +154,20 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("checkpoints", nargs="*", metavar="FOLDER", help="checkpoint folders (default: the run's best)")
     merge.add_argument("--k", type=int, default=3, help="how many of the run's best (default: 3)")
     merge.add_argument("--out", metavar="FOLDER", help="result (default: RUN/merged)")
-    merge.add_argument("--split", choices=["eval", "sft_eval"], default="eval", help="held-out rows that judge the result")
+    merge.add_argument(
+        "--split", choices=["eval", "sft_eval"], default="eval", help="held-out rows that judge the result"
+    )
     generate = add("generate", _generate, "Complete a prompt with a converted checkpoint.")
     generate.add_argument("prompt", help="the prompt ('-' reads stdin)")
-    generate.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
+    generate.add_argument(
+        "--raw", action="store_true", help="continue the text as it stands, without the chat template"
+    )
     generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising step")
     benchmark = add("benchmark", _benchmark, "Measure a converted checkpoint beside its autoregressive base.")
     benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
-    benchmark.add_argument("--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: %(default)s)")
+    benchmark.add_argument(
+        "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: %(default)s)"
+    )
     add("serve", _serve, "Answer over HTTP: GET /health, POST /generate.")
     add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")
     add("demo", _demo, "The whole way on synthetic stories, offline, in minutes.")
