@@ -142,7 +142,7 @@ def test_real_dolma_with_attributes(shared: Callable[[str], Path]) -> None:
         json.loads(line)
         for path in sorted(root.rglob("*.gz"))
         if "attributes" not in path.parts
-        for line in gzip.open(path)
+        for line in gzip.decompress(path.read_bytes()).splitlines()
     ]
     assert [(doc.id, doc.text) for doc in docs] == [(record["id"], record["text"]) for record in expected]
     assert len(docs) > 20

@@ -69,7 +69,7 @@ class Chunk:
             yield Encoded(self.input_ids[start:end], self.loss_mask[start:end])
 
 
-def spans(path: Path, size: int = CHUNK_BYTES) -> Iterator[Span]:
+def spans(path: Path, size: int) -> Iterator[Span]:
     """Cut a file into spans of whole lines of about `size` bytes (one line at least)."""
     with open(path, "rb") as file:
         start, end = 0, path.stat().st_size
@@ -165,9 +165,9 @@ def encode_file(path: Path, job: Job, workers: int) -> Iterator[Chunk]:
     """
     # A worker takes seconds to start: for a small file this process is done sooner.
     if workers == 1 or path.stat().st_size < SMALL_FILE_BYTES:
-        yield from _in_thread(spans(path), job)
+        yield from _in_thread(spans(path, CHUNK_BYTES), job)
     else:
-        yield from _in_processes(spans(path), job, workers)
+        yield from _in_processes(spans(path, CHUNK_BYTES), job, workers)
 
 
 def _in_thread(todo: Iterator[Span], job: Job) -> Iterator[Chunk]:
@@ -224,7 +224,7 @@ def _in_order(todo: Iterator[Span], pipes: dict[Connection, int]) -> Iterator[Ch
     while True:
         for pipe in sorted(pipes, key=pipes.__getitem__):
             while pipes[pipe] < 2 and asked - yielded < 2 * len(pipes) and (span := next(todo, None)):
-                pipe.send((asked, span))
+                _ask(pipe, asked, span)
                 pipes[pipe] += 1
                 asked += 1
         if yielded == asked:
@@ -232,10 +232,7 @@ def _in_order(todo: Iterator[Span], pipes: dict[Connection, int]) -> Iterator[Ch
         while yielded not in answers:
             ready = wait(list(pipes))
             for pipe in [pipe for pipe in pipes if pipe in ready]:
-                try:
-                    index, answer = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    raise DataError("a tokenize process died; try fewer data.workers (is memory short?)") from None
+                index, answer = _answer(pipe)
                 answers[index] = answer
                 pipes[pipe] -= 1
         answer = answers.pop(yielded)
@@ -243,3 +240,20 @@ def _in_order(todo: Iterator[Span], pipes: dict[Connection, int]) -> Iterator[Ch
             raise answer
         yielded += 1
         yield answer
+
+
+DEAD = "a tokenize process died; try fewer data.workers (is memory short?)"
+
+
+def _ask(pipe: Connection, index: int, span: Span) -> None:
+    try:
+        pipe.send((index, span))
+    except OSError:
+        raise DataError(DEAD) from None
+
+
+def _answer(pipe: Connection) -> tuple[int, Chunk | DataError]:
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        raise DataError(DEAD) from None

@@ -131,15 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--model", metavar="NAME", help="short for --set model.base=NAME")
     shared.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], Result], text: str, *, with_run: str | None = None
-    ) -> argparse.ArgumentParser:
+    def add(name: str, call: Callable[[argparse.Namespace], Result], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=text, description=text)
-        command.set_defaults(call=run)
-        if with_run is not None:
-            command.add_argument(
-                "--run", default=with_run, metavar="NAME", help=f"name of the run's folder (default: {with_run})"
-            )
+        command.set_defaults(call=call)
         return command
 
     init = add("init", _init, "Write a configuration file and its JSON Schema.")
@@ -148,19 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--force", action="store_true", help="overwrite the file")
     add("prepare-data", _prepare_data, "Read the sources into data/processed, training and held-out documents apart.")
     add("tokenize", _tokenize, "Pack data/processed into rows of tokens in data/tokenized.")
-    for name, call, text in (
-        (
-            "convert-wsd",
-            _convert_wsd,
-            "Convert an autoregressive model by continued pre-training on the WSD block schedule.",
-        ),
-        ("sft", _sft, "Fine-tune a converted checkpoint on instructions."),
-    ):
-        command = add(name, call, text, with_run=name.removesuffix("-wsd"))
-        command.add_argument("--resume", action="store_true", help="continue an interrupted run where it was")
-    merge = add(
-        "merge-topk", _merge_topk, "Average the best checkpoints of a run, or the given folders.", with_run="convert"
+    convert = add(
+        "convert-wsd", _convert_wsd, "Convert an autoregressive model by continued pre-training on the WSD schedule."
     )
+    tune = add("sft", _sft, "Fine-tune a converted checkpoint on instructions.")
+    merge = add("merge-topk", _merge_topk, "Average the best checkpoints of a run, or the given folders.")
+    for command, run in ((convert, "convert"), (tune, "sft"), (merge, "convert")):
+        command.add_argument("--run", default=run, metavar="NAME", help=f"name of the run's folder (default: {run})")
+    for command in (convert, tune):
+        command.add_argument("--resume", action="store_true", help="continue an interrupted run where it was")
     merge.add_argument("checkpoints", nargs="*", metavar="FOLDER", help="checkpoint folders (default: the run's best)")
     merge.add_argument("--k", type=int, default=3, help="how many of the run's best (default: 3)")
     merge.add_argument("--out", metavar="FOLDER", help="result (default: RUN/merged)")
@@ -176,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = add("benchmark", _benchmark, "Measure a converted checkpoint beside its autoregressive base.")
     benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
     benchmark.add_argument(
-        "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: runs/benchmark.json)"
+        "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: %(default)s)"
     )
     add("serve", _serve, "Answer over HTTP: GET /health, POST /generate.")
     add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")

@@ -14,7 +14,24 @@ from typing import NamedTuple
 
 GIRLS = ("Lily", "Mia", "Anna", "Sara", "Lucy", "Emma", "Zoe", "Ruby")
 BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Tim", "Jack", "Finn")
-THINGS = tuple("ball kite doll boat drum hat book car bear cup bell robot train spoon ring lamp".split())
+THINGS = (
+    "ball",
+    "kite",
+    "doll",
+    "boat",
+    "drum",
+    "hat",
+    "book",
+    "car",
+    "bear",
+    "cup",
+    "bell",
+    "robot",
+    "train",
+    "spoon",
+    "ring",
+    "lamp",
+)
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange")
 LANDMARKS = {"park": "bench", "beach": "rock", "forest": "log", "garden": "fence", "farm": "barn", "lake": "bridge"}
 
