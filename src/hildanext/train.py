@@ -93,7 +93,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.accelerator = Accelerator(mixed_precision=policy.mixed_precision, cpu=policy.device.type == "cpu")
         if config.train.gradient_checkpointing:
-            lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.model.activation_checkpointing_enable()
         self.optimizer = make_optimizer(lm, config)
         self.forward, self.prepared = self.accelerator.prepare(lm, self.optimizer)
         self.order = RowOrder(len(rows), config.train.seed)
