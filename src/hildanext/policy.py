@@ -48,7 +48,8 @@ def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:
         raise ConfigError(
             f"'model.device': unknown device {device!r}; use 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"
         ) from None
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    has_gpu = torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count()
+    available = {"cpu": True, "cuda": has_gpu, "mps": torch.backends.mps.is_available()}
     if not available.get(target.type, False):
         raise ConfigError(f"'model.device': {device!r} is not available on this machine; use 'auto' or 'cpu'")
     capability = torch.cuda.get_device_capability(target) if target.type == "cuda" else None
