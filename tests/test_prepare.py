@@ -107,8 +107,9 @@ def test_the_split_of_messages_is_that_of_the_question() -> None:
         one = Document("1", "a", messages=[question, {"role": "assistant", "content": "yes"}])
         other = Document("2", "b", messages=[{"role": "system", "content": "s"}, question])
         assert is_held_out(one, 0.5) == is_held_out(other, 0.5)
-    shares = [is_held_out(Document(str(i), "x", input_ids=[1]), 0.1) for i in range(4000)]
+    shares = [is_held_out(Document(str(i), "x", input_ids=[i]), 0.1) for i in range(4000)]
     assert 320 < sum(shares) < 480
+    assert len({is_held_out(Document(str(i), "x", input_ids=[1, 2]), 0.5) for i in range(50)}) == 1
 
 
 def test_synthetic_stories_need_no_files(make_config: MakeConfig) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -46,9 +45,13 @@ def atomic_open(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def workspace(data: Path, name: str) -> Iterator[Path]:
-    """A temporary folder beside the outputs (same file system), removed at the end whatever happens."""
-    data.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=data))
+    """A temporary folder beside the outputs (same file system), removed at the end whatever happens.
+
+    What a killed run left in it is removed first, so leftovers never pile up.
+    """
+    folder = data / f".{name}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
+
 from hildanext import __version__
 from hildanext.config import Config
 from hildanext.documents import Document, Rejects
@@ -27,14 +29,17 @@ def is_held_out(doc: Document, share: float) -> bool:
     """Whether a document belongs to evaluation: a pure function of its text, whatever its source, id or neighbours.
 
     The hash covers the text without case and spacing; for messages the first user message, so that one question never
-    stands on both sides; for token ids the document's id.
+    stands on both sides; for token ids the ids.
     """
-    if doc.messages is not None:
-        asked = (message["content"] for message in doc.messages if message["role"] == "user")
-        key = next(asked, doc.messages[0]["content"])
+    if doc.input_ids is not None:
+        key = np.asarray(doc.input_ids, dtype=np.uint32).tobytes()
     else:
-        key = doc.id if doc.text is None else doc.text
-    digest = hashlib.blake2b(" ".join(key.lower().split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        text = doc.text
+        if doc.messages is not None:
+            asked = (message["content"] for message in doc.messages if message["role"] == "user")
+            text = next(asked, doc.messages[0]["content"])
+        key = " ".join(str(text).lower().split()).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
