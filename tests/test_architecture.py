@@ -106,7 +106,7 @@ def test_the_schedule_and_the_decode_rule_know_no_model():
 
 
 def test_the_server_knows_engines_and_schemas_only():
-    allowed = {"", "__version__", "config", "errors", "engines", "decode", "progress"}
+    allowed = {"", "__version__", "config", "errors", "engines", "decode", "progress", "signals"}
     assert {name.split(".")[0] for name in imports(SOURCE / "server.py")} <= allowed
 
 

@@ -20,7 +20,7 @@ import torch
 from hildanext.chat import encode_prompt
 from hildanext.config import Config, EngineName
 from hildanext.decode import Finished, Settings, check_request, resolve
-from hildanext.engines import Completion, Event, Request, Stats, last_completion
+from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.errors import ModelError
 from hildanext.model import load_tokenizer, read_config_dict
 

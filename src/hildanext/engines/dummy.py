@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hildanext.config import Config, EngineName
 from hildanext.decode import Finished, Settings, check_request, resolve
-from hildanext.engines import Completion, Event, Request, Stats, last_completion
+from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 
 NOTICE = "[dummy engine, no model ran] "
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from hildanext.chat import encode_prompt
 from hildanext.config import Config, EngineName
 from hildanext.decode import Finished, Settings, Step, check_request, decode, resolve
-from hildanext.engines import Completion, Event, Request, Stats, last_completion
+from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.masks import additive, block_causal_mask
 from hildanext.model import DiffusionLM, load_diffusion_lm, read_record
 

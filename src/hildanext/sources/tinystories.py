@@ -22,13 +22,13 @@ def find(path: str) -> list[Path]:
 
 
 def _download() -> str:
-    import httpx
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return snapshot_download(HUB, repo_type="dataset", allow_patterns="data/train-*.parquet")
-    except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
+    except (OSError, HfHubHTTPError, httpx2.HTTPError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
             f"cannot download {HUB} ({reason}); go online, or give a local file as data.sources path"
