@@ -19,6 +19,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     if not prompt or not any(message.get("content") for message in prompt):
         raise UsageError("the prompt is empty; give a message with some text")
     if tokenizer.chat_template is None:
-        raise UsageError("this model's tokenizer has no chat template; give a plain prompt instead of messages")
+        raise UsageError("this model's tokenizer has no chat template; give a plain prompt (generate: --raw)")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

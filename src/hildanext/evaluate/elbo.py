@@ -43,8 +43,8 @@ def elbo(
 ) -> Likelihood:
     """Upper bound on the negative log-likelihood of the first `n_rows` rows, blocks of `block_size` in order.
 
-    `samples` independent draws give the mean and its Monte Carlo standard error. Documents' first tokens do not count
-    under the `shifted` convention, as in `ar_likelihood`.
+    `samples` independent draws give the mean and its Monte Carlo standard error. Documents' first tokens are given and
+    do not count, under either convention, as in `ar_likelihood`.
     """
     totals = torch.zeros(samples, dtype=torch.float64)
     tokens = 0
@@ -53,7 +53,8 @@ def elbo(
     for start in range(0, n_rows, batch_rows):
         indices = list(range(start, min(start + batch_rows, n_rows)))
         batch = make_batch(lm, indices, rows.batch(indices))
-        tokens += int(batch.allowed.sum())
+        counted = batch.allowed & (batch.position_ids > 0)
+        tokens += int(counted.sum())
         docs, blocks, allowed = (
             batch.doc_ids.cpu(),
             block_ids(batch.position_ids, block_size).cpu(),
