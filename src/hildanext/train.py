@@ -120,21 +120,19 @@ class Trainer:
         n_passes = len(firsts) + (recipe.turns - 1)
         for number, one in enumerate(firsts):
             noise = embedding_noise(self.lm, batch, one, config.noise.embed_std * decayed, seed)
-            loss, counts, predicted = self.one_pass(batch, one, block_size, n_tokens * n_passes, noise)
+            loss, counts, drafts = self.one_pass(batch, one, block_size, n_tokens * n_passes, noise, recipe.turns == 2)
             yield loss, counts, number
-            if number == 0 and recipe.turns == 2:
-                second = drafted_pass(batch, one, predicted, config.noise.draft_share, seed)
-                loss, counts, _ = self.one_pass(batch, second, block_size, n_tokens * n_passes, None)
+            if number == 0 and drafts is not None:
+                second = drafted_pass(batch, one, drafts, config.noise.draft_share, seed)
+                loss, counts, _ = self.one_pass(batch, second, block_size, n_tokens * n_passes, None, False)
                 yield loss, counts, 1
 
     def one_pass(
-        self, batch: Batch, one: Pass, block_size: int, n_tokens: int, noise: Tensor | None
-    ) -> tuple[Loss, Counts, Tensor]:
-        """Forward and loss; also the predicted ids [B, L] at the supervised positions (clean ids elsewhere)."""
-        loss_config = self.config.loss
-        wanted = one.masked | one.wrong
-        if loss_config.w_t2t > 0 and loss_config.keep > 0:
-            wanted = batch.allowed
+        self, batch: Batch, one: Pass, block_size: int, n_tokens: int, noise: Tensor | None, drafting: bool
+    ) -> tuple[Loss, Counts, Tensor | None]:
+        """Forward and loss; when drafting also the predicted ids [B, L] at supervised positions, clean ids elsewhere."""
+        config = self.config.loss
+        wanted = batch.allowed if config.w_t2t > 0 and config.keep > 0 else one.masked | one.wrong
         logits = self.forward(
             one.noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, wanted, block_size, noise
         )
@@ -145,17 +143,19 @@ class Trainer:
             one.masked[wanted],
             one.wrong[wanted],
             n_tokens,
-            weighting=loss_config.weighting,
-            w_m2t=loss_config.w_m2t,
-            w_t2t=loss_config.w_t2t,
-            keep=loss_config.keep,
+            weighting=config.weighting,
+            w_m2t=config.w_m2t,
+            w_t2t=config.w_t2t,
+            keep=config.keep,
             cap_weight=self.job.recipe.cap_weight,
         )
-        choice = logits.detach()
-        choice[:, self.lm.mask_token_id] = -torch.inf  # a draft is never the mask token
-        predicted = batch.input_ids.clone()
-        predicted[wanted] = choice.argmax(-1)
-        return loss, counts, predicted
+        if not drafting:
+            return loss, counts, None
+        # A draft is never the mask token: where it wins, the second best is taken.
+        best = logits.detach().topk(2, dim=-1).indices
+        drafts = batch.input_ids.clone()
+        drafts[wanted] = torch.where(best[:, 0] == self.lm.mask_token_id, best[:, 1], best[:, 0])
+        return loss, counts, drafts
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Raises NonFiniteLossError naming step and rows."""
