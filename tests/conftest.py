@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hildanext.config import Config, parse_config
+
+# Models in the tests are tiny: a second thread only waits for the first.
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 

@@ -55,11 +55,8 @@ def elbo(
         batch = make_batch(lm, indices, rows.batch(indices))
         counted = batch.allowed & (batch.position_ids > 0)
         tokens += int(counted.sum())
-        docs, blocks, allowed = (
-            batch.doc_ids.cpu(),
-            block_ids(batch.position_ids, block_size).cpu(),
-            batch.allowed.cpu(),
-        )
+        docs, blocks = batch.doc_ids.cpu(), block_ids(batch.position_ids, block_size).cpu()
+        allowed = counted.cpu()
         for k in range(samples):
             drawn = [
                 mask_exactly(docs[i], blocks[i], allowed[i], sample_generator(seed, index * samples + k, "elbo"))
