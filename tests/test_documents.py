@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from conftest import make_tokenizer
+from hildanext.chat import encode_prompt
 from hildanext.documents import (
     Document,
     Encoded,
@@ -167,3 +169,20 @@ def test_fill_reaches_whole_blocks_but_not_past_the_row(n: int, block: int, limi
 
 def test_parse_keeps_ids_of_any_type() -> None:
     assert parse_document(json.dumps({"id": 5, "text": "a"}).encode()).id == "5"
+
+
+def test_a_text_begins_as_its_tokenizer_begins_it():
+    """Llama's and Gemma's tokenizers put a begin-of-text token first; models trained so are lost without it."""
+    tokenizer = make_tokenizer(bos_token="<|endoftext|>")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    assert encode_document(Document("1", "a", text="the cat"), tokenizer).input_ids.tolist() == [*plain, eos]
+    assert encode_prompt(tokenizer, "the cat") == plain
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    encoded = encode_document(Document("1", "a", text="the cat"), tokenizer)
+    assert encoded.input_ids.tolist() == [*tokenizer("the cat")["input_ids"], eos]
+    assert encoded.input_ids[0] == bos
+    assert encoded.loss_mask.tolist() == [False] + [True] * (len(plain) + 1)  # given, never noised
+    assert encode_prompt(tokenizer, "the cat") == [bos, *plain]

@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.ar import Likelihood, ar_complete, ar_likelihood
+from hildanext.chat import encode_prompt
 from hildanext.config import Config
 from hildanext.convert import open_rows
 from hildanext.decode import resolve
-from hildanext.documents import read_documents
+from hildanext.documents import encode_document, read_documents
 from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import DataError, UsageError
@@ -53,15 +54,9 @@ def _text_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[li
         raise DataError(f"{path}: no held-out documents; run 'hildanext prepare-data' first")
     prompts = []
     for document in read_documents(path):
-        if document.text is not None:
-            text = document.text
-        elif document.messages is not None:
-            text = str(tokenizer.apply_chat_template(document.messages, tokenize=False))
-        else:
-            continue
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_document(document, tokenizer, all_tokens=True).input_ids[:-1].tolist()
         if len(ids) > PROMPT_TOKENS:
-            prompts.append(list(ids[:PROMPT_TOKENS]))
+            prompts.append(ids[:PROMPT_TOKENS])
         if len(prompts) == N_PROMPTS:
             break
     if not prompts:
@@ -72,7 +67,7 @@ def _text_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[li
 def _code_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     path = Path(config.paths.data) / "processed" / "humaneval_dummy.jsonl"
     problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return [(p["prompt"], list(tokenizer(p["prompt"], add_special_tokens=False)["input_ids"])) for p in problems]
+    return [(p["prompt"], encode_prompt(tokenizer, p["prompt"])) for p in problems]
 
 
 @torch.no_grad()

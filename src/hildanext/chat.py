@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from hildanext.documents import leading_ids
 from hildanext.errors import UsageError
 
 
@@ -15,7 +16,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     if isinstance(prompt, str):
         if not prompt:
             raise UsageError("the prompt is empty; give some text")
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return leading_ids(tokenizer) + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not prompt or not any(message.get("content") for message in prompt):
         raise UsageError("the prompt is empty; give a message with some text")
     if tokenizer.chat_template is None:

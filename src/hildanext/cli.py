@@ -17,6 +17,7 @@ from hildanext import __version__
 from hildanext.errors import HildaError, UsageError
 
 Result = dict[str, Any]
+LESS_MEMORY = "Lower train.micro_batch or data.seq_len, or set train.gradient_checkpointing (training); shorten the prompt (decoding)."
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -198,6 +199,13 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"hildanext {args.command}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported for this
+            raise
+        print(
+            f"hildanext {args.command}: out of GPU memory: {str(error).splitlines()[0]} {LESS_MEMORY}", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print(f"hildanext {args.command}: interrupted", file=sys.stderr)

@@ -45,13 +45,11 @@ def _open_run(
     config: Config, name: str, command: str, resume: bool
 ) -> tuple[RunFolder, DiffusionLM, Policy, dict[str, Any] | None]:
     """Run folder, model (the newest whole checkpoint when resuming) and its saved state."""
-    if not resume:
-        lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed)
-        return RunFolder.create(config, name, command, resume=False), lm, policy, None
-    run = RunFolder.create(config, name, command, resume=True)
-    found = newest_good(run.checkpoints)
+    run = RunFolder.open(config, name, command, resume)
+    found = newest_good(run.checkpoints) if resume else None
     if found is None:
-        say(f"{run.path}: no checkpoint yet; starting over")
+        if resume:
+            say(f"{run.path}: no checkpoint yet; starting over")
         lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed)
         return run, lm, policy, None
     path, saved, problems = found
@@ -78,6 +76,8 @@ def _train(
         f"{job.title}: {lm.name} on {policy.device}, {policy.compute} ({policy.reason}), convention {lm.convention}, {len(rows)} rows"
     )
     trainer = Trainer(config, lm, policy, job, rows, eval_rows, run)
+    if saved is None:
+        run.begin(config, job.title)
     state = State() if saved is None else trainer.restore(run.checkpoints / f"step-{saved['step']}", saved)
     return train(trainer, state)
 

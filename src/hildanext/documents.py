@@ -180,6 +180,12 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer itself puts before a text: Llama's and Gemma's begin-of-text token; most newer ones none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
 def encode_document(doc: Document, tokenizer: PreTrainedTokenizerBase, all_tokens: bool = False) -> Encoded:
     """`input_ids` [n] int32 and `loss_mask` [n] bool of one document; see `encode_documents`. Raises DataError."""
     (result,) = encode_documents([doc], tokenizer, all_tokens)
@@ -194,15 +200,15 @@ def encode_documents(
     """Tokens of each document, in order; a document that cannot be encoded gives a DataError with the reason instead.
 
     Text is encoded as text, whatever it looks like (a literal '<|endoftext|>' inside it is no special token), and gets
-    one end-of-text token at its end. Token ids are taken as they are and must lie below the tokenizer's length.
+    the tokenizer's begin-of-text token, if it writes one, and one end-of-text token at its end. Token ids are taken as they are and must lie below the tokenizer's length.
     Messages are rendered with the chat template; their loss mask covers the assistant's turns, or every token with
     `all_tokens`. The mask token is allowed in none of them. Raises DataError for an unfit tokenizer.
     """
-    eos = eos_id(tokenizer)
+    eos, leading = eos_id(tokenizer), leading_ids(tokenizer)
     results: list[Encoded | DataError] = [DataError("empty document")] * len(docs)
     for index, ids in _encode_texts(docs, tokenizer):
         if ids:
-            results[index] = _all_supervised([*ids, eos])
+            results[index] = _all_supervised([*leading, *ids, eos], len(leading))
     for index, doc in enumerate(docs):
         if doc.input_ids is not None:
             results[index] = _checked_ids(doc.input_ids, len(tokenizer))
@@ -234,9 +240,10 @@ def _encode_texts(docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase) 
         yield index, encoding.ids
 
 
-def _all_supervised(ids: list[int]) -> Encoded:
+def _all_supervised(ids: list[int], n_given: int = 0) -> Encoded:
+    """All tokens but the first `n_given`, which no model has to predict."""
     array = np.array(ids, dtype=np.int32)
-    return Encoded(array, np.ones(len(array), dtype=bool))
+    return Encoded(array, np.arange(len(array)) >= n_given)
 
 
 def _checked_ids(ids: list[int], vocabulary: int) -> Encoded | DataError:

@@ -62,14 +62,13 @@ class RunFolder:
         self.record = path / "config.json"
 
     @classmethod
-    def create(cls, config: Config, name: str, command: str, resume: bool) -> RunFolder:
-        """Open `runs/NAME` for a new run or a resumed one.
+    def open(cls, config: Config, name: str, command: str, resume: bool) -> RunFolder:
+        """`runs/NAME` for a new run or a resumed one; writes nothing, so that what is refused later leaves no run behind.
 
         Raises UsageError when a run of that name exists and resume is not asked for, when there is none to resume, or
         when the configuration differs from the run's in a key that changes the numbers (the keys are named).
         """
         run = cls(Path(config.paths.runs) / name)
-        resolved = config.model_dump(mode="json")
         if resume:
             if not run.record.is_file():
                 raise UsageError(f"--resume: no run in {run.path}; start it without --resume")
@@ -77,7 +76,7 @@ class RunFolder:
             if old["command"] != command:
                 raise UsageError(f"--resume: {run.path} is a '{old['command']}' run, not '{command}'")
             relevant = {key: value for key, value in old["config"].items() if key not in ("decode", "engine", "server")}
-            if changed := _differences(relevant, resolved):
+            if changed := _differences(relevant, config.model_dump(mode="json")):
                 raise UsageError(
                     f"--resume: the configuration differs from the run's in {', '.join(changed)}; restore it"
                 )
@@ -86,16 +85,13 @@ class RunFolder:
             raise UsageError(
                 f"{run.path} already holds a run; continue it with --resume or choose another name with --run"
             )
-        record = {
-            "command": command,
-            "seed": config.train.seed,
-            "config": resolved,
-            "versions": versions(),
-            "git": git_revision(),
-        }
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(run.record, record)
         return run
+
+    def begin(self, config: Config, command: str) -> None:
+        """Write what the run is made of: command, seed, resolved configuration, versions, git revision."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        record = {"command": command, "seed": config.train.seed, "config": config.model_dump(mode="json")}
+        write_json(self.record, record | {"versions": versions(), "git": git_revision()})
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; a half-written last line (a killed run) is left out."""

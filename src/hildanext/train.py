@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from hildanext.checkpoint import load_tensors, optimizer_tensors, prune, restore_optimizer, save_checkpoint
@@ -91,6 +92,7 @@ class Trainer:
     ):
         self.config, self.lm, self.job, self.rows, self.eval_rows, self.run = config, lm, job, rows, eval_rows, run
         torch.manual_seed(config.train.seed)
+        AcceleratorState._reset_state()  # accelerate keeps one precision a process; this training may use another
         self.accelerator = Accelerator(mixed_precision=policy.mixed_precision, cpu=policy.device.type == "cpu")
         if config.train.gradient_checkpointing:
             lm.model.activation_checkpointing_enable()
