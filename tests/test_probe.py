@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from conftest import make_tokenizer
 from hildanext.config import ModelConfig, NoiseConfig
 from hildanext.errors import ModelError
 from hildanext.model import DiffusionLM, load_diffusion_lm, save_diffusion_lm

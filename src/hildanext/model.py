@@ -200,7 +200,10 @@ def read_config_dict(config: ModelConfig) -> dict[str, Any]:
     place, gguf = locate(config.base)
     if gguf is not None:
         return {}
-    return _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
+    stored = _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
+    if not isinstance(stored, dict):
+        raise ModelError(f"model '{config.base}': its config.json is not a JSON object")
+    return stored
 
 
 def read_record(config: ModelConfig) -> dict[str, Any] | None:
