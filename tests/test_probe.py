@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from conftest import make_tokenizer
-from hildanext.config import ModelConfig, NoiseConfig
-from hildanext.errors import ModelError
+from hildanext.config import ModelConfig, NoiseConfig, parse_config
+from hildanext.engines.protocol import Request
+from hildanext.engines.transformers import TransformersEngine
+from hildanext.errors import ModelError, UsageError
 from hildanext.model import DiffusionLM, load_diffusion_lm, save_diffusion_lm
 from hildanext.objective import denoising_loss
 from hildanext.packing import position_ids
@@ -193,7 +195,7 @@ def test_the_probe_leaves_no_trace() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("wrong", ["mask", "position_ids", "embeddings"])
+@pytest.mark.parametrize("wrong", ["mask", "causality", "position_ids", "embeddings"])
 def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """The same Llama with one thing broken at a time."""
     model = tiny("llama")
@@ -202,6 +204,8 @@ def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) 
     def broken(**inputs: Any) -> Any:
         if wrong == "mask":
             inputs.pop("attention_mask")
+        elif wrong == "causality":
+            inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
         elif wrong == "position_ids":
             inputs.pop("position_ids")
         elif inputs.get("input_ids") is None:
@@ -209,7 +213,12 @@ def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) 
         return forward(**inputs)
 
     monkeypatch.setattr(model.model, "forward", broken)
-    reason = {"mask": "bidirectional 4-D", "position_ids": "ignores position_ids", "embeddings": "before them"}
+    reason = {
+        "mask": "ignores a bidirectional 4-D",
+        "causality": "lets tokens see what a causal 4-D attention mask forbids",
+        "position_ids": "ignores position_ids",
+        "embeddings": "more than an embedding before them",
+    }
     with pytest.raises(ModelError, match=f"LlamaForCausalLM .*{reason[wrong]}"):
         probe(model)
 
@@ -230,3 +239,13 @@ def test_a_row_longer_than_the_model_can_see(model_type: str, sizes: Any, longes
     check_length(model, longest, "data.seq_len")
     with pytest.raises(ModelError, match=f"^data.seq_len needs {longest + 1} positions but .*{reason}"):
         check_length(model, longest + 1, "data.seq_len")
+
+
+def test_a_prompt_longer_than_the_model_has_positions(tmp_path: Path) -> None:
+    lm = load(save(tiny("gpt2", **GPT_SIZES), tmp_path))
+    lm.block_size = 8
+    engine = TransformersEngine(parse_config({"engine": {"order": ["transformers"]}}), {}, lm)
+    settings = engine.settings(parse_config({"decode": {"max_new_tokens": 8}}))
+    engine.generate(Request([5] * 56, settings))
+    with pytest.raises(UsageError, match="exceed the model's context of 64"):
+        engine.generate(Request([5] * 57, settings))
