@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,10 @@ def _load(what: str, loader: Callable[[], Any]) -> Any:
         return loader()
     except SafetensorError as error:
         raise ModelError(f"model '{what}': damaged safetensors file: {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, ImportError),
+        *(AttributeError, TypeError, struct.error),  # a config.json that is no object; a GGUF header cut short
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model '{what}' cannot be loaded: {reason}") from error
 
@@ -196,7 +200,10 @@ def read_config_dict(config: ModelConfig) -> dict[str, Any]:
     place, gguf = locate(config.base)
     if gguf is not None:
         return {}
-    return _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
+    stored = _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
+    if not isinstance(stored, dict):
+        raise ModelError(f"model '{config.base}': its config.json is not a JSON object")
+    return stored
 
 
 def read_record(config: ModelConfig) -> dict[str, Any] | None:
@@ -214,7 +221,7 @@ def load_causal_lm(
     unpack = (
         {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf} if gguf else {"use_safetensors": True}
     )
-    model = _load(
+    model, report = _load(
         config.base,
         lambda: AutoModelForCausalLM.from_pretrained(
             place,
@@ -222,9 +229,18 @@ def load_causal_lm(
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **unpack,
         ),
     )
+    # transformers fills what the file lacks with random numbers and goes on; that is another model.
+    random = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if random:
+        raise ModelError(
+            f"model '{config.base}' does not hold the weights of {type(model).__name__}: '{random[0]}' and "
+            f"{len(random) - 1} more are missing or of another shape; get its files again"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model '{config.base}': its tokenizer has no end-of-text token")
     return model.to(policy.device), tokenizer
@@ -312,6 +328,7 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, state_dict: dict[str, Tenso
     path = folder / "config.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     rope = stored.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of layer
     if "rope_theta" in rope:
         # transformers 5 writes rope_parameters only; other readers would fall back to 10,000.
         stored["rope_theta"] = rope["rope_theta"]

@@ -18,17 +18,25 @@ def body(model: PreTrainedModel, **inputs: object) -> Tensor:
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest row the model has positions for, under whatever name its config keeps it (GPT-2: `n_positions`)."""
+    config = model.config.get_text_config()
+    return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
+
+
 def check_length(model: PreTrainedModel, length: int, what: str) -> None:
     """Raise ModelError when rows of `length` tokens do not fit the model's positions or sliding window."""
     config = model.config.get_text_config()
-    limit = config.to_dict().get("max_position_embeddings")
+    limit = max_positions(model)
     if limit is not None and length > limit:
         raise ModelError(
             f"{what} needs {length} positions but {model.config.model_type} has {limit}; use a shorter one"
         )
     layers = config.to_dict().get("layer_types") or []
     window = config.to_dict().get("sliding_window")
-    if window is not None and "sliding_attention" in layers and length > window:
+    # Without `layer_types` (Mistral) every layer slides.
+    slides = "sliding_attention" in layers or not layers
+    if window is not None and slides and length > window:
         raise ModelError(
             f"{what} needs {length} positions but {model.config.model_type} has a sliding window of {window}, which a "
             "4-D mask switches off; use a shorter one"
@@ -53,7 +61,7 @@ def probe(model: PreTrainedModel) -> None:
 
     Checks that (1) a later token changes an earlier logit under a bidirectional mask and (2) does not under a causal
     one, (3) `position_ids` are used, (4) a document packed behind another gives the logits it gives alone, and
-    (5) the head is one projection of the hidden states.
+    (5) the head is one projection of the hidden states, which need no ids beside the input embeddings.
     """
     name = type(model).__name__
     was_training = model.training
@@ -91,11 +99,14 @@ def probe(model: PreTrainedModel) -> None:
             raise ModelError(
                 f"{name} gives a packed document other logits than alone; document masks do not hold on it"
             )
-        hidden = body(model, input_ids=ids, attention_mask=additive(full, dtype), position_ids=positions)
+        # From embeddings, as in training: per-layer inputs looked up by id (Gemma 3n) would be missed.
+        embeds = model.get_input_embeddings()(ids)
+        hidden = body(model, inputs_embeds=embeds, attention_mask=additive(full, dtype), position_ids=positions)
         head = model.get_output_embeddings()
         if head is None or _difference(both_ways, head(hidden).float()) > tolerance:
             raise ModelError(
-                f"{name} does more than one projection after its last hidden state; its logits cannot be restricted to positions"
+                f"{name} does more than one projection between its hidden states and logits, or more than an embedding "
+                "before them; logits cannot be restricted to positions"
             )
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

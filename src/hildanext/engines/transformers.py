@@ -15,6 +15,7 @@ from hildanext.decode import Finished, Settings, Step, check_request, decode, re
 from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.masks import additive, block_causal_mask
 from hildanext.model import DiffusionLM, load_diffusion_lm, read_record
+from hildanext.probe import max_positions
 
 
 class CachedContext:
@@ -111,8 +112,7 @@ class TransformersEngine:
     def stream(self, request: Request) -> Iterator[Event]:
         """Steps, finished blocks, then the Completion. Raises UsageError for a prompt that is empty or does not fit."""
         lm, settings = self.lm, request.settings
-        limit = lm.model.config.get_text_config().to_dict().get("max_position_embeddings")
-        check_request(request.prompt_ids, settings, limit)
+        check_request(request.prompt_ids, settings, max_positions(lm.model))
         began = time.perf_counter()
         with torch.inference_mode():
             context = CachedContext(lm, request.prompt_ids, settings.block_size)

