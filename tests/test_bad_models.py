@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
@@ -80,10 +81,20 @@ def larger() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def swapped() -> PreTrainedTokenizerFast:
+    """Ours with two words in each other's place: nothing but the words tells."""
+    tokenizer = make_tokenizer(mask_token="<|mask|>")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = parts["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     "other",
-    [make_tokenizer, lambda: make_tokenizer(mask_token="<|pad|>"), larger],
-    ids=["no mask token", "another mask token", "more tokens than rows"],
+    [make_tokenizer, lambda: make_tokenizer(mask_token="<|pad|>"), larger, swapped],
+    ids=["no mask token", "another mask token", "more tokens than rows", "other words"],
 )
 def test_another_tokenizer(checkpoint: Path, other: Callable[[], PreTrainedTokenizerFast]) -> None:
     other().save_pretrained(checkpoint)

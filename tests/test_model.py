@@ -29,6 +29,7 @@ from transformers import (
 from conftest import make_tokenizer
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
+from hildanext.documents import fingerprint
 from hildanext.engines.transformers import CachedContext
 from hildanext.model import (
     DiffusionLM,
@@ -329,6 +330,7 @@ def test_config_json(base: Path, checkpoint: Path) -> None:
     stored = json.loads((checkpoint / "config.json").read_text())
     assert (stored["block_size"], stored["mask_token_id"]) == (8, 300)
     expected = {"version": __version__, "convention": "in_place", "base_model": str(base), "tokens_trained": 12345}
+    expected |= {"tokenizer": fingerprint(make_tokenizer())}
     assert stored["hilda"] == expected
     assert read_record(ModelConfig(base=str(checkpoint))) == expected
     assert read_record(ModelConfig(base=str(base))) is None

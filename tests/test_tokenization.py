@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from conftest import make_tokenizer
 from hildanext import chunks
 from hildanext.config import Config
-from hildanext.documents import Document, encode_document, read_documents
+from hildanext.documents import Document, encode_document, fingerprint, read_documents
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of
 from hildanext.packing import pack
 from hildanext.prepare import SPLITS, prepare_data
 from hildanext.rows import Rows
-from hildanext.tokenization import fingerprint, tokenize_data
+from hildanext.tokenization import tokenize_data
 
 MakeConfig = Callable[..., Config]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hildanext.checkpoint import newest_good
 from hildanext.config import Config
+from hildanext.documents import fingerprint
 from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.denoising import evaluate_denoising
 from hildanext.model import DiffusionLM, load_diffusion_lm
@@ -17,7 +18,6 @@ from hildanext.progress import say
 from hildanext.rows import Rows
 from hildanext.runs import RunFolder
 from hildanext.schedule import sft_point, total_steps, wsd_point
-from hildanext.tokenization import fingerprint
 from hildanext.train import Job, State, Trainer, train
 
 

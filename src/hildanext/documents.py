@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -178,6 +179,23 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer '{tokenizer.name_or_path}' has no end-of-text token; set its eos_token")
     return int(tokenizer.eos_token_id)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of what turns ordinary text into ids: normalizer, pre-tokenizer, model, end-of-text and padding ids.
+
+    Added tokens stay out, so that a tokenizer that gained a mask token is still the one that wrote the rows. A missing
+    padding token counts as the end-of-text token, which stands in for it.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: parts[key] for key in ("normalizer", "pre_tokenizer", "model")}
+    kept["ids"] = [eos_id(tokenizer), pad_id(tokenizer)]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows: the padding token, or the end-of-text token where there is none."""
+    return eos_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -25,6 +25,7 @@ from transformers import (
 
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
+from hildanext.documents import fingerprint
 from hildanext.errors import ModelError, UsageError
 from hildanext.files import write_json
 from hildanext.masks import additive, document_mask, training_mask
@@ -298,7 +299,8 @@ def load_diffusion_lm(config: ModelConfig, *, training: bool = False, seed: int 
         record = {"base_model": config.base, "convention": config.convention or "shifted", "tokens_trained": 0}
         return _assemble(model, tokenizer, mask_token_id, None, record), policy
     stored = model.config
-    if tokenizer.mask_token_id != stored.mask_token_id or len(tokenizer) > n_embeddings(model):
+    same = tokenizer.mask_token_id == stored.mask_token_id and fingerprint(tokenizer) == record["tokenizer"]
+    if not same or len(tokenizer) > n_embeddings(model):
         raise ModelError(
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "
             f"the one it was trained with (mask token {stored.mask_token_id}); restore the tokenizer files"
@@ -322,7 +324,12 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, state_dict: dict[str, Tenso
     config = lm.model.config
     config.block_size = lm.block_size
     config.mask_token_id = lm.mask_token_id
-    config.hilda = {"version": __version__, **lm.record, "convention": lm.convention}
+    config.hilda = {
+        **lm.record,
+        "version": __version__,
+        "convention": lm.convention,
+        "tokenizer": fingerprint(lm.tokenizer),
+    }
     lm.model.save_pretrained(folder, state_dict=state_dict, safe_serialization=True)
     lm.tokenizer.save_pretrained(folder)
     path = folder / "config.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Generator
 from contextlib import closing
@@ -15,7 +14,7 @@ import numpy as np
 from hildanext import __version__
 from hildanext.chunks import Job, encode_file
 from hildanext.config import Config
-from hildanext.documents import Encoded, Rejects, eos_id
+from hildanext.documents import Encoded, Rejects, fingerprint, pad_id
 from hildanext.errors import DataError, UsageError
 from hildanext.files import atomic_open, replace_together, sha256_of, workspace, write_json
 from hildanext.packing import Row, pack
@@ -25,23 +24,6 @@ from hildanext.rows import RowWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what turns ordinary text into ids: normalizer, pre-tokenizer, model, end-of-text and padding ids.
-
-    Added tokens stay out, so that a tokenizer that gained a mask token is still the one that wrote the rows. A missing
-    padding token counts as the end-of-text token, which stands in for it.
-    """
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {key: parts[key] for key in ("normalizer", "pre_tokenizer", "model")}
-    kept["ids"] = [eos_id(tokenizer), pad_id(tokenizer)]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows: the padding token, or the end-of-text token where there is none."""
-    return eos_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def tokenize_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +45,7 @@ def elbo(
 ) -> Likelihood:
     """Upper bound on the negative log-likelihood of the first `n_rows` rows, blocks of `block_size` in order.
 
-    `samples` independent draws give the mean and its Monte Carlo standard error. Documents' first tokens are given and
+    `samples` independent draws give the mean and its Monte Carlo standard error (nan for one draw). Documents' first tokens are given and
     do not count, under either convention, as in `ar_likelihood`.
     """
     totals = torch.zeros(samples, dtype=torch.float64)
@@ -65,8 +67,9 @@ def elbo(
             masked, weight = (torch.stack(part).to(lm.device) for part in zip(*drawn, strict=True))
             noisy_ids = batch.input_ids.masked_fill(masked, lm.mask_token_id)
             logits = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, masked, block_size).float()
-            logits[:, lm.mask_token_id] = -torch.inf  # decoding never predicts it
+            logits[:, lm.mask_token_id] = -torch.inf  # decoding predicts neither it
+            logits[:, lm.vocab_size :] = -torch.inf  # nor the padding rows of the vocabulary
             ce = F.cross_entropy(logits, batch.input_ids[masked], reduction="none")
             totals[k] += (ce * weight[masked]).double().sum().item()
-    spread = totals.std().item() / samples**0.5 if samples > 1 else 0.0
+    spread = totals.std().item() / samples**0.5 if samples > 1 else math.nan
     return Likelihood(totals.mean().item(), tokens, spread)
