@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from hildanext.config import Config, parse_config
 
+from training import write_base
+
 # Models in the tests are tiny: a second thread only waits for the first.
 torch.set_num_threads(1)
 
@@ -55,6 +57,14 @@ def make_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer with a chat template; its end of text is the end of a turn."""
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama to train, see training.py."""
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

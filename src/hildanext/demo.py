@@ -36,7 +36,7 @@ from hildanext.tokenization import tokenize_data
 
 READY = Path(__file__).parent / "configs" / "demo.json"
 N_INSTRUCTIONS = 6000
-AR_STEPS, AR_ROWS, AR_LR = 2000, 6, 4e-3
+AR_STEPS, AR_ROWS, AR_LR = 2000, 6, 6e-3
 HIDDEN, LAYERS = 128, 3
 N_PROMPTS, N_ELBO_ROWS = 100, 40
 WANT_QUALITY, WANT_TPF = 0.9, 2.5
@@ -54,6 +54,16 @@ class Told(NamedTuple):
 
 def _with_base(config: Config, base: Path | str) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"base": str(base), "convention": None})})
+
+
+def _inside(config: Config, folder: Path) -> Config:
+    """The configuration with everything that the demo makes for itself in its own folder."""
+    paths = config.paths.model_copy(update={"data": str(folder / "data")})
+    instructions = {"path": str(folder / "instructions.jsonl")}
+    sources = [one.model_copy(update=instructions) if one.kind == "instruct" else one for one in config.data.sources]
+    data = config.data.model_copy(update={"sources": sources})
+    model = config.model.model_copy(update={"base": str(folder / "base")})
+    return config.model_copy(update={"paths": paths, "data": data, "model": model})
 
 
 def make_base(config: Config, folder: Path) -> PreTrainedModel:
@@ -161,7 +171,7 @@ def measure(config: Config, base: PreTrainedModel, lm: DiffusionLM) -> tuple[dic
 def verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The three promises of the demo with the measured numbers."""
     ar, q, s, plain = (report[name] for name in ("ar", "q_mode", "s_mode", "s_mode_no_edit"))
-    quality = q["accept_rate"] / ar["accept_rate"] if ar["accept_rate"] else math.nan
+    quality = q["accept_rate"] / ar["accept_rate"] if ar["accept_rate"] else 0.0
     return {
         "Q_MODE keeps the AR base's stories": {
             "measured": f"{quality:.2f} of {ar['accept_rate']:.2f} accepted",
@@ -205,6 +215,7 @@ def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     """Run the demo in `paths.runs` (an earlier demo's folder is replaced); returns the report, also in report.json."""
     config = load_config(config_path or READY, overrides)
     folder = Path(config.paths.runs)
+    config = _inside(config, folder)
     if folder.exists():
         if not (folder / "demo.marker").is_file():
             raise UsageError(f"{folder} exists and is not an earlier demo's; choose another paths.runs")

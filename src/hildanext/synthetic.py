@@ -71,8 +71,8 @@ MISHAPS = {
 OPENING = ("Once upon a time there was a {child} named {name}.", "There was once a little {child} named {name}.")
 HAVING = ("{Pronoun} had a {colour} {thing}.",)
 GOING = (
-    "One day {name} took the {thing} to the {place}.",
-    "One morning {pronoun} went to the {place} with the {thing}.",
+    "One day {name} took the {colour} {thing} to the {place}.",
+    "One morning {pronoun} went to the {place} with the {colour} {thing}.",
 )
 FEELING = ("{name} was very {feeling}.", "{Pronoun} felt {feeling}.")
 FRIEND = ("{Pronoun} asked {friend} for help.", "{Possessive} friend {friend} came to help.")

@@ -7,6 +7,7 @@ The state of a run is its step: data order and noise are functions of (seed, glo
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 import time
@@ -159,6 +160,16 @@ class Trainer:
         drafts[wanted] = torch.where(best[:, 0] == self.lm.mask_token_id, best[:, 1], best[:, 0])
         return loss, counts, drafts
 
+    def not_finite(
+        self, what: str, value: Tensor, step: int, samples: list[int], turn: int | None = None
+    ) -> NonFiniteLossError:
+        """The error of a loss or gradient that is no number: which step, rows and pass it was."""
+        rows = sorted(self.order.row(sample) for sample in samples)
+        where = f"block size {self.job.point(step).block_size}, rows {rows}" + ("" if turn is None else f", turn {turn}")
+        return NonFiniteLossError(
+            f"step {step + 1}: the {what} is {value.item()} ({where}); lower the learning rate or check the rows"
+        )
+
     def train_step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Raises NonFiniteLossError naming step and rows."""
         point = self.job.point(step)
@@ -183,10 +194,7 @@ class Trainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.forward):
                 for loss, counts, turn in self.micro_losses(batch, step, point.block_size, max(n_tokens, 1)):
                     if not torch.isfinite(loss.total):
-                        raise NonFiniteLossError(
-                            f"step {step + 1}: the loss is {loss.total.item()} (block size {point.block_size}, rows "
-                            f"{[self.order.row(s) for s in batch.samples]}, turn {turn}); lower the learning rate or check the rows"
-                        )
+                        raise self.not_finite("loss", loss.total, step, batch.samples, turn)
                     # DDP averages gradients over processes; the loss is already divided by the global count.
                     accelerator.backward(loss.total * accelerator.num_processes)
                     for name, value in (loss._asdict() | counts._asdict()).items():
@@ -196,6 +204,8 @@ class Trainer:
                             sums[name] = sums[name] + value.detach()
         # 4. clip, 5. optimizer
         grad_norm = accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm)
+        if accelerator.scaler is None and not torch.isfinite(grad_norm):  # fp16's scaler skips such a step by itself
+            raise self.not_finite("gradient", grad_norm, step, [s for batch in batches for s in batch.samples])
         for group in self.optimizer.param_groups:
             group["lr"] = point.lr
         self.prepared.step()
@@ -212,18 +222,20 @@ class Trainer:
             "block_size": point.block_size,
             "phase": point.phase,
             "lr": point.lr,
-            "grad_norm": float(grad_norm),
+            "grad_norm": float(grad_norm) if torch.isfinite(grad_norm) else None,  # None: the scaler skipped the step
             "tokens": seen,
         }
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out loss and accuracy at the decoding block; empty without held-out rows."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out loss and accuracy after `step` steps at the decoding block; empty without held-out rows."""
         if self.eval_rows is None:
             return {}
         with self.accelerator.autocast():
             result = evaluate_denoising(
                 self.lm, self.eval_rows, self.job.eval_block, self.config.train.eval_rows, self.config.train.micro_batch
             )
+        if not math.isfinite(result.loss):
+            raise NonFiniteLossError(f"step {step}: the held-out loss is {result.loss}; lower the learning rate")
         return {"eval_loss": result.loss, "eval_accuracy": result.accuracy}
 
     def save(self, state: State) -> None:
@@ -290,7 +302,7 @@ def train(trainer: Trainer, state: State) -> dict[str, Any]:
                 or step % train_config.save_every == 0
                 or (train_config.eval_every and step % train_config.eval_every == 0)
             ):
-                row |= trainer.evaluate()
+                row |= trainer.evaluate(step)
             if "eval_loss" in row:
                 state = state._replace(eval_losses={**state.eval_losses, step: row["eval_loss"]})
             run.log(row)

@@ -1,0 +1,275 @@
+"""A run that dies, is stopped, runs out of disk or finds a damaged checkpoint ends as one that was never disturbed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import material
+
+from hildanext import checkpoint, cli
+from hildanext.checkpoint import list_checkpoints
+from hildanext.config import Config
+from hildanext.convert import convert_wsd, sft
+from hildanext.errors import CheckpointError, UsageError
+from hildanext.runs import RunFolder
+
+# The command line in a process of its own that kills itself. FAULT runs first and may replace parts of the package.
+CHILD = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from hildanext import checkpoint, cli, runs, train
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at(number, what, then=die):
+    # `what`, but on its call `number` (from 1) `then` runs first.
+    calls = 0
+    def counted(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            then(*arguments, **options)
+        return what(*arguments, **options)
+    return counted
+
+FAULT
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+# Where SIGKILL strikes a run of 6 steps that saves every 2: (moment, fault).
+KILLS = {
+    "before anything is saved": "runs.RunFolder.log = at(2, runs.RunFolder.log)",
+    "in a step": "train.Trainer.train_step = at(5, train.Trainer.train_step)",
+    "in a line of the metrics": """
+def half(run, row):
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 5, "loss": 0.1')
+    die()
+runs.RunFolder.log = at(5, runs.RunFolder.log, half)""",
+    "between the weights and the optimizer": "checkpoint.save_file = at(2, checkpoint.save_file)",
+    "before the checkpoint gets its name": "checkpoint.os.replace = at(2, checkpoint.os.replace)",
+    "while an old checkpoint is removed": "checkpoint.remove_checkpoint = at(1, checkpoint.remove_checkpoint)",
+    "before the curves": "train.draw_curves = at(2, train.draw_curves)",
+    "after the last step": "train.draw_curves = at(3, train.draw_curves)",
+}
+
+
+class Outcome(NamedTuple):
+    """What must not depend on the disturbance: the metrics less the two that measure the machine, and all saved tensors."""
+
+    metrics: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+
+
+def outcome(run: Path) -> Outcome:
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in metrics:
+        del row["tokens_per_second"], row["peak_memory_mb"]
+    step, last = list_checkpoints(run / "checkpoints")[-1]
+    assert step == metrics[-1]["step"]
+    return Outcome(metrics, load_file(last / "model.safetensors") | load_file(last / "trainer.safetensors"))
+
+
+def assert_undisturbed(run: Path, reference: Path) -> None:
+    """Equal to the last bit."""
+    found, expected = outcome(run), outcome(reference)
+    assert found.metrics == expected.metrics
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, value in expected.tensors.items():
+        assert torch.equal(found.tensors[name], value), name
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in run.rglob(".*")]
+
+
+MakeRun = Callable[..., tuple[Config, Path]]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tiny_base: Path) -> MakeRun:
+    """A configuration with every kind of state: warm-up, drafts, embedding noise; and the file that holds it."""
+
+    def make(**sections: Any) -> tuple[Config, Path]:
+        sections["noise"] = {"turns": 2, "embed_std": 0.3, "embed_steps": 4}
+        sections["train"] = {"keep_last": 1, "keep_best": 1} | sections.get("train", {})
+        config = material(tmp_path, tiny_base, **sections)
+        file = tmp_path / "config.json"
+        file.write_text(config.model_dump_json())
+        return config, file
+
+    return make
+
+
+def child(fault: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    code = CHILD.replace("FAULT", fault)
+    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_run_resumes_bit_for_bit(make_run: MakeRun, moment: str):
+    config, file = make_run()
+    killed = child(KILLS[moment], "convert-wsd", "--config", file)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for _, path in list_checkpoints(Path(config.paths.runs) / "convert" / "checkpoints"):
+        checkpoint.verify(path)  # what has a checkpoint's name is whole
+    assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 0
+    convert_wsd(config, name="reference")
+    runs = Path(config.paths.runs)
+    assert_undisturbed(runs / "convert", runs / "reference")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_optimizer_and_format_resumes(make_run: MakeRun, optimizer: str, dtype: str):
+    config, file = make_run(train={"optimizer": optimizer, "weight_decay": 0.1}, model={"dtype": dtype})
+    assert child(KILLS["in a step"], "convert-wsd", "--config", file).returncode == -signal.SIGKILL
+    convert_wsd(config, resume=True)
+    convert_wsd(config, name="reference")
+    runs = Path(config.paths.runs)
+    assert_undisturbed(runs / "convert", runs / "reference")
+
+
+def test_a_killed_tuning_resumes(make_run: MakeRun):
+    converted = convert_wsd(make_run()[0])
+    sections = {"model": {"base": converted["checkpoint"]}, "sft": {"steps": 6, "complementary": True, "cap_weight": 0.3}}
+    config, file = make_run(**sections)
+    assert child(KILLS["in a step"], "sft", "--config", file).returncode == -signal.SIGKILL
+    sft(config, resume=True)
+    sft(config, name="reference")
+    runs = Path(config.paths.runs)
+    assert_undisturbed(runs / "sft", runs / "reference")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_exits_0(make_run: MakeRun, name: str):
+    config, file = make_run()
+    fault = f"train.Trainer.train_step = at(3, train.Trainer.train_step, lambda *_: os.kill(os.getpid(), signal.{name}))"
+    stopped = child(fault, "convert-wsd", "--config", file, "--json")
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"{name}: saved step 3 of 6" in stopped.stderr
+    assert "--resume" in stopped.stderr
+    answer = json.loads(stopped.stdout)
+    assert (answer["steps"], answer["finished"]) == (3, False)
+    assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 0
+    convert_wsd(config, name="reference")
+    runs = Path(config.paths.runs)
+    assert_undisturbed(runs / "convert", runs / "reference")
+
+
+def test_what_does_not_touch_the_numbers_may_change(make_run: MakeRun):
+    config, file = make_run()
+    child(KILLS["in a step"], "convert-wsd", "--config", file)
+    changed, _ = make_run(train={"keep_last": 3, "keep_best": 0, "save_every": 2}, decode={"mode": "S_MODE"})
+    convert_wsd(changed, resume=True)
+    convert_wsd(config, name="reference")
+    runs = Path(config.paths.runs)
+    assert outcome(runs / "convert").metrics == outcome(runs / "reference").metrics
+
+
+def test_what_touches_the_numbers_may_not(make_run: MakeRun):
+    config, _ = make_run()
+    convert_wsd(config)
+    changed, _ = make_run(train={"seed": 5, "lr": 0.1})
+    with pytest.raises(UsageError, match=r"differs from the run's in train\.seed, train\.lr; restore it"):
+        convert_wsd(changed, resume=True)
+    with pytest.raises(UsageError, match="is a 'convert-wsd' run, not 'sft'"):
+        sft(config, name="convert", resume=True)
+    with pytest.raises(UsageError, match="already holds a run; continue it with --resume"):
+        convert_wsd(config)
+    with pytest.raises(UsageError, match="no run in"):
+        convert_wsd(config, name="never", resume=True)
+
+
+def test_a_finished_run_resumes_to_itself(make_run: MakeRun):
+    config, _ = make_run()
+    first = convert_wsd(config)
+    before = {path: path.read_bytes() for path in (Path(first["checkpoint"])).iterdir()}
+    again = convert_wsd(config, resume=True)
+    assert again == first
+    assert {path: path.read_bytes() for path in (Path(first["checkpoint"])).iterdir()} == before
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_damaged_checkpoint_is_passed_over(make_run: MakeRun, capsys: pytest.CaptureFixture[str]):
+    config, _ = make_run(train={"keep_last": 3})
+    convert_wsd(config, name="reference")
+    convert_wsd(config)
+    runs = Path(config.paths.runs)
+    damage(runs / "convert" / "checkpoints" / "step-6" / "model.safetensors")
+    (runs / "convert" / "checkpoints" / "step-4" / "trainer.safetensors").unlink()
+    capsys.readouterr()
+    convert_wsd(config, resume=True)
+    said = capsys.readouterr().err
+    assert re.search(r"step-6/model\.safetensors has \d+ bytes instead of \d+; the checkpoint is damaged; using step-2", said)
+    assert re.search(r"step-4/trainer\.safetensors is missing", said)
+    assert_undisturbed(runs / "convert", runs / "reference")
+
+
+def test_without_a_whole_checkpoint_nothing_is_overwritten(make_run: MakeRun):
+    config, file = make_run()
+    convert_wsd(config)
+    run = RunFolder(Path(config.paths.runs) / "convert")
+    for _, path in list_checkpoints(run.checkpoints):
+        damage(path / "trainer.json")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="no older checkpoint is whole"):
+        convert_wsd(config, resume=True)
+    assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 1
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config, file = make_run()
+    with monkeypatch.context() as patch:
+        save, calls = checkpoint.save_file, []
+
+        def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            calls.append(path)
+            if len(calls) == 2:
+                Path(path).write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(tensors, path)
+
+        patch.setattr(checkpoint, "save_file", full)
+        assert cli.main(["convert-wsd", "--config", str(file)]) == 1
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    runs = Path(config.paths.runs)
+    assert os.listdir(runs / "convert" / "checkpoints") == ["step-2"]
+    convert_wsd(config, resume=True)
+    convert_wsd(config, name="reference")
+    assert_undisturbed(runs / "convert", runs / "reference")
+
+
+@pytest.mark.parametrize(("keep_last", "keep_best"), [(1, 0), (1, 2), (3, 1), (2, 3)])
+def test_the_newest_and_the_best_are_kept(make_run: MakeRun, keep_last: int, keep_best: int):
+    train = {"save_every": 1, "eval_every": 1, "keep_last": keep_last, "keep_best": keep_best, "lr": 0.03}
+    config, _ = make_run(train=train, wsd={"stable_steps": 6})
+    convert_wsd(config)
+    run = RunFolder(Path(config.paths.runs) / "convert")
+    losses = {row["step"]: row["eval_loss"] for row in run.read_metrics()}
+    # Each save forgets what is neither among the newest nor among the best that are left.
+    kept: set[int] = set()
+    for step in range(1, 11):
+        kept.add(step)
+        best = sorted(kept, key=lambda one: (losses[one], one))[:keep_best]
+        kept = set(sorted(kept)[-keep_last:]) | set(best)
+    assert {step for step, _ in list_checkpoints(run.checkpoints)} == kept
+    assert set(sorted(losses, key=lambda one: (losses[one], one))[:keep_best]) <= kept
