@@ -97,6 +97,8 @@ def test_a_complementary_pair_is_two_halves_of_one_mask(tmp_path: Path, tiny_bas
     assert torch.equal(first.masked | second.masked, batch.allowed)
     assert not (first.masked & second.masked).any()
     assert not second.wrong.any()
+    # Masking each token with probability t leaves each with probability 1 - t.
+    torch.testing.assert_close(second.t, (1 - first.t).clamp_min(0.05))
     inverse = batch.input_ids.masked_fill(second.masked, lm.mask_token_id)
     assert torch.equal(second.noisy_ids, inverse)
 
