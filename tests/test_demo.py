@@ -1,0 +1,120 @@
+"""The demo's way on a budget of seconds: every number in its report is measured, and the verdicts follow from them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hildanext import cli, demo
+from hildanext.synthetic import draw_slots, tell
+
+SMALL = [
+    *("wsd.warmup_steps=2", "wsd.stable_steps=1", "wsd.decay_steps=3", "sft.steps=3"),
+    *("train.rows_per_step=2", "train.micro_batch=2", "train.save_every=3", "train.eval_every=3", "train.eval_rows=2"),
+    *("decode.max_new_tokens=40", "sft.lr_warmup_steps=1", "train.lr_warmup_steps=1"),
+]
+MODES = ("ar", "q_mode", "s_mode", "s_mode_no_edit")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    for name, value in {"N_INSTRUCTIONS": 60, "AR_STEPS": 3, "N_PROMPTS": 3, "N_ELBO_ROWS": 2}.items():
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.chdir(tmp_path)  # nothing is written but under paths.runs
+    overrides = [f"paths.runs={tmp_path / 'out'}", *SMALL]
+    return [argument for item in overrides for argument in ("--set", item)]
+
+
+def test_the_report_is_complete(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["demo", *small]) == 0
+    printed = capsys.readouterr()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for mode in MODES:
+        row = report[mode]
+        assert 0 <= row["accept_rate"] <= 1
+        assert row["bits_per_token"] > 0
+        assert row["tokens_per_second"] > 0
+        assert mode in printed.out
+    assert report["ar"]["tokens_per_forward"] == 1.0
+    assert report["ar"]["bits_per_token"] != report["q_mode"]["bits_per_token"]
+    assert report["s_mode_no_edit"]["tokens_per_forward"] >= report["s_mode"]["tokens_per_forward"]
+    for curves in report["curves"]:
+        assert Path(curves).read_bytes().startswith(b"\x89PNG")
+        assert curves in printed.out
+    assert (Path(report["checkpoint"]) / "model.safetensors").is_file()
+    assert "[" in printed.out.split("step by step")[1].split("A story of each")[0]  # something was drafted
+    assert report["verdicts"] == demo.verdicts(report)
+    assert len(report["verdicts"]) == 3
+    assert printed.out.count("wanted") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # The story that is shown is the model's own: a model after three steps tells none that is right.
+    assert {report[mode]["accept_rate"] for mode in MODES} == {0.0}
+
+    # A second demo replaces the first, with the same numbers but those that measure the machine.
+    assert cli.main(["demo", *small, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    for mode in MODES:
+        assert {k: v for k, v in again[mode].items() if k != "tokens_per_second"} == {
+            k: v for k, v in report[mode].items() if k != "tokens_per_second"
+        }
+
+
+def test_a_folder_that_is_no_demos_is_left_alone(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert cli.main(["demo", *small]) == 2
+    assert "choose another paths.runs" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def measured(ar: float, q: float, s: float, plain: float, tpf: float) -> dict[str, Any]:
+    rows = zip(MODES, (ar, q, s, plain), (1.0, 2.0, tpf, 3.0), strict=True)
+    return {mode: {"accept_rate": accept, "tokens_per_forward": t} for mode, accept, t in rows}
+
+
+@pytest.mark.parametrize(
+    ("report", "ok"),
+    [
+        (measured(1.0, 0.9, 0.5, 0.4, 2.5), [True, True, True]),
+        (measured(1.0, 0.89, 0.5, 0.4, 2.5), [False, True, True]),
+        (measured(0.5, 0.45, 0.5, 0.4, 2.49), [True, False, True]),
+        (measured(1.0, 1.0, 0.4, 0.4, 2.5), [True, True, False]),
+        (measured(0.0, 0.0, 0.0, 0.0, 1.0), [False, False, False]),
+    ],
+)
+def test_the_verdicts_follow_the_numbers(report: dict[str, Any], ok: list[bool]):
+    assert [verdict["ok"] for verdict in demo.verdicts(report).values()] == ok
+
+
+def test_stories_are_judged_by_the_checker(monkeypatch: pytest.MonkeyPatch):
+    """Right stories count, wrong ones do not, and tokens per forward is their ratio."""
+    asked = demo.prompts(seed=5)[:4]
+    texts = [tell(slots, random.Random(0)) for slots in asked]
+    texts[2] = texts[2].replace(asked[2].colour, "grey", 1)
+    answers = iter(texts)
+
+    class Stats:
+        forwards, seconds = 5, 0.5
+
+    class Engine:
+        def encode(self, prompt: list[dict[str, str]]) -> list[int]:
+            return [1]
+
+        def generate(self, request: Any) -> Any:
+            done = type("Completion", (), {})()
+            done.text, done.token_ids, done.stats = next(answers), [1] * 20, Stats()
+            return done
+
+    told = demo.tell_blocks(Engine(), None, asked)  # type: ignore[arg-type]
+    assert (told.accepted, told.tokens, told.forwards, told.seconds) == (3, 80, 20, 2.0)
+    assert told.sample == texts[0]
+
+
+def test_prompts_are_fixed():
+    assert demo.prompts(seed=99) == demo.prompts(seed=99)
+    rng = random.Random(99)
+    assert demo.prompts(seed=99)[0] == draw_slots(rng)
