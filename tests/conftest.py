@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hildanext.config import Config, parse_config
-
 from training import write_base
 
 # Models in the tests are tiny: a second thread only waits for the first.

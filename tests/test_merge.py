@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import material
 from transformers import AutoModelForCausalLM
 
 from hildanext import cli
@@ -24,6 +23,7 @@ from hildanext.errors import CheckpointError, UsageError
 from hildanext.merge import best_checkpoints, merge
 from hildanext.model import load_diffusion_lm
 from hildanext.runs import RunFolder
+from training import material
 
 
 class Trained(NamedTuple):

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import material
 
 from hildanext import checkpoint, cli
 from hildanext.checkpoint import list_checkpoints
@@ -24,6 +23,7 @@ from hildanext.config import Config
 from hildanext.convert import convert_wsd, sft
 from hildanext.errors import CheckpointError, UsageError
 from hildanext.runs import RunFolder
+from training import material
 
 # The command line in a process of its own that kills itself. FAULT runs first and may replace parts of the package.
 CHILD = """
@@ -92,7 +92,7 @@ def assert_undisturbed(run: Path, reference: Path) -> None:
     for name, value in expected.tensors.items():
         assert torch.equal(found.tensors[name], value), name
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not [path for path in run.rglob(".*")]
+    assert not list(run.rglob(".*"))
 
 
 MakeRun = Callable[..., tuple[Config, Path]]
@@ -144,7 +144,10 @@ def test_every_optimizer_and_format_resumes(make_run: MakeRun, optimizer: str, d
 
 def test_a_killed_tuning_resumes(make_run: MakeRun):
     converted = convert_wsd(make_run()[0])
-    sections = {"model": {"base": converted["checkpoint"]}, "sft": {"steps": 6, "complementary": True, "cap_weight": 0.3}}
+    sections = {
+        "model": {"base": converted["checkpoint"]},
+        "sft": {"steps": 6, "complementary": True, "cap_weight": 0.3},
+    }
     config, file = make_run(**sections)
     assert child(KILLS["in a step"], "sft", "--config", file).returncode == -signal.SIGKILL
     sft(config, resume=True)
@@ -156,7 +159,9 @@ def test_a_killed_tuning_resumes(make_run: MakeRun):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_saves_and_exits_0(make_run: MakeRun, name: str):
     config, file = make_run()
-    fault = f"train.Trainer.train_step = at(3, train.Trainer.train_step, lambda *_: os.kill(os.getpid(), signal.{name}))"
+    fault = (
+        f"train.Trainer.train_step = at(3, train.Trainer.train_step, lambda *_: os.kill(os.getpid(), signal.{name}))"
+    )
     stopped = child(fault, "convert-wsd", "--config", file, "--json")
     assert stopped.returncode == 0, stopped.stderr
     assert f"{name}: saved step 3 of 6" in stopped.stderr
@@ -216,7 +221,9 @@ def test_a_damaged_checkpoint_is_passed_over(make_run: MakeRun, capsys: pytest.C
     capsys.readouterr()
     convert_wsd(config, resume=True)
     said = capsys.readouterr().err
-    assert re.search(r"step-6/model\.safetensors has \d+ bytes instead of \d+; the checkpoint is damaged; using step-2", said)
+    assert re.search(
+        r"step-6/model\.safetensors has \d+ bytes instead of \d+; the checkpoint is damaged; using step-2", said
+    )
     assert re.search(r"step-4/trainer\.safetensors is missing", said)
     assert_undisturbed(runs / "convert", runs / "reference")
 

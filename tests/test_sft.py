@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training import material, row_loss, trainer_for
 from transformers import PreTrainedTokenizerFast
 
 from hildanext.config import Config
@@ -24,6 +23,7 @@ from hildanext.rows import Rows
 from hildanext.schedule import Point
 from hildanext.tokenization import tokenize_data
 from hildanext.train import Job
+from training import material, row_loss, trainer_for
 
 BLOCK = 4
 
@@ -142,9 +142,9 @@ def step_loss(config: Config, lm: DiffusionLM, rows: list[dict[str, Tensor]], re
             noisy_ids = torch.where(shown, drafts, passes[0].noisy_ids[0])
             t = passes[0].t[0] * (1 - config.noise.draft_share)
             still_masked = passes[0].masked[0] & ~shown
-            total += row_loss(
-                config, lm, ids, doc_ids, allowed, noisy_ids, still_masked, t, BLOCK, recipe.cap_weight
-            )[0]
+            total += row_loss(config, lm, ids, doc_ids, allowed, noisy_ids, still_masked, t, BLOCK, recipe.cap_weight)[
+                0
+            ]
     return total / allowed_tokens / (1 + recipe.complementary + (recipe.turns - 1))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training import SEQ_LEN, material, row_loss, trainer_for
 from transformers import AutoModelForCausalLM
 
 from hildanext import cli
@@ -23,6 +22,7 @@ from hildanext.passes import Recipe
 from hildanext.runs import RunFolder
 from hildanext.schedule import Point
 from hildanext.train import Job
+from training import SEQ_LEN, material, row_loss, trainer_for
 
 
 def job(block: int, recipe: Recipe, lr: float = 0.003) -> Job:
@@ -238,7 +238,9 @@ def test_a_loss_that_is_no_number_moves_no_weight(tmp_path: Path, tiny_base: Pat
     with torch.no_grad():
         lm.model.model.norm.weight[0] = float("nan")
     before = [parameter.detach().clone() for parameter in lm.model.parameters()]
-    with pytest.raises(NonFiniteLossError, match=r"step 4: the loss is nan \(block size 4, rows \[\d+, \d+\], turn 0\)"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 4: the loss is nan \(block size 4, rows \[\d+, \d+\], turn 0\)"
+    ):
         trainer.train_step(3)
     for old, new in zip(before, lm.model.parameters(), strict=True):
         torch.testing.assert_close(old, new, equal_nan=True, rtol=0, atol=0)

@@ -49,9 +49,7 @@ def write_rows(folder: Path, lengths: list[int], *, seed: int, response_share: f
     with RowWriter(folder) as writer:
         for row in pack(docs, SEQ_LEN, pad_id(tokenizer)):
             writer.write(row)
-        writer.finish(
-            {"rows": writer.count, "seq_len": SEQ_LEN, "tokenizer": fingerprint(tokenizer), "block_size": 4}
-        )
+        writer.finish({"rows": writer.count, "seq_len": SEQ_LEN, "tokenizer": fingerprint(tokenizer), "block_size": 4})
 
 
 def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
@@ -66,8 +64,13 @@ def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
         "data": {"seq_len": SEQ_LEN},
         "wsd": {"warmup_steps": 2, "stable_steps": 2, "decay_steps": 2, "final_block": 4},
         "train": {
-            **{"rows_per_step": 4, "micro_batch": 2, "lr": 0.003, "lr_warmup_steps": 2},
-            **{"eval_rows": 4, "eval_every": 2, "save_every": 2},
+            "rows_per_step": 4,
+            "micro_batch": 2,
+            "lr": 0.003,
+            "lr_warmup_steps": 2,
+            "eval_rows": 4,
+            "eval_every": 2,
+            "save_every": 2,
         },
         "sft": {"steps": 6, "lr": 0.003, "lr_warmup_steps": 2},
     }

@@ -118,7 +118,7 @@ def _demo(args: argparse.Namespace) -> Result:
     return demo(args.config, list(args.set))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hildanext", description="Autoregressive language models in, editable block-diffusion language models out."
     )
@@ -186,7 +186,7 @@ def _show(result: Result) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     # Kept quiet for people: weights load in a blink here, and progress has its own place.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

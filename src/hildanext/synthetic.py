@@ -67,7 +67,9 @@ MISHAPS = {
     ),
 }
 
-# One list a sentence of the story; its members say the same in other words.
+# One list a sentence of the story; its members say the same in other words, the first of them HABIT times as often as
+# the second. With even odds a model's proposals flicker around the draft threshold and change with every pass.
+HABIT = 3
 OPENING = ("Once upon a time there was a {child} named {name}.", "There was once a little {child} named {name}.")
 HAVING = ("{Pronoun} had a {colour} {thing}.",)
 GOING = (
@@ -130,7 +132,8 @@ def draw_slots(rng: random.Random) -> Slots:
 def tell(slots: Slots, rng: random.Random) -> str:
     """A story for the choices; the wording is random."""
     words = slots.words()
-    return " ".join(rng.choice(wordings).format(**words) for wordings in outline(MISHAPS[slots.mishap]))
+    sentences = (rng.choices(wordings, (HABIT, 1)[: len(wordings)])[0] for wordings in outline(MISHAPS[slots.mishap]))
+    return " ".join(sentence.format(**words) for sentence in sentences)
 
 
 def synthetic_stories(count: int, seed: int) -> Iterator[str]:

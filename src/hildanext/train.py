@@ -165,7 +165,9 @@ class Trainer:
     ) -> NonFiniteLossError:
         """The error of a loss or gradient that is no number: which step, rows and pass it was."""
         rows = sorted(self.order.row(sample) for sample in samples)
-        where = f"block size {self.job.point(step).block_size}, rows {rows}" + ("" if turn is None else f", turn {turn}")
+        where = f"block size {self.job.point(step).block_size}, rows {rows}" + (
+            "" if turn is None else f", turn {turn}"
+        )
         return NonFiniteLossError(
             f"step {step + 1}: the {what} is {value.item()} ({where}); lower the learning rate or check the rows"
         )
