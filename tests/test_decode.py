@@ -12,10 +12,10 @@ from hildanext.errors import ConfigError, UsageError
 MASK, VOCAB, EOS = 9, 9, 0
 
 
-def rule(tokens, ids, confidence, editable, tau_mask, tau_edit):
-    """Eq. 1-3, position by position."""
+def rule(tokens, ids, confidence, editable, settled, tau_mask, tau_edit):
+    """Eq. 1-3, position by position; what is settled is drafted at once."""
     masked = [i for i, token in enumerate(tokens) if token == MASK]
-    gamma = [i for i in masked if confidence[i] > tau_mask]
+    gamma = [i for i in masked if confidence[i] > tau_mask or settled[i]]
     if masked and not gamma:
         gamma = [max(masked, key=lambda i: confidence[i])]
     delta = []
@@ -30,14 +30,16 @@ def rule(tokens, ids, confidence, editable, tau_mask, tau_edit):
 
 @given(
     rows=st.lists(
-        st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(0, 20), st.booleans()), min_size=1, max_size=12
+        st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(0, 20), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=12,
     ),
     tau_mask=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     tau_edit=st.sampled_from([None, 0.0, 0.5, 1.0]),
 )
 @settings(max_examples=200, deadline=None)
 def test_edit_step_is_the_rule(rows, tau_mask, tau_edit):
-    tokens, ids, twentieths, editable = (list(part) for part in zip(*rows, strict=True))
+    tokens, ids, twentieths, editable, settled = (list(part) for part in zip(*rows, strict=True))
     confidence = [value / 20 for value in twentieths]
     editable = [e or token == MASK for e, token in zip(editable, tokens, strict=True)]  # a prompt holds no masks
     new, drafted, edited = edit_step(
@@ -45,12 +47,13 @@ def test_edit_step_is_the_rule(rows, tau_mask, tau_edit):
         torch.tensor(ids),
         torch.tensor(confidence),
         torch.tensor(editable),
+        torch.tensor(settled),
         mask_token_id=MASK,
         tau_mask=tau_mask,
         tau_edit=tau_edit,
     )
     confidence = torch.tensor(confidence).tolist()  # float32, as the rule saw it
-    expected, gamma, delta = rule(tokens, ids, confidence, editable, tau_mask, tau_edit)
+    expected, gamma, delta = rule(tokens, ids, confidence, editable, settled, tau_mask, tau_edit)
     assert new.tolist() == expected
     assert drafted.nonzero()[:, 0].tolist() == sorted(gamma)
     assert edited.nonzero()[:, 0].tolist() == delta
@@ -79,8 +82,8 @@ def test_propose_samples_masked_positions_at_the_softmax_rate_and_keeps_the_argm
 class Scripted:
     """A context that knows the final text: it is sure of some positions, and of the rest only when they are observed."""
 
-    def __init__(self, answer, sure, start=0):
-        self.answer, self.sure, self.start = answer, sure, start
+    def __init__(self, answer, sure, start=0, shifted=False):
+        self.answer, self.sure, self.start, self.shifted = answer, sure, start, shifted
         self.forwards, self.stored = 0, []
 
     def score(self, tokens):
@@ -122,6 +125,17 @@ def test_a_pass_drafts_the_sure_ones_or_the_most_confident():
     assert len(steps) == 4
 
 
+def test_shifted_a_blocks_first_token_is_drafted_at_once():
+    """It sees the blocks before only: waiting would change nothing for it, and its block would be drafted without it."""
+    events = run(Scripted([3, 4, 5, 6], sure={1}, shifted=True), [], make(max_new_tokens=8))
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [step.drafted for step in steps if step.block == 0] == [[0, 1], [2], [3], []]
+    assert steps[4].drafted == [0]
+    # A prompt that ends inside the block holds its first token already.
+    shared = run(Scripted([3, 4, 5, 6], sure=set(), shifted=True), [8], make(max_new_tokens=3))
+    assert [event.drafted for event in shared if isinstance(event, Step)] == [[1], [2], [3], []]
+
+
 def test_editing_off_ends_a_block_with_its_last_mask():
     steps = [
         e
@@ -152,7 +166,7 @@ def test_end_of_text_and_the_budget_cut_the_last_block():
 class Restless:
     """Wants every position changed at every pass: editing without a cap would never end."""
 
-    forwards = 0
+    forwards, shifted = 0, False
 
     def score(self, tokens):
         self.forwards += 1

@@ -184,6 +184,15 @@ def test_a_prompt_without_a_whole_block_is_cached_as_nothing(lm: DiffusionLM) ->
     assert equal(context.score(doc.noisy)[start:], by_hand(lm, doc, 0)[start:])
 
 
+def test_a_blocks_first_token_is_settled_by_the_blocks_before_when_shifted(lm: DiffusionLM) -> None:
+    """Why the decode rule drafts it at once: nothing drafted in its block moves its proposal. In place everything does."""
+    doc = document(8)
+    context = CachedContext(lm, doc.clean[:BLOCK].tolist(), BLOCK)
+    one, other = (context.score(tokens[BLOCK:]) for tokens in (doc.noisy, doc.clean))
+    assert torch.equal(one[0], other[0]) == context.shifted
+    assert not torch.equal(one[1], other[1])
+
+
 def changed(doc: Document, stream: str, b: int) -> Document:
     """The document with every token of block b of one stream another one."""
     tokens = doc._asdict()[stream].clone()

@@ -52,9 +52,10 @@ class Finished(NamedTuple):
 
 
 class Context(Protocol):
-    """A model with the finished blocks behind it."""
+    """A model with the finished blocks behind it. `shifted`: they alone predict a block's first token."""
 
     forwards: int
+    shifted: bool
 
     def score(self, tokens: Tensor) -> Tensor:
         """Logits [n, V] that predict each position of the block `tokens` [n], given the stored blocks."""
@@ -117,6 +118,7 @@ def edit_step(
     ids: Tensor,
     confidence: Tensor,
     editable: Tensor,
+    settled: Tensor,
     *,
     mask_token_id: int,
     tau_mask: float,
@@ -124,12 +126,13 @@ def edit_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold-edit rule: (new tokens, drafted, edited), each [n].
 
-    tokens, ids [n] int64; confidence [n] float32; editable [n] bool (False: prompt). Gamma = masked positions with
-    c_i > tau_mask, or the most confident masked one if there is none; Delta = observed editable positions whose
-    proposal differs with c_i > tau_edit (None: empty). Both updates apply at once (LLaDA2.1 eq. 1-3).
+    tokens, ids [n] int64; confidence [n] float32; editable [n] bool (False: prompt); settled [n] bool (its proposal
+    cannot change, so nothing is gained by waiting). Gamma = masked positions with c_i > tau_mask or settled, or the most
+    confident masked one if there is none; Delta = observed editable positions whose proposal differs with c_i > tau_edit
+    (None: empty). Both updates apply at once (LLaDA2.1 eq. 1-3; settled positions are ours).
     """
     masked = tokens == mask_token_id
-    drafted = masked & (confidence > tau_mask)
+    drafted = masked & (settled | (confidence > tau_mask))
     if masked.any() and not drafted.any():
         best = confidence.masked_fill(~masked, -1.0).argmax()
         drafted[best] = True
@@ -156,6 +159,8 @@ def decode_block(
     """
     generator = sample_generator(settings.seed, block, "decode")
     n, post_steps = len(tokens), 0
+    # Shifted, the first token does not see its block. Drafted later, it would contradict what was drafted without it.
+    settled = torch.arange(n, device=tokens.device) < int(context.shifted)
     for step in range(n + settings.max_post_steps):
         masked = tokens == mask_token_id
         ids, confidence = propose(
@@ -172,6 +177,7 @@ def decode_block(
             ids,
             confidence,
             editable,
+            settled,
             mask_token_id=mask_token_id,
             tau_mask=settings.tau_mask,
             tau_edit=settings.tau_edit,

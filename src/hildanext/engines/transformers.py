@@ -22,7 +22,7 @@ class CachedContext:
     """`decode.Context` on a DiffusionLM. A block's scoring pass is also its storing pass when nothing changed after it."""
 
     def __init__(self, lm: DiffusionLM, prompt_ids: list[int], block_size: int) -> None:
-        self.lm = lm
+        self.lm, self.shifted = lm, lm.convention == "shifted"
         self.cache = DynamicCache()
         self.forwards = self.prefill_forwards = 0
         self.scored: Tensor | None = None  # block whose keys and values lie at the cache's end, not stored yet
@@ -65,7 +65,7 @@ class CachedContext:
     @torch.inference_mode()
     def score(self, tokens: Tensor) -> Tensor:
         logits = self._forward(tokens)
-        if self.lm.convention == "in_place":
+        if not self.shifted:
             return logits
         # Token i is predicted at i-1; a document's first token has no predictor, but it is always the prompt's.
         first = self.carry if self.carry is not None else torch.zeros_like(logits[:1])
