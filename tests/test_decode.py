@@ -47,10 +47,10 @@ def test_edit_step_is_the_rule(rows, tau_mask, tau_edit):
         torch.tensor(ids),
         torch.tensor(confidence),
         torch.tensor(editable),
-        torch.tensor(settled),
         mask_token_id=MASK,
         tau_mask=tau_mask,
         tau_edit=tau_edit,
+        settled=torch.tensor(settled) if any(settled) else None,
     )
     confidence = torch.tensor(confidence).tolist()  # float32, as the rule saw it
     expected, gamma, delta = rule(tokens, ids, confidence, editable, settled, tau_mask, tau_edit)

@@ -118,21 +118,23 @@ def edit_step(
     ids: Tensor,
     confidence: Tensor,
     editable: Tensor,
-    settled: Tensor,
     *,
     mask_token_id: int,
     tau_mask: float,
     tau_edit: float | None,
+    settled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold-edit rule: (new tokens, drafted, edited), each [n].
 
-    tokens, ids [n] int64; confidence [n] float32; editable [n] bool (False: prompt); settled [n] bool (its proposal
-    cannot change, so nothing is gained by waiting). Gamma = masked positions with c_i > tau_mask or settled, or the most
+    tokens, ids [n] int64; confidence [n] float32; editable [n] bool (False: prompt); settled [n] bool (the
+    proposal cannot change, so nothing is gained by waiting; None: nowhere). Gamma = masked positions with c_i > tau_mask or settled, or the most
     confident masked one if there is none; Delta = observed editable positions whose proposal differs with c_i > tau_edit
     (None: empty). Both updates apply at once (LLaDA2.1 eq. 1-3; settled positions are ours).
     """
     masked = tokens == mask_token_id
-    drafted = masked & (settled | (confidence > tau_mask))
+    drafted = masked & (confidence > tau_mask)
+    if settled is not None:
+        drafted |= masked & settled
     if masked.any() and not drafted.any():
         best = confidence.masked_fill(~masked, -1.0).argmax()
         drafted[best] = True
@@ -177,10 +179,10 @@ def decode_block(
             ids,
             confidence,
             editable,
-            settled,
             mask_token_id=mask_token_id,
             tau_mask=settings.tau_mask,
             tau_edit=settings.tau_edit,
+            settled=settled,
         )
         yield Step(
             block,
