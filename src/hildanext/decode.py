@@ -126,10 +126,10 @@ def edit_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold-edit rule: (new tokens, drafted, edited), each [n].
 
-    tokens, ids [n] int64; confidence [n] float32; editable [n] bool (False: prompt); settled [n] bool (the
-    proposal cannot change, so nothing is gained by waiting; None: nowhere). Gamma = masked positions with c_i > tau_mask or settled, or the most
-    confident masked one if there is none; Delta = observed editable positions whose proposal differs with c_i > tau_edit
-    (None: empty). Both updates apply at once (LLaDA2.1 eq. 1-3; settled positions are ours).
+    tokens, ids [n] int64; confidence [n] float32; editable [n] bool (False: prompt); settled [n] bool (the proposal cannot
+    change, so nothing is gained by waiting; None: nowhere). Gamma = masked positions with c_i > tau_mask or settled, or
+    the most confident masked one if there is none; Delta = observed editable positions whose proposal differs with
+    c_i > tau_edit (None: empty). Both updates apply at once (LLaDA2.1 eq. 1-3; settled positions are ours).
     """
     masked = tokens == mask_token_id
     drafted = masked & (confidence > tau_mask)
