@@ -405,3 +405,19 @@ def test_a_bug_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hildanext.smoke.smoke_test", broken)
     with pytest.raises(ZeroDivisionError):
         main(["smoke-test"])
+
+
+def test_data_commands_tell_people_what_they_wrote(way: Way, tmp_path: Path):
+    shared = ["--config", way.config, "--set", f"paths.data={tmp_path / 'data'}"]
+    prepared = run("prepare-data", *shared)
+    counts = way.answers["prepare-data"].json["documents"]
+    assert prepared.stdout.splitlines() == [
+        *(f"{split}: {count} documents" for split, count in counts.items()),
+        "100 records read, 0 rejected",
+    ]
+    lines = run("tokenize", *shared).stdout.splitlines()
+    splits = way.answers["tokenize"].json["splits"]
+    assert len(lines) == len(splits) == 4
+    for line, (split, meta) in zip(lines, splits.items(), strict=True):
+        assert line.startswith(f"{split}: {meta['rows']} rows of 96 tokens (")
+        assert f"{meta['tokens']} tokens ({meta['supervised']} supervised)" in line

@@ -51,17 +51,19 @@ def _init(args: argparse.Namespace) -> Result:
 
 
 def _prepare_data(args: argparse.Namespace) -> Result:
-    from hildanext.prepare import prepare_data
+    from hildanext.prepare import prepare_data, summary
 
-    return prepare_data(_config(args))
+    manifest = prepare_data(_config(args))
+    return manifest | {"stdout": summary(manifest)}
 
 
 def _tokenize(args: argparse.Namespace) -> Result:
     from hildanext.model import load_tokenizer
-    from hildanext.tokenization import tokenize_data
+    from hildanext.tokenization import summary, tokenize_data
 
     config = _config(args)
-    return tokenize_data(config, load_tokenizer(config.model))
+    manifest = tokenize_data(config, load_tokenizer(config.model))
+    return manifest | {"stdout": summary(manifest)}
 
 
 def _convert_wsd(args: argparse.Namespace) -> Result:

@@ -67,6 +67,13 @@ def prepare_data(config: Config) -> dict[str, Any]:
     return manifest
 
 
+def summary(manifest: dict[str, Any]) -> str:
+    """The manifest in a line a split, for people."""
+    records = sum(source["records"] for source in manifest["sources"])
+    lines = [f"{split}: {count} documents" for split, count in manifest["documents"].items()]
+    return "\n".join([*lines, f"{records} records read, {manifest['rejects']['total']} rejected"])
+
+
 class SplitFiles:
     """The four split files, open for writing, and how many documents went into each."""
 

@@ -36,33 +36,36 @@ def progress(title: str, total: float | None, unit: str = "", start: float = 0) 
 
     On a terminal rich draws a bar with the time left; elsewhere a line with rate and time left appears every ten seconds.
     """
+    began = last = time.monotonic()
+
+    def rate(done: float) -> float:
+        return (done - start) / max(time.monotonic() - began, 1e-9)
+
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(unit),
+            TextColumn("{task.fields[rate]:.1f}/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total, completed=int(start), note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=note)
+            task = bar.add_task(title, total=total, completed=int(start), note="", rate=0.0)
+            yield lambda done, note="": bar.update(task, completed=done, note=note, rate=rate(done))
         return
-
-    began = last = time.monotonic()
 
     def advance(done: float, note: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < PLAIN_EVERY_S and done != total:
             return
-        last = now
-        rate = (done - start) / max(now - began, 1e-9)
-        left = f", {duration((total - done) / rate)} left" if total and rate > 0 else ""
+        last, speed = now, rate(done)
+        left = f", {duration((total - done) / speed)} left" if total and speed > 0 else ""
         of = f"/{total:g}" if total else ""
-        say(f"{title}: {done:g}{of} {unit}, {rate:.1f}/s{left}{'  ' + note if note else ''}")
+        say(f"{title}: {done:g}{of} {unit}, {speed:.1f}/s{left}{'  ' + note if note else ''}")
 
     yield advance

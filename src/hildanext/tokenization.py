@@ -60,6 +60,15 @@ def tokenize_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
     return manifest
 
 
+def summary(manifest: dict[str, Any]) -> str:
+    """The manifest in a line a split, for people."""
+    return "\n".join(
+        f"{split}: {meta['rows']} rows of {meta['seq_len']} tokens ({meta['padding_share']:.1%} padding), {meta['tokens']} tokens "
+        f"({meta['supervised']} supervised), {meta['documents']} documents ({meta['cut_documents']} longer than a row)"
+        for split, meta in manifest["splits"].items()
+    )
+
+
 def _source_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     name = config.data.source_tokenizer
     if config.data.foreign_ids != "retokenize" or name is None:
