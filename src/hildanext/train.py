@@ -96,7 +96,10 @@ class Trainer:
         AcceleratorState._reset_state()  # accelerate keeps one precision a process; this training may use another
         self.accelerator = Accelerator(mixed_precision=policy.mixed_precision, cpu=policy.device.type == "cpu")
         if config.train.gradient_checkpointing:
-            lm.model.activation_checkpointing_enable()
+            if hasattr(lm.model, "activation_checkpointing_enable"):
+                lm.model.activation_checkpointing_enable()
+            else:  # its old name, in the last transformers for Python 3.10
+                lm.model.gradient_checkpointing_enable()
         self.optimizer = make_optimizer(lm, config)
         self.forward, self.prepared = self.accelerator.prepare(lm, self.optimizer)
         self.order = RowOrder(len(rows), config.train.seed)
