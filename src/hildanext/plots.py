@@ -29,7 +29,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     )
     accuracy.set(title="accuracy", ylim=(0, 1))
     block.step(steps, [row["block_size"] for row in rows], where="post")
-    block.set(title="block size", yscale="log", xlabel="step")
+    block.set_yscale("log", base=2)
+    block.yaxis.set_major_formatter("{x:g}")
+    block.set(title="block size", xlabel="step")
     rate.plot(steps, [row["lr"] for row in rows])
     rate.set(title="learning rate", xlabel="step")
     for axis in (loss, accuracy):
