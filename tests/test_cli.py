@@ -319,16 +319,22 @@ def bad_commands(way: Way, checkpoint: Path) -> Iterator[tuple[list[object], int
     yield ["sft", "--model", way.folder / "base", "--run", "other"], 2, "is not converted"
     yield ["merge-topk", "--run", "never"], 2, "no checkpoints"
     yield ["merge-topk", "--k", 99], 2, "--k"
+    yield ["merge-topk", "--k", 0], 2, "--k"
+    yield ["merge-topk", "--k", -1], 2, "--k"
+    yield ["merge-topk", "--run", "../runs/convert"], 2, "--run '../runs/convert'"
+    yield ["convert-wsd", "--run", "../elsewhere"], 2, "--run '../elsewhere'"
+    yield ["sft", "--run", ""], 2, "--run ''"
+    yield [*story, checkpoint / "config.json"], 2, "is a file"
     yield ["merge-topk", way.folder / "nowhere", "--out", way.folder / "new"], 2, "not a checkpoint folder"
     yield ["merge-topk", "--k", 2], 2, "exists"
     yield ["prepare-data", "--set", 'data.sources=[{"kind":"dolma","path":"/no/where"}]'], 2, "/no/where"
     yield ["serve", "--set", "server.host=0.0.0.0", "--model", checkpoint], 2, "api_key_file"
 
 
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("number", range(30))
 def test_bad_input_is_one_line_and_destroys_nothing(way: Way, copied: Path, number: int):
     cases = list(bad_commands(way, copied))
-    assert len(cases) == 24
+    assert len(cases) == 30
     argv, code, named = cases[number]
     before = {path: path.stat().st_mtime_ns for path in way.folder.rglob("*") if path.is_file()}
     answer = run(*argv, "--config", way.config, "--json")

@@ -81,9 +81,10 @@ def _sft(args: argparse.Namespace) -> Result:
 def _merge_topk(args: argparse.Namespace) -> Result:
     from hildanext.convert import evaluate_checkpoint
     from hildanext.merge import best_checkpoints, merge
+    from hildanext.runs import run_path
 
     config = _config(args)
-    run = Path(config.paths.runs) / args.run
+    run = run_path(config, args.run)
     folders = [Path(folder) for folder in args.checkpoints] or best_checkpoints(run, args.k)
     result = merge(folders, Path(args.out) if args.out else run / "merged")
     return result | evaluate_checkpoint(config, Path(result["out"]), args.split)

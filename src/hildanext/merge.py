@@ -20,7 +20,9 @@ SAME_KEYS = ("architectures", "vocab_size", "mask_token_id", "block_size")
 
 
 def best_checkpoints(run: Path, k: int) -> list[Path]:
-    """The k checkpoints of a run with the lowest evaluation loss. Raises UsageError when there are fewer."""
+    """The k checkpoints of a run with the lowest evaluation loss. Raises UsageError when there are fewer, or k < 1."""
+    if k < 1:
+        raise UsageError(f"--k {k}: at least one checkpoint is needed")
     found = list_checkpoints(run / "checkpoints")
     if not found:
         raise UsageError(f"{run}: no checkpoints to merge")

@@ -164,7 +164,9 @@ def locate(base: str) -> tuple[str, str | None]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"model '{base}': the folder has no config.json")
-    elif looks_local or path.exists():
+    elif path.exists():
+        raise UsageError(f"model '{base}' is a file; give the folder it lies in, or a .gguf file")
+    elif looks_local:
         raise UsageError(f"model '{base}': no such folder")
     return base, None
 

@@ -42,6 +42,13 @@ def git_revision() -> str | None:
     return answer.stdout.strip()
 
 
+def run_path(config: Config, name: str) -> Path:
+    """Folder of the run `name`. Raises UsageError for a name that would lead out of `paths.runs`."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UsageError(f"--run '{name}': a run's name is one folder name; set paths.runs to put it elsewhere")
+    return Path(config.paths.runs) / name
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{section}.{key}"
@@ -68,7 +75,7 @@ class RunFolder:
         Raises UsageError when a run of that name exists and resume is not asked for, when there is none to resume, or
         when the configuration differs from the run's in a key that changes the numbers (the keys are named).
         """
-        run = cls(Path(config.paths.runs) / name)
+        run = cls(run_path(config, name))
         if resume:
             if not run.record.is_file():
                 raise UsageError(f"--resume: no run in {run.path}; start it without --resume")
