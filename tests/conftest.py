@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from hildanext.config import Config, parse_config
 from training import write_base
@@ -50,6 +56,23 @@ def make_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     # As from a file, where the template's markers are special tokens.
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]})
     return tokenizer
+
+
+def random_llama(vocab_size: int = 300, **changes: Any) -> LlamaForCausalLM:
+    """A tiny Llama of random weights, the same at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=3,
+        **changes,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from conftest import make_tokenizer
+from conftest import make_tokenizer, random_llama
 from hildanext.config import ModelConfig
 from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.model import DiffusionLM, load_diffusion_lm, load_tokenizer, read_record, save_diffusion_lm
@@ -37,18 +37,7 @@ def refusal(kind: type[HildaError], base: str | Path, **changes: Any) -> str:
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """An AR model on disk."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=3,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    random_llama().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 

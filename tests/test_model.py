@@ -16,8 +16,6 @@ from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -26,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from conftest import make_tokenizer
+from conftest import make_tokenizer, random_llama
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
 from hildanext.documents import fingerprint
@@ -45,22 +43,6 @@ from hildanext.probe import n_embeddings
 MASK, BLOCK = 300, 4
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # float64, logits of size one
 CONVENTIONS: list[Convention] = ["in_place", "shifted"]
-
-
-def tiny_llama(vocab_size: int = 300, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=3,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module", params=CONVENTIONS)
@@ -259,7 +241,7 @@ def test_embedding_noise_reaches_the_noisy_stream_only(lm: DiffusionLM) -> None:
 
 
 def test_the_tokenizers_own_mask_token_is_used() -> None:
-    tokenizer, model = make_tokenizer(mask_token="[MASK]"), tiny_llama(310)
+    tokenizer, model = make_tokenizer(mask_token="[MASK]"), random_llama(310)
     before = model.get_input_embeddings().weight.clone()
     assert add_mask_token(model, tokenizer) == tokenizer.convert_tokens_to_ids("[MASK]") == 300
     assert len(tokenizer) == 301
@@ -269,7 +251,7 @@ def test_the_tokenizers_own_mask_token_is_used() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("vocab_size", [300, 310], ids=["full", "padded"])
 def test_a_new_mask_token(vocab_size: int, tied: bool) -> None:
-    tokenizer, model = make_tokenizer(), tiny_llama(vocab_size, tie_word_embeddings=tied)
+    tokenizer, model = make_tokenizer(), random_llama(vocab_size, tie_word_embeddings=tied)
     meant = special_ids(tokenizer)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
@@ -293,7 +275,7 @@ def test_a_new_mask_token(vocab_size: int, tied: bool) -> None:
 
 
 def test_the_mask_tokens_noise_is_a_function_of_the_seed() -> None:
-    models = [tiny_llama() for _ in range(3)]
+    models = [random_llama() for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         add_mask_token(model, make_tokenizer(), seed)
     a, b, c = (model.get_input_embeddings().weight[300] for model in models)
@@ -321,7 +303,7 @@ def load(folder: str | Path, **changes: Any) -> DiffusionLM:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    tiny_llama().save_pretrained(tmp_path / "base")
+    random_llama().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -358,7 +340,7 @@ def one_more(make: Callable[[], PreTrainedModel], folder: Path) -> dict[str, Any
 
 def test_both_names_of_rope(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 54321.0}
-    stored = one_more(lambda: tiny_llama(rope_parameters=rope), tmp_path / "llama")
+    stored = one_more(lambda: random_llama(rope_parameters=rope), tmp_path / "llama")
     assert stored["rope_theta"] == stored["rope_parameters"]["rope_theta"] == 54321.0
     sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 1}
     gemma = Gemma3TextConfig(**sizes, head_dim=16, intermediate_size=64, num_key_value_heads=1)
