@@ -1,15 +1,16 @@
-"""The threshold-edit rule against a loop written from LLaDA2.1 eq. 1-3, and the block loop on scripted models."""
+"""The threshold-edit rule against a loop written from LLaDA2.1 eq. 1-3; proposals against transformers' own processors."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from hildanext.config import DecodeConfig, parse_config
-from hildanext.decode import Finished, Settings, Step, check_request, decode, decode_block, edit_step, propose, resolve
-from hildanext.errors import ConfigError, UsageError
+from hildanext.decode import Preset, Settings, check_request, edit_step, keep_likely, propose, read_presets, resolve
+from hildanext.errors import ConfigError, ModelError, UsageError
 
-MASK, VOCAB, EOS = 9, 9, 0
+MASK = 9
 
 
 def rule(tokens, ids, confidence, editable, settled, tau_mask, tau_edit):
@@ -61,143 +62,82 @@ def test_edit_step_is_the_rule(rows, tau_mask, tau_edit):
 
 def test_propose_never_gives_the_mask_token_or_a_padding_row():
     logits = torch.tensor([[0.0, 1.0, 9.0, 3.0, 99.0], [0.0, 5.0, 9.0, 1.0, 0.0]])
-    ids, confidence = propose(logits, torch.tensor([True, False]), mask_token_id=2, vocab_size=4)
+    ids, confidence = propose(logits, mask_token_id=2, vocab_size=4)
     assert ids.tolist() == [3, 1]
     kept = logits[:, [0, 1, 3]].softmax(-1)
     assert confidence.tolist() == pytest.approx([kept[0, 2].item(), kept[1, 1].item()])
-
-
-def test_propose_samples_masked_positions_at_the_softmax_rate_and_keeps_the_argmax_elsewhere():
-    logits = torch.tensor([[1.0, 0.0, 0.5, -50.0]]).expand(20_000, 4)
-    masked = torch.arange(20_000) < 10_000
-    generator = torch.Generator().manual_seed(0)
-    ids, confidence = propose(logits, masked, mask_token_id=3, vocab_size=4, temperature=0.7, generator=generator)
-    assert (ids[~masked] == 0).all()
-    warm = (logits[0, :3] / 0.7).softmax(-1)
-    rates = torch.bincount(ids[masked], minlength=3).float() / 10_000
-    assert rates.tolist() == pytest.approx(warm.tolist(), abs=0.02)
-    assert torch.allclose(confidence[masked], warm[ids[masked]])
-
-
-class Scripted:
-    """A context that knows the final text: it is sure of some positions, and of the rest only when they are observed."""
-
-    def __init__(self, answer, sure, start=0, shifted=False):
-        self.answer, self.sure, self.start, self.shifted = answer, sure, start, shifted
-        self.forwards, self.stored = 0, []
-
-    def score(self, tokens):
-        self.forwards += 1
-        logits = torch.zeros(len(tokens), VOCAB + 1)
-        for i in range(len(tokens)):
-            place = self.start + len(self.stored) * len(tokens) + i
-            logits[i, self.answer[place % len(self.answer)]] = 8.0 if place in self.sure else 1.0
-        return logits
-
-    def store(self, tokens):
-        self.stored.append(tokens.tolist())
 
 
 def make(**changes):
     return Settings("Q_MODE", 0.7, 0.5, 4, 4, 8, 0.0, 0)._replace(**changes)
 
 
-def run(context, prompt, settings):
-    return list(
-        decode(
-            context,
-            prompt,
-            settings,
-            mask_token_id=MASK,
-            vocab_size=VOCAB,
-            eos_token_id=EOS,
-            device=torch.device("cpu"),
-        )
-    )
+def gumbel(n, size, seed=0):
+    return -torch.empty(n, size).exponential_(generator=torch.Generator().manual_seed(seed)).log()
 
 
-def test_a_pass_drafts_the_sure_ones_or_the_most_confident():
-    steps = [e for e in run(Scripted([3, 4, 5, 6], sure={0, 2}), [], make(max_new_tokens=4)) if isinstance(e, Step)]
-    assert steps[0].drafted == [0, 2]
-    assert [step.drafted for step in steps[1:3]] == [[1], [3]]
-    assert steps[3].drafted == steps[3].edited == []  # the pass that found nothing to change
-    assert [step.mask_ratio for step in steps] == [1.0, 0.5, 0.25, 0.0]
-    assert len(steps) == 4
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({}, [0, 1, 2]),
+        ({"top_k": 2}, [0, 2]),
+        ({"top_k": 9}, [0, 1, 2]),
+        ({"top_p": 0.6}, [0, 2]),
+        ({"top_p": 0.01}, [0]),
+    ],
+)
+def test_propose_draws_from_the_softmax_of_what_is_allowed(changes, allowed):
+    logits = torch.tensor([[1.0, 0.0, 0.5, 99.0]]).expand(40_000, 4)
+    settings = make(temperature=0.7, **changes)
+    ids, confidence = propose(logits, mask_token_id=3, vocab_size=4, settings=settings, noise=gumbel(40_000, 4))
+    warm = (logits[0, allowed] / 0.7).softmax(-1)
+    rates = torch.bincount(ids, minlength=4).float() / 40_000
+    assert rates[allowed].tolist() == pytest.approx(warm.tolist(), abs=0.01)
+    assert rates.sum() == pytest.approx(rates[allowed].sum())
+    # The confidence is the model's, whatever the temperature: thresholds keep their meaning.
+    assert torch.allclose(confidence, logits[0, :3].softmax(-1)[ids])
 
 
-def test_shifted_a_blocks_first_token_is_drafted_at_once():
-    """It sees the blocks before only: waiting would change nothing for it, and its block would be drafted without it."""
-    events = run(Scripted([3, 4, 5, 6], sure={1}, shifted=True), [], make(max_new_tokens=8))
-    steps = [event for event in events if isinstance(event, Step)]
-    assert [step.drafted for step in steps if step.block == 0] == [[0, 1], [2], [3], []]
-    assert steps[4].drafted == [0]
-    # A prompt that ends inside the block holds its first token already.
-    shared = run(Scripted([3, 4, 5, 6], sure=set(), shifted=True), [8], make(max_new_tokens=3))
-    assert [event.drafted for event in shared if isinstance(event, Step)] == [[1], [2], [3], []]
+def test_the_same_noise_draws_the_same_token_and_no_temperature_is_the_argmax():
+    logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    noise = gumbel(50, 12)
+    how = {"mask_token_id": 11, "vocab_size": 12, "noise": noise}
+    one, _ = propose(logits, settings=make(temperature=1.0), **how)
+    nearly, _ = propose(logits + 1e-6, settings=make(temperature=1.0), **how)
+    assert torch.equal(one, nearly)
+    cold, _ = propose(logits, settings=make(temperature=1e-4), **how)
+    greedy, _ = propose(logits, mask_token_id=11, vocab_size=12)
+    assert torch.equal(cold, greedy)
+    assert not torch.equal(one, greedy)
 
 
-def test_editing_off_ends_a_block_with_its_last_mask():
-    steps = [
-        e
-        for e in run(Scripted([3], sure=set(range(9))), [], make(max_new_tokens=4, tau_edit=None))
-        if isinstance(e, Step)
-    ]
-    assert len(steps) == 1
+@given(
+    scores=st.lists(st.integers(-30, 30), min_size=2, max_size=8),
+    top_k=st.none() | st.integers(1, 9),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_top_k_and_top_p_are_those_of_transformers(scores, top_k, top_p):
+    row = torch.tensor([scores]).float() / 7
+    expected = row.clone()
+    if top_k is not None:
+        expected = TopKLogitsWarper(min(top_k, len(scores)))(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    kept = keep_likely(row, top_k, top_p).isfinite()[0]
+    # Ties at the border may fall either way: the same number of tokens, with the same scores.
+    assert sorted(row[0, kept].tolist()) == sorted(row[0, expected.isfinite()[0]].tolist())
 
 
-def test_the_prompt_shares_its_last_block_and_is_never_edited():
-    events = run(
-        Scripted([3, 4, 5, 6], sure=set(range(20)), start=4), [7, 7, 7, 7, 8], make(tau_edit=0.0, max_new_tokens=7)
-    )
-    steps = [e for e in events if isinstance(e, Step)]
-    assert steps[0].block == 1
-    assert steps[0].tokens == [8, 4, 5, 6]
-    new = [token for e in events if isinstance(e, Finished) for token in e.new_tokens]
-    assert new == [4, 5, 6, 3, 4, 5, 6]
-
-
-def test_end_of_text_and_the_budget_cut_the_last_block():
-    ended = run(Scripted([3, 4, EOS, 5], sure=set(range(20))), [], make())
-    assert ended[-1] == Finished(0, [3, 4, EOS])
-    cut = run(Scripted([3, 4, 5, 6], sure=set(range(20))), [], make(max_new_tokens=6))
-    assert [e.new_tokens for e in cut if isinstance(e, Finished)] == [[3, 4, 5, 6], [3, 4]]
-
-
-class Restless:
-    """Wants every position changed at every pass: editing without a cap would never end."""
-
-    forwards, shifted = 0, False
-
-    def score(self, tokens):
-        self.forwards += 1
-        logits = torch.zeros(len(tokens), VOCAB + 1)
-        logits[torch.arange(len(tokens)), (tokens % 8) + 1] = 3.0
-        logits[:, MASK] = 99.0  # and the mask token above all
-        return logits
-
-    def store(self, tokens):
-        pass
-
-
-@given(size=st.integers(1, 9), post=st.integers(0, 5), tau_mask=st.sampled_from([0.0, 0.9, 1.0]))
-@settings(max_examples=40, deadline=None)
-def test_no_model_can_make_a_block_run_forever(size, post, tau_mask):
-    context = Restless()
-    steps = list(
-        decode_block(
-            context,
-            torch.full((size,), MASK),
-            torch.ones(size, dtype=torch.bool),
-            0,
-            make(block_size=size, tau_mask=tau_mask, tau_edit=0.0, max_post_steps=post),
-            MASK,
-            VOCAB,
-        )
-    )
-    assert MASK not in steps[-1].tokens
-    drafting = [step for step in steps if step.mask_ratio > 0]
-    assert len(drafting) <= size
-    assert len(steps) - len(drafting) == post
+def test_the_repetition_penalty_is_that_of_transformers():
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(2))
+    seen = torch.zeros(1, 10, dtype=torch.bool)
+    seen[0, [1, 4, 7]] = True
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[1, 4, 7]]), logits.clone())
+    expected[:, 9] = -torch.inf
+    ids, confidence = propose(logits, mask_token_id=9, vocab_size=10, settings=make(repetition_penalty=1.7), seen=seen)
+    assert ids.tolist() == expected.argmax(-1).tolist()
+    assert confidence.item() == pytest.approx(expected.softmax(-1).max().item())
 
 
 def test_presets_and_overrides():
@@ -207,8 +147,39 @@ def test_presets_and_overrides():
     assert (off.tau_mask, off.tau_edit, off.block_size) == (0.9, None, 16)
 
 
+def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
+    modes = read_presets(
+        {"hilda": {"S_MODE": {"tau_mask": 0.3, "tau_edit": None, "max_post_steps": 2, "block_size": 4}}}
+    )
+    assert modes == {"S_MODE": Preset(0.3, None, 2, 4)}
+    calibrated = resolve(DecodeConfig(mode="S_MODE"), 8, modes)
+    assert (calibrated.tau_mask, calibrated.tau_edit, calibrated.max_post_steps, calibrated.block_size) == (
+        0.3,
+        None,
+        2,
+        4,
+    )
+    asked = resolve(DecodeConfig(mode="S_MODE", tau_edit=0.9, max_post_steps=0, block_size=16), 8, modes)
+    assert (asked.tau_mask, asked.tau_edit, asked.max_post_steps, asked.block_size) == (0.3, 0.9, 0, 16)
+    assert resolve(DecodeConfig(mode="Q_MODE"), 8, modes) == resolve(DecodeConfig(mode="Q_MODE"), 8)
+    with pytest.raises(ModelError, match=r"hilda.S_MODE.*speed"):
+        read_presets({"hilda": {"S_MODE": {"speed": 1}}})
+
+
 @pytest.mark.parametrize(
-    "changes", [{"tau_mask": 1.5}, {"tau_edit": -0.1}, {"block_size": 0}, {"max_new_tokens": 0}, {"temperature": -1}]
+    "changes",
+    [
+        {"tau_mask": 1.5},
+        {"tau_edit": -0.1},
+        {"block_size": 0},
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0.0},
+        {"top_k": 0},
+        {"repetition_penalty": 0},
+        {"edit_blocks": -1},
+        {"stop": [""]},
+    ],
 )
 def test_impossible_settings_name_their_key(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):

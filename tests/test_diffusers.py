@@ -15,10 +15,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hildanext.decode import Finished, Settings, decode
-from hildanext.engines.transformers import CachedContext
+from hildanext.decode import Settings
 from hildanext.masks import additive, block_causal_mask
 from hildanext.model import DiffusionLM
+from hildanext.runtimes.eager import EagerRuntime
+from hildanext.scheduler import Scheduler
+from hildanext.sequence import Sequence, Vocabulary
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -72,10 +74,12 @@ def lm(tiny_tokenizer):
 
 def ours(lm, prompt, new, tau_mask, tau_edit, post):
     settings = Settings("Q_MODE", tau_mask, tau_edit, post, BLOCK, new, 0.0, 0)
-    with torch.inference_mode():
-        context = CachedContext(lm, prompt, BLOCK)
-    events = decode(context, prompt, settings, mask_token_id=MASK, vocab_size=VOCAB, eos_token_id=-1, device=lm.device)
-    return [token for event in events if isinstance(event, Finished) for token in event.new_tokens]
+    scheduler = Scheduler(EagerRuntime(lm.model), slots=1, context=256, prefill_chunk=16)
+    sequence = Sequence(prompt, settings, Vocabulary(VOCAB, MASK, -1, shifted=False), str)
+    scheduler.submit(sequence)
+    while not scheduler.is_idle:
+        scheduler.step()
+    return sequence.stream.token_ids
 
 
 def theirs(lm, prompt, new, tau_mask, tau_edit, post):

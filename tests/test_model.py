@@ -28,7 +28,6 @@ from conftest import make_tokenizer, random_llama
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
 from hildanext.documents import fingerprint
-from hildanext.engines.transformers import CachedContext
 from hildanext.model import (
     DiffusionLM,
     add_mask_token,
@@ -39,6 +38,8 @@ from hildanext.model import (
     special_ids,
 )
 from hildanext.probe import n_embeddings
+from hildanext.runtimes.eager import EagerRuntime
+from hildanext.runtimes.protocol import pad_batch
 
 MASK, BLOCK = 300, 4
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # float64, logits of size one
@@ -140,38 +141,60 @@ def test_a_training_row_equals_the_decode_row(lm: DiffusionLM) -> None:
         assert equal(trained[b * BLOCK : (b + 1) * BLOCK], by_hand(lm, doc, b)), f"block {b}"
 
 
+class Cached:
+    """Blocks of a document behind each other in a `SlotCache`."""
+
+    def __init__(self, lm: DiffusionLM) -> None:
+        self.lm, self.runtime, self.stored = lm, EagerRuntime(lm.model), 0
+        self.runtime.allocate(slots=2, context=64)
+        self.last: Tensor | None = None
+
+    def run(self, tokens: Tensor, store: bool) -> Tensor:
+        """Logits [n, V] that predict `tokens` [n], whole blocks; nan where nothing does. What is not stored is run over."""
+        places = range(self.stored, self.stored + len(tokens))
+        span = (tokens.tolist(), self.stored, [(p // BLOCK + 1) * BLOCK for p in places])
+        # In the second slot, as wide as the stranger in the first one.
+        hidden = self.runtime.body(pad_batch([([5] * 9, 0, [9] * 9), span], 0))[1, : len(tokens)]
+        logits = self.runtime.head(hidden)
+        if self.lm.convention == "shifted":
+            first = torch.full_like(logits[:1], torch.nan) if self.last is None else self.last
+            self.last, logits = (logits[-1:] if store else self.last), torch.cat([first, logits[:-1]])
+        self.stored += len(tokens) if store else 0
+        return logits
+
+
 def test_a_cached_block_equals_an_uncached_one(lm: DiffusionLM) -> None:
     doc = document(16)
-    stored = CachedContext(lm, doc.clean[:BLOCK].tolist(), BLOCK)  # block 0 by prefill, the others by `store`
-    for b in range(1, 4):
-        noisy = doc.noisy[b * BLOCK : (b + 1) * BLOCK]
+    one_by_one = Cached(lm)
+    for b in range(4):
+        noisy, clean = (stream[b * BLOCK : (b + 1) * BLOCK] for stream in (doc.noisy, doc.clean))
         expected = by_hand(lm, doc, b)
-        prefilled = CachedContext(lm, doc.clean[: b * BLOCK].tolist(), BLOCK)
-        assert equal(prefilled.score(noisy), expected), f"block {b}"
-        stored.score(doc.noisy[:BLOCK])  # another draft of the block first: nothing of it may stay
-        assert equal(stored.score(noisy), expected), f"block {b}"
-        clean = doc.clean[b * BLOCK : (b + 1) * BLOCK]
-        if b == 2:
-            stored.score(clean)  # a pass that changed nothing is also the pass that stores
-        before = stored.forwards
-        stored.store(clean)
-        assert stored.forwards - before == (0 if b == 2 else 1)
+        at_once = Cached(lm)
+        if b:
+            at_once.run(doc.clean[: b * BLOCK], store=True)  # several blocks in one block-causal pass
+        start = 1 if b == 0 and lm.convention == "shifted" else 0  # nothing predicts a document's first token
+        assert equal(at_once.run(noisy, store=False)[start:], expected[start:]), f"block {b}"
+        one_by_one.run(doc.noisy[:BLOCK], store=False)  # another draft of the block first: nothing of it may stay
+        assert equal(one_by_one.run(noisy, store=False)[start:], expected[start:]), f"block {b}"
+        one_by_one.run(clean, store=True)
 
 
-def test_a_prompt_without_a_whole_block_is_cached_as_nothing(lm: DiffusionLM) -> None:
-    doc = document(4)
-    context = CachedContext(lm, doc.clean[:3].tolist(), BLOCK)
-    start = 1 if lm.convention == "shifted" else 0  # nothing predicts the first token
-    assert context.prefill_forwards == 0
-    assert equal(context.score(doc.noisy)[start:], by_hand(lm, doc, 0)[start:])
+def test_a_slot_that_is_moved_goes_on_as_it_was(lm: DiffusionLM) -> None:
+    doc = document(8)
+    cached = Cached(lm)
+    cached.run(doc.clean[:BLOCK], store=True)
+    cached.runtime.move(1, 0, BLOCK)
+    span = (doc.noisy[BLOCK:].tolist(), BLOCK, [2 * BLOCK] * BLOCK)
+    assert equal(cached.runtime.body(pad_batch([span], 0))[0], cached.runtime.body(pad_batch([span], 1))[0])
 
 
 def test_a_blocks_first_token_is_settled_by_the_blocks_before_when_shifted(lm: DiffusionLM) -> None:
     """Why the decode rule drafts it at once: nothing drafted in its block moves its proposal. In place everything does."""
     doc = document(8)
-    context = CachedContext(lm, doc.clean[:BLOCK].tolist(), BLOCK)
-    one, other = (context.score(tokens[BLOCK:]) for tokens in (doc.noisy, doc.clean))
-    assert torch.equal(one[0], other[0]) == context.shifted
+    cached = Cached(lm)
+    cached.run(doc.clean[:BLOCK], store=True)
+    one, other = (cached.run(stream[BLOCK:], store=False) for stream in (doc.noisy, doc.clean))
+    assert torch.equal(one[0], other[0]) == (lm.convention == "shifted")
     assert not torch.equal(one[1], other[1])
 
 

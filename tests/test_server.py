@@ -98,8 +98,9 @@ def test_every_setting_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     config = dummy({"max_post_steps": 5, "block_size": 16})
     body = {"prompt": "x", "mode": "S_MODE", "tau_mask": 0.25, "tau_edit": 0.75}
     body |= {"max_new_tokens": 9, "temperature": 0.5, "seed": 7}
+    body |= {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25, "stop": ["end"]}
     TestClient(make_app(config, open_engine(config))).post("/generate", json=body)
-    assert seen[0].settings == ("S_MODE", 0.25, 0.75, 5, 16, 9, 0.5, 7)
+    assert seen[0].settings == ("S_MODE", 0.25, 0.75, 5, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",))
 
 
 @pytest.mark.parametrize(

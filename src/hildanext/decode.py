@@ -1,22 +1,42 @@
-"""Threshold-edit decoding (LLaDA2.1 eq. 1-3): the pure rule, and the block loop around any model.
-
-The rule knows no model; the loop knows a model only as a `Context` that scores a block and stores it.
-"""
+"""Threshold-edit decoding (LLaDA2.1 eq. 1-3): settings, the pure rule, and what a pass reports. No model in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hildanext.config import DecodeConfig, Mode
-from hildanext.errors import UsageError
-from hildanext.noise import sample_generator
+from hildanext.errors import ModelError, UsageError
 
-# (tau_mask, tau_edit) until calibrated: the values that SGLang and diffusers document.
-PRESETS: dict[Mode, tuple[float, float]] = {"S_MODE": (0.5, 0.0), "Q_MODE": (0.7, 0.5)}
+
+class Preset(NamedTuple):
+    """What a mode stands for."""
+
+    tau_mask: float
+    tau_edit: float | None
+    max_post_steps: int = 16
+    block_size: int | None = None  # None: the checkpoint's
+
+
+# Until calibrated: the thresholds that SGLang and diffusers document.
+PRESETS: dict[Mode, Preset] = {"S_MODE": Preset(0.5, 0.0), "Q_MODE": Preset(0.7, 0.5)}
+
+
+def read_presets(generation_config: dict[str, Any]) -> dict[Mode, Preset]:
+    """The modes that `calibrate` wrote into a checkpoint's generation_config.json. Raises ModelError for broken ones."""
+    found: dict[Mode, Preset] = {}
+    for mode in PRESETS:
+        stored = generation_config.get("hilda", {}).get(mode)
+        if stored is not None:
+            try:
+                found[mode] = Preset(**stored)
+            except TypeError as error:
+                raise ModelError(
+                    f"generation_config.json: 'hilda.{mode}' is not a mode: {error}; calibrate again"
+                ) from None
+    return found
 
 
 class Settings(NamedTuple):
@@ -30,87 +50,100 @@ class Settings(NamedTuple):
     max_new_tokens: int
     temperature: float
     seed: int
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    edit_blocks: int = 0  # finished blocks before the current one that stay editable
+    stop: tuple[str, ...] = ()
 
 
 class Step(NamedTuple):
-    """One denoising pass over the current block."""
+    """One denoising pass. Positions count from `start`, the text position of the first token shown."""
 
-    block: int
+    block: int  # the block that is drafted
     step: int
-    tokens: list[int]  # the block after the pass
-    drafted: list[int]  # positions within the block
+    tokens: list[int]  # the block after the pass, the editable blocks before it included
+    drafted: list[int]
     edited: list[int]
-    confidence: list[float]  # of the proposal at each position
+    confidence: list[float | None]  # of the proposal at each position; None where the pass could change nothing
     mask_ratio: float  # masked share of the block before the pass
+    start: int
 
 
 class Finished(NamedTuple):
-    """A block came to rest. `new_tokens`: what it adds to the completion."""
+    """A block became final. `new_tokens`: what it adds to the completion; `text`: what can be shown of it now."""
 
     block: int
     new_tokens: list[int]
+    text: str
 
 
-class Context(Protocol):
-    """A model with the finished blocks behind it. `shifted`: they alone predict a block's first token."""
-
-    forwards: int
-    shifted: bool
-
-    def score(self, tokens: Tensor) -> Tensor:
-        """Logits [n, V] that predict each position of the block `tokens` [n], given the stored blocks."""
-        ...
-
-    def store(self, tokens: Tensor) -> None:
-        """The block is finished: make it visible to the next ones."""
-        ...
-
-
-def resolve(config: DecodeConfig, trained_block: int) -> Settings:
-    """Fill presets and the checkpoint's block size in."""
-    tau_mask, tau_edit = PRESETS[config.mode]
+def resolve(config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset] | None = None) -> Settings:
+    """Fill in what the mode stands for (`presets`: a checkpoint's own, calibrated) and the checkpoint's block size."""
+    preset = (PRESETS | (presets or {}))[config.mode]
+    tau_edit = preset.tau_edit if config.tau_edit == "preset" else config.tau_edit
     return Settings(
         mode=config.mode,
-        tau_mask=tau_mask if config.tau_mask == "preset" else float(config.tau_mask),
-        tau_edit=tau_edit
-        if config.tau_edit == "preset"
-        else config.tau_edit
-        if config.tau_edit is None
-        else float(config.tau_edit),
-        max_post_steps=config.max_post_steps,
-        block_size=config.block_size or trained_block,
+        tau_mask=float(preset.tau_mask if config.tau_mask == "preset" else config.tau_mask),
+        tau_edit=None if tau_edit is None else float(tau_edit),
+        max_post_steps=preset.max_post_steps if config.max_post_steps == "preset" else config.max_post_steps,
+        block_size=config.block_size or preset.block_size or trained_block,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed=config.seed,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
+        edit_blocks=config.edit_blocks,
+        stop=tuple(config.stop),
     )
 
 
 def propose(
     logits: Tensor,
-    is_masked: Tensor,
     *,
     mask_token_id: int,
     vocab_size: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    settings: Settings | None = None,
+    noise: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i: a token for each position and its probability. The mask token is impossible.
 
-    logits [n, V] any float dtype, is_masked [n] bool -> ids [n] int64, confidence [n] float32. Ids from `vocab_size` on
-    are padding rows and impossible too. temperature > 0 samples the masked positions; observed ones always compare
-    against the argmax, else every pass would re-roll settled text.
+    logits [n, V] any float dtype -> ids [n] int64, confidence [n] float32. Ids from `vocab_size` on are padding rows and
+    impossible too. Greedy without `settings`. With a temperature v_i = argmax(log p_i / T + noise_i), which draws from
+    the softmax when `noise` [n, vocab_size] is Gumbel noise (Gumbel 1954); the same noise at every pass keeps a settled
+    token settled. c_i stays the model's own probability at temperature 1, so that thresholds mean the same at every T.
+    `seen` [n, vocab_size] bool: tokens that the repetition penalty falls on (Keskar et al. 2019, section 4.1).
     """
-    scores = logits.float().clone()
-    scores[:, mask_token_id] = -torch.inf
-    scores[:, vocab_size:] = -torch.inf
-    probabilities = scores.softmax(-1)
-    confidence, ids = probabilities.max(-1)
-    if temperature > 0 and is_masked.any():
-        warm = (scores[is_masked] / temperature).softmax(-1)
-        drawn = torch.multinomial(warm.cpu(), 1, generator=generator).to(ids.device)
-        ids[is_masked] = drawn[:, 0]
-        confidence[is_masked] = warm.gather(1, drawn)[:, 0]
-    return ids, confidence
+    scores = logits[:, :vocab_size].to(torch.float32, copy=True)
+    scores[:, mask_token_id : mask_token_id + 1] = -torch.inf
+    if settings is not None and seen is not None:
+        penalized = torch.where(scores > 0, scores / settings.repetition_penalty, scores * settings.repetition_penalty)
+        scores = torch.where(seen, penalized, scores)
+    if settings is None or noise is None:
+        confidence, ids = scores.softmax(-1).max(-1)
+        return ids, confidence
+    warm = keep_likely(scores / settings.temperature, settings.top_k, settings.top_p)
+    ids = (warm + noise).argmax(-1)
+    return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+def keep_likely(scores: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Scores [n, V] with all but the k best, then all but the smallest set of probability top_p, at -inf.
+
+    The best token always stays (Fan et al. 2018; Holtzman et al. 2020).
+    """
+    if top_k is not None and top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        ordered, order = scores.sort(-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # probability of the tokens ahead of each
+        outside = before >= top_p
+        outside[:, 0] = False
+        scores = scores.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+    return scores
 
 
 def edit_step(
@@ -143,95 +176,6 @@ def edit_step(
     else:
         edited = ~masked & editable & (ids != tokens) & (confidence > tau_edit)
     return torch.where(drafted | edited, ids, tokens), drafted, edited
-
-
-def decode_block(
-    context: Context,
-    tokens: Tensor,
-    editable: Tensor,
-    block: int,
-    settings: Settings,
-    mask_token_id: int,
-    vocab_size: int,
-) -> Iterator[Step]:
-    """Denoise one block to rest, a Step a pass; the last Step's tokens are the block.
-
-    Every pass with masks left drafts at least one, and at most `max_post_steps` passes follow, so n + max_post_steps
-    passes are a hard cap. The generator is seeded by (seed, block): resuming at a block needs no history.
-    """
-    generator = sample_generator(settings.seed, block, "decode")
-    n, post_steps = len(tokens), 0
-    # Shifted, the first token does not see its block. Drafted later, it would contradict what was drafted without it.
-    settled = torch.arange(n, device=tokens.device) < int(context.shifted)
-    for step in range(n + settings.max_post_steps):
-        masked = tokens == mask_token_id
-        ids, confidence = propose(
-            context.score(tokens),
-            masked,
-            mask_token_id=mask_token_id,
-            vocab_size=vocab_size,
-            temperature=settings.temperature,
-            generator=generator,
-        )
-        was_clean = not masked.any()
-        tokens, drafted, edited = edit_step(
-            tokens,
-            ids,
-            confidence,
-            editable,
-            mask_token_id=mask_token_id,
-            tau_mask=settings.tau_mask,
-            tau_edit=settings.tau_edit,
-            settled=settled,
-        )
-        yield Step(
-            block,
-            step,
-            tokens.tolist(),
-            drafted.nonzero()[:, 0].tolist(),
-            edited.nonzero()[:, 0].tolist(),
-            confidence.tolist(),
-            masked.float().mean().item(),
-        )
-        post_steps += was_clean
-        clean = not (tokens == mask_token_id).any()
-        if clean and (
-            settings.tau_edit is None or post_steps >= settings.max_post_steps or (was_clean and not edited.any())
-        ):
-            return
-
-
-def decode(
-    context: Context,
-    prompt_ids: list[int],
-    settings: Settings,
-    *,
-    mask_token_id: int,
-    vocab_size: int,
-    eos_token_id: int,
-    device: torch.device,
-) -> Iterator[Step | Finished]:
-    """Block by block until end of text or the token budget. `context` already holds the prompt's whole blocks.
-
-    A prompt that ends inside a block shares that block. The last block always runs whole; what exceeds the budget is cut.
-    """
-    size, n_prompt = settings.block_size, len(prompt_ids)
-    block, produced = n_prompt // size, 0
-    head = prompt_ids[block * size :]
-    while True:
-        tokens = torch.tensor(head + [mask_token_id] * (size - len(head)), device=device)
-        editable = torch.arange(size, device=device) >= len(head)
-        for step in decode_block(context, tokens, editable, block, settings, mask_token_id, vocab_size):
-            yield step
-        new = step.tokens[len(head) :][: settings.max_new_tokens - produced]
-        if eos_token_id in new:
-            new = new[: new.index(eos_token_id) + 1]
-        produced += len(new)
-        yield Finished(block, new)
-        if produced >= settings.max_new_tokens or eos_token_id in new:
-            return
-        context.store(torch.tensor(step.tokens, device=device))
-        head, block = [], block + 1
 
 
 def check_request(prompt_ids: list[int], settings: Settings, context_length: int | None) -> None:

@@ -57,19 +57,13 @@ def generate(config: Config, prompt: str, *, raw: bool, trace: str | None, live:
 
 
 def _consume(engine: Engine, request: Request, stream_text: bool) -> tuple[Completion, list[Step]]:
-    token_ids: list[int] = []
-    shown = ""
     steps: list[Step] = []
     for event in engine.stream(request):
         if isinstance(event, Step):
             steps.append(event)
         elif isinstance(event, Finished):
-            token_ids += event.new_tokens
-            text = engine.decode_tokens(token_ids)
-            # A character whose bytes straddle two blocks waits for the second one.
-            if stream_text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+            if stream_text:
+                print(event.text, end="", flush=True)
         else:
             return event, steps
     raise RuntimeError("an engine's stream ended without a completion")

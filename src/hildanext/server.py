@@ -62,6 +62,10 @@ class GenerateBody(Body):
     tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
     max_new_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0.0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    repetition_penalty: float | None = Field(None, gt=0.0)
+    stop: list[Annotated[Text, Field(min_length=1)]] | None = Field(None, max_length=16)
     seed: int | None = Field(None, ge=0, lt=2**63)
 
     @model_validator(mode="after")

@@ -199,7 +199,7 @@ class DInferEngine:
         stopped = len(new) < settings.max_new_tokens
         new = new[: settings.max_new_tokens]
         forwards = self.forwards()
-        yield Finished(0, new)
+        yield Finished(0, new, self.decode_tokens(new))
         yield Completion(
             text=self.decode_tokens(new),
             token_ids=new,

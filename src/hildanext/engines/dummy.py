@@ -43,7 +43,7 @@ class DummyEngine:
         check_request(request.prompt_ids, settings, None)
         everything = list(NOTICE.encode()) + request.prompt_ids
         new = everything[: settings.max_new_tokens]
-        yield Finished(0, new)
+        yield Finished(0, new, self.decode_tokens(new))
         yield Completion(
             text=NOTICE + self.decode_tokens(request.prompt_ids),
             token_ids=new,

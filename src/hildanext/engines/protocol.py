@@ -20,7 +20,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a completion cost. Forwards count denoising and storing passes, the prompt's prefill apart."""
+    """What a completion cost. Every forward denoises, and stores what was not stored yet; chunks of a long prompt apart."""
 
     forwards: int
     prefill_forwards: int
@@ -45,6 +45,7 @@ class Completion:
     tau_mask: float
     tau_edit: float | None
     stats: Stats
+    runtime: str | None = None  # what ran the model under the engine, where there is a choice
     ignored: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
