@@ -5,9 +5,8 @@ It is a `Cache` of transformers, so any stock model fills it by itself; where th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -16,10 +15,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 class Place:
     """Where a forward of B sequences, W tokens each, reads and writes."""
 
-    rows: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.long))  # [B, 1] slot of each
-    columns: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.long))  # [B, W] text positions
-    keys: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # [K] 0..K-1: what is read
-    slot: int = 0  # the B sequences lie in neighbouring slots from here
+    slot: int  # the sequences lie in neighbouring slots from here
+    keys: Tensor  # [K] 0..K-1: the positions that are read
+    rows: Tensor  # [B, 1] slot of each sequence
+    columns: Tensor  # [B, W] text positions; the slot's last one for padding
+    start: int | None  # position of the first token where one sequence runs, without padding
 
 
 class SlotLayer(CacheLayerMixin):
@@ -28,9 +28,10 @@ class SlotLayer(CacheLayerMixin):
     is_compileable = True
     is_croppable = False
 
-    def __init__(self, slots: int, context: int, place: Place) -> None:
+    def __init__(self, slots: int, context: int) -> None:
         super().__init__()
-        self.slots, self.context, self.place = slots, context, place
+        self.slots, self.context = slots, context
+        self.place: Place | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
@@ -47,16 +48,23 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        assert self.place is not None
         place, n, length = self.place, key_states.shape[0], self.place.keys.shape[0]
-        self.keys[place.rows, :, place.columns] = key_states.transpose(1, 2)
-        self.values[place.rows, :, place.columns] = value_states.transpose(1, 2)
         mine = slice(place.slot, place.slot + n)
+        if place.start is not None:
+            here = slice(place.start, place.start + key_states.shape[2])
+            self.keys[mine, :, here] = key_states
+            self.values[mine, :, here] = value_states
+        else:
+            self.keys[place.rows, :, place.columns] = key_states.transpose(1, 2)
+            self.values[place.rows, :, place.columns] = value_states.transpose(1, 2)
         return self.keys[mine, :, :length], self.values[mine, :, :length]
 
     def get_seq_length(self) -> int:
-        return self.place.keys.shape[0] - self.place.columns.shape[1]
+        return self.get_mask_sizes(0)[0] if self.place is not None else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert self.place is not None
         return self.place.keys.shape[0], 0
 
     def get_max_length(self) -> int:
@@ -67,9 +75,14 @@ class SlotCache(Cache):
     """`slots` sequences of up to `context` tokens, side by side."""
 
     def __init__(self, n_layers: int, slots: int, context: int) -> None:
-        self.place = Place()
-        self.slot_layers = [SlotLayer(slots, context, self.place) for _ in range(n_layers)]
+        self.context = context
+        self.slot_layers = [SlotLayer(slots, context) for _ in range(n_layers)]
         super().__init__(layers=list(self.slot_layers))
+
+    def at(self, place: Place) -> None:
+        """Say where the next forward reads and writes."""
+        for layer in self.slot_layers:
+            layer.place = place
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another."""

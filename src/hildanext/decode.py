@@ -147,35 +147,40 @@ def keep_likely(scores: Tensor, top_k: int | None, top_p: float) -> Tensor:
 
 
 def edit_step(
-    tokens: Tensor,
-    ids: Tensor,
-    confidence: Tensor,
-    editable: Tensor,
+    tokens: list[int],
+    ids: list[int],
+    confidence: list[float],
+    editable: list[bool],
     *,
     mask_token_id: int,
     tau_mask: float,
     tau_edit: float | None,
-    settled: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The threshold-edit rule: (new tokens, drafted, edited), each [n].
+    settled: int | None = None,
+) -> tuple[list[int], list[int], list[int]]:
+    """The threshold-edit rule over n positions: (new tokens, drafted positions, edited positions).
 
-    tokens, ids [n] int64; confidence [n] float32; editable [n] bool (False: prompt); settled [n] bool (the proposal cannot
-    change, so nothing is gained by waiting; None: nowhere). Gamma = masked positions with c_i > tau_mask or settled, or
-    the most confident masked one if there is none; Delta = observed editable positions whose proposal differs with
-    c_i > tau_edit (None: empty). Both updates apply at once (LLaDA2.1 eq. 1-3; settled positions are ours).
+    tokens, ids, confidence, editable (False: prompt): n values each. Gamma = masked positions with c_i > tau_mask, or the
+    most confident masked one if there is none; Delta = observed editable positions whose proposal differs with
+    c_i > tau_edit (None: empty). Both updates apply at once (LLaDA2.1 eq. 1-3). A masked position `settled` joins Gamma
+    whatever its confidence: its proposal cannot change, so nothing is gained by waiting (ours).
+
+    Plain lists: a pass looks at a few dozen positions, which is less work than one small tensor operation.
     """
-    masked = tokens == mask_token_id
-    drafted = masked & (confidence > tau_mask)
-    if settled is not None:
-        drafted |= masked & settled
-    if masked.any() and not drafted.any():
-        best = confidence.masked_fill(~masked, -1.0).argmax()
-        drafted[best] = True
-    if tau_edit is None:
-        edited = torch.zeros_like(masked)
-    else:
-        edited = ~masked & editable & (ids != tokens) & (confidence > tau_edit)
-    return torch.where(drafted | edited, ids, tokens), drafted, edited
+    masked = [i for i, token in enumerate(tokens) if token == mask_token_id]
+    drafted = [i for i in masked if confidence[i] > tau_mask or i == settled]
+    if masked and not drafted:
+        drafted = [max(masked, key=confidence.__getitem__)]
+    edited = []
+    if tau_edit is not None:
+        edited = [
+            i
+            for i, token in enumerate(tokens)
+            if ids[i] != token and token != mask_token_id and editable[i] and confidence[i] > tau_edit
+        ]
+    new = list(tokens)
+    for i in (*drafted, *edited):
+        new[i] = ids[i]
+    return new, drafted, edited
 
 
 def check_request(prompt_ids: list[int], settings: Settings, context_length: int | None) -> None:

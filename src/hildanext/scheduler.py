@@ -54,6 +54,7 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
+    @torch.inference_mode()
     def step(self) -> list[Event]:
         """At most one chunk of one prompt, and one denoising pass of every sequence past its prompt.
 
@@ -106,10 +107,12 @@ class Scheduler:
         together = all(sequence.is_plain for sequence, _, _ in wanting)
         parts = [logits] if together else logits.split(counts)
         proposed = [_propose(part, sequence, span) for part, (sequence, span, _) in zip(parts, wanting, strict=False)]
-        ids, confidence = (torch.cat(column).cpu().split(counts) for column in zip(*proposed, strict=True))
-        events = []
-        for (sequence, span, states), one, sure in zip(wanting, ids, confidence, strict=True):
-            events += [Event(sequence, what) for what in sequence.absorb(span, one, sure, states)]
+        ids, confidence = (torch.cat(column).tolist() for column in zip(*proposed, strict=True))
+        events, offset = [], 0
+        for sequence, span, states in wanting:
+            mine = slice(offset, offset + len(span.wanted))
+            offset = mine.stop
+            events += [Event(sequence, what) for what in sequence.absorb(span, ids[mine], confidence[mine], states)]
         return events
 
     def _release(self, sequence: Sequence) -> None:

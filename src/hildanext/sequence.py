@@ -142,42 +142,37 @@ class Sequence:
             # A copy: the runtime may reuse its buffer.
             self.carry = hidden[upto - 1 - span.start].clone() if self.vocabulary.shifted else None
 
-    def absorb(self, span: Span, ids: Tensor, confidence: Tensor, hidden: Tensor) -> list[Step | Finished]:
-        """Apply the rule to a forward's proposals. ids, confidence [P] of `span.wanted`, on the CPU; hidden [n, H]."""
+    def absorb(self, span: Span, ids: list[int], confidence: list[float], hidden: Tensor) -> list[Step | Finished]:
+        """Apply the rule to a forward's proposals. ids, confidence: of the P `span.wanted`; hidden [n, H] of the span."""
         settings, window, mask_id = self.settings, self.window, self.vocabulary.mask_token_id
         self.forwards += 1
         self._store(span, window, hidden)  # whatever was waiting before the window
-        before = torch.tensor(self.tokens[window:])
-        places = torch.tensor([p - window for p in span.wanted], dtype=torch.long)
-        proposed, sure = before.clone(), torch.zeros(len(before))
-        proposed[places], sure[places] = ids, confidence
-        positions = torch.arange(window, len(self.tokens))
+        before = self.tokens[window:]
+        proposed, sure = list(before), [0.0] * len(before)
+        shown: list[float | None] = [None] * len(before)
+        for position, token, value in zip(span.wanted, ids, confidence, strict=True):
+            proposed[position - window] = token
+            sure[position - window] = shown[position - window] = value
         after, drafted, edited = edit_step(
             before,
             proposed,
             sure,
-            positions >= self.n_prompt,
+            [position >= self.n_prompt for position in range(window, len(self.tokens))],
             mask_token_id=mask_id,
             tau_mask=settings.tau_mask,
             tau_edit=settings.tau_edit,
-            settled=(positions == window) if self.vocabulary.shifted else None,
+            settled=0 if self.vocabulary.shifted else None,
         )
-        self.tokens[window:] = after.tolist()
-        shown: list[float | None] = [None] * len(before)
-        for place, value in zip(places.tolist(), confidence.tolist(), strict=True):
-            shown[place] = value
-        ratio = int((before == mask_id).sum()) / settings.block_size
-        step = Step(
-            self.block, self.step, after.tolist(), drafted.nonzero()[:, 0].tolist(), edited.nonzero()[:, 0].tolist(),
-            shown, ratio, window,
-        )  # fmt: skip
+        self.tokens[window:] = after
+        ratio = before.count(mask_id) / settings.block_size
+        step = Step(self.block, self.step, after, drafted, edited, shown, ratio, window)
         self.step += 1
-        self.drafts += len(step.drafted)
-        self.edits += len(step.edited)
+        self.drafts += len(drafted)
+        self.edits += len(edited)
         self.mask_ratio.append(ratio)
-        if not self._is_done(was_clean=ratio == 0, edited=bool(step.edited)):
+        if not self._is_done(was_clean=ratio == 0, edited=bool(edited)):
             return [step]
-        if not step.drafted and not step.edited and self._editable_blocks() == 0:
+        if not drafted and not edited and self._editable_blocks() == 0:
             # What lies in the cache is the block as it stays. With editable blocks it is not: they see what comes after
             # them, a stored block does not. Those are stored when they leave the window.
             self._store(span, len(self.tokens), hidden)

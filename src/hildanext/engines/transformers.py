@@ -34,13 +34,13 @@ class TransformersEngine:
             self.lm.tokenizer.eos_token_id,
             self.lm.convention == "shifted",
         )
+        self.presets = read_presets(self.lm.model.generation_config.to_dict())
         limit = max_positions(self.lm.model)
         self.context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and self.context > limit:
             raise UsageError(f"'engine.context': {self.context} tokens, but the model has positions for {limit}")
-        self.runtime = open_runtime(config.engine, self.lm)
+        self.runtime = open_runtime(config.engine, self.lm, self.settings(config).block_size)
         self.scheduler = Scheduler(self.runtime, config.engine.slots, self.context, config.engine.prefill_chunk)
-        self.presets = read_presets(self.lm.model.generation_config.to_dict())
         self.listeners: dict[Sequence, list[Event]] = {}
 
     @staticmethod

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from hildanext.config import EngineConfig
+from hildanext.errors import ConfigError
 from hildanext.model import DiffusionLM
+from hildanext.progress import say
 from hildanext.runtimes.protocol import Runtime
 
+__all__ = ["Runtime", "choose_runtime", "open_runtime"]
 
-def open_runtime(config: EngineConfig, lm: DiffusionLM) -> Runtime:
+
+def choose_runtime(wanted: str, device: str, has_openvino: bool) -> tuple[str, str]:
+    """What `engine.runtime` stands for on this machine: (runtime, reason). Raises ConfigError for one that cannot run."""
+    if wanted == "auto":
+        if device == "cuda":
+            return "cudagraphs", "on a GPU a block's forward is short, and launching it costs more than running it"
+        if device == "cpu" and has_openvino:
+            return "openvino", "installed, and faster than eager on CPUs"
+        return "eager", "OpenVINO is not installed (extra 'cpu')" if device == "cpu" else f"the only one for {device}"
+    if wanted == "openvino" and not has_openvino:
+        raise ConfigError("'engine.runtime': openvino is not installed; pip install 'hildanext[cpu]', or use 'auto'")
+    if wanted == "openvino" and device != "cpu":
+        raise ConfigError(
+            f"'engine.runtime': openvino runs on CPUs, the model is on {device}; use 'auto' or model.device"
+        )
+    if wanted == "cudagraphs" and device != "cuda":
+        raise ConfigError(f"'engine.runtime': cudagraphs needs a CUDA GPU, the model is on {device}; use 'auto'")
+    return wanted, "asked for"
+
+
+def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runtime:
+    """The runtime of `engine.runtime` around a loaded model; says which one and why. `block_size`: the usual one."""
+    has_openvino = importlib.util.find_spec("openvino") is not None
+    name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino)
+    if config.int8 and name != "openvino":
+        raise ConfigError(f"'engine.int8': the {name} runtime has no int8; use engine.runtime 'openvino' on a CPU")
+    say(f"runtime {name}: {reason}")
+    if name == "openvino":
+        from hildanext.runtimes.openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime(lm.model, block_size, config.int8)
+    if name == "compiled":
+        from hildanext.runtimes.compiled import CompiledRuntime
+
+        return CompiledRuntime(lm.model, block_size)
+    if name == "cudagraphs":
+        from hildanext.runtimes.cudagraphs import CudaGraphRuntime
+
+        return CudaGraphRuntime(lm.model, block_size)
     from hildanext.runtimes.eager import EagerRuntime
 
     return EagerRuntime(lm.model)

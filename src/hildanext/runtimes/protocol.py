@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """One forward of B sequences in neighbouring slots, W tokens each. Padding: position -1, sees key 0 only."""
+    """One forward of B sequences in neighbouring slots, W tokens each. Padding has position 0 and sees key 0 only."""
 
     ids: Tensor  # [B, W] int64
-    positions: Tensor  # [B, W] int64, place in the text; -1 is padding
+    positions: Tensor  # [B, W] int64, place in the text
     visible: Tensor  # [B, W] int64: each token sees the text positions below this
     slot: int  # of the first sequence
     length: int  # K: the largest `visible`
+    widths: list[int]  # tokens of each sequence that are not padding
+    start: int | None  # position of the first token where one sequence runs alone, None for several
+
+    def columns(self, trash: int) -> Tensor:
+        """[B, W]: where the keys of each token go in its slot; padding goes to `trash`."""
+        columns = self.positions.clone()
+        for row, width in enumerate(self.widths):
+            columns[row, width:] = trash
+        return columns
 
 
 class Runtime(Protocol):
@@ -40,6 +49,23 @@ class Runtime(Protocol):
         ...
 
 
+def widen(batch: Batch, slots: int, width: int) -> Batch:
+    """The same work in a forward of all slots from 0 on, `width` tokens each: what is new is padding."""
+    n, old = batch.ids.shape
+    frame = (0, width - old, batch.slot, slots - batch.slot - n)
+    grow = nn.functional.pad
+    widths = [0] * batch.slot + batch.widths + [0] * (slots - batch.slot - n)
+    visible = grow(batch.visible, frame, value=1)
+    return batch._replace(
+        ids=grow(batch.ids, frame),
+        positions=grow(batch.positions, frame),
+        visible=visible,
+        slot=0,
+        widths=widths,
+        start=None,
+    )
+
+
 def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Batch:
     """Sequences as (tokens, start, visible) -> one Batch, shorter ones padded. An empty one is a slot that sits out."""
     width = max(len(tokens) for tokens, _, _ in spans)
@@ -47,8 +73,14 @@ def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Batch
     for tokens, start, sees in spans:
         padding = width - len(tokens)
         ids.append(tokens + [0] * padding)
-        positions.append([*range(start, start + len(tokens)), *[-1] * padding])
+        positions.append([*range(start, start + len(tokens)), *[0] * padding])
         visible.append(sees + [1] * padding)
     return Batch(
-        torch.tensor(ids), torch.tensor(positions), torch.tensor(visible), slot, max(max(row) for row in visible)
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        visible=torch.tensor(visible),
+        slot=slot,
+        length=max(max(sees) for sees in visible),
+        widths=[len(tokens) for tokens, _, _ in spans],
+        start=spans[0][1] if len(spans) == 1 else None,
     )
