@@ -75,6 +75,12 @@ def random_llama(vocab_size: int = 300, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def eager_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`engine.runtime: auto` is eager in tests, whatever is installed; test_runtimes.py looks at the others."""
+    monkeypatch.setattr("hildanext.runtimes.has_openvino", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer with a chat template; its end of text is the end of a turn."""

@@ -47,7 +47,7 @@ def _bits(found: Likelihood, n_bytes: int) -> dict[str, float]:
     }
 
 
-def _text_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Beginnings of held-out documents, as token ids."""
     path = Path(config.paths.data) / "processed" / "eval.jsonl"
     if not path.is_file():
@@ -161,7 +161,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
 def _continuations(
     config: Config, engine: TransformersEngine, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    texts, problems = _text_prompts(config, tokenizer), _code_prompts(config, tokenizer)
+    texts, problems = held_out_prompts(config, tokenizer), _code_prompts(config, tokenizer)
     budget, block, eos = config.decode.max_new_tokens, engine.trained_block, tokenizer.eos_token_id
     assert block is not None
     settings = {

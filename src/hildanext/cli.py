@@ -103,6 +103,12 @@ def _benchmark(args: argparse.Namespace) -> Result:
     return benchmark(_config(args), args.base, Path(args.out))
 
 
+def _calibrate(args: argparse.Namespace) -> Result:
+    from hildanext.calibrate import calibrate
+
+    return calibrate(_config(args), args.prompts, args.base, Path(args.out))
+
+
 def _serve(args: argparse.Namespace) -> Result:
     from hildanext.server import serve
 
@@ -171,6 +177,14 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
     benchmark.add_argument(
         "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: %(default)s)"
+    )
+    calibrate = add("calibrate", _calibrate, "Find S_MODE and Q_MODE for a checkpoint and write them into it.")
+    calibrate.add_argument(
+        "--prompts", metavar="FILE", help="your prompts: .jsonl, or a line of text each (default: held-out text)"
+    )
+    calibrate.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
+    calibrate.add_argument(
+        "--out", default="runs/calibrate", metavar="FOLDER", help="report and picture (default: %(default)s)"
     )
     add("serve", _serve, "Answer over HTTP: GET /health, POST /generate.")
     add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")

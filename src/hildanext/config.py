@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from hildanext.errors import ConfigError
 from hildanext.sections import (
     ENGINES,
+    CalibrateConfig,
     Convention,
     DataConfig,
     DecodeConfig,
@@ -34,6 +35,7 @@ from hildanext.sections import (
 
 __all__ = [
     "ENGINES",
+    "CalibrateConfig",
     "Config",
     "Convention",
     "DataConfig",
@@ -71,6 +73,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     decode: DecodeConfig = DecodeConfig()
     engine: EngineConfig = EngineConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
     server: ServerConfig = ServerConfig()
 
 

@@ -99,6 +99,10 @@ def merge(folders: list[Path], out: Path) -> dict[str, Any]:
         for file in sorted(set(maps[0].values())):
             names = [name for name, path in maps[0].items() if path == file]
             save_file({n: _mean(n, maps, folders) for n in names}, temporary / file.name, metadata={"format": "pt"})
+        generation = temporary / "generation_config.json"
+        if generation.is_file():  # modes calibrated for the first checkpoint are not the mean's
+            stored = json.loads(generation.read_text(encoding="utf-8"))
+            write_json(generation, {key: value for key, value in stored.items() if key != "hilda"})
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         config["hilda"] |= record
         write_json(temporary / "config.json", config)

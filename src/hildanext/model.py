@@ -332,6 +332,7 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, state_dict: dict[str, Tenso
         "convention": lm.convention,
         "tokenizer": fingerprint(lm.tokenizer),
     }
+    lm.model.generation_config.__dict__.pop("hilda", None)  # modes calibrated for other weights
     lm.model.save_pretrained(folder, state_dict=state_dict, safe_serialization=True)
     lm.tokenizer.save_pretrained(folder)
     path = folder / "config.json"

@@ -41,3 +41,29 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title)
     with atomic_open(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)
+
+
+def draw_calibration(points: list[dict[str, Any]], chosen: dict[Any, dict[str, Any]], path: Path) -> None:
+    """Quality against tokens per forward and against tokens per second, a dot a setting, the chosen modes named."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    edits = sorted({point["preset"].tau_edit for point in points}, key=lambda value: (value is not None, value))
+    for axis, speed in zip(panels, ("tokens_per_forward", "tokens_per_second"), strict=True):
+        for edit in edits:
+            mine = [point for point in points if point["preset"].tau_edit == edit]
+            label = "editing off" if edit is None else f"tau_edit {edit:g}"
+            axis.plot([p[speed] for p in mine], [p["quality"] for p in mine], "o", markersize=5, alpha=0.7, label=label)
+        for place in {(point[speed], point["quality"]) for point in chosen.values()}:
+            here = [mode for mode, point in chosen.items() if (point[speed], point["quality"]) == place]
+            axis.plot(*place, "*", color="black", markersize=13)
+            axis.annotate(", ".join(here), place, textcoords="offset points", xytext=(8, -14))
+        axis.set(xlabel=speed.replace("_", " "))
+        axis.grid(alpha=0.3)
+    panels[0].set(ylabel="quality: log-likelihood under the AR base (nats a token)")
+    panels[1].legend(fontsize="small")
+    with atomic_open(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=100)

@@ -293,9 +293,9 @@ class EngineConfig(Section):
         "auto",
         description="What runs the model under the transformers engine. auto: CUDA graphs on GPUs, OpenVINO on CPUs where it is installed, else eager.",
     )
-    int8: bool = Field(
-        False,
-        description="OpenVINO only: 8-bit weights and activations. Faster and half the memory; the text may differ.",
+    weights: Literal["native", "int8", "int4"] = Field(
+        "native",
+        description="OpenVINO only: weights in 8 or 4 bits, activations in 8. Faster and smaller; the text may differ.",
     )
     slots: int = Field(8, ge=1, description="Requests decoded side by side; more wait.")
     context: int | None = Field(
@@ -307,6 +307,44 @@ class EngineConfig(Section):
     dinfer_port: int = Field(12345, ge=1024, le=65535, description="Port between dInfer's processes.")
     dinfer_gpus: int = Field(1, ge=1, description="GPUs given to dInfer.")
     dinfer_backend: Literal["sglang", "vllm"] = Field("sglang", description="Runtime under dInfer.")
+
+
+class CalibrateConfig(Section):
+    prompts: int = Field(16, ge=1, description="Use at most this many prompts.")
+    tau_mask: list[float] = Field(
+        default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 0.95], min_length=1, description="Values of tau_mask to try."
+    )
+    tau_edit: list[float | None] = Field(
+        default_factory=lambda: [None, 0.0, 0.5, 0.9],
+        min_length=1,
+        description="Values of tau_edit to try; null is editing off.",
+    )
+    max_post_steps: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=lambda: [1, 4, 16], min_length=1, description="Values of max_post_steps to try."
+    )
+    block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, min_length=1, description="Block sizes to try; null is half, once and twice the checkpoint's."
+    )
+    q_loss: float = Field(
+        0.05,
+        ge=0.0,
+        description="Q_MODE is the fastest setting at most this far (nats a token) below the best quality.",
+    )
+    s_loss: float = Field(0.3, ge=0.0, description="The same for S_MODE.")
+    least_variety: float = Field(
+        0.8,
+        ge=0.0,
+        le=1.0,
+        description="Settings with less than this share of the most careful one's distinct-2 are out.",
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> CalibrateConfig:
+        for name in ("tau_mask", "tau_edit"):
+            for value in self.__dict__[name]:
+                if value is not None and not 0.0 <= value <= 1.0:
+                    raise ValueError(f"{name} must lie in [0, 1], got {value:g}")
+        return self
 
 
 class ServerConfig(Section):

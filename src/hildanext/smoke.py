@@ -35,6 +35,7 @@ def smoke_config(folder: Path, base: str) -> Config:
             "train": {"rows_per_step": 2, "micro_batch": 2, "eval_rows": 2},
             "sft": {"steps": 1},
             "decode": {"max_new_tokens": 16},
+            "engine": {"runtime": "eager", "slots": 1},
         }
     )
 

@@ -156,4 +156,5 @@ class TransformersEngine:
         )
 
     def close(self) -> None:
-        """Nothing runs between requests."""
+        self.runtime.close()
+        self.scheduler.is_allocated = False

@@ -13,15 +13,15 @@ from hildanext.runtimes.protocol import Runtime
 __all__ = ["Runtime", "choose_runtime", "open_runtime"]
 
 
-def choose_runtime(wanted: str, device: str, has_openvino: bool) -> tuple[str, str]:
+def choose_runtime(wanted: str, device: str, openvino: bool) -> tuple[str, str]:
     """What `engine.runtime` stands for on this machine: (runtime, reason). Raises ConfigError for one that cannot run."""
     if wanted == "auto":
         if device == "cuda":
             return "cudagraphs", "on a GPU a block's forward is short, and launching it costs more than running it"
-        if device == "cpu" and has_openvino:
+        if device == "cpu" and openvino:
             return "openvino", "installed, and faster than eager on CPUs"
         return "eager", "OpenVINO is not installed (extra 'cpu')" if device == "cpu" else f"the only one for {device}"
-    if wanted == "openvino" and not has_openvino:
+    if wanted == "openvino" and not openvino:
         raise ConfigError("'engine.runtime': openvino is not installed; pip install 'hildanext[cpu]', or use 'auto'")
     if wanted == "openvino" and device != "cpu":
         raise ConfigError(
@@ -32,17 +32,23 @@ def choose_runtime(wanted: str, device: str, has_openvino: bool) -> tuple[str, s
     return wanted, "asked for"
 
 
+def has_openvino() -> bool:
+    """Whether the extra `cpu` is installed. Looks without importing."""
+    return importlib.util.find_spec("openvino") is not None
+
+
 def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runtime:
     """The runtime of `engine.runtime` around a loaded model; says which one and why. `block_size`: the usual one."""
-    has_openvino = importlib.util.find_spec("openvino") is not None
-    name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino)
-    if config.int8 and name != "openvino":
-        raise ConfigError(f"'engine.int8': the {name} runtime has no int8; use engine.runtime 'openvino' on a CPU")
+    name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino())
+    if config.weights != "native" and name != "openvino":
+        raise ConfigError(
+            f"'engine.weights': the {name} runtime has 'native' only; {config.weights} needs 'openvino', on a CPU"
+        )
     say(f"runtime {name}: {reason}")
     if name == "openvino":
         from hildanext.runtimes.openvino import OpenVinoRuntime
 
-        return OpenVinoRuntime(lm.model, block_size, config.int8)
+        return OpenVinoRuntime(lm.model, block_size, config.weights)
     if name == "compiled":
         from hildanext.runtimes.compiled import CompiledRuntime
 

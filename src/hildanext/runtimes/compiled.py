@@ -41,9 +41,8 @@ class CompiledRuntime(EagerRuntime):
                     if width <= context:
                         self.body(pad_batch([([0] * width, 0, [width] * width)] * n, 0))
         except TorchDynamoException as error:
-            raise ModelError(
-                f"torch.compile does not work here: {str(error).strip().splitlines()[0]}; use engine.runtime 'eager'"
-            ) from error
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise ModelError(f"torch.compile does not work here: {reason}; use engine.runtime 'eager'") from error
 
     @torch.inference_mode()
     def body(self, batch: Batch) -> Tensor:

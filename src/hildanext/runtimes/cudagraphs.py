@@ -82,3 +82,7 @@ class CudaGraphRuntime(EagerRuntime):
         with torch.cuda.graph(graph):
             hidden = self.forward(ids, positions, visible, place)
         return Recorded(graph, ids, positions, visible, columns, hidden)
+
+    def close(self) -> None:
+        self.recorded.clear()  # graphs hold the cache's memory
+        super().close()

@@ -52,3 +52,7 @@ class EagerRuntime:
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         self.cache.move(source, target, length)
+
+    def close(self) -> None:
+        """Free the cache."""
+        self.cache = SlotCache(0, 0, 0)

@@ -48,6 +48,10 @@ class Runtime(Protocol):
         """Copy the first `length` positions of a slot to another."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds; `allocate` starts it again."""
+        ...
+
 
 def widen(batch: Batch, slots: int, width: int) -> Batch:
     """The same work in a forward of all slots from 0 on, `width` tokens each: what is new is padding."""
