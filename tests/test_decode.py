@@ -144,9 +144,7 @@ def test_presets_and_overrides():
 
 
 def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
-    modes = read_presets(
-        {"hilda": {"S_MODE": {"tau_mask": 0.3, "tau_edit": None, "max_post_steps": 2, "block_size": 4}}}
-    )
+    modes = read_presets({"S_MODE": {"tau_mask": 0.3, "tau_edit": None, "max_post_steps": 2, "block_size": 4}})
     assert modes == {"S_MODE": Preset(0.3, None, 2, 4)}
     calibrated = resolve(DecodeConfig(mode="S_MODE"), 8, modes)
     assert (calibrated.tau_mask, calibrated.tau_edit, calibrated.max_post_steps, calibrated.block_size) == (
@@ -158,8 +156,8 @@ def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
     asked = resolve(DecodeConfig(mode="S_MODE", tau_edit=0.9, max_post_steps=0, block_size=16), 8, modes)
     assert (asked.tau_mask, asked.tau_edit, asked.max_post_steps, asked.block_size) == (0.3, 0.9, 0, 16)
     assert resolve(DecodeConfig(mode="Q_MODE"), 8, modes) == resolve(DecodeConfig(mode="Q_MODE"), 8)
-    with pytest.raises(ModelError, match=r"hilda.S_MODE.*speed"):
-        read_presets({"hilda": {"S_MODE": {"speed": 1}}})
+    with pytest.raises(ModelError, match=r"'hilda' does not hold modes: .*speed"):
+        read_presets({"S_MODE": {"speed": 1}})
 
 
 @pytest.mark.parametrize(

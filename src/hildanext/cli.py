@@ -127,6 +127,35 @@ def _demo(args: argparse.Namespace) -> Result:
     return demo(args.config, list(args.set))
 
 
+Add = Callable[[str, Callable[[argparse.Namespace], Result], str], argparse.ArgumentParser]
+
+
+def _add_decoding(add: Add) -> None:
+    """The commands that decode, and those that run everything."""
+    generate = add("generate", _generate, "Complete a prompt with a converted checkpoint.")
+    generate.add_argument("prompt", help="the prompt ('-' reads stdin)")
+    generate.add_argument(
+        "--raw", action="store_true", help="continue the text as it stands, without the chat template"
+    )
+    generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising step")
+    benchmark = add("benchmark", _benchmark, "Measure a converted checkpoint beside its autoregressive base.")
+    benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
+    benchmark.add_argument(
+        "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: %(default)s)"
+    )
+    calibrate = add("calibrate", _calibrate, "Find S_MODE and Q_MODE for a checkpoint and write them into it.")
+    calibrate.add_argument(
+        "--prompts", metavar="FILE", help="your prompts: .jsonl, or a line of text each (default: held-out text)"
+    )
+    calibrate.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
+    calibrate.add_argument(
+        "--out", default="runs/calibrate", metavar="FOLDER", help="report and picture (default: %(default)s)"
+    )
+    add("serve", _serve, "Answer over HTTP: GET /health, POST /generate.")
+    add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")
+    add("demo", _demo, "The whole way on synthetic stories, offline, in minutes.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hildanext", description="Autoregressive language models in, editable block-diffusion language models out."
@@ -167,28 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--split", choices=["eval", "sft_eval"], default="eval", help="held-out rows that judge the result"
     )
-    generate = add("generate", _generate, "Complete a prompt with a converted checkpoint.")
-    generate.add_argument("prompt", help="the prompt ('-' reads stdin)")
-    generate.add_argument(
-        "--raw", action="store_true", help="continue the text as it stands, without the chat template"
-    )
-    generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising step")
-    benchmark = add("benchmark", _benchmark, "Measure a converted checkpoint beside its autoregressive base.")
-    benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
-    benchmark.add_argument(
-        "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: %(default)s)"
-    )
-    calibrate = add("calibrate", _calibrate, "Find S_MODE and Q_MODE for a checkpoint and write them into it.")
-    calibrate.add_argument(
-        "--prompts", metavar="FILE", help="your prompts: .jsonl, or a line of text each (default: held-out text)"
-    )
-    calibrate.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
-    calibrate.add_argument(
-        "--out", default="runs/calibrate", metavar="FOLDER", help="report and picture (default: %(default)s)"
-    )
-    add("serve", _serve, "Answer over HTTP: GET /health, POST /generate.")
-    add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")
-    add("demo", _demo, "The whole way on synthetic stories, offline, in minutes.")
+    _add_decoding(add)
     return parser
 
 

@@ -24,19 +24,12 @@ class Preset(NamedTuple):
 PRESETS: dict[Mode, Preset] = {"S_MODE": Preset(0.5, 0.0), "Q_MODE": Preset(0.7, 0.5)}
 
 
-def read_presets(generation_config: dict[str, Any]) -> dict[Mode, Preset]:
-    """The modes that `calibrate` wrote into a checkpoint's generation_config.json. Raises ModelError for broken ones."""
-    found: dict[Mode, Preset] = {}
-    for mode in PRESETS:
-        stored = generation_config.get("hilda", {}).get(mode)
-        if stored is not None:
-            try:
-                found[mode] = Preset(**stored)
-            except TypeError as error:
-                raise ModelError(
-                    f"generation_config.json: 'hilda.{mode}' is not a mode: {error}; calibrate again"
-                ) from None
-    return found
+def read_presets(modes: dict[str, Any]) -> dict[Mode, Preset]:
+    """The modes that `calibrate` wrote into a checkpoint. Raises ModelError for broken ones."""
+    try:
+        return {mode: Preset(**modes[mode]) for mode in PRESETS if mode in modes}
+    except TypeError as error:
+        raise ModelError(f"generation_config.json: 'hilda' does not hold modes: {error}; calibrate again") from None
 
 
 class Settings(NamedTuple):

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
@@ -57,6 +58,7 @@ class DiffusionLM(nn.Module):
         self.block_size = block_size  # the decoding block; None until a conversion has set it
         self.convention = convention
         self.record = record  # the `hilda` section of config.json
+        self.modes: dict[str, Any] = {}  # the `hilda` section of generation_config.json: what `calibrate` wrote
         self.ordinary_ids = torch.tensor(ordinary_ids(tokenizer))
 
     @property
@@ -214,6 +216,19 @@ def read_record(config: ModelConfig) -> dict[str, Any] | None:
     return read_config_dict(config).get("hilda")
 
 
+def read_modes(config: ModelConfig) -> dict[str, Any]:
+    """The `hilda` section of a model's generation_config.json; {} where there is none. transformers drops it at load."""
+    place, _ = locate(config.base)
+    path = _load(
+        config.base,
+        lambda: cached_file(
+            place, "generation_config.json", revision=config.revision, _raise_exceptions_for_missing_entries=False
+        ),
+    )
+    stored = _load(config.base, lambda: json.loads(Path(path).read_text(encoding="utf-8"))) if path else {}
+    return stored.get("hilda", {})
+
+
 def load_causal_lm(
     config: ModelConfig, policy: Policy, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -307,7 +322,9 @@ def load_diffusion_lm(config: ModelConfig, *, training: bool = False, seed: int 
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "
             f"the one it was trained with (mask token {stored.mask_token_id}); restore the tokenizer files"
         )
-    return _assemble(model, tokenizer, stored.mask_token_id, stored.block_size, record), policy
+    lm = _assemble(model, tokenizer, stored.mask_token_id, stored.block_size, record)
+    lm.modes = read_modes(config)
+    return lm, policy
 
 
 def _assemble(
@@ -332,7 +349,6 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, state_dict: dict[str, Tenso
         "convention": lm.convention,
         "tokenizer": fingerprint(lm.tokenizer),
     }
-    lm.model.generation_config.__dict__.pop("hilda", None)  # modes calibrated for other weights
     lm.model.save_pretrained(folder, state_dict=state_dict, safe_serialization=True)
     lm.tokenizer.save_pretrained(folder)
     path = folder / "config.json"

@@ -34,7 +34,7 @@ class TransformersEngine:
             self.lm.tokenizer.eos_token_id,
             self.lm.convention == "shifted",
         )
-        self.presets = read_presets(self.lm.model.generation_config.to_dict())
+        self.presets = read_presets(self.lm.modes)
         limit = max_positions(self.lm.model)
         self.context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and self.context > limit:
