@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hildanext.attention import use_grouped_attention
 from hildanext.cache import Place, SlotCache
 from hildanext.masks import additive
 from hildanext.runtimes.protocol import Batch
@@ -18,6 +19,7 @@ class EagerRuntime:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
+        use_grouped_attention(model)
         self.cache = SlotCache(0, 0, 0)
 
     @torch.inference_mode()

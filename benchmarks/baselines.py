@@ -1,0 +1,172 @@
+"""The other ways to run the same weights, for decode.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from hildanext.attention import use_grouped_attention
+from hildanext.decode import Settings
+from hildanext.engines.transformers import TransformersEngine
+from hildanext.masks import additive, block_causal_mask
+from hildanext.model import DiffusionLM, locate
+from hildanext.runtimes.protocol import Batch
+from hildanext.sequence import Sequence, Span
+
+Shape = tuple[int, int, int]  # B, W, K of a forward
+
+
+class SeparateStore(Sequence):
+    """A block that still has to be stored gets a forward of its own, as in SDAR's and LLaDA2's loops."""
+
+    def next_span(self, chunk: int) -> Span:
+        span = super().next_span(chunk)
+        n = self.window - self.stored
+        if span.wanted and n > 0:
+            return Span(span.start, span.tokens[:n], span.visible[:n], [])
+        return span
+
+
+class AsDiffusersExpects(nn.Module):
+    """A stock causal LM behind the interface of LLaDA2 models, the block-causal mask supplied."""
+
+    def __init__(self, lm: DiffusionLM, block: int) -> None:
+        super().__init__()
+        self.model, self.mask_id, self.block = lm.model, lm.mask_token_id, block
+        self.config, self.vocab = lm.model.config, lm.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor) -> Any:
+        mask = block_causal_mask(torch.zeros_like(ids), position_ids // self.block)
+        output = self.model(ids, attention_mask=additive(mask, self.dtype), position_ids=position_ids, use_cache=False)
+        output.logits[..., self.mask_id] = -torch.inf
+        output.logits[..., self.vocab :] = -torch.inf
+        return output
+
+
+def diffusers_tokens(lm: DiffusionLM, prompt: list[int], wanted: Settings) -> list[int]:
+    """Greedy tokens of diffusers' LLaDA2Pipeline at the same thresholds."""
+    import diffusers
+
+    model = AsDiffusersExpects(lm, wanted.block_size)
+    pipe = diffusers.LLaDA2Pipeline(model=model, scheduler=diffusers.BlockRefinementScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    sequences, _ = pipe(
+        input_ids=torch.tensor([prompt]),
+        use_chat_template=False,
+        gen_length=wanted.max_new_tokens,
+        block_length=wanted.block_size,
+        num_inference_steps=2 * wanted.block_size,
+        temperature=0.0,
+        sampling_method="greedy",
+        threshold=wanted.tau_mask,
+        editing_threshold=wanted.tau_edit,
+        max_post_steps=wanted.max_post_steps - 1,  # it makes one more
+        eos_early_stop=False,
+        mask_token_id=lm.mask_token_id,
+        output_type="seq",
+        return_dict=False,
+    )
+    return sequences[0].tolist()
+
+
+def recorded_shapes(engine: TransformersEngine, call: Callable[[], Any]) -> tuple[list[Shape], float]:
+    """The shape of every forward that a call makes, and its seconds."""
+    shapes: list[Shape] = []
+    real = engine.runtime.body
+
+    def body(batch: Batch) -> torch.Tensor:
+        shapes.append((*batch.ids.shape, batch.length))  # type: ignore[arg-type]
+        return real(batch)
+
+    engine.scheduler.runtime.body = body  # type: ignore[method-assign]
+    try:
+        began = time.perf_counter()
+        call()
+        return shapes, time.perf_counter() - began
+    finally:
+        engine.scheduler.runtime.body = real  # type: ignore[method-assign]
+
+
+@torch.inference_mode()
+def bare_forwards(model: PreTrainedModel, shapes: list[Shape]) -> float:
+    """Seconds of as many bare forwards: transformers' model behind its own DynamicCache, logits at all W positions."""
+    total = 0.0
+    model.set_attn_implementation("sdpa")  # transformers' own
+    for (n, width, length), count in Counter(shapes).items():
+        past = length - width
+        cache = DynamicCache()
+        if past:
+            model(torch.randint(5, 500, (n, past)), past_key_values=cache)
+        ids = torch.randint(5, 500, (n, width))
+        mask = torch.zeros(n, 1, width, length, dtype=model.dtype)
+        positions = torch.arange(past, length)[None].expand(n, -1)
+        spent = []
+        for _ in range(7):
+            began = time.perf_counter()
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            spent.append(time.perf_counter() - began)
+            cache.crop(-width)
+        total += statistics.median(spent) * count
+    use_grouped_attention(model)
+    return total
+
+
+@torch.inference_mode()
+def ar_rate(model: PreTrainedModel, prompt: list[int], new: int) -> float:
+    """Tokens per second of transformers' greedy `generate`, median of three."""
+    ids = torch.tensor([prompt])
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        rates.append(new / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+def llama_cpp_rate(prompt: list[int], new: int) -> float | None:
+    """Tokens per second of llama.cpp on the Q4_1 file, greedy AR, the prompt apart; None where it is not installed.
+
+    The prompt goes in token by token: some builds crash on AMX CPUs when it goes in at once.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    from llama_cpp import Llama
+
+    folder, file = locate("smollm2-135m")
+    threads = torch.get_num_threads() if torch.get_num_threads() > 1 else 2
+    llama = Llama(str(Path(folder) / str(file)), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+    rates = []
+    for _ in range(3):
+        llama.reset()
+        for token in prompt:
+            llama.eval([token])
+        began = time.perf_counter()
+        for token in range(new):
+            llama.eval([1000 + token])
+        rates.append(new / (time.perf_counter() - began))
+    llama.close()
+    return statistics.median(rates)

