@@ -17,9 +17,9 @@ class Place:
 
     slot: int  # the sequences lie in neighbouring slots from here
     keys: Tensor  # [K] 0..K-1: the positions that are read
-    rows: Tensor  # [B, 1] slot of each sequence
-    columns: Tensor  # [B, W] text positions; the slot's last one for padding
-    start: int | None  # position of the first token where one sequence runs, without padding
+    rows: Tensor | None  # [B, 1] slot of each sequence
+    columns: Tensor | None  # [B, W] text positions; the slot's last one for padding
+    start: int | None  # instead of rows and columns: position of the first token, for one sequence without padding
 
 
 class SlotLayer(CacheLayerMixin):

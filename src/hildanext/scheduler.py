@@ -101,13 +101,13 @@ class Scheduler:
                 sequence.stored_chunk(span, hidden[slot - first])
         if not wanting:
             return []
-        logits = self.runtime.head(torch.cat([_predictors(*one) for one in wanting]))
+        logits = self.runtime.head(_join([_predictors(*one) for one in wanting]))
         counts = [len(span.wanted) for _, span, _ in wanting]
         # Greedy rows go together; what is drawn or penalized depends on each sequence's own text.
         together = all(sequence.is_plain for sequence, _, _ in wanting)
         parts = [logits] if together else logits.split(counts)
         proposed = [_propose(part, sequence, span) for part, (sequence, span, _) in zip(parts, wanting, strict=False)]
-        ids, confidence = (torch.cat(column).tolist() for column in zip(*proposed, strict=True))
+        ids, confidence = (_join(column).tolist() for column in zip(*proposed, strict=True))
         events, offset = [], 0
         for sequence, span, states in wanting:
             mine = slice(offset, offset + len(span.wanted))
@@ -141,6 +141,10 @@ class Scheduler:
             sequence.evict()
         for sequence in self.waiting:
             sequence.evict()
+
+
+def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _propose(logits: Tensor, sequence: Sequence, span: Span) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class CompiledRuntime(EagerRuntime):
         alone = n == 1 and batch.slot == 0
         return super().body(widen(batch, 1 if alone else self.slots, width))[batch.slot : batch.slot + n, :old]
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor, place: Place) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: Place) -> Tensor:
         if ids.shape[1] not in self.widths or len(ids) not in (1, self.slots) or place.start is not None:
             return super().forward(ids, positions, visible, place)
         for tensor in (ids, positions, visible, place.columns, place.rows):

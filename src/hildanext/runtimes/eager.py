@@ -20,6 +20,7 @@ class EagerRuntime:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         use_grouped_attention(model)
+        self.device, self.dtype = model.device, model.dtype  # asked of the model they cost a search through it
         self.cache = SlotCache(0, 0, 0)
 
     @torch.inference_mode()
@@ -29,22 +30,27 @@ class EagerRuntime:
 
     @torch.inference_mode()
     def body(self, batch: Batch) -> Tensor:
-        device = self.model.device
-        columns = batch.columns(self.cache.context).to(device)
-        ids, positions, visible = (part.to(device) for part in batch[:3])
-        keys = torch.arange(batch.length, device=device)
-        rows = torch.arange(batch.slot, batch.slot + len(ids), device=device)[:, None]
-        return self.forward(ids, positions, visible, Place(batch.slot, keys, rows, columns, batch.start))
+        device, visible, rows, columns = self.device, None, None, None
+        if not batch.sees_all:
+            visible = batch.visible.to(device)
+        if batch.start is None:
+            rows = torch.arange(batch.slot, batch.slot + len(batch.ids), device=device)[:, None]
+            columns = batch.columns(self.cache.context).to(device)
+        place = Place(batch.slot, torch.arange(batch.length, device=device), rows, columns, batch.start)
+        return self.forward(batch.ids.to(device), batch.positions.to(device), visible, place)
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor, place: Place) -> Tensor:
-        """ids, positions, visible [B, W] -> hidden states [B, W, H]; keys and values are read and written at `place`."""
+    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: Place) -> Tensor:
+        """ids, positions, visible [B, W] -> hidden states [B, W, H]; keys and values are read and written at `place`.
+
+        visible None: every token sees all keys.
+        """
         self.cache.at(place)
+        if visible is None:
+            mask = torch.zeros(len(ids), 1, ids.shape[1], len(place.keys), dtype=self.dtype, device=ids.device)
+        else:
+            mask = additive(place.keys < visible[..., None], self.dtype)
         return self.model.base_model(
-            input_ids=ids,
-            attention_mask=additive(place.keys < visible[..., None], self.model.dtype),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
 
     @torch.inference_mode()

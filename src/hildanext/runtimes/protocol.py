@@ -18,6 +18,7 @@ class Batch(NamedTuple):
     length: int  # K: the largest `visible`
     widths: list[int]  # tokens of each sequence that are not padding
     start: int | None  # position of the first token where one sequence runs alone, None for several
+    sees_all: bool  # every token sees all K positions: nothing to mask
 
     def columns(self, trash: int) -> Tensor:
         """[B, W]: where the keys of each token go in its slot; padding goes to `trash`."""
@@ -67,6 +68,7 @@ def widen(batch: Batch, slots: int, width: int) -> Batch:
         slot=0,
         widths=widths,
         start=None,
+        sees_all=False,
     )
 
 
@@ -79,12 +81,14 @@ def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Batch
         ids.append(tokens + [0] * padding)
         positions.append([*range(start, start + len(tokens)), *[0] * padding])
         visible.append(sees + [1] * padding)
+    length = max(max(sees) for sees in visible)
     return Batch(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
         visible=torch.tensor(visible),
         slot=slot,
-        length=max(max(sees) for sees in visible),
+        length=length,
         widths=[len(tokens) for tokens, _, _ in spans],
         start=spans[0][1] if len(spans) == 1 else None,
+        sees_all=all(min(sees) == length for sees in visible),
     )
