@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean
+# make demo | test | lint | bench | bench-decode | clean
 #
 # Each target first makes its own .venv (PYTHON=python3.12 chooses another interpreter; 'make clean' before changing it).
 # ARGS="..." goes to what the target runs: make test ARGS="tests/test_policy.py"
@@ -11,7 +11,7 @@ RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-decode clean
 
 demo: $(RUNTIME)
 	$(BIN)/hildanext demo $(ARGS)
@@ -26,6 +26,10 @@ lint: $(DEV)
 
 bench: $(RUNTIME)
 	$(BIN)/python benchmarks/data.py $(ARGS)
+
+# Against diffusers, and against llama.cpp where llama-cpp-python is installed in .venv.
+bench-decode: $(DEV)
+	$(BIN)/python benchmarks/decode.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
