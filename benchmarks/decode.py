@@ -233,7 +233,7 @@ def bench_ar(model: str) -> list[dict[str, Any]]:
 def bench_llama_cpp(model: str) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": []}
     rates = []
-    for weights in ("native", "int8", "int4"):
+    for weights in ("native", "int8"):
         for block in (8, 16):
             engine = load(model, "bfloat16", runtime="openvino", weights=weights, block=block)
             prompt = prompts(engine, 64)[0]

@@ -293,9 +293,8 @@ class EngineConfig(Section):
         "auto",
         description="What runs the model under the transformers engine. auto: CUDA graphs on GPUs, OpenVINO on CPUs where it is installed, else eager.",
     )
-    weights: Literal["native", "int8", "int4"] = Field(
-        "native",
-        description="OpenVINO only: weights in 8 or 4 bits, activations in 8. Faster and smaller; the text may differ.",
+    weights: Literal["native", "int8"] = Field(
+        "native", description="OpenVINO only: 8-bit weights and activations. Faster and smaller; the text may differ."
     )
     slots: int = Field(8, ge=1, description="Requests decoded side by side; more wait.")
     context: int | None = Field(

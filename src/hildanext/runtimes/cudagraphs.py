@@ -39,6 +39,7 @@ class CudaGraphRuntime(EagerRuntime):
         self.widths = (block_size, 2 * block_size)
         self.slots = 1
         self.recorded: dict[tuple[int, int, int], Recorded] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # one graph runs at a time: they share their memory
 
     def allocate(self, slots: int, context: int) -> None:
         self.recorded.clear()
@@ -53,7 +54,7 @@ class CudaGraphRuntime(EagerRuntime):
             return super().body(batch)
         alone = n == 1 and batch.slot == 0
         wide = widen(batch, 1 if alone else self.slots, width)
-        length = min(SHORTEST << max(0, (batch.length - 1) // SHORTEST).bit_length(), self.cache.context)
+        length = graph_length(batch.length, self.cache.context)
         shape = (len(wide.ids), width, length)
         if shape not in self.recorded:
             self.recorded[shape] = self._record(wide, length)
@@ -79,10 +80,15 @@ class CudaGraphRuntime(EagerRuntime):
                 self.forward(ids, positions, visible, place)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             hidden = self.forward(ids, positions, visible, place)
         return Recorded(graph, ids, positions, visible, columns, hidden)
 
     def close(self) -> None:
         self.recorded.clear()  # graphs hold the cache's memory
         super().close()
+
+
+def graph_length(length: int, context: int) -> int:
+    """Keys that a graph for `length` keys reads: the next of 256, 512, 1024, ..., at most the slot's."""
+    return min(SHORTEST << max(0, (length - 1) // SHORTEST).bit_length(), context)

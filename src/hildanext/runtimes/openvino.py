@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hildanext.attention import EXTRAS
 from hildanext.errors import ModelError
-from hildanext.runtimes.protocol import Batch
+from hildanext.masks import additive, block_causal_mask
+from hildanext.runtimes.protocol import Batch, pad_batch
 
 GROW = 128  # a slot's memory grows in steps of so many tokens
-GROUP = 128  # activations share an int8 scale in groups of so many where weights have few bits
-GROUP4 = 64  # int4 weights share a scale in groups of so many
+GROUP = 128  # activations share an int8 scale in groups of so many where weights are int8
+LEAST_ALIKE = 0.8  # mean cosine of hidden states: bf16 keeps 0.99 and int8 0.95, a wrong graph next to nothing
 KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
 
-Weights = Literal["native", "int8", "int4"]
+Weights = Literal["native", "int8"]
 Parts = tuple[Tensor, Tensor]  # stored [B, H, K, D] and new [B, H, W, D]
 
 
@@ -37,16 +39,20 @@ def split_attention(
     """Attention over stored and new keys without joining them, which would copy the cache at every forward.
 
     query [B, Hq, W, D]; key, value: what `SplitCache.update` returned. Query heads that share a key head are stacked along
-    W, so that keys are not repeated either; the additive mask [B, 1, G W, K + W] comes with its rows repeated as often.
+    W, so that keys are not repeated either; the additive mask [B, 1, G W, W + K], new keys first, has
+    its rows repeated as often.
     """
+    if asked := [name for name in EXTRAS if kwargs.get(name) is not None]:
+        raise ModelError(
+            f"{type(module).__name__} has '{asked[0]}', which this runtime has not; use engine.runtime 'eager'"
+        )
     (stored_keys, new_keys), (stored_values, new_values) = key, value
     batch, n_heads, width, dim = query.shape
     n_kv = new_keys.shape[1]
     query = query.reshape(batch, n_kv, n_heads // n_kv * width, dim) * scaling
-    scores = torch.cat([query @ stored_keys.transpose(2, 3), query @ new_keys.transpose(2, 3)], -1)
+    scores = torch.cat([query @ new_keys.transpose(2, 3), query @ stored_keys.transpose(2, 3)], -1)
     weights = (scores + mask).softmax(-1)
-    n_stored = stored_keys.shape[2]
-    output = weights[..., :n_stored] @ stored_values + weights[..., n_stored:] @ new_values
+    output = weights[..., :width] @ new_values + weights[..., width:] @ stored_values
     return output.reshape(batch, n_heads, width, dim).transpose(1, 2), None
 
 
@@ -81,10 +87,19 @@ class Exported(nn.Module):
 
 
 def simplify(graph: ov.Model, weights: Weights) -> None:
-    """Join the linear layers that read the same tensor into one, and store their weights in few bits if asked. In place.
+    """Join the linear layers that read the same tensor into one, and store their weights as int8 if asked. In place.
 
     Each layer costs some 30 microseconds beside its multiplication; a transformer block has seven and needs four.
     """
+    for op in graph.get_ordered_ops():
+        # A number that is converted at every forward also hides the rotation of positions from OpenVINO's own fusion.
+        if (
+            op.get_type_name() in ("Convert", "ConvertLike")
+            and op.input_value(0).get_node().get_type_name() == "Constant"
+        ):
+            value = op.input_value(0).get_node().get_data()
+            if value.size == 1:
+                op.output(0).replace(ops.constant(value.astype(np.float32)).output(0))
     groups: dict[tuple[str, int], list[ov.Node]] = defaultdict(list)
     for op in graph.get_ordered_ops():
         if op.get_type_name() == "MatMul" and op.input_value(1).get_node().get_type_name() == "Constant":
@@ -102,36 +117,24 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
 
 
 def stored_weight(weight: np.ndarray, weights: Weights) -> ov.Node:
-    """A weight [out, in] as a graph node: as it is, or integers with a scale for each row (int8) or group in a row (int4).
-
-    Symmetric, rounded to nearest. int4 needs rows of whole groups; others stay int8.
-    """
+    """A weight [out, in] as a graph node: as it is, or int8, symmetric, rounded to nearest, with a scale for each row."""
     if weights == "native":
         return ops.constant(weight)
-    out, n = weight.shape
-    fits = weights == "int4" and n % GROUP4 == 0
-    grouped = weight.reshape(out, n // GROUP4, GROUP4) if fits else weight
-    top = 7 if fits else 127
-    scale = np.maximum(np.abs(grouped).max(-1, keepdims=True), 1e-12).astype(np.float32) / top
-    small = np.clip(np.rint(grouped / scale), -top, top).astype(np.int8)
-    if not fits:
-        return ops.multiply(ops.convert(ops.constant(small), ov.Type.f32), ops.constant(scale))
-    pairs = small.reshape(-1, 2).astype(np.uint8) & 15
-    packed = ov.Tensor((pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8), ov.Shape(small.shape), ov.Type.i4)
-    half = ops.convert(ops.constant(packed, shared_memory=False), ov.Type.f16)
-    whole = ops.reshape(
-        ops.multiply(half, ops.constant(scale.astype(np.float16))), ops.constant(np.array([out, n])), False
-    )
-    return ops.convert(whole, ov.Type.f32)
+    scale = np.maximum(np.abs(weight).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
+    small = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+    return ops.multiply(ops.convert(ops.constant(small), ov.Type.f32), ops.constant(scale))
 
 
 class OpenVinoRuntime:
-    """A graph of fixed shape for one sequence of one block, one of free shape for everything else, and the head's."""
+    """Graphs of fixed shape for one sequence (a block; a block and the one to store before it), one of free shape, the head's.
+
+    Each graph holds the weights in a form of its own: their memory is three times the weights'.
+    """
 
     name = "openvino"
 
     def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
-        self.model, self.weights, self.block_size = model.eval(), weights, block_size
+        self.model, self.weights = model.eval(), weights
         config = model.config.get_text_config()
         self.n_states, self.n_kv, self.dim = kv_shape(model)
         self.groups, self.hidden = config.num_attention_heads // self.n_kv, config.hidden_size
@@ -143,8 +146,10 @@ class OpenVinoRuntime:
         for graph in (body, head):
             simplify(graph, weights)
         self.free = self._compile(body, -1, -1)
-        self.fixed = self._compile(body, 1, block_size)
+        self.fixed = {width: self._compile(body, 1, width) for width in (block_size, 2 * block_size)}
         self.head_request = self.core.compile_model(head, "CPU", self._options()).create_infer_request()
+        self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
+        expected = self._truth()
         cast(Any, model).to(before)
         # The cores are OpenVINO's now: torch's threads, which wait by spinning, would take them from it until `close`.
         torch.set_num_threads(1)
@@ -152,6 +157,7 @@ class OpenVinoRuntime:
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
         self.bound: dict[int, tuple[int, ...]] = {}
         self.outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._check(expected)
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -160,13 +166,18 @@ class OpenVinoRuntime:
             "INFERENCE_NUM_THREADS": self.threads,
         }
         if self.weights != "native":
-            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP4 if self.weights == "int4" else GROUP
+            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
         return options
 
     def _convert(self, module: nn.Module, example: tuple[Tensor, ...]) -> ov.Model:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the tracer's remarks on Python numbers
-            return ov.convert_model(module, example_input=example)
+            try:
+                return ov.convert_model(module, example_input=example)
+            except RuntimeError as error:
+                lines = str(error).splitlines()
+                reason = lines[lines.index("Exception:") + 1] if "Exception:" in lines else lines[0]
+                raise ModelError(f"OpenVINO cannot take {type(self.model).__name__}: {reason}") from error
 
     def _export_head(self) -> ov.Model:
         graph = self._convert(self.model.get_output_embeddings(), (torch.zeros(1, self.hidden),))
@@ -203,6 +214,34 @@ class OpenVinoRuntime:
             door.output(index).tensor().set_element_type(KINDS[self.kind])
         return self.core.compile_model(door.build(), "CPU", self._options()).create_infer_request()
 
+    def _truth(self) -> Tensor:
+        """Hidden states [12, H] of twelve tokens in blocks of four, by the model itself."""
+        places = torch.arange(12)[None]
+        mask = additive(block_causal_mask(torch.zeros_like(places), places // 4), torch.float32)
+        ids = torch.tensor([self._probe_ids()])
+        with torch.inference_mode():
+            return self.model.base_model(ids, attention_mask=mask, position_ids=places, use_cache=False)[0][0]
+
+    def _probe_ids(self) -> list[int]:
+        # From all over the vocabulary: its first tokens are special ones, which models hardly know.
+        n = self.model.get_input_embeddings().weight.shape[0]
+        return [(i + 1) * n // 14 for i in range(12)]
+
+    def _check(self, expected: Tensor) -> None:
+        """Raise ModelError unless the graphs compute what the model does: an export can leave something out and say nothing."""
+        self.allocate(1, 12)
+        found = []
+        for start, n in ((0, 8), (8, 4)):
+            sees = [(p // 4 + 1) * 4 for p in range(start, start + n)]
+            found.append(self.body(pad_batch([(self._probe_ids()[start : start + n], start, sees)], 0))[0].clone())
+        alike = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
+        if alike < LEAST_ALIKE:
+            raise ModelError(
+                f"{type(self.model).__name__}: OpenVINO computes something else than the model (likeness {alike:.2f}); "
+                "use engine.runtime 'eager'"
+            )
+        self.memory, self.room = torch.empty(0), 0
+
     def allocate(self, slots: int, context: int) -> None:
         self.slots, self.context, self.room, self.memory = slots, context, 0, torch.empty(0)
         self._grow(1)
@@ -222,7 +261,7 @@ class OpenVinoRuntime:
         starts = [int(row[0]) if width else 0 for row, width in zip(batch.positions, batch.widths, strict=True)]
         self._grow(max(batch.length, max(starts)))
         n, width = batch.ids.shape
-        request = self.fixed if (n, width) == (1, self.block_size) else self.free
+        request = self.fixed.get(width, self.free) if n == 1 else self.free
         hidden, new = self._bind(request, batch.slot, n, width)
         with torch.inference_mode():
             embeds = self.model.get_input_embeddings()(batch.ids).float()
@@ -249,19 +288,24 @@ class OpenVinoRuntime:
         return self.outputs[id(request)]
 
     def _mask(self, batch: Batch, starts: Tensor) -> Tensor:
-        """[B, 1, G W, room + W] additive: stored positions before each sequence's first token, then its new tokens."""
+        """[B, 1, G W, W + room] additive: a sequence's new tokens, then stored positions before its first one."""
         n, width = batch.ids.shape
         real = torch.arange(width) < torch.tensor(batch.widths)[:, None]  # [B, W]
         stored = (torch.arange(self.room) < starts[:, None])[:, None].expand(n, width, self.room)
         new = (batch.positions[:, None] < batch.visible[..., None]) & real[:, None]
         new = new | ~real[..., None]  # padding sees whatever: an empty row would be nan
-        visible = torch.cat([stored, new], -1).repeat(1, self.groups, 1)[:, None]
+        visible = torch.cat([new, stored], -1).repeat(1, self.groups, 1)[:, None]
         return torch.zeros(visible.shape, dtype=self.kind).masked_fill_(~visible, torch.finfo(self.kind).min)
 
     def head(self, hidden: Tensor) -> Tensor:
+        n = len(hidden)
+        if n > len(self.logits):  # kept: fresh memory for some megabytes costs as much as half of the head
+            self.logits = torch.zeros(n, self.logits.shape[1])
+        logits = self.logits[:n]
         self.head_request.set_input_tensor(as_openvino(hidden.contiguous()))
+        self.head_request.set_output_tensor(as_openvino(logits))
         self.head_request.infer()
-        return torch.from_numpy(self.head_request.get_output_tensor().data)
+        return logits
 
     def move(self, source: int, target: int, length: int) -> None:
         self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
