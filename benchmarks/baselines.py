@@ -106,7 +106,7 @@ def recorded_shapes(engine: TransformersEngine, call: Callable[[], Any]) -> tupl
 
 @torch.inference_mode()
 def bare_forwards(model: PreTrainedModel, shapes: list[Shape]) -> float:
-    """Seconds of as many bare forwards: transformers' model behind its own DynamicCache, logits at all W positions."""
+    """Seconds of the same forwards bare: transformers' model behind its own DynamicCache, logits at all W positions."""
     total = 0.0
     model.set_attn_implementation("sdpa")  # transformers' own
     for (n, width, length), count in Counter(shapes).items():
@@ -117,13 +117,11 @@ def bare_forwards(model: PreTrainedModel, shapes: list[Shape]) -> float:
         ids = torch.randint(5, 500, (n, width))
         mask = torch.zeros(n, 1, width, length, dtype=model.dtype)
         positions = torch.arange(past, length)[None].expand(n, -1)
-        spent = []
-        for _ in range(7):
+        for run in range(count + 2):
             began = time.perf_counter()
             model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            spent.append(time.perf_counter() - began)
+            total += time.perf_counter() - began if run >= 2 else 0.0  # after two to warm up
             cache.crop(-width)
-        total += statistics.median(spent) * count
     use_grouped_attention(model)
     return total
 

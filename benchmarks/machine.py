@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AttentionInterface
 
 from hildanext.attention import grouped_attention
@@ -63,6 +64,7 @@ def memory_at_batch_8(model: str) -> dict[str, Any]:
     return found
 
 
+@torch.inference_mode()
 def context_costs(engine: TransformersEngine) -> dict[str, Any]:
     """Milliseconds of a denoising pass of 8 tokens behind K stored ones, and of the attention inside that pass."""
     runtime, block, rows = engine.runtime, 8, []
@@ -87,8 +89,14 @@ def context_costs(engine: TransformersEngine) -> dict[str, Any]:
             steps.append(time.perf_counter() - began)
             attention.append(spent)
         rows.append({"context": context, "step_ms": _ms(steps), "attention_ms": _ms(attention)})
-    growth = rows[-1]["step_ms"] - rows[0]["step_ms"]
-    return {"rows": rows, "growth": growth / (rows[-1]["attention_ms"] - rows[0]["attention_ms"])}
+    first, last = rows[0], rows[-1]
+    attention, whole = (last[key] - first[key] for key in ("attention_ms", "step_ms"))
+    return {
+        "rows": rows,
+        "attention": last["attention_ms"] / first["attention_ms"],
+        "pass": last["step_ms"] / first["step_ms"],
+        "milliseconds": whole / attention,
+    }
 
 
 def _ms(values: list[float]) -> float:

@@ -56,6 +56,7 @@ def forwards(seed=0):
         )
 
 
+@torch.inference_mode()
 def differences(one, other):
     """Largest difference of the hidden states of each forward, padding aside, and of the logits; their scale is one."""
     for runtime in (one, other):

@@ -28,7 +28,7 @@ def grouped_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As `sdpa` of transformers. query [B, Hq, W, D]; key, value [B, Hkv, K, D]; mask [B, 1, W, K] additive.
+    """As `sdpa` of transformers. query [B, Hq, W, D]; key, value [B, Hkv, K, D]; mask [B, 1, W, K] or [1, 1, 1, K] additive.
 
     Returns [B, W, Hq, D]. Query head h belongs to key head h // (Hq / Hkv); the group's queries stand one behind the other.
     """
@@ -36,11 +36,11 @@ def grouped_attention(
     n_kv = key.shape[1]
     groups = n_heads // n_kv
     plain = attention_mask is not None and attention_mask.shape[1] == 1 and dropout == 0.0
-    if groups == 1 or not plain or any(kwargs.get(name) is not None for name in EXTRAS):
+    if not plain or any(kwargs.get(name) is not None for name in EXTRAS):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     assert attention_mask is not None
     stacked = query.reshape(batch, n_kv, groups * width, dim)
-    mask = attention_mask.repeat(1, 1, groups, 1)
+    mask = attention_mask.repeat(1, 1, groups, 1) if attention_mask.shape[2] > 1 else attention_mask
     output = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(batch, n_heads, width, value.shape[-1]).transpose(1, 2).contiguous(), None
 

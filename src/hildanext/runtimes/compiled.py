@@ -29,6 +29,7 @@ class CompiledRuntime(EagerRuntime):
         self.slots = 1
         self.compiled = torch.compile(super().forward, fullgraph=True)
 
+    @torch.inference_mode()
     def allocate(self, slots: int, context: int) -> None:
         """Besides, compile every shape. Raises ModelError where torch.compile cannot work."""
         super().allocate(slots, context)
@@ -44,7 +45,6 @@ class CompiledRuntime(EagerRuntime):
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise ModelError(f"torch.compile does not work here: {reason}; use engine.runtime 'eager'") from error
 
-    @torch.inference_mode()
     def body(self, batch: Batch) -> Tensor:
         n, old = batch.ids.shape
         width = next((width for width in self.widths if old <= width), None)

@@ -46,7 +46,6 @@ class CudaGraphRuntime(EagerRuntime):
         super().allocate(slots, context)
         self.slots = slots
 
-    @torch.inference_mode()
     def body(self, batch: Batch) -> Tensor:
         n, old = batch.ids.shape
         width = next((width for width in self.widths if old <= width), None)
@@ -71,11 +70,10 @@ class CudaGraphRuntime(EagerRuntime):
         columns = batch.columns(self.cache.context).to(device)
         rows = torch.arange(len(batch.ids), device=device)[:, None]
         place = Place(0, torch.arange(length, device=device), rows, columns, None)
+        # As PyTorch asks: warm up on another stream, so that nothing is set up while recording.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            aside
-        ):  # as PyTorch asks: warm up on another stream, so that nothing is set up while recording
+        with torch.cuda.stream(aside):
             for _ in range(2):
                 self.forward(ids, positions, visible, place)
         torch.cuda.current_stream().wait_stream(aside)

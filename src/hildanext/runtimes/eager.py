@@ -20,7 +20,8 @@ class EagerRuntime:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         use_grouped_attention(model)
-        self.device, self.dtype = model.device, model.dtype  # asked of the model they cost a search through it
+        # Asked of the model at every forward, these cost a search through it.
+        self.device, self.dtype, self.lm_head = model.device, model.dtype, model.get_output_embeddings()
         self.cache = SlotCache(0, 0, 0)
 
     @torch.inference_mode()
@@ -28,7 +29,6 @@ class EagerRuntime:
         self.cache = SlotCache(0, 0, 0)  # freed first: two caches may not fit
         self.cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots, context)
 
-    @torch.inference_mode()
     def body(self, batch: Batch) -> Tensor:
         device, visible, rows, columns = self.device, None, None, None
         if not batch.sees_all:
@@ -46,16 +46,15 @@ class EagerRuntime:
         """
         self.cache.at(place)
         if visible is None:
-            mask = torch.zeros(len(ids), 1, ids.shape[1], len(place.keys), dtype=self.dtype, device=ids.device)
+            mask = torch.zeros(1, 1, 1, len(place.keys), dtype=self.dtype, device=ids.device)
         else:
             mask = additive(place.keys < visible[..., None], self.dtype)
         return self.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
 
-    @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
+        return self.lm_head(hidden)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:

@@ -29,7 +29,10 @@ class Batch(NamedTuple):
 
 
 class Runtime(Protocol):
-    """A loaded model with its cache. `body` may hand out a buffer that the next call overwrites."""
+    """A loaded model with its cache. `body` may hand out a buffer that the next call overwrites.
+
+    `body` and `head` are called inside torch.inference_mode, which the scheduler enters once a step.
+    """
 
     name: str
 
@@ -73,22 +76,26 @@ def widen(batch: Batch, slots: int, width: int) -> Batch:
 
 
 def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Batch:
-    """Sequences as (tokens, start, visible) -> one Batch, shorter ones padded. An empty one is a slot that sits out."""
+    """Sequences as (tokens, start, visible) -> one Batch, shorter ones padded. An empty one is a slot that sits out.
+
+    `visible` never falls along a sequence, as later blocks see more.
+    """
     width = max(len(tokens) for tokens, _, _ in spans)
+    length = max((sees[-1] for _, _, sees in spans if sees), default=1)
     ids, positions, visible = [], [], []
     for tokens, start, sees in spans:
-        padding = width - len(tokens)
-        ids.append(tokens + [0] * padding)
-        positions.append([*range(start, start + len(tokens)), *[0] * padding])
-        visible.append(sees + [1] * padding)
-    length = max(max(sees) for sees in visible)
+        padding = [0] * (width - len(tokens))
+        ids.append(tokens + padding)
+        positions.append([*range(start, start + len(tokens)), *padding])
+        visible.append(sees + [1] * len(padding))
+    rows = torch.tensor([ids, positions, visible])  # one tensor made from lists costs less than three
     return Batch(
-        ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
-        visible=torch.tensor(visible),
+        ids=rows[0],
+        positions=rows[1],
+        visible=rows[2],
         slot=slot,
         length=length,
         widths=[len(tokens) for tokens, _, _ in spans],
         start=spans[0][1] if len(spans) == 1 else None,
-        sees_all=all(min(sees) == length for sees in visible),
+        sees_all=all(sees[0] == length for sees in visible),
     )
