@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_tokenizer
+from conftest import make_tokenizer, random_llama
 from hildanext.config import Config, parse_config
 from hildanext.engines import Request, open_engine
 from hildanext.engines import transformers as transformers_engine
 from hildanext.engines.dinfer import DInferEngine, fitting
 from hildanext.engines.dummy import NOTICE, DummyEngine
 from hildanext.errors import ModelError, UsageError
+from hildanext.model import load_diffusion_lm, save_diffusion_lm
 
 # --- A stand-in for dInfer 0.1, with its signatures and the behaviour that the adapter has to live with.
 
@@ -380,3 +381,23 @@ def test_the_dummy_alone_needs_no_model(tmp_path: Path) -> None:
     engine = open_engine(config)
     with pytest.raises(UsageError, match="the prompt is empty"):
         engine.generate(Request(engine.encode(""), engine.settings(config)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "effect"), [(2, "expect fewer tokens per forward"), (4, None), (8, "expect worse text"), (None, None)]
+)
+def test_a_block_size_the_checkpoint_was_not_trained_for_is_said(
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    asked: int | None,
+    effect: str | None,
+) -> None:
+    random_llama(len(tiny_tokenizer)).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    lm, _ = load_diffusion_lm(parse_config({"model": {"base": str(tmp_path / "base")}}).model)
+    lm.block_size = 4
+    save_diffusion_lm(lm, tmp_path / "converted")
+    open_engine(parse_config({"model": {"base": str(tmp_path / "converted")}, "decode": {"block_size": asked}}))
+    said = [line for line in capsys.readouterr().err.splitlines() if "block_size" in line]
+    assert said == ([f"decode.block_size {asked} is not the checkpoint's 4: {effect}"] if effect else [])

@@ -23,13 +23,6 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
-def warn_block_size(engine: Engine, block_size: int | None) -> None:
-    """Say what to expect of a `decode.block_size` that the checkpoint was not trained for."""
-    if block_size is not None and engine.trained_block is not None and block_size != engine.trained_block:
-        effect = "fewer tokens per forward" if block_size < engine.trained_block else "worse text"
-        say(f"decode.block_size {block_size} is not the checkpoint's {engine.trained_block}: expect {effect}")
-
-
 def generate(config: Config, prompt: str, *, raw: bool, trace: str | None, live: bool) -> dict[str, Any]:
     """Complete a prompt. live=True streams text to stdout on a terminal; the result holds the completion's fields."""
     text = read_prompt(prompt)
@@ -38,7 +31,6 @@ def generate(config: Config, prompt: str, *, raw: bool, trace: str | None, live:
         say(f"engine {name} passed over: {reason}")
     try:
         request = Request(engine.encode(text if raw else [{"role": "user", "content": text}]), engine.settings(config))
-        warn_block_size(engine, config.decode.block_size)
         stream_text = live and sys.stdout.isatty()
         completion, steps = _consume(engine, request, stream_text)
     finally:
