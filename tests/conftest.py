@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from hildanext.config import Config, parse_config
+from hildanext.model import load_diffusion_lm, save_diffusion_lm
+from hildanext.tiny import story_tokenizer, tiny_llama
 from training import write_base
 
 # Models in the tests are tiny: a second thread only waits for the first.
@@ -93,6 +95,21 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     write_base(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A configuration whose model is a tiny converted checkpoint, random weights."""
+    folder = tmp_path_factory.mktemp("converted")
+    tokenizer = story_tokenizer(400)
+    tiny_llama(tokenizer, hidden=32, layers=1, context=64, seed=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    raw = {"model": {"base": str(folder / "base"), "device": "cpu", "dtype": "float32"}}
+    lm, _ = load_diffusion_lm(parse_config(raw).model)
+    lm.block_size = 4
+    save_diffusion_lm(lm, folder / "model")
+    raw["model"]["base"] = str(folder / "model")
+    return parse_config(raw | {"decode": {"max_new_tokens": 8}})
 
 
 @pytest.fixture(scope="session")

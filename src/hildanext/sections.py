@@ -348,10 +348,15 @@ class CalibrateConfig(Section):
 
 class ServerConfig(Section):
     host: str = Field(
-        "127.0.0.1", min_length=1, description="Address to bind. Anything but loopback requires api_key_file."
+        "127.0.0.1", min_length=1, description="Address to bind. Anything but loopback requires API keys."
     )
     port: int = Field(8000, ge=1, le=65535, description="TCP port.")
     api_key_file: str | None = Field(
-        None, description="File with one API key a line; requests then need 'Authorization: Bearer KEY'."
+        None,
+        description="File with one API key a line; requests then need 'Authorization: Bearer KEY'. HILDANEXT_API_KEYS does too.",
     )
     max_prompt_chars: int = Field(100_000, ge=1, description="Longer prompts are refused.")
+    queue: int = Field(64, ge=0, description="Requests that may wait for a slot; more get 429.")
+    deadline_s: float = Field(600.0, gt=0.0, description="Seconds a request may take; it may ask for less.")
+    drain_s: int = Field(30, ge=0, description="Seconds that running requests have to finish after SIGTERM.")
+    log_prompts: bool = Field(False, description="Write prompts and answers into the log.")

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from hildanext.config import Config, EngineName
-from hildanext.engines.protocol import Completion, Engine, Event, Request, Stats
+from hildanext.engines.protocol import Completion, Engine, Event, Request, Stats, Steps, as_steps
 from hildanext.errors import UsageError
+from hildanext.progress import say
 
-__all__ = ["Completion", "Engine", "Event", "Request", "Stats", "open_engine"]
+__all__ = ["Completion", "Engine", "Event", "Request", "Stats", "Steps", "as_steps", "open_engine"]
 
 
 def open_engine(config: Config) -> Engine:
@@ -29,12 +30,21 @@ def open_engine(config: Config) -> Engine:
         kind = _engine(name)
         reason = kind.can_serve(config)
         if reason is None:
-            return kind(config, reasons)
+            engine: Engine = kind(config, reasons)
+            warn_block_size(engine, config.decode.block_size)
+            return engine
         reasons[name] = reason
     raise UsageError(
         f"no engine can serve '{config.model.base}': "
         + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     )
+
+
+def warn_block_size(engine: Engine, block_size: int | None) -> None:
+    """Say what to expect of a `decode.block_size` that the checkpoint was not trained for."""
+    if block_size is not None and engine.trained_block is not None and block_size != engine.trained_block:
+        effect = "fewer tokens per forward" if block_size < engine.trained_block else "worse text"
+        say(f"decode.block_size {block_size} is not the checkpoint's {engine.trained_block}: expect {effect}")
 
 
 def _engine(name: EngineName) -> Any:

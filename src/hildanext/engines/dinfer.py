@@ -60,6 +60,9 @@ class DInferEngine:
     name: EngineName = "dinfer"
     trained_block: int | None = DEFAULT_BLOCK
     device: str | None = "cuda"
+    dtype: str | None = None  # dInfer's own choice
+    slots = 1
+    mask_token_id: int | None = None  # it shows no steps
 
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons

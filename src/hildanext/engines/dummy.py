@@ -17,6 +17,9 @@ class DummyEngine:
     name: EngineName = "dummy"
     trained_block: int | None = None
     device: str | None = None
+    dtype: str | None = None
+    slots = 1
+    mask_token_id: int | None = None
 
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons

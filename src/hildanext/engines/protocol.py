@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hildanext.config import Config, EngineName
 from hildanext.decode import Finished, Settings, Step
+from hildanext.errors import HildaError
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Engine(Protocol):
     reasons: dict[str, str]  # why the engines before this one cannot serve
     trained_block: int | None  # block size the model was trained for
     device: str | None  # where the model runs
+    dtype: str | None  # what it computes in
+    slots: int  # requests decoded side by side
+    mask_token_id: int | None  # what stands in a Step's tokens for text to be drafted
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
@@ -79,6 +83,58 @@ class Engine(Protocol):
     def stream(self, request: Request) -> Iterator[Event]: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """Requests under way, moved on together. What `submit` returns names a request in `cancel` and in the events."""
+
+    def submit(self, request: Request) -> Any:
+        """Raises UsageError for a request that cannot be answered."""
+        ...
+
+    def cancel(self, handle: Any) -> None: ...
+
+    def step(self) -> list[tuple[Any, Event | HildaError]]:
+        """What one pass brought; a request's last event is its Completion, or the error that ended it."""
+        ...
+
+    @property
+    def n_running(self) -> int: ...
+
+
+class OneByOne:
+    """`Steps` for an engine that answers one request at a time: a step is the next event of the oldest request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.waiting: dict[object, Iterator[Event]] = {}
+
+    def submit(self, request: Request) -> object:
+        handle = object()
+        self.waiting[handle] = self.engine.stream(request)
+        return handle
+
+    def cancel(self, handle: object) -> None:
+        self.waiting.pop(handle, None)
+
+    def step(self) -> list[tuple[object, Event | HildaError]]:
+        handle, events = next(iter(self.waiting.items()))
+        try:
+            what: Event | HildaError = next(events)
+        except HildaError as error:
+            what = error
+        if isinstance(what, (Completion, HildaError)):
+            del self.waiting[handle]
+        return [(handle, what)]
+
+    @property
+    def n_running(self) -> int:
+        return min(1, len(self.waiting))
+
+
+def as_steps(engine: Engine) -> Steps:
+    return engine if isinstance(engine, Steps) else OneByOne(engine)
 
 
 def last_completion(events: Iterator[Event]) -> Completion:

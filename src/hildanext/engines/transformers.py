@@ -8,7 +8,7 @@ from hildanext.chat import encode_prompt
 from hildanext.config import Config, EngineName
 from hildanext.decode import Settings, check_request, read_presets, resolve
 from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.errors import UsageError
+from hildanext.errors import HildaError, UsageError
 from hildanext.model import DiffusionLM, load_diffusion_lm, read_record
 from hildanext.probe import max_positions
 from hildanext.runtimes import open_runtime
@@ -28,6 +28,7 @@ class TransformersEngine:
         self.reasons = reasons
         self.trained_block = self.lm.block_size
         self.device: str | None = str(self.lm.device)
+        self.dtype: str | None = str(self.lm.model.dtype).removeprefix("torch.")
         self.vocabulary = Vocabulary(
             self.lm.vocab_size,
             self.lm.mask_token_id,
@@ -41,7 +42,9 @@ class TransformersEngine:
             raise UsageError(f"'engine.context': {self.context} tokens, but the model has positions for {limit}")
         self.runtime = open_runtime(config.engine, self.lm, self.settings(config).block_size)
         self.scheduler = Scheduler(self.runtime, config.engine.slots, self.context, config.engine.prefill_chunk)
-        self.listeners: dict[Sequence, list[Event]] = {}
+        self.slots = config.engine.slots
+        self.mask_token_id: int | None = self.lm.mask_token_id
+        self.listeners: dict[Sequence, list[Event]] = {}  # what `events` and `generate_batch` have not handed on yet
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
@@ -66,7 +69,6 @@ class TransformersEngine:
             raise UsageError("the prompt holds the mask token, which stands for text to be drafted; take it out")
         sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
         self.scheduler.submit(sequence)
-        self.listeners[sequence] = []
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
@@ -74,17 +76,25 @@ class TransformersEngine:
         self.scheduler.cancel(sequence)
         self.listeners.pop(sequence, None)
 
+    @property
+    def n_running(self) -> int:
+        return len(self.scheduler.running)
+
+    def step(self) -> list[tuple[Sequence, Event | HildaError]]:
+        """One forward or two, and what they brought to whom."""
+        happened: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
+        ended = dict.fromkeys(sequence for sequence, _ in happened if sequence.finish_reason is not None)
+        return happened + [(sequence, self._completion(sequence)) for sequence in ended]
+
     def _step(self) -> None:
-        """One forward or two; what happened goes to each request's own list."""
-        events = self.scheduler.step()
-        for sequence, what in events:
-            self.listeners[sequence].append(what)
-        for sequence in {sequence for sequence, _ in events}:
-            if sequence.finish_reason is not None:
-                self.listeners[sequence].append(self._completion(sequence))
+        """A step whose events go to each request's own list."""
+        for sequence, what in self.step():
+            assert not isinstance(what, HildaError)
+            self.listeners.setdefault(sequence, []).append(what)
 
     def events(self, sequence: Sequence) -> Iterator[Event]:
         """What happens to a submitted request, to its Completion. Leaving early drops the request."""
+        self.listeners.setdefault(sequence, [])
         try:
             while True:
                 while not self.listeners[sequence]:
@@ -116,6 +126,7 @@ class TransformersEngine:
         try:
             for request in requests:
                 sequences.append(self.submit(request))
+                self.listeners[sequences[-1]] = []
             while len(done) < len(requests):
                 self._step()
                 for index, sequence in enumerate(sequences):

@@ -1,0 +1,83 @@
+"""What POST /generate takes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from hildanext.config import DecodeConfig, Mode
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _whole(text: str) -> str:
+    # JSON can spell half of a surrogate pair; no tokenizer can take it.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half of a surrogate pair is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Message(Body):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class GenerateBody(Body):
+    """A request. A setting left out is the server's own; with `mode` given, thresholds left out are that mode's."""
+
+    prompt: Text | None = Field(None, description="Text to continue as it stands.")
+    messages: list[Message] | None = Field(None, description="A conversation, through the model's chat template.")
+    mode: Mode | None = None
+    tau_mask: Share | None = None
+    tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
+    max_new_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0.0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    repetition_penalty: float | None = Field(None, gt=0.0)
+    stop: list[Stop] | None = Field(None, max_length=16)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    deadline_s: float | None = Field(None, gt=0.0, description="Seconds to answer in; at most server.deadline_s.")
+    stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
+    trace: bool = Field(False, description="Add every denoising step to the answer.")
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> GenerateBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of 'prompt' and 'messages'")
+        return self
+
+    @property
+    def text(self) -> str | list[dict[str, str]]:
+        """The prompt as `Engine.encode` takes it."""
+        return self.prompt if self.prompt is not None else [message.model_dump() for message in self.messages or []]
+
+    def decode_config(self, base: DecodeConfig) -> DecodeConfig:
+        given = {
+            name: value
+            for name, value in self
+            if name in DecodeConfig.model_fields
+            and name in self.model_fields_set
+            and (value is not None or name == "tau_edit")
+        }
+        return with_settings(base, given)
+
+
+def with_settings(base: DecodeConfig, given: dict[str, Any]) -> DecodeConfig:
+    """The server's decoding section with a request's settings over it; a mode brings its own thresholds."""
+    presets = {"tau_mask": "preset", "tau_edit": "preset"} if "mode" in given else {}
+    return base.model_copy(update=presets | given)
+
+
+def n_chars(prompt: str | list[dict[str, str]]) -> int:
+    """Characters of a prompt or of all messages."""
+    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)

@@ -1,0 +1,149 @@
+"""HildaNext's own routes: /health and /generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from hildanext import __version__, engines
+from hildanext.config import Config, DecodeConfig
+from hildanext.decode import Finished, Step
+from hildanext.engines import Completion, Event
+from hildanext.errors import HildaError, UsageError
+from hildanext.server.answers import (
+    chained,
+    completed,
+    event_stream,
+    make_show_step,
+    problem,
+    problems,
+    sse,
+    status_of,
+    unless_gone,
+)
+from hildanext.server.bodies import GenerateBody, n_chars
+from hildanext.server.meters import Meters
+from hildanext.server.worker import Ticket, Worker
+
+
+@dataclass(frozen=True)
+class Answer(Completion):
+    """A completion; with `trace`, every denoising step and the text of its tokens."""
+
+    trace: list[dict[str, Any]] | None = None
+
+
+async def submit(
+    worker: Worker,
+    config: Config,
+    prompt: str | list[dict[str, str]],
+    decode: DecodeConfig,
+    deadline_s: float | None = None,
+) -> Ticket:
+    """Hand a prompt to the engine. Raises UsageError for one that is too long, and as `Worker.accept` does."""
+    limit = config.server.max_prompt_chars
+    if n_chars(prompt) > limit:
+        raise UsageError(f"the prompt has {n_chars(prompt)} characters; server.max_prompt_chars is {limit}")
+    settings = worker.opened().settings(config.model_copy(update={"decode": decode}))
+    request = engines.Request(await worker.encode(prompt), settings)
+    return worker.accept(request, min(deadline_s or config.server.deadline_s, config.server.deadline_s))
+
+
+def native_routes(config: Config, worker: Worker, meters: Meters) -> APIRouter:
+    router, began = APIRouter(), time.monotonic()
+
+    @router.get("/health", responses=problems(401, 403))
+    async def health() -> dict[str, Any]:
+        """What runs, why the other engines do not, and how much is going on."""
+        engine = worker.engine
+        return {
+            "status": "ok" if worker.state == "ready" else worker.state,
+            "engine": engine.name if engine else None,
+            "engine_reasons": engine.reasons if engine else {},
+            "model": config.model.base,
+            "block_size": engine.settings(config).block_size if engine else None,
+            "device": engine.device if engine else None,
+            "dtype": engine.dtype if engine else None,
+            "slots": engine.slots if engine else None,
+            "running": len(worker.accepted) - worker.n_queued,
+            "queue": worker.n_queued,
+            "queue_limit": config.server.queue,
+            "uptime_s": time.monotonic() - began,
+            "version": __version__,
+        }
+
+    @router.get("/health/live")
+    async def live() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "live"}
+
+    @router.get("/health/ready", responses=problems(503))
+    async def ready() -> Response:
+        """The model answers: it did once when it was opened, and did not fail at the last pass."""
+        if worker.state != "ready":
+            return problem(503, f"the server is {worker.state}")
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=problems(401, 403))
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.post(
+        "/generate",
+        responses={
+            200: {"model": Answer, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            **problems(400, 401, 403, 411, 413, 422, 429, 500, 503, 504),
+        },
+    )
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        """Complete a prompt; streamed, with every denoising step as it happens."""
+        ticket = await submit(worker, config, body.text, body.decode_config(config.decode), body.deadline_s)
+        events, show = worker.events(ticket), make_show_step(worker.opened())
+        if body.stream:
+            # Waiting for the first event lets what is wrong with the request be a status.
+            first = await unless_gone(request, anext(events))
+            return event_stream(_stream(request, config, body, ticket, chained(first, events), show))
+        done, steps = await unless_gone(request, completed(events))
+        request.state.facts = facts(config, body.text, done)
+        return JSONResponse(done.as_dict() | ({"trace": [show(step) for step in steps]} if body.trace else {}))
+
+    return router
+
+
+def facts(config: Config, prompt: str | list[dict[str, str]], done: Completion) -> dict[str, Any]:
+    """What the log keeps of a completion: numbers, and text only if it was asked for."""
+    numbers = {
+        "tokens": len(done.token_ids),
+        "tokens_per_forward": round(done.stats.tokens_per_forward, 2),
+        "finish_reason": done.finish_reason,
+    }
+    return numbers | ({"prompt": prompt, "text": done.text} if config.server.log_prompts else {})
+
+
+async def _stream(
+    request: Request,
+    config: Config,
+    body: GenerateBody,
+    ticket: Ticket,
+    events: AsyncIterator[Event],
+    show: Callable[[Step], dict[str, Any]],
+) -> AsyncIterator[str]:
+    settings = ticket.request.settings
+    yield sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings._asdict()}, "start")
+    try:
+        async for event in events:
+            if isinstance(event, Step):
+                yield sse(show(event), "step")
+            elif isinstance(event, Finished):
+                yield sse(event._asdict(), "block")
+            else:
+                request.state.facts = facts(config, body.text, event)
+                yield sse(event.as_dict(), "done")
+    except HildaError as error:
+        yield sse({"detail": str(error), "status": status_of(error)}, "error")

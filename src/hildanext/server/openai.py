@@ -1,0 +1,247 @@
+"""OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions. The mode and thresholds travel in `extra_body`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field, model_validator
+
+from hildanext.config import Config, DecodeConfig, Mode
+from hildanext.decode import Finished
+from hildanext.engines import Completion, Event
+from hildanext.errors import HildaError
+from hildanext.server.answers import chained, completed, event_stream, sse, status_of, unless_gone, with_retry
+from hildanext.server.bodies import Body, Share, Stop, Text, with_settings
+from hildanext.server.native import facts, submit
+from hildanext.server.worker import Ticket, Worker
+
+KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+KINDS |= {411: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+
+
+class OpenAIProblemInner(Body):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIProblem(Body):
+    error: OpenAIProblemInner
+
+
+def openai_problem(status: int, line: str, param: str | None = None, headers: dict[str, str] | None = None) -> Response:
+    """An error as OpenAI's clients expect it. What does not fit the schema is 400 there."""
+    status = 400 if status == 422 else status
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    error = {"message": line, "type": kind, "param": param, "code": None}
+    return JSONResponse({"error": error}, status, with_retry(status, headers))
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    @property
+    def as_ours(self) -> dict[str, str]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class OpenAIBody(Body):
+    """What both kinds of completion share. A setting left out is the server's own, as in POST /generate."""
+
+    model: Text
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    user: Text | None = Field(None, description="Taken and not looked at.")
+    # In `extra_body` of OpenAI's clients:
+    mode: Mode | None = None
+    tau_mask: Share | None = None
+    tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
+    top_k: int | None = Field(None, ge=1)
+    repetition_penalty: float | None = Field(None, gt=0.0)
+    # Features that this server does not have: only the value that means 'without' is taken.
+    n: Literal[1] | None = None
+    frequency_penalty: float | None = Field(None, ge=0.0, le=0.0)
+    presence_penalty: float | None = Field(None, ge=0.0, le=0.0)
+
+    def decode_config(self, base: DecodeConfig, max_new_tokens: int | None) -> DecodeConfig:
+        names = ("temperature", "top_p", "seed", "mode", "tau_mask", "top_k", "repetition_penalty")
+        given: dict[str, Any] = {name: value for name, value in self if name in names and value is not None}
+        if "tau_edit" in self.model_fields_set:
+            given["tau_edit"] = self.tau_edit
+        if max_new_tokens is not None:
+            given["max_new_tokens"] = max_new_tokens
+        if self.stop is not None:
+            given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        return with_settings(base, given)
+
+
+class CompletionBody(OpenAIBody):
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    max_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_stream(self) -> CompletionBody:
+        if self.stream and len(self.prompts) > 1:
+            raise ValueError("a stream takes one prompt")
+        return self
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class ChatBody(OpenAIBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+def model_id(config: Config) -> str:
+    """The served model's name: a hub name as it is, of a folder or file its last part."""
+    return Path(config.model.base).name if Path(config.model.base).exists() else config.model.base
+
+
+def usage(n_prompt: int, n_completion: int) -> dict[str, int]:
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
+
+
+class Form:
+    """How one of the two endpoints writes an answer."""
+
+    def __init__(self, config: Config, *, chat: bool) -> None:
+        self.chat, self.model = chat, model_id(config)
+        self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+        self.created = int(time.time())
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
+        content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        return sse(self.head(chunk=True) | {"choices": [choice]})
+
+    def answer(self, done: list[Completion], n_prompt: int) -> dict[str, Any]:
+        return self.head(chunk=False) | {
+            "choices": [self.choice(index, one.text, one.finish_reason) for index, one in enumerate(done)],
+            "usage": usage(n_prompt, sum(len(one.token_ids) for one in done)),
+            "hildanext": [{"engine": one.engine, "mode": one.mode, "stats": asdict(one.stats)} for one in done],
+        }
+
+
+def openai_routes(config: Config, worker: Worker) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    statuses = (400, 401, 403, 404, 411, 413, 429, 500, 503, 504)
+    known: dict[int | str, dict[str, Any]] = {status: {"model": OpenAIProblem} for status in statuses}
+    answers = known | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    began = int(time.time())
+
+    def shown() -> dict[str, Any]:
+        return {"id": model_id(config), "object": "model", "created": began, "owned_by": "hildanext"}
+
+    @router.get("/models", responses={401: known[401], 403: known[403]})
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [shown()]}
+
+    @router.get("/models/{name:path}", responses={401: known[401], 403: known[403], 404: known[404]})
+    async def model(name: str) -> Any:
+        return shown() if name == model_id(config) else unknown_model(name)
+
+    async def answer(
+        request: Request, body: OpenAIBody, prompts: list[Any], decode: DecodeConfig, *, chat: bool
+    ) -> Response:
+        if body.model != model_id(config):
+            return unknown_model(body.model)
+        form = Form(config, chat=chat)
+        tickets: list[Ticket] = []
+        try:
+            for prompt in prompts:
+                tickets.append(await submit(worker, config, prompt, decode))
+            if body.stream:
+                events = worker.events(tickets[0])
+                first = await unless_gone(request, anext(events))
+                return event_stream(
+                    _stream(request, config, body, prompts[0], tickets[0], chained(first, events), form)
+                )
+            found = await unless_gone(request, asyncio.gather(*[completed(worker.events(t)) for t in tickets]))
+        except BaseException:
+            for ticket in tickets:
+                worker.drop(ticket)
+            raise
+        done = [completion for completion, _ in found]
+        request.state.facts = facts(config, prompts[0], done[0])
+        return JSONResponse(form.answer(done, sum(len(ticket.request.prompt_ids) for ticket in tickets)))
+
+    @router.post("/completions", responses=answers)
+    async def completions(body: CompletionBody, request: Request) -> Any:
+        decode = body.decode_config(config.decode, body.max_tokens)
+        return await answer(request, body, list(body.prompts), decode, chat=False)
+
+    @router.post("/chat/completions", responses=answers)
+    async def chat_completions(body: ChatBody, request: Request) -> Any:
+        decode = body.decode_config(config.decode, body.max_completion_tokens or body.max_tokens)
+        messages = [message.as_ours for message in body.messages]
+        return await answer(request, body, [messages], decode, chat=True)
+
+    return router
+
+
+def unknown_model(name: str) -> Response:
+    return openai_problem(404, f"the model '{name}' is not served here; GET /v1/models lists what is", "model")
+
+
+async def _stream(
+    request: Request,
+    config: Config,
+    body: OpenAIBody,
+    prompt: str | list[dict[str, str]],
+    ticket: Ticket,
+    events: AsyncIterator[Event],
+    form: Form,
+) -> AsyncIterator[str]:
+    if form.chat:
+        yield form.chunk({"role": "assistant", "content": ""})
+    try:
+        async for event in events:
+            if isinstance(event, Finished) and event.text:
+                yield form.chunk({"content": event.text})
+            elif isinstance(event, Completion):
+                request.state.facts = facts(config, prompt, event)
+                yield form.chunk({}, event.finish_reason)
+                if body.stream_options is not None and body.stream_options.include_usage:
+                    tokens = usage(len(ticket.request.prompt_ids), len(event.token_ids))
+                    yield sse(form.head(chunk=True) | {"choices": [], "usage": tokens})
+    except HildaError as error:
+        status = status_of(error)
+        yield sse({"error": {"message": str(error), "type": KINDS.get(status, "server_error"), "code": None}})
+    yield "data: [DONE]\n\n"
