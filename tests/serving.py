@@ -23,7 +23,9 @@ def running(
 ) -> Iterator[tuple[str, Worker]]:
     """(URL, worker) of a server whose engine is open; stopped as SIGTERM would when the block ends."""
     app = make_app(config, opener, keys or [])
-    with socket.create_server(("127.0.0.1", 0)) as sock:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a slow reader is soon felt
         settings = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=10)
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, args=([sock],))

@@ -409,6 +409,13 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- The command
 
 
+def test_the_socket_lets_asyncio_turn_nagle_off() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with server.bind(dummy(port=port).server) as sock:
+        assert sock.proto == socket.IPPROTO_TCP
+
+
 def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})

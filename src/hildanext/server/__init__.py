@@ -25,7 +25,9 @@ __all__ = ["make_app", "serve"]
 
 def bind(server: ServerConfig) -> socket.socket:
     """A socket bound to the address, not listening yet. Raises ConfigError where it cannot be had."""
-    sock = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    # TCP by name: only then does asyncio turn Nagle's algorithm off, which costs 40 ms on every kept connection.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if sys.platform != "win32":  # there it would take a port that is in use
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
