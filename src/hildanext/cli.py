@@ -151,7 +151,7 @@ def _add_decoding(add: Add) -> None:
     calibrate.add_argument(
         "--out", default="runs/calibrate", metavar="FOLDER", help="report and picture (default: %(default)s)"
     )
-    add("serve", _serve, "Answer over HTTP: GET /health, POST /generate.")
+    add("serve", _serve, "Answer over HTTP: /generate, OpenAI's API, /health, /metrics.")
     add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")
     add("demo", _demo, "The whole way on synthetic stories, offline, in minutes.")
 
