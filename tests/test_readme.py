@@ -35,7 +35,16 @@ def test_every_command_can_be_typed(page: Path):
 
 def test_the_quick_start_is_the_whole_way():
     commands = [arguments[0] for name, *arguments in typed(ROOT / "README.md") if name == "hildanext"]
-    assert commands == ["init", "prepare-data", "tokenize", "convert-wsd", "merge-topk", "generate", "benchmark"]
+    assert commands == [
+        "init",
+        "prepare-data",
+        "tokenize",
+        "convert-wsd",
+        "merge-topk",
+        "generate",
+        "benchmark",
+        "serve",
+    ]
 
 
 def test_the_table_of_commands_is_complete():

@@ -218,7 +218,7 @@ def test_a_thousand_malformed_bodies() -> None:
 
 def test_stopping_finishes_what_runs() -> None:
     with ThreadPoolExecutor(2) as pool:
-        with stepping(held=True) as (url, worker, engine):
+        with stepping(held=True) as (url, worker, _):
             running = [pool.submit(post, url, max_new_tokens=50) for _ in range(2)]
             until(worker, lambda: len(worker.accepted) == 2)
         assert [future.result().json()["text"] for future in running] == ["x" + "A" * 50] * 2
