@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from hildanext.config import Config
 from hildanext.engines import Engine, open_engine
+from hildanext.jobs.local import LocalJobs
 from hildanext.server import make_app
 from hildanext.server.worker import Worker
 
@@ -41,9 +42,11 @@ def running(
 
 
 @contextlib.contextmanager
-def client(config: Config, engine: Engine | None = None, keys: list[bytes] | None = None) -> Iterator[TestClient]:
+def client(
+    config: Config, engine: Engine | None = None, keys: list[bytes] | None = None, jobs: LocalJobs | None = None
+) -> Iterator[TestClient]:
     """A client that calls the application without a socket, once its engine is open."""
-    app = make_app(config, lambda config: engine or open_engine(config), keys or [])
+    app = make_app(config, lambda config: engine or open_engine(config), keys or [], jobs)
     with TestClient(app, base_url="http://127.0.0.1:8000") as found:
         while app.state.worker.state == "loading":
             time.sleep(0.001)

@@ -176,7 +176,7 @@ def test_an_engine_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
         raise ModelError("no such model")
 
     heard: list[Exception] = []
-    app = make_app(dummy(), broken, [], heard.append)
+    app = make_app(dummy(), broken, [], on_failure=heard.append)
     with TestClient(app, base_url="http://localhost:1") as client:
         while app.state.worker.state == "loading" or not heard:
             time.sleep(0.001)

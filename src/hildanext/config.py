@@ -20,6 +20,7 @@ from hildanext.sections import (
     DecodeConfig,
     EngineConfig,
     EngineName,
+    JobsConfig,
     LossConfig,
     Mode,
     ModelConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "DecodeConfig",
     "EngineConfig",
     "EngineName",
+    "JobsConfig",
     "LossConfig",
     "Mode",
     "ModelConfig",
@@ -75,6 +77,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     server: ServerConfig = ServerConfig()
+    jobs: JobsConfig = JobsConfig()
 
 
 def schema() -> dict[str, Any]:

@@ -82,7 +82,9 @@ class RunFolder:
             old = json.loads(run.record.read_text(encoding="utf-8"))
             if old["command"] != command:
                 raise UsageError(f"--resume: {run.path} is a '{old['command']}' run, not '{command}'")
-            relevant = {key: value for key, value in old["config"].items() if key not in ("decode", "engine", "server")}
+            relevant = {
+                key: value for key, value in old["config"].items() if key not in ("decode", "engine", "server", "jobs")
+            }
             if changed := _differences(relevant, config.model_dump(mode="json")):
                 raise UsageError(
                     f"--resume: the configuration differs from the run's in {', '.join(changed)}; restore it"

@@ -360,3 +360,13 @@ class ServerConfig(Section):
     deadline_s: float = Field(600.0, gt=0.0, description="Seconds a request may take; it may ask for less.")
     drain_s: int = Field(30, ge=0, description="Seconds that running requests have to finish after SIGTERM.")
     log_prompts: bool = Field(False, description="Write prompts and answers into the log.")
+
+
+class JobsConfig(Section):
+    database: str | None = Field(
+        None,
+        description="SQLAlchemy URL, for example postgresql+psycopg://...; null: SQLite in paths.runs/jobs.sqlite.",
+    )
+    at_once: int = Field(1, ge=1, description="Jobs that run at the same time; more wait.")
+    cancel_s: float = Field(30.0, ge=0.0, description="Seconds between asking a cancelled job to stop and killing it.")
+    share_gpu: bool = Field(False, description="Let jobs use the GPU while the served model is on it.")

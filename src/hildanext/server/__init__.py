@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -15,6 +16,8 @@ import uvicorn
 from hildanext import engines
 from hildanext.config import Config, ServerConfig
 from hildanext.errors import ConfigError, HildaError
+from hildanext.jobs.local import LocalJobs
+from hildanext.jobs.store import Store
 from hildanext.progress import say
 from hildanext.server.app import make_app
 from hildanext.server.keys import read_keys
@@ -49,6 +52,13 @@ def open_engine(config: Config) -> engines.Engine:
     return engine
 
 
+def open_jobs(config: Config) -> LocalJobs:
+    """The jobs of `paths.runs`. Raises UsageError or StoreError for a database that cannot be opened."""
+    runs = Path(config.paths.runs).absolute()
+    runs.mkdir(parents=True, exist_ok=True)
+    return LocalJobs(Store(config.jobs.database or f"sqlite:///{runs / 'jobs.sqlite'}"), runs, config.jobs)
+
+
 def serve(config: Config) -> dict[str, Any]:
     """Answer until SIGINT or SIGTERM; requests under way get `server.drain_s` to finish.
 
@@ -62,7 +72,7 @@ def serve(config: Config) -> dict[str, Any]:
             failures.append(error)
             server.should_exit = True
 
-        app = make_app(config, open_engine, keys, give_up)
+        app = make_app(config, open_engine, keys, open_jobs(config), give_up)
         # Access lines would go to stdout, which carries the result only.
         settings = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=config.server.drain_s

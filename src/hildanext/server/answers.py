@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from hildanext.decode import Step
 from hildanext.engines import Completion, Engine, Event
 from hildanext.errors import HildaError, UsageError
+from hildanext.jobs.store import ConflictError, MissingError, StoreError
 from hildanext.server.worker import DeadlineError, Overloaded, Unready
 
 RETRY_S = 1  # a slot is free again within about as much
@@ -31,8 +32,11 @@ class Problem(BaseModel):
 STATUSES: dict[type[HildaError], int] = {
     UsageError: 400,
     Overloaded: 429,
+    MissingError: 404,
+    ConflictError: 409,
     ClientGone: 499,
     Unready: 503,
+    StoreError: 503,
     DeadlineError: 504,
 }
 MEANINGS = {
@@ -46,7 +50,7 @@ MEANINGS = {
     422: "The body does not fit the schema.",
     429: "The queue is full; Retry-After says when to come again.",
     500: "The engine failed.",
-    503: "The model is loading, or the server is stopping.",
+    503: "The model is loading, the server is stopping, or the jobs' database or disk cannot be written.",
     504: "The deadline passed.",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,8 +15,11 @@ from hildanext import __version__
 from hildanext.config import Config
 from hildanext.engines import Engine
 from hildanext.errors import HildaError
+from hildanext.jobs.local import LocalJobs
+from hildanext.jobs.store import STATES
 from hildanext.server.answers import problem, status_of
 from hildanext.server.guard import Guard
+from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
 from hildanext.server.native import native_routes
 from hildanext.server.openai import openai_problem, openai_routes
@@ -29,22 +33,34 @@ def make_app(
     config: Config,
     open_engine: Callable[[Config], Engine],
     keys: list[bytes],
+    jobs: LocalJobs | None = None,
     on_failure: Callable[[HildaError], object] = lambda error: None,
 ) -> FastAPI:
-    """The application. The engine opens in the background when it starts; `on_failure` hears when it cannot."""
+    """The application. The engine opens in the background when it starts; `on_failure` hears when it cannot.
+
+    Without `jobs` there is no /jobs.
+    """
     meters = Meters()
     worker = Worker(config, open_engine, meters)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start(lambda: on_failure(worker.failure) if worker.failure is not None else None)
+        if jobs is not None:
+            jobs.start()
         yield
         await asyncio.to_thread(worker.stop)
+        if jobs is not None:
+            await asyncio.to_thread(jobs.stop)
 
     app = FastAPI(title="HildaNext", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
     app.include_router(native_routes(config, worker, meters))
     app.include_router(openai_routes(config, worker))
+    if jobs is not None:
+        app.include_router(job_routes(config, worker, jobs))
+        for state in STATES:
+            meters.jobs.labels(state).set_function(partial(jobs.counts_of, state))
     app.add_middleware(
         Guard,
         keys=keys,
@@ -66,6 +82,11 @@ def make_app(
     async def refused(request: Request, error: HildaError) -> Response:
         meters.errors.labels(type(error).__name__).inc()
         return _refuse(request.url.path, status_of(error), str(error), {})
+
+    @app.exception_handler(OSError)
+    async def no_disk(request: Request, error: OSError) -> Response:
+        meters.errors.labels("OSError").inc()
+        return _refuse(request.url.path, 503, error.strerror or "a file could not be written", {})
 
     return app
 

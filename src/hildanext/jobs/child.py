@@ -1,0 +1,62 @@
+"""What a job's process runs: the command, with a lock around it that the kernel gives back whatever happens.
+
+    python -m hildanext.jobs.child FOLDER ATTEMPT -- COMMAND ...
+
+FOLDER/lock is held while the command lives, by the command too; started-N.json is made once, so that an attempt never runs
+twice; exit-N.json holds the exit code. A server that comes back reads from them what became of the job.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hildanext.files import write_json
+
+REFUSED = 3  # exit code: this attempt runs or ran already
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a job's process lives."""
+    try:
+        with open(folder / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def run(folder: Path, attempt: int, command: list[str]) -> int:
+    """Run a command as attempt N of the job in `folder`. Returns its exit code, -N for a signal, or REFUSED."""
+    with open(folder / "lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            started = os.open(folder / f"started-{attempt}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except (BlockingIOError, FileExistsError):
+            return REFUSED
+        with os.fdopen(started, "w") as file:
+            json.dump({"group": os.getpgid(0), "time": time.time()}, file)
+        # A cancelled job is told as a group: the command ends as it likes, and this process stays to note how.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        with open(folder / "log.txt", "ab") as log, open(folder / f"stdout-{attempt}.json", "wb") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=log, pass_fds=[lock.fileno()]
+            )
+            code = process.wait()
+        write_json(folder / f"exit-{attempt}.json", {"code": code, "time": time.time()})
+        return code
+
+
+if __name__ == "__main__":
+    folder, attempt, dashes, *command = sys.argv[1:]
+    assert dashes == "--"
+    sys.exit(run(Path(folder), int(attempt), command) & 0xFF)

@@ -1,0 +1,185 @@
+"""The jobs' table. Every change is committed before anybody hears of it; changes of state name the state they expect."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sql
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from hildanext.errors import HildaError, UsageError
+
+State = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
+STATES: tuple[State, ...] = ("queued", "running", "done", "failed", "cancelled", "interrupted")
+ENDED: tuple[State, ...] = ("done", "failed", "cancelled", "interrupted")
+BUSY_S = 5.0  # how long SQLite waits for another process's lock
+
+TABLE = sql.Table(
+    "jobs",
+    sql.MetaData(),
+    sql.Column("id", sql.String(32), primary_key=True),
+    sql.Column("kind", sql.String(32), nullable=False),
+    sql.Column("request", sql.Text, nullable=False),  # what was asked for, as JSON
+    sql.Column("idempotency_key", sql.String(200), unique=True),
+    sql.Column("state", sql.String(16), nullable=False, index=True),
+    sql.Column("attempt", sql.Integer, nullable=False),  # 1, and one more for each resume
+    sql.Column("cancel_requested", sql.Boolean, nullable=False),
+    sql.Column("backend_id", sql.String(200)),  # what the backend calls the running attempt
+    sql.Column("exit_code", sql.Integer),
+    sql.Column("note", sql.Text),  # why it ended as it did
+    sql.Column("created", sql.Float, nullable=False, index=True),  # seconds since 1970
+    sql.Column("started", sql.Float),
+    sql.Column("ended", sql.Float),
+)
+
+
+class StoreError(HildaError):
+    """The database cannot be reached or is locked; nothing was changed."""
+
+
+class ConflictError(HildaError):
+    """The job's state does not allow it, or an idempotency key was used for something else."""
+
+
+class MissingError(HildaError):
+    """There is no such job."""
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    kind: str
+    request: dict[str, Any]
+    idempotency_key: str | None
+    state: State
+    attempt: int
+    cancel_requested: bool
+    backend_id: str | None
+    exit_code: int | None
+    note: str | None
+    created: float
+    started: float | None
+    ended: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _job(row: sql.RowMapping) -> Job:
+    return Job(**{**row, "request": json.loads(row["request"])})
+
+
+def new_id() -> str:
+    """A job's name: its time, and enough chance that two never meet."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+
+
+class Store:
+    """Jobs in a database. SQLite by default; any URL of SQLAlchemy."""
+
+    def __init__(self, url: str) -> None:
+        """Raises UsageError for a URL that SQLAlchemy cannot take, StoreError where the database cannot be opened."""
+        try:
+            is_sqlite = sql.engine.make_url(url).get_backend_name() == "sqlite"
+            self.engine = sql.create_engine(url, connect_args={"timeout": BUSY_S} if is_sqlite else {})
+        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+            raise UsageError(f"'jobs.database': {error}") from None
+        if is_sqlite:
+            sql.event.listen(self.engine, "connect", _durable)
+        with self._begin() as connection:
+            TABLE.metadata.create_all(connection)
+
+    @contextmanager
+    def _begin(self) -> Iterator[sql.Connection]:
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise StoreError(f"the jobs' database: {error.orig}") from None
+
+    def add(
+        self, job_id: str, kind: str, request: dict[str, Any], idempotency_key: str | None = None
+    ) -> tuple[Job, bool]:
+        """A new queued job, True; or the one that the same key made before, False. Raises ConflictError, StoreError."""
+        job = Job(
+            id=job_id,
+            kind=kind,
+            request=request,
+            idempotency_key=idempotency_key,
+            state="queued",
+            attempt=1,
+            cancel_requested=False,
+            backend_id=None,
+            exit_code=None,
+            note=None,
+            created=time.time(),
+            started=None,
+            ended=None,
+        )
+        try:
+            with self._begin() as connection:
+                connection.execute(TABLE.insert().values(**{**asdict(job), "request": json.dumps(request)}))
+            return job, True
+        except IntegrityError:
+            old = self._one(TABLE.c.idempotency_key == idempotency_key)
+        if (old.kind, old.request) != (kind, request):
+            raise ConflictError(f"this Idempotency-Key was used for another request, job {old.id}")
+        return old, False
+
+    def get(self, job_id: str) -> Job:
+        return self._one(TABLE.c.id == job_id)
+
+    def _one(self, where: sql.ColumnElement[bool]) -> Job:
+        with self._begin() as connection:
+            row = connection.execute(TABLE.select().where(where)).mappings().first()
+        if row is None:
+            raise MissingError("there is no such job")
+        return _job(row)
+
+    def list(
+        self, states: tuple[State, ...] = STATES, limit: int | None = None, newest_first: bool = False
+    ) -> list[Job]:
+        order = TABLE.c.created.desc() if newest_first else TABLE.c.created.asc()
+        query = TABLE.select().where(TABLE.c.state.in_(states)).order_by(order, TABLE.c.id).limit(limit)
+        with self._begin() as connection:
+            return [_job(row) for row in connection.execute(query).mappings()]
+
+    def counts(self) -> dict[State, int]:
+        """Jobs in each state."""
+        query = sql.select(TABLE.c.state, sql.func.count()).group_by(TABLE.c.state)
+        with self._begin() as connection:
+            found: dict[str, int] = {row[0]: row[1] for row in connection.execute(query)}
+        return {state: found.get(state, 0) for state in STATES}
+
+    def move(self, job: Job, to: State, **values: Any) -> bool:
+        """Change the state, if job and attempt are still in the state that `job` shows. False: somebody was faster."""
+        changed = TABLE.update().where(TABLE.c.id == job.id, TABLE.c.state == job.state, TABLE.c.attempt == job.attempt)
+        with self._begin() as connection:
+            return connection.execute(changed.values(state=to, **values)).rowcount == 1
+
+    def delete(self, job_id: str) -> None:
+        """Forget an ended job. Raises MissingError, ConflictError for one that has not ended."""
+        job = self.get(job_id)
+        with self._begin() as connection:
+            gone = connection.execute(TABLE.delete().where(TABLE.c.id == job_id, TABLE.c.state.in_(ENDED))).rowcount
+        if not gone:
+            raise ConflictError(f"job {job_id} is {job.state}; cancel it first")
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _durable(connection: Any, record: object) -> None:
+    """SQLite: readers do not wait for writers, and a commit is on the disk."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()

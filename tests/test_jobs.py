@@ -1,0 +1,312 @@
+"""Jobs: real commands once, then the state machine with small scripts in their place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+import serving
+from hildanext.config import Config, JobsConfig
+from hildanext.jobs import child, local, store
+from hildanext.jobs.local import LocalJobs
+from hildanext.jobs.store import ENDED, Job, Store, new_id
+from hildanext.server import open_jobs
+from training import material
+
+FOREVER = "import time\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
+OBEDIENT = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('{\"a\": 1}', flush=True)\nwhile True: time.sleep(0.01)"
+STUBBORN = (
+    "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
+)
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for what another process is about to do."""
+    for _ in range(3_000):
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    pytest.fail("it did not happen within half a minute")
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A server's configuration over real rows and a real base; the workspace is the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    made = material(tmp_path, tiny_base)
+    return made.model_copy(update={"engine": made.engine.model_copy(update={"order": ["dummy"]})})
+
+
+@pytest.fixture
+def client(config: Config) -> Iterator[TestClient]:
+    with serving.client(config, jobs=open_jobs(config)) as found:
+        yield found
+        for job in found.get("/jobs").json()["jobs"]:
+            if job["state"] in ("queued", "running"):
+                found.post(f"/jobs/{job['id']}/cancel", headers={"Content-Length": "0"})
+        until(lambda: all(job["state"] in ENDED for job in found.get("/jobs").json()["jobs"]))
+
+
+def start(client: TestClient, kind: str = "convert-wsd", **body: Any) -> dict[str, Any]:
+    answer = client.post("/jobs", json={"kind": kind} | body)
+    assert answer.status_code == 201, answer.text
+    assert answer.headers["Location"] == f"/jobs/{answer.json()['id']}"
+    return answer.json()
+
+
+def post(client: TestClient, job: dict[str, Any], what: str) -> Any:
+    return client.post(f"/jobs/{job['id']}/{what}", headers={"Content-Length": "0"})
+
+
+def ended(client: TestClient, job: dict[str, Any]) -> dict[str, Any]:
+    path = f"/jobs/{job['id']}"
+    return until(lambda: (found := client.get(path).json())["state"] in ENDED and found)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    monkeypatch.setattr(local, "command", lambda *_, **__: [sys.executable, "-c", script])
+
+
+# --- Real commands
+
+
+def test_convert_then_merge(client: TestClient, config: Config) -> None:
+    job = start(client, config={"wsd": {"warmup_steps": 1, "stable_steps": 1}})
+    assert (job["state"], job["run"]) == ("queued", str(Path(config.paths.runs).absolute() / job["id"]))
+    done = ended(client, job)
+    assert (done["state"], done["exit_code"], done["note"]) == ("done", 0, None)
+    assert (done["result"]["steps"], done["result"]["finished"]) == (4, True)
+    rows = client.get(f"/jobs/{job['id']}/metrics").json()["rows"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert "4/4 steps" in client.get(f"/jobs/{job['id']}/logs").text
+    streamed = client.get(f"/jobs/{job['id']}/metrics?follow=true").text
+    assert [json.loads(line[6:]) for line in streamed.split("\n") if line.startswith('data: {"step"')] == rows
+    assert streamed.endswith('event: end\ndata: {"state": "done"}\n\n')
+    merged = ended(client, start(client, "merge-topk", options={"run": job["id"], "k": 2}))
+    assert merged["state"] == "done", merged["note"]
+    assert (Path(job["run"]) / "merged" / "model.safetensors").is_file()
+
+
+def test_a_training_that_is_cancelled_resumes_where_it_was(client: TestClient) -> None:
+    job = start(client, config={"wsd": {"stable_steps": 50_000}, "train": {"save_every": 50_000}})
+    path = f"/jobs/{job['id']}/metrics"
+    until(lambda: len(client.get(path).json()["rows"]) >= 3)
+    post(client, job, "cancel")
+    stopped = ended(client, job)
+    assert (stopped["state"], stopped["exit_code"]) == ("cancelled", 0)
+    before = client.get(path).json()["rows"]
+    assert post(client, job, "resume").json()["attempt"] == 2
+    until(lambda: len(client.get(path).json()["rows"]) > len(before))
+    after = client.get(path).json()["rows"]
+    assert [row["step"] for row in after] == list(range(1, len(after) + 1))
+    assert after[: len(before)] == before
+
+
+def test_a_command_that_fails_says_why(client: TestClient) -> None:
+    failed = ended(client, start(client, "merge-topk", options={"run": "nowhere"}))
+    assert (failed["state"], failed["exit_code"]) == ("failed", 2)
+    assert "nowhere" in failed["note"]
+
+
+# --- The state machine
+
+
+def test_one_at_a_time_in_order(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, OBEDIENT)
+    first, second, third = (start(client) for _ in range(3))
+    until(lambda: client.get(f"/jobs/{first['id']}").json()["state"] == "running")
+    assert post(client, second, "cancel").json()["state"] == "cancelled"  # it never began
+    until(lambda: client.get(f"/jobs/{first['id']}").json()["result"])
+    assert post(client, first, "cancel").status_code == 200
+    until(lambda: client.get(f"/jobs/{third['id']}").json()["state"] == "running")
+    assert client.get(f"/jobs/{first['id']}").json()["state"] == "cancelled"
+    assert [job["id"] for job in client.get("/jobs?state=running").json()["jobs"]] == [third["id"]]
+    assert client.get("/jobs?limit=1").json()["jobs"][0]["id"] == third["id"]
+    until(lambda: 'hildanext_jobs{state="running"} 1.0' in client.get("/metrics").text)
+
+
+def test_who_does_not_stop_is_killed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, STUBBORN)
+    impatient = config.model_copy(update={"jobs": JobsConfig(cancel_s=0.0)})
+    with serving.client(impatient, jobs=open_jobs(impatient)) as client:
+        job = start(client)
+        folder = Path(config.paths.runs) / ".jobs" / job["id"]
+        until(lambda: (folder / "stdout-1.json").is_file() and (folder / "stdout-1.json").read_text())
+        post(client, job, "cancel")
+        assert ended(client, job)["state"] == "cancelled"
+        until(lambda: not child.is_held(folder))
+
+
+def test_states_that_do_not_fit_are_409(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "print('{}')")
+    job = start(client)
+    ended(client, job)
+    assert post(client, job, "cancel").status_code == 409
+    assert post(client, job, "resume").status_code == 409
+    scripted(monkeypatch, FOREVER)
+    other = start(client)
+    until(lambda: client.get(f"/jobs/{other['id']}").json()["state"] == "running")
+    assert client.delete(f"/jobs/{other['id']}").status_code == 409
+    assert client.delete(f"/jobs/{job['id']}").status_code == 204
+    assert client.get(f"/jobs/{job['id']}").status_code == 404
+    assert not (Path("runs") / ".jobs" / job["id"]).exists()
+
+
+def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "print('{}')")
+    body, key = {"kind": "tokenize", "config": {"data": {"seq_len": 64}}}, {"Idempotency-Key": "k1"}
+    answers = [client.post("/jobs", json=body, headers=key) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [201, 200, 200]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    other = client.post("/jobs", json=body | {"kind": "prepare-data"}, headers=key)
+    assert other.status_code == 409
+    assert len(list((Path("runs") / ".jobs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ({"kind": "serve"}, "'kind'"),
+        ({"kind": "tokenize", "config": {"server": {"port": 1}}}, "'config.server'"),
+        ({"kind": "tokenize", "config": {"paths": {"runs": "/tmp"}}}, "'config.paths'"),
+        ({"kind": "tokenize", "config": {"jobs": {}}}, "'config.jobs'"),
+        ({"kind": "tokenize", "config": {"train": {"stepz": 1}}}, "train.stepz"),
+        ({"kind": "tokenize", "config": {"train": 3}}, "train"),
+        ({"kind": "tokenize", "config": {"model": {"trust_remote_code": True}}}, "trust_remote_code"),
+        ({"kind": "sft", "config": {"model": {"base": "/etc"}}}, "/etc lies outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "../x"}}}, "../x lies outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "link/x"}}}, "link/x lies outside the workspace"),
+        (
+            {"kind": "prepare-data", "config": {"data": {"sources": [{"kind": "instruct", "path": "/etc/passwd"}]}}},
+            "outside the workspace",
+        ),
+        ({"kind": "tokenize", "config": {"data": {"source_tokenizer": "/etc"}}}, "outside the workspace"),
+        ({"kind": "sft", "options": {"run": "../x"}}, "'options.run'"),
+        ({"kind": "sft", "options": {"k": 2}}, "'options.k': sft does not take it"),
+        ({"kind": "tokenize", "options": {"run": "x"}}, "'options.run': tokenize does not take it"),
+        ({"kind": "merge-topk"}, "'options.run': merge-topk needs"),
+        ({"kind": "merge-topk", "options": {"run": "x", "out": "/tmp/x"}}, "'options.out'"),
+    ],
+)
+def test_what_a_job_may_not_ask(client: TestClient, body: dict[str, Any], line: str) -> None:
+    Path("link").symlink_to("/etc")
+    answer = client.post("/jobs", json=body)
+    assert answer.status_code in (400, 422)
+    assert line in answer.json()["detail"]
+    assert client.get("/jobs").json() == {"jobs": []}
+
+
+# --- Faults
+
+
+@pytest.fixture
+def watched(config: Config) -> Iterator[LocalJobs]:
+    """Jobs without a server and without the thread: the test looks when it likes."""
+    jobs = open_jobs(config)
+    yield jobs
+    for job in jobs.store.list(("running",)):
+        jobs.store.move(job, "running", cancel_requested=True)
+    until(lambda: jobs.tick() or not jobs.store.list(("running",)))
+    for process in jobs.processes.values():  # what another one settled
+        process.wait()
+
+
+def queued(jobs: LocalJobs) -> Job:
+    job_id = new_id()
+    jobs.path(job_id).mkdir(parents=True)
+    return jobs.store.add(job_id, "convert-wsd", {"config": {}, "options": {"run": None}})[0]
+
+
+def test_killed_jobs_are_interrupted_and_go_on(watched: LocalJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, FOREVER)
+    job = queued(watched)
+    started = watched.path(job.id) / "started-1.json"
+    until(lambda: watched.tick() or (started.is_file() and started.read_text()))
+    os.killpg(json.loads(started.read_text())["group"], signal.SIGKILL)
+    until(lambda: watched.tick() or watched.store.get(job.id).state != "running")
+    found = watched.store.get(job.id)
+    assert (found.state, found.note) == ("interrupted", local.INTERRUPTED)
+    scripted(monkeypatch, "print('{}')")
+    assert watched.store.move(found, "queued", attempt=2)
+    until(lambda: watched.tick() or watched.store.get(job.id).state == "done")
+
+
+def test_a_server_that_comes_back_finds_its_jobs(
+    watched: LocalJobs, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = Path("ran").absolute()
+    scripted(
+        monkeypatch,
+        f"open({str(mark)!r}, 'a').write('x')\nimport os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('{{}}')",
+    )
+    running, waiting = queued(watched), queued(watched)
+    until(lambda: watched.tick() or mark.exists())
+    later = open_jobs(config)  # another process would see the same: nothing of `watched` is used
+    for _ in range(3):
+        later.tick()
+    assert [later.store.get(job.id).state for job in (running, waiting)] == ["running", "queued"]
+    Path("go").touch()
+    until(lambda: later.tick() or later.store.get(waiting.id).state == "done")
+    assert later.store.get(running.id).state == "done"
+    assert mark.read_text() == "xx"  # each ran once
+
+
+def test_a_job_claimed_but_never_begun_begins_once(watched: LocalJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = Path("ran").absolute()
+    scripted(monkeypatch, f"open({str(mark)!r}, 'a').write('x')\nprint('{{}}')")
+    job = queued(watched)
+    assert watched.store.move(job, "running")  # and the server dies here
+    until(lambda: watched.tick() or watched.store.get(job.id).state == "done")
+    assert mark.read_text() == "x"
+
+
+def test_an_attempt_never_runs_twice(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    command = [sys.executable, "-c", f"open({str(mark)!r}, 'a').write('x')"]
+    assert [child.run(tmp_path, 1, command) for _ in range(2)] == [0, child.REFUSED]
+    assert child.run(tmp_path, 2, command) == 0
+    assert mark.read_text() == "xx"
+    assert not child.is_held(tmp_path)
+
+
+def test_two_who_claim_the_same_job(watched: LocalJobs, config: Config) -> None:
+    job = queued(watched)
+    other = open_jobs(config).store
+    assert [watched.store.move(job, "running"), other.move(job, "running")] == [True, False]
+
+
+def test_a_locked_database_is_503_and_then_all_is_well(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "BUSY_S", 0.05)
+    scripted(monkeypatch, "print('{}')")
+    with serving.client(config, jobs=open_jobs(config)) as client:
+        lock = sqlite3.connect(Path(config.paths.runs) / "jobs.sqlite", isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+        answer = client.post("/jobs", json={"kind": "tokenize"})
+        assert answer.status_code == 503
+        assert "database is locked" in answer.json()["detail"]
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 200
+        lock.execute("ROLLBACK")
+        lock.close()
+        assert client.get("/jobs").json() == {"jobs": []}
+        assert not any((Path(config.paths.runs) / ".jobs").iterdir())
+        assert ended(client, start(client, "tokenize"))["state"] == "done"
+
+
+def test_databases_that_cannot_be_had(config: Config) -> None:
+    for url, line in (("nonsense", "'jobs.database'"), ("nosuch://x", "'jobs.database'")):
+        with pytest.raises(store.UsageError, match=line):
+            Store(url)
+    with pytest.raises(store.StoreError, match="the jobs' database"):
+        Store("sqlite:////nowhere/at/all.sqlite")
