@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -429,7 +428,7 @@ def test_the_command_answers_and_stops_with_0(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     (tmp_path / "c.json").write_text(json.dumps({"engine": {"order": ["dummy"]}, "server": {"port": port}}))
     command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(tmp_path / "c.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while True:
             try:

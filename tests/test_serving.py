@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import json
 import random
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -222,3 +226,53 @@ def test_stopping_finishes_what_runs() -> None:
             running = [pool.submit(post, url, max_new_tokens=50) for _ in range(2)]
             until(worker, lambda: len(worker.accepted) == 2)
         assert [future.result().json()["text"] for future in running] == ["x" + "A" * 50] * 2
+
+
+# --- The process
+
+
+@contextlib.contextmanager
+def process(config: Config, folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(URL, process) of `hildanext serve`, once it is ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    raw = config.model_dump(mode="json")
+    raw["server"]["port"] = port
+    raw["engine"] |= {"order": ["transformers"], "runtime": "eager"}
+    (folder / "serve.json").write_text(json.dumps(raw))
+    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(folder / "serve.json")]
+    with open(folder / "log.txt", "ab") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(6000):
+            assert server.poll() is None, (folder / "log.txt").read_text()
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{url}/health/ready").status_code == 200:
+                    break
+            time.sleep(0.01)
+        yield url, server
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_in_the_middle_of_a_stream(converted: Config, tmp_path: Path, number: signal.Signals) -> None:
+    body = {"prompt": "Once upon", "max_new_tokens": 40, "tau_mask": 1.0, "tau_edit": None, "stream": True}
+    seen = ""
+    with process(converted, tmp_path) as (url, server):
+        gone = contextlib.suppress(httpx2.TransportError) if number == signal.SIGKILL else contextlib.nullcontext()
+        with gone, httpx2.stream("POST", f"{url}/generate", json=body, timeout=60) as answer:
+            for number_of_piece, piece in enumerate(answer.iter_text()):
+                seen += piece
+                if number_of_piece == 0:
+                    server.send_signal(number)
+        server.wait(60)
+    if number == signal.SIGTERM:  # what runs is finished
+        assert server.returncode == 0
+        assert "event: done" in seen
+    else:
+        assert server.returncode == -signal.SIGKILL
+        with process(converted, tmp_path) as (url, _):  # nothing it left behind is in the way
+            assert post(url, prompt="Once upon").status_code == 200
