@@ -1,6 +1,6 @@
 """The configuration: one JSON file, validated once here and passed on as frozen objects.
 
-`schema()` turns it into the JSON Schema that editors use. The sections themselves are in `sections`.
+`schema()` turns it into the JSON Schema that editors use. The sections themselves are in `sections/`.
 """
 
 from __future__ import annotations
@@ -9,30 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from hildanext.errors import ConfigError
-from hildanext.sections import (
-    ENGINES,
-    CalibrateConfig,
-    Convention,
-    DataConfig,
-    DecodeConfig,
-    EngineConfig,
-    EngineName,
-    JobsConfig,
-    LossConfig,
-    Mode,
-    ModelConfig,
-    NoiseConfig,
-    PathsConfig,
-    Section,
-    ServerConfig,
-    SftConfig,
-    SourceConfig,
-    TrainConfig,
-    WsdConfig,
-)
+from hildanext.sections.data import DataConfig, SourceConfig
+from hildanext.sections.decoding import ENGINES, CalibrateConfig, DecodeConfig, EngineConfig, EngineName, Mode
+from hildanext.sections.evaluation import EvaluateConfig
+from hildanext.sections.lora import LoraConfig
+from hildanext.sections.model import Convention, ModelConfig, PathsConfig
+from hildanext.sections.section import Section
+from hildanext.sections.serving import JobsConfig, ServerConfig
+from hildanext.sections.training import DpoConfig, LossConfig, NoiseConfig, SftConfig, TrainConfig, WsdConfig
 
 __all__ = [
     "ENGINES",
@@ -41,9 +28,12 @@ __all__ = [
     "Convention",
     "DataConfig",
     "DecodeConfig",
+    "DpoConfig",
     "EngineConfig",
     "EngineName",
+    "EvaluateConfig",
     "JobsConfig",
+    "LoraConfig",
     "LossConfig",
     "Mode",
     "ModelConfig",
@@ -72,12 +62,23 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     wsd: WsdConfig = WsdConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     sft: SftConfig = SftConfig()
+    dpo: DpoConfig = DpoConfig()
     decode: DecodeConfig = DecodeConfig()
     engine: EngineConfig = EngineConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     server: ServerConfig = ServerConfig()
     jobs: JobsConfig = JobsConfig()
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Config:
+        if self.lora.base == "int8" and self.train.sharding == "fsdp2":
+            raise ValueError(
+                "lora.base 'int8' cannot be sharded by train.sharding 'fsdp2'; use 'nf4', or sharding 'none'"
+            )
+        return self
 
 
 def schema() -> dict[str, Any]:

@@ -17,6 +17,10 @@ class DataError(HildaError):
     """Input text or tokens are unusable. The message names the file (and line where there is one)."""
 
 
+class UnreachableError(HildaError):
+    """A URL cannot be read. The message names it, the reason and, in the middle of a file, the byte."""
+
+
 class ModelError(HildaError):
     """A model or checkpoint cannot be used. The message names it and the reason."""
 
