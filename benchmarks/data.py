@@ -1,30 +1,37 @@
-"""Data speed and memory: prepare-data and tokenize on generated text, against the bare tokenizer on the same text.
+"""Data speed, memory and disk: each data.mode over generated text, against the bare tokenizer on the same text.
 
-    python benchmarks/data.py [--tokenizer FOLDER] [--megabytes 100] [--workers 1] [--text FILE]
+    python benchmarks/data.py [--tokenizer FOLDER] [--megabytes 100] [--workers 1] [--text FILE] [--ways copy direct stream]
 
-Prints MB/s of the bare tokenizer's encode_batch, of tokenize_data, their ratio, and the peak resident memory of this
-process and of its workers. The bare run takes the same documents in batches of a chunk, which is its fastest way.
+`copy` is prepare-data and tokenize, `direct` tokenize from the sources, `stream` all rows of one pass, as a training would
+read them; each in a process of its own, whose peak resident memory is told. Disk is what data/ takes at the end, as a share
+of the text; a stream is read from .gz. The bare run is the tokenizer's encode_batch over the same documents in batches of
+about 1 MB, its fastest way.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hildanext.chunks import CHUNK_BYTES
-from hildanext.config import parse_config
-from hildanext.documents import read_documents
+from hildanext.chunks import BATCH_BYTES
+from hildanext.config import Config, parse_config
 from hildanext.prepare import prepare_data
+from hildanext.stream import RowStream
 from hildanext.tiny import story_tokenizer
-from hildanext.tokenization import tokenize_data
+from hildanext.tokenization import make_job, tokenize_data
 
 WORDS = ["the", "little", "red", "cat", "dog", "river", "walked", "saw", "and", "because", "happily", "1984"]
 
@@ -38,34 +45,83 @@ def paragraphs(text: str | None) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randint(50, 400))) + "." for _ in range(2000)]
 
 
-def write_text(path: Path, megabytes: float, text: str | None) -> None:
-    """A Dolma file of about this size; every document differs from the others."""
+def write_text(folder: Path, megabytes: float, text: str | None, n_files: int = 10) -> None:
+    """Dolma files of about this size together, plain and as .gz; every document differs from the others."""
     documents = paragraphs(text)
-    size = number = 0
-    with open(path, "w", encoding="utf-8") as file:
-        while size < megabytes * 1e6:
-            line = json.dumps({"id": str(number), "text": f"{number} {documents[number % len(documents)]}"})
-            file.write(line + "\n")
-            size += len(line)
-            number += 1
+    number = 0
+    for part in range(n_files):
+        size = 0
+        with (
+            open(folder / f"{part}.jsonl", "w", encoding="utf-8") as plain,
+            gzip.open(folder / f"{part}.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as packed,
+        ):
+            while size < megabytes * 1e6 / n_files:
+                line = json.dumps({"id": str(number), "text": f"{number} {documents[number % len(documents)]}"}) + "\n"
+                plain.write(line)
+                packed.write(line)
+                size += len(line)
+                number += 1
 
 
-def batches(path: Path) -> Iterator[list[str]]:
-    """The texts of a processed file in batches of about a chunk."""
+def batches(folder: Path) -> Iterator[list[str]]:
+    """The texts in batches of about what tokenize encodes at once."""
     batch: list[str] = []
     size = 0
-    for document in read_documents(path):
-        batch.append(document.text or "")
-        size += len(batch[-1])
-        if size >= CHUNK_BYTES:
-            yield batch
-            batch, size = [], 0
+    for path in sorted(folder.glob("*.jsonl")):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                batch.append(json.loads(line)["text"])
+                size += len(batch[-1])
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
     yield batch
 
 
 def peak_mb(who: int) -> float:
     """Peak resident memory in MB (Linux counts in KiB)."""
     return resource.getrusage(who).ru_maxrss * 1024 / 1e6
+
+
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    return story_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
+
+
+def run_way(way: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """One way over all the text: seconds by part."""
+    began = time.perf_counter()
+    prepare_data(config)
+    prepared = time.perf_counter()
+    if way != "stream":
+        tokenize_data(config, tokenizer)
+        return {"prepare": prepared - began, "rows": time.perf_counter() - prepared}
+    sample, first_batch, seconds = 0, 0.0, 0.0
+    with closing(RowStream(config, "train", make_job(config, "train", tokenizer))) as stream:
+        while stream.window is None or stream.window.start.number == 0:
+            stream.batch([sample])
+            first_batch = first_batch or time.perf_counter() - prepared
+            assert stream.window is not None
+            sample += 1
+            if stream.window.start.number == 0:  # the next pass is being read ahead already
+                seconds = time.perf_counter() - prepared
+    return {"prepare": prepared - began, "rows": seconds, "first_batch": first_batch}
+
+
+def child(args: argparse.Namespace) -> dict[str, Any]:
+    """What a child process measures."""
+    folder = Path(args.folder)
+    source = {"kind": "dolma", "path": f"{folder}/text/*.jsonl{'.gz' if args.way == 'stream' else ''}"}
+    data = {"sources": [source], "workers": args.workers, "seq_len": args.seq_len, "mode": args.way}
+    data |= {"json_lines": None if args.way == "copy" else False}  # large corpora have none
+    config = parse_config({"paths": {"data": f"{folder}/{args.way}"}, "data": data})
+    seconds = run_way(args.way, config, load_tokenizer(args.tokenizer))
+    disk = sum(path.stat().st_size for path in (folder / args.way).rglob("*") if path.is_file())
+    return {
+        "seconds": seconds,
+        "disk_mb": disk / 1e6,
+        "peak_mb": peak_mb(resource.RUSAGE_SELF),
+        "worker_peak_mb": peak_mb(resource.RUSAGE_CHILDREN),
+    }
 
 
 def main() -> None:
@@ -75,34 +131,37 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--text")
+    parser.add_argument("--ways", nargs="+", choices=["copy", "direct", "stream"], default=["copy", "direct", "stream"])
+    parser.add_argument("--no-bare", action="store_true", help="without the bare tokenizer")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    tokenizer = story_tokenizer() if args.tokenizer is None else AutoTokenizer.from_pretrained(args.tokenizer)
+    if args.way:
+        print(json.dumps(child(args)))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        write_text(Path(folder, "text.jsonl"), args.megabytes, args.text)
-        source = {"kind": "dolma", "path": f"{folder}/text.jsonl"}
-        data = {"sources": [source], "workers": args.workers, "seq_len": args.seq_len}
-        config = parse_config({"paths": {"data": f"{folder}/data"}, "data": data})
-        began = time.perf_counter()
-        prepare_data(config)
-        prepared = time.perf_counter() - began
-        processed = Path(folder, "data/processed/train.jsonl")
-        megabytes = sum(len(text.encode()) for batch in batches(processed) for text in batch) / 1e6
-        began = time.perf_counter()
-        tokenize_data(config, tokenizer)
-        ours = time.perf_counter() - began
-        peak = peak_mb(resource.RUSAGE_SELF)
+        text = Path(folder, "text")
+        text.mkdir()
+        write_text(text, args.megabytes, args.text)
+        megabytes = sum(path.stat().st_size for path in text.glob("*.jsonl")) / 1e6
         bare = 0.0
-        for batch in batches(processed):
+        tokenizer = load_tokenizer(args.tokenizer)
+        for batch in batches(text) if not args.no_bare else []:
             began = time.perf_counter()
             tokenizer.backend_tokenizer.encode_batch(batch, add_special_tokens=False)
             bare += time.perf_counter() - began
-    print(f"text                {megabytes:8.1f} MB")
-    print(f"prepare_data        {megabytes / prepared:8.2f} MB/s")
-    print(f"bare encode_batch   {megabytes / bare:8.2f} MB/s")
-    print(f"tokenize_data       {megabytes / ours:8.2f} MB/s")
-    print(f"ratio               {bare / ours:8.2f}")
-    print(f"peak memory         {peak:8.0f} MB")
-    print(f"peak of a worker    {peak_mb(resource.RUSAGE_CHILDREN):8.0f} MB")
+        print(f"text {megabytes:.1f} MB" + (f", bare encode_batch {megabytes / bare:.2f} MB/s" if bare else ""))
+        for way in args.ways:
+            line = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--folder", folder]
+            found = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+            seconds = found["seconds"]
+            print(
+                f"{way:7} prepare {megabytes / seconds['prepare']:7.1f} MB/s  rows {megabytes / seconds['rows']:6.2f} MB/s"
+                + (f" ({bare / seconds['rows']:.2f} of bare)" if bare else "")
+                + (f"  first batch {seconds['first_batch']:.1f} s" if way == "stream" else "")
+                + f"  peak {found['peak_mb']:.0f} MB (a worker {found['worker_peak_mb']:.0f})"
+                + f"  disk {found['disk_mb'] / megabytes:.2f} of the text"
+            )
 
 
 if __name__ == "__main__":

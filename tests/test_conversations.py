@@ -140,7 +140,7 @@ def test_real_instruction_data_has_its_answers_supervised(
     shared: Callable[[str], Path], qwen3_tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
     rejects = Rejects()
-    docs = list(instruct.read(shared(f"instruct/{name}"), rejects))[:60]
+    docs = [doc for _, doc in instruct.read(str(shared(f"instruct/{name}")), rejects)][:60]
     assert len(docs) == 60
     for doc in docs:
         turns = [message for message in doc.messages or [] if message["role"] == "assistant"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hildanext.documents import Rejects
-from hildanext.sources import instruct, lines
+from hildanext.sources import instruct, opening
 from test_sources import jsonl, read
 
 PAIR = {"question": "q", "answer": "a"}
@@ -30,7 +30,7 @@ def test_json_arrays_are_read_as_json_would(
     path.write_text(json.dumps(records, ensure_ascii=False, indent=indent), encoding="utf-8", errors="surrogatepass")
     expected = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines, "PIECE_BYTES", piece)
+        patch.setattr(opening, "PIECE_BYTES", piece)
         rejects = Rejects()
         assert list(instruct.read_json_array(path, rejects)) == list(enumerate(expected, start=1))
     assert rejects.total == 0

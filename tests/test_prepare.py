@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hildanext.config import Config
+from hildanext.corpus import is_held_out
 from hildanext.documents import Document, read_documents
 from hildanext.errors import DataError, UsageError
 from hildanext.files import replace_together
-from hildanext.prepare import SPLITS, is_held_out, prepare_data
+from hildanext.prepare import SPLITS, prepare_data
 
 MakeConfig = Callable[..., Config]
 
@@ -218,3 +221,80 @@ def test_folders_are_replaced_together_too(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         replace_together([(tmp_path / "old", tmp_path / "there"), (tmp_path / "missing", tmp_path / "x")])
     assert not (tmp_path / "there").exists()
+
+
+def test_weights_mix_the_text_and_tell_the_epochs(
+    tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", texts(40, "rare")) | {"weight": 1.0, "max_epochs": 2}
+    many = write_jsonl(tmp_path / "many.jsonl", texts(500, "frequent")) | {"weight": 3.0}
+    config = make_config(few, many, eval_share=0.2)
+    manifest = prepare_data(config)
+    read = {source["path"]: source for source in manifest["sources"]}
+    rare, frequent = read[few["path"]], read[many["path"]]
+    assert (rare["documents"], rare["epochs"], frequent["epochs"]) == (80, 2, 1)
+    assert frequent["text_bytes"] / rare["text_bytes"] == pytest.approx(3.0, abs=0.05)
+    assert f"the mix ends where {few['path']} was read 2 times" in capsys.readouterr().err
+    train, held_out = [doc.id for doc in split(config, "train")], [doc.id for doc in split(config, "eval")]
+    # An epoch more trains on the same documents once more, and never on one held out.
+    rare_train = [name for name in train if name.startswith("rare")]
+    assert sorted(rare_train) == sorted([*set(rare_train)] * 2)
+    assert len(held_out) == len(set(held_out))
+    assert not set(train) & set(held_out)
+
+
+def test_weights_for_some_sources_only_are_refused(tmp_path: Path, make_config: MakeConfig) -> None:
+    one, other = ({"kind": "dolma", "path": f"{name}.jsonl"} for name in "ab")
+    with pytest.raises(UsageError, match="give each source that feeds 'train' a weight, or none of them"):
+        make_config(one | {"weight": 1.0}, other)
+    with pytest.raises(UsageError, match="'max_epochs' needs 'weight'"):
+        make_config(one | {"max_epochs": 2})
+
+
+@pytest.mark.parametrize("mode", ["direct", "stream"])
+def test_without_a_copy_only_held_out_documents_are_written(tmp_path: Path, make_config: MakeConfig, mode: str) -> None:
+    sources = [write_jsonl(tmp_path / f"{word}.jsonl", texts(400, word)) for word in ("tale", "story")]
+    config = make_config(*sources, mode=mode, eval_share=0.2, max_eval_documents=10)
+    manifest = prepare_data(config)
+    assert manifest["documents"] == {"eval": 20, "sft_eval": 0}
+    assert not Path(config.paths.data, "processed/train.jsonl").exists()
+    ids = [doc.id for doc in split(config, "eval")]
+    # The first ones of each source, side by side; and nothing is read beyond them.
+    copied = make_config(*sources, eval_share=0.2)
+    prepare_data(copied)
+    assert {doc.id for doc in split(copied, "eval")} > set(ids)
+    assert {"tale", "story"} == {name.rstrip("0123456789") for name in ids[:6]}
+    assert all(source["records"] < 200 for source in manifest["sources"])
+
+
+def test_held_out_documents_beyond_the_bound_are_not_trained_on(tmp_path: Path, make_config: MakeConfig) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts(400))
+    everything = prepare_data(make_config(source, eval_share=0.2))["documents"]
+    bounded = prepare_data(make_config(source, eval_share=0.2, max_eval_documents=10))["documents"]
+    assert bounded == everything | {"eval": 10}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_shard_in_the_middle_is_named_and_counted(
+    tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str], suffix: str, how: str
+) -> None:
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}[suffix]
+    for name in "abc":
+        write_jsonl(tmp_path / f"in/{name}.jsonl", [{"text": os.urandom(200).hex()} for _ in range(300)])
+        plain = tmp_path / f"in/{name}.jsonl"
+        plain.with_suffix(f".jsonl{suffix}").write_bytes(pack(plain.read_bytes()))
+        plain.unlink()
+    path = tmp_path / f"in/b.jsonl{suffix}"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+    source = {"kind": "dolma", "path": str(tmp_path / "in")}
+    manifest = prepare_data(make_config(source, max_reject_share=0.5))
+    told = capsys.readouterr().err
+    assert f"{path}: {'truncated file' if how == 'truncated' else 'damaged compression'} near byte " in told
+    assert "the rest of this file is not read" in told
+    assert 600 <= sum(manifest["documents"].values()) < 900
+    assert manifest["rejects"]["by_file"].keys() == {str(path)}
+    with pytest.raises(DataError, match=r"above data\.max_reject_share 0"):
+        prepare_data(make_config(source, max_reject_share=0.0))

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 
 from hildanext.errors import DataError
 from hildanext.packing import Row, pack
-from hildanext.rows import RowOrder, Rows, RowWriter
+from hildanext.rows import RowOrder, Rows, write_meta
+from hildanext.shards import compact, write_shard
 
 
 def write(folder: Path, lengths: list[int], seq_len: int = 16) -> list[Row]:
     docs = [(np.arange(n, dtype=np.int32) + 10, np.arange(n) % 2 == 0) for n in lengths]
     rows = list(pack(docs, seq_len, 0))
-    with RowWriter(folder) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finish({"rows": writer.count, "seq_len": seq_len})
+    folder.mkdir()
+    halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    records = [write_shard(folder, number, compact(half, seq_len), {}) for number, half in enumerate(halves)]
+    write_meta(folder, {"seq_len": seq_len}, records)
     return rows
 
 
@@ -49,16 +50,49 @@ def test_empty_rows_open(tmp_path: Path) -> None:
     assert len(Rows.open(tmp_path / "x.rows")) == 0
 
 
-@pytest.mark.parametrize("name", ["input_ids", "doc_ids", "loss_mask"])
-def test_a_file_of_the_wrong_size_is_named(tmp_path: Path, name: str) -> None:
-    write(tmp_path / "x.rows", [5, 9])
-    path = tmp_path / "x.rows" / f"{name}.bin"
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_shard_of_the_wrong_size_is_named(tmp_path: Path, number: int) -> None:
+    write(tmp_path / "x.rows", [5, 9, 30])
+    path = tmp_path / f"x.rows/shard-0000{number}.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{name}\.bin: \d+ bytes, expected"):
+    with pytest.raises(
+        DataError, match=rf"shard-0000{number}\.safetensors: \d+ bytes, expected \d+ bytes; run .*--verify"
+    ):
         Rows.open(tmp_path / "x.rows")
     path.unlink()
-    with pytest.raises(DataError, match=rf"{name}\.bin: missing"):
+    with pytest.raises(DataError, match=rf"shard-0000{number}\.safetensors: missing"):
         Rows.open(tmp_path / "x.rows")
+
+
+def test_a_broken_header_is_named_when_the_shard_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "x.rows", [5, 9, 30])
+    path = tmp_path / "x.rows/shard-00001.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    rows = Rows.open(tmp_path / "x.rows")
+    rows.batch([0])
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors: cannot be read"):
+        rows.batch([len(rows) - 1])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 70_000)), max_size=30),
+    st.integers(8, 17),
+    st.integers(1, 4),
+)
+def test_rows_survive_the_compact_form(docs: list[tuple[int, int]], seq_len: int, n_shards: int) -> None:
+    arrays = [(np.arange(n, dtype=np.int32) + first, np.arange(n) % 3 == 0) for n, first in docs]
+    packed = list(pack(arrays, seq_len, 0))
+    shards = [compact(packed[i::n_shards], seq_len) for i in range(n_shards)]
+    rows = Rows({"seq_len": seq_len}, shards)
+    expected = [row for i in range(n_shards) for row in packed[i::n_shards]]
+    assert len(rows) == len(expected)
+    for index, row in enumerate(expected):
+        for found, wanted in zip(rows.row(index), row, strict=True):
+            assert found.dtype == wanted.dtype
+            assert found.tolist() == wanted.tolist()
+    for outside in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            rows.row(outside)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", json.dumps({"rows": 1})])

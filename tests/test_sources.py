@@ -16,8 +16,8 @@ import zstandard
 
 from hildanext.config import SourceConfig
 from hildanext.documents import Document, Rejects
-from hildanext.errors import DataError, UsageError
-from hildanext.sources import find_files, lines, pretokenized, read_source, tinystories
+from hildanext.errors import DataError, UnreachableError, UsageError
+from hildanext.sources import find_files, lines, opening, pretokenized, read_source, tinystories
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
@@ -38,7 +38,7 @@ def read(kind: str, path: Path | str, **more: Any) -> tuple[list[Document], Reje
 
 @pytest.mark.parametrize("suffix", PACK)
 def test_records_are_the_split_of_the_whole(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "PIECE_BYTES", 7)
+    monkeypatch.setattr(opening, "PIECE_BYTES", 7)
     text = b"one\ntwo\n\nthree, a longer line than a piece\nlast"
     path = tmp_path / f"x{suffix}"
     path.write_bytes(PACK[suffix](text))
@@ -78,7 +78,7 @@ def test_damaged_compression_is_one_reject(tmp_path: Path, suffix: str) -> None:
 
 def test_a_record_too_long_to_hold_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_RECORD_BYTES", 100)
-    monkeypatch.setattr(lines, "PIECE_BYTES", 50)
+    monkeypatch.setattr(opening, "PIECE_BYTES", 50)
     path = tmp_path / "x.jsonl"
     path.write_bytes(jsonl([{"text": "a"}, {"text": "b" * 1000}, {"text": "c"}]) + b"d" * 500)
     docs, rejects = read("dolma", path)
@@ -155,7 +155,7 @@ def test_real_dolma_with_attributes(shared: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("mark", ["\n<|endoftext|>\n", "<|endoftext|>"])
 def test_marked_stories(tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "PIECE_BYTES", 5)
+    monkeypatch.setattr(opening, "PIECE_BYTES", 5)
     stories = ["One day.\n\nA second paragraph.", "Two.", "Three."]
     path = tmp_path / "x.txt"
     path.write_text("\ufeff" + mark.join(stories) + mark, encoding="utf-8")
@@ -216,7 +216,7 @@ def test_hub_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UnreachableError) as error:
         tinystories.find("hub")
     assert str(error.value) == (
         "cannot download roneneldan/TinyStories (no connection); go online, or give a local file as data.sources path"

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from conftest import make_tokenizer
@@ -19,9 +19,12 @@ from hildanext.config import Config
 from hildanext.documents import Document, encode_document, fingerprint, read_documents
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of
+from hildanext.mixing import Place
 from hildanext.packing import pack
 from hildanext.prepare import SPLITS, prepare_data
+from hildanext.repair import verify_data
 from hildanext.rows import Rows
+from hildanext.shards import write_shard
 from hildanext.tokenization import tokenize_data
 
 MakeConfig = Callable[..., Config]
@@ -92,7 +95,7 @@ def test_rows_are_the_documents_encoded_one_by_one(
     assert meta["cut_documents"] == sum(len(ids) > 32 for ids in expected) > 0
     assert meta["padding_share"] == pytest.approx(1 - meta["tokens"] / (32 * len(rows)))
     assert meta["tokenizer"] == fingerprint(tiny_tokenizer)
-    assert meta["source_sha256"] == sha256_of(Path(config.paths.data, "processed/train.jsonl"))
+    assert meta["plan"]["origin"]["sha256"] == sha256_of(Path(config.paths.data, "processed/train.jsonl"))
 
 
 def test_both_forms_hold_the_same(make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,18 +151,6 @@ def test_block_size_defaults_to_the_decoding_block(
     assert open_rows(config, "sft_eval").meta["block_size"] == config.wsd.final_block
 
 
-@given(st.binary(max_size=400), st.integers(1, 50))
-def test_spans_are_whole_lines_and_the_whole_file(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, size: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "spans"
-    path.write_bytes(data)
-    parts = [data[span.offset : span.offset + span.size] for span in chunks.spans(path, size)]
-    assert b"".join(parts) == data
-    assert all(part.endswith(b"\n") for part in parts[:-1])
-    assert all(parts)
-
-
 def test_chunks_and_workers_do_not_change_the_output(
     make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,10 +158,10 @@ def test_chunks_and_workers_do_not_change_the_output(
     put(config, "train", stories(400), extra=b"{broken\n")
     tokenize_data(config, tiny_tokenizer)
     alone = outputs(config)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1500)
+    monkeypatch.setattr(chunks, "BATCH_BYTES", 1500)
     tokenize_data(config, tiny_tokenizer)
     assert outputs(config) == alone
-    monkeypatch.setattr(chunks, "SMALL_FILE_BYTES", 0)
+    monkeypatch.setattr(chunks, "SMALL_BYTES", 0)
     tokenize_data(make_config(seq_len=64, workers=2), tiny_tokenizer)
     assert outputs(config) == alone
 
@@ -178,7 +169,7 @@ def test_chunks_and_workers_do_not_change_the_output(
 def test_an_error_in_a_worker_reaches_the_caller(
     make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "SMALL_FILE_BYTES", 0)
+    monkeypatch.setattr(chunks, "SMALL_BYTES", 0)
     config = make_config(seq_len=64, workers=2)
     put(config, "train", [*stories(5), Document("bad", "x", input_ids=[70_000])])
     with pytest.raises(DataError, match="document 'bad' has token id 70000"):
@@ -193,17 +184,17 @@ class Deadly:
 
 
 def test_a_dead_worker_is_told(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "SMALL_FILE_BYTES", 0)
-    path = put(make_config(), "train", stories(3))
+    monkeypatch.setattr(chunks, "SMALL_BYTES", 0)
     job: Any = chunks.Job(Deadly(), all_tokens=True, seq_len=16)  # type: ignore[arg-type]
+    batch = chunks.Batch(stories(3), [Place("x", n) for n in range(3)], 100, [], True)
     with pytest.raises(DataError, match="a tokenize process died"):
-        list(chunks.encode_file(path, job, workers=2))
+        list(chunks.encode_batches(iter([batch]), job, workers=2))
 
 
 def test_bad_lines_are_counted_by_line_up_to_the_share(
     make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(chunks, "BATCH_BYTES", 300)
     config = make_config(seq_len=64, max_reject_share=0.1)
     path = put(config, "train", stories(30), extra=b'\n{"text": "\xff"}\n')
     meta = tokenize_data(config, tiny_tokenizer)["splits"]["train"]
@@ -317,6 +308,186 @@ def test_a_full_disk_leaves_the_old_rows(
         tokenize_data(config, tiny_tokenizer)
     assert outputs(config) == before
     assert len(calls) == failing + 1
+
+
+def shards_of(config: Config, split: str) -> list[Path]:
+    return sorted(Path(config.paths.data, "tokenized", f"{split}.rows").glob("*.safetensors"))
+
+
+SMALL: dict[str, Any] = {"seq_len": 32, "shard_mb": 0.002, "max_reject_share": 0.1}
+
+
+def test_shards_are_groups_packed_by_themselves(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = make_config(**SMALL)
+    docs = stories(200)
+    put(config, "train", docs)
+    tokenize_data(config, tiny_tokenizer)
+    groups: list[list[Document]] = [[]]
+    for doc in docs:
+        if sum(len(str(one.text)) for one in groups[-1]) >= 2000:
+            groups.append([])
+        groups[-1].append(doc)
+    expected = [
+        row.input_ids.tolist()
+        for group in groups
+        for row in pack((encode_document(doc, tiny_tokenizer) for doc in group), 32, tiny_tokenizer.pad_token_id or 0)
+    ]
+    rows = open_rows(config, "train")
+    assert len(shards_of(config, "train")) == len(groups) > 3
+    assert rows.batch(range(len(rows)))["input_ids"].tolist() == expected
+
+
+class Killed(BaseException):
+    """Ends a run at once, as a signal would; what runs on the way out of a killed process does not run here either."""
+
+
+def test_a_run_killed_before_any_rename_goes_on_with_the_next_shard(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a plan, a shard, a record, a meta, the JSON lines, the manifest, and of the finished folders."""
+    config = make_config(**SMALL)
+    put(config, "train", stories(80), extra=b"{broken\n")
+    put(config, "eval", stories(20))
+    tokenize_data(config, tiny_tokenizer)
+    expected = outputs(config)
+    n_shards = sum(name.endswith(".safetensors") for name in expected)
+    for moment in range(100):
+        shutil.rmtree(Path(config.paths.data, "tokenized"))
+        with monkeypatch.context() as patch:
+            calls = kill_at(moment, patch)
+            try:
+                tokenize_data(config, tiny_tokenizer)
+            except Killed:
+                pass
+            else:
+                break
+        written: list[Path] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("hildanext.tokenization.write_shard", lambda *a: written.append(a[0]) or write_shard(*a))  # noqa: B023
+            tokenize_data(config, tiny_tokenizer)
+        assert outputs(config) == expected
+        assert sorted(os.listdir(config.paths.data)) == ["processed", "tokenized"]
+        finished = sum(path.suffix == ".json" and path.name.startswith("shard-") for path in calls)
+        assert len(written) == n_shards - finished
+    assert moment > 2 * n_shards + 10
+
+
+def kill_at(moment: int, patch: pytest.MonkeyPatch) -> list[Path]:
+    """Die before rename `moment`; from then on nothing tidies up. Returns what was renamed."""
+    real_replace, real_rmtree = os.replace, shutil.rmtree
+    calls: list[Path] = []
+
+    def replace(source: Path, target: Path) -> None:
+        if len(calls) == moment:
+            raise Killed
+        calls.append(Path(target))
+        real_replace(source, target)
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if len(calls) < moment:
+            real_rmtree(path, ignore_errors)
+
+    patch.setattr(os, "replace", replace)
+    patch.setattr(shutil, "rmtree", rmtree)
+    patch.setattr("hildanext.tokenization.replace_together", moves_only)
+    return calls
+
+
+def moves_only(moves: list[tuple[Path, Path]]) -> None:
+    """`replace_together` of a process that dies in it: no way back."""
+    for new, final in moves:
+        os.replace(new, final)
+
+
+def test_other_input_or_settings_start_again(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(**SMALL | {"max_reject_share": 0.0})
+    put(config, "train", stories(80), extra=b"{broken\n")
+    with pytest.raises(DataError, match="1 of 81 records rejected"):
+        tokenize_data(config, tiny_tokenizer)
+    with pytest.raises(DataError, match="1 of 81 records rejected"):
+        tokenize_data(config, tiny_tokenizer)
+    assert "finished shards in" in capsys.readouterr().err
+    tokenize_data(make_config(**SMALL | {"shard_mb": 0.003}), tiny_tokenizer)
+    assert "the input or the settings changed" in capsys.readouterr().err
+    put(config, "train", stories(50))
+    meta = tokenize_data(make_config(**SMALL), tiny_tokenizer)["splits"]["train"]
+    assert meta["documents"] == 50
+
+
+def test_verify_rebuilds_a_damaged_shard_alone(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(**SMALL)
+    put(config, "train", stories(100))
+    tokenize_data(config, tiny_tokenizer)
+    before, paths = outputs(config), shards_of(config, "train")
+    assert verify_data(config, tiny_tokenizer) == {"train": {"shards": len(paths), "rebuilt": []}}
+    for damage in (0, len(paths) // 2, len(paths) - 1):
+        data = bytearray(paths[damage].read_bytes())
+        data[len(data) // 2] ^= 1
+        paths[damage].write_bytes(data)
+    paths[1].unlink()
+    rebuilt = [str(paths[i]) for i in sorted({0, 1, len(paths) // 2, len(paths) - 1})]
+    assert verify_data(config, tiny_tokenizer)["train"]["rebuilt"] == rebuilt
+    assert f"{paths[0]}: damaged" in capsys.readouterr().err
+    assert outputs(config) == before
+    paths[0].write_bytes(b"")
+    put(config, "train", stories(99))
+    with pytest.raises(DataError, match="a shard is damaged, and the input or the settings are not those"):
+        verify_data(config, tiny_tokenizer)
+
+
+def test_verify_needs_rows(make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UsageError, match="no tokenized rows"):
+        verify_data(make_config(), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_straight_from_the_sources_gives_the_rows_of_the_copy(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, weighted: bool
+) -> None:
+    sources: list[dict[str, Any]] = []
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": f"{name} {i} " + str(doc.text)}) for i, doc in enumerate(stories(120))]
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join([*lines, "{broken"]).encode()))
+        more = {"weight": 1.0 + len(sources), "max_epochs": 2} if weighted else {}
+        sources.append({"kind": "dolma", "path": str(tmp_path / f"{name}.jsonl.gz"), **more})
+    chats = [{"question": f"What is {i}?", "answer": str(i)} for i in range(60)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    sources.append({"kind": "instruct", "path": str(tmp_path / "c.jsonl")})
+    found = {}
+    for mode in ("copy", "direct"):
+        config = make_config(*sources, mode=mode, eval_share=0.2, **SMALL)
+        prepare_data(config)
+        tokenize_data(config, tiny_tokenizer)
+        found[mode] = {
+            split: open_rows(config, split).batch(range(len(open_rows(config, split))))
+            for split in ("train", "sft_train")
+        }
+        assert Path(config.paths.data, "processed/train.jsonl").exists() == (mode == "copy")
+        assert len(open_rows(config, "eval")) > 0
+        assert verify_data(config, tiny_tokenizer)["train"]["rebuilt"] == []
+        shutil.rmtree(config.paths.data)
+    for split, batch in found["copy"].items():
+        assert all(batch[name].equal(found["direct"][split][name]) for name in batch)
+
+
+def test_json_lines_are_left_out_beyond_a_size(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(seq_len=32)
+    put(config, "train", stories(40))
+    lines = Path(config.paths.data, "tokenized/train.jsonl")
+    for wanted in (None, False, True):
+        meta = tokenize_data(make_config(seq_len=32, json_lines=wanted), tiny_tokenizer)["splits"]["train"]
+        assert meta["json_lines"] == lines.exists() == (wanted is not False)
+    monkeypatch.setattr("hildanext.tokenization.JSON_LINES_TOKENS", 31)
+    assert not tokenize_data(config, tiny_tokenizer)["splits"]["train"]["json_lines"]
+    assert not lines.exists()
 
 
 def test_fingerprint_sees_the_vocabulary_not_a_mask_token() -> None:

@@ -1,36 +1,67 @@
-"""Encoding a processed file in chunks of lines, in this process or several, always in the file's order."""
+"""Encoding documents in batches, in this process or several, always in the order of the documents."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from hildanext.conversations import tools_as_text
-from hildanext.documents import Document, Encoded, encode_documents, eos_id, fill_block, parse_document
+from hildanext.documents import Document, Encoded, encode_documents, eos_id, fill_block
 from hildanext.errors import DataError
+from hildanext.mixing import Mix, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Text in one chunk. Encodings take some 40 times their text, so this bounds memory; smaller chunks gain nothing.
-CHUNK_BYTES = 1 << 20
-SMALL_FILE_BYTES = 8 << 20
+# Text in one batch. Encodings take some 40 times their text, so this bounds memory; smaller batches gain nothing.
+BATCH_BYTES = 1 << 20
+SMALL_BYTES = 8 << 20
 
 
-class Span(NamedTuple):
-    """Whole lines of a file: `size` bytes from `offset`."""
+class Batch(NamedTuple):
+    """Documents to encode. `state` is where their mix stands after the last of them, or after what follows it.
 
-    path: Path
-    offset: int
+    `ends_group`: the next batch begins another group, which is packed by itself.
+    """
+
+    docs: list[Document]
+    places: list[Place]
     size: int
+    state: list[dict[str, Any]]
+    ends_group: bool
+
+
+def batches(mix: Mix, keep: Callable[[Document], bool], group_bytes: int) -> Iterator[Batch]:
+    """Cut the documents of a mix that `keep` wants into groups of about `group_bytes` of text, and these into batches.
+
+    Where groups end depends on the documents alone. The last batch closes the mix and may be empty.
+    """
+    docs: list[Document] = []
+    places: list[Place] = []
+    size = group = 0
+    for _, place, doc in mix:
+        if not keep(doc):
+            continue
+        docs.append(doc)
+        places.append(place)
+        size += doc.size
+        group += doc.size
+        if size >= BATCH_BYTES or group >= group_bytes:
+            ends = group >= group_bytes
+            yield Batch(docs, places, size, mix.state(), ends)
+            docs, places, size = [], [], 0
+            group = 0 if ends else group
+    yield Batch(docs, places, size, mix.state(), True)
 
 
 @dataclass(frozen=True)
@@ -47,17 +78,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The documents of a span, encoded: `input_ids` [tokens] int32, `loss_mask` [tokens] bool, `lengths` [documents].
+    """Documents, encoded: `input_ids` [tokens] int32, `loss_mask` [tokens] bool, `lengths` [documents].
 
-    `rejects` are (reason, line within the span from 1); the counts are of this span.
+    `rejects` are (reason, index of the document); the counts are of this chunk.
     """
 
-    span: Span
     input_ids: np.ndarray
     loss_mask: np.ndarray
     lengths: np.ndarray
     rejects: list[tuple[str, int]]
-    lines: int
     given_ids: int = 0  # pretokenized ids read
     unknown_ids: int = 0  # of them, replaced by the unknown token
     tools_as_text: int = 0  # conversations whose tools the chat template does not know
@@ -67,17 +96,6 @@ class Chunk:
         ends = np.cumsum(self.lengths)
         for start, end in zip(ends - self.lengths, ends, strict=True):
             yield Encoded(self.input_ids[start:end], self.loss_mask[start:end])
-
-
-def spans(path: Path, size: int) -> Iterator[Span]:
-    """Cut a file into spans of whole lines of about `size` bytes (one line at least)."""
-    with open(path, "rb") as file:
-        start, end = 0, path.stat().st_size
-        while start < end:
-            file.seek(min(start + size, end) - 1)
-            file.readline()
-            yield Span(path, start, file.tell() - start)
-            start = file.tell()
 
 
 def resolve_ids(doc: Document, job: Job) -> tuple[Document, int]:
@@ -108,47 +126,33 @@ def resolve_ids(doc: Document, job: Job) -> tuple[Document, int]:
     )
 
 
-def encode_span(span: Span, job: Job) -> Chunk:
-    """Encode the documents of a span. Raises DataError naming file and document for foreign ids that are not allowed."""
-    with open(span.path, "rb") as file:
-        file.seek(span.offset)
-        lines = file.read(span.size).split(b"\n")
-    rejects: list[tuple[str, int]] = []
-    docs: list[tuple[int, Document]] = []
+def encode(docs: list[Document], places: list[Place], job: Job) -> Chunk:
+    """Encode documents. Raises DataError naming file and document for foreign ids that are not allowed."""
+    resolved: list[Document] = []
     given = unknown = 0
-    for number, line in enumerate(lines, start=1):
-        if not line or line.isspace():
-            continue
+    for doc, place in zip(docs, places, strict=True):
         try:
-            doc = parse_document(line)
+            settled, replaced = resolve_ids(doc, job)
         except DataError as error:
-            rejects.append((str(error), number))
-            continue
-        try:
-            resolved, replaced = resolve_ids(doc, job)
-        except DataError as error:
-            raise DataError(f"{span.path}: {error}") from None
+            raise DataError(f"{place.file}: {error}") from None
         given += len(doc.input_ids or ())
         unknown += replaced
-        docs.append((number, resolved))
-    results = encode_documents([doc for _, doc in docs], job.tokenizer, job.all_tokens)
+        resolved.append(settled)
+    results = encode_documents(resolved, job.tokenizer, job.all_tokens)
     eos = eos_id(job.tokenizer)
-    kept: list[Encoded] = []
-    for (number, _), result in zip(docs, results, strict=True):
-        if isinstance(result, DataError):
-            rejects.append((str(result), number))
-        else:
-            kept.append(fill_block(result, job.block_size, job.seq_len, eos) if job.block_size else result)
+    kept = [
+        fill_block(result, job.block_size, job.seq_len, eos) if job.block_size else result
+        for result in results
+        if isinstance(result, Encoded)
+    ]
     return Chunk(
-        span,
         input_ids=np.concatenate([np.empty(0, dtype=np.int32), *(doc.input_ids for doc in kept)]),
         loss_mask=np.concatenate([np.empty(0, dtype=bool), *(doc.loss_mask for doc in kept)]),
         lengths=np.array([len(doc.input_ids) for doc in kept], dtype=np.int64),
-        rejects=sorted(rejects, key=lambda reject: reject[1]),
-        lines=len(lines) - (not lines[-1]),
+        rejects=[(str(result), index) for index, result in enumerate(results) if isinstance(result, DataError)],
         given_ids=given,
         unknown_ids=unknown,
-        tools_as_text=sum(_tools_as_text(doc, job.tokenizer) for _, doc in docs),
+        tools_as_text=sum(_tools_as_text(doc, job.tokenizer) for doc in resolved),
     )
 
 
@@ -158,47 +162,63 @@ def _tools_as_text(doc: Document, tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def encode_file(path: Path, job: Job, workers: int) -> Iterator[Chunk]:
-    """Encode a processed file with `workers` processes; its chunks come in its order, whatever the number.
+def encode_batches(todo: Iterator[Batch], job: Job, workers: int) -> Generator[tuple[Batch, Chunk], None, None]:
+    """Encode batches with `workers` processes; they come back in order, whatever the number.
 
-    At most two spans a worker are underway or waiting, so memory does not grow with the file.
+    At most two batches a worker are underway or waiting, so memory does not grow with what there is to do.
     """
-    # A worker takes seconds to start: for a small file this process is done sooner.
-    if workers == 1 or path.stat().st_size < SMALL_FILE_BYTES:
-        yield from _in_thread(spans(path, CHUNK_BYTES), job)
-    else:
-        yield from _in_processes(spans(path, CHUNK_BYTES), job, workers)
+    if workers == 1:
+        return _in_thread(todo, job)
+    # A worker takes seconds to start: with little to do this process is done sooner.
+    head: list[Batch] = []
+    for batch in todo:
+        head.append(batch)
+        if sum(one.size for one in head) > SMALL_BYTES:
+            return _in_processes(chain(head, todo), job, workers)
+    return _in_thread(iter(head), job)
 
 
-def _in_thread(todo: Iterator[Span], job: Job) -> Iterator[Chunk]:
-    # The tokenizer releases the GIL: it works on the next span while the caller packs and writes this one.
+def _in_thread(todo: Iterator[Batch], job: Job) -> Generator[tuple[Batch, Chunk], None, None]:
+    # The tokenizer releases the GIL: it works on the next batch while the caller packs and writes this one.
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = None
-        for span in todo:
-            last, ahead = ahead, pool.submit(encode_span, span, job)
+        for batch in todo:
+            last, ahead = ahead, (batch, pool.submit(encode, batch.docs, batch.places, job))
             if last is not None:
-                yield last.result()
+                yield last[0], last[1].result()
         if ahead is not None:
-            yield ahead.result()
+            yield ahead[0], ahead[1].result()
+
+
+Asked = tuple[int, list[Document], list[Place]]
+
+
+def _receive(pipe: Connection, inbox: SimpleQueue[Asked | None]) -> None:
+    while True:
+        try:
+            inbox.put(pipe.recv())
+        except (EOFError, OSError):
+            inbox.put(None)
+            return
 
 
 def _work(pipe: Connection, job: Job) -> None:
-    """A worker process: (index, span) in, (index, chunk or DataError) out, until the pipe closes."""
+    """A worker process: (index, documents, places) in, (index, chunk or DataError) out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it ends the workers
-    while True:
+    # A thread takes what comes, so that two processes never wait for each other with full pipes.
+    inbox: SimpleQueue[Asked | None] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
+    while (asked := inbox.get()) is not None:
+        index, docs, places = asked
         try:
-            index, span = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((index, encode_span(span, job)))
+            pipe.send((index, encode(docs, places, job)))
         except DataError as error:
             pipe.send((index, error))
 
 
-def _in_processes(todo: Iterator[Span], job: Job, workers: int) -> Iterator[Chunk]:
+def _in_processes(todo: Iterator[Batch], job: Job, workers: int) -> Generator[tuple[Batch, Chunk], None, None]:
     context = multiprocessing.get_context("spawn")
-    pipes: dict[Connection, int] = {}  # spans sent to it and not yet answered
+    pipes: dict[Connection, int] = {}  # batches sent to it and not yet answered
     processes = []
     try:
         for _ in range(workers):
@@ -217,17 +237,19 @@ def _in_processes(todo: Iterator[Span], job: Job, workers: int) -> Iterator[Chun
             process.join()
 
 
-def _in_order(todo: Iterator[Span], pipes: dict[Connection, int]) -> Iterator[Chunk]:
-    """Keep every worker two spans ahead and yield their answers in the order asked. A dead worker raises DataError."""
+def _in_order(todo: Iterator[Batch], pipes: dict[Connection, int]) -> Iterator[tuple[Batch, Chunk]]:
+    """Keep every worker two batches ahead and yield their answers in the order asked. A dead worker raises DataError."""
     answers: dict[int, Chunk | DataError] = {}
-    asked = yielded = 0
+    asked: dict[int, Batch] = {}
+    count = yielded = 0
     while True:
         for pipe in sorted(pipes, key=pipes.__getitem__):
-            while pipes[pipe] < 2 and asked - yielded < 2 * len(pipes) and (span := next(todo, None)):
-                _ask(pipe, asked, span)
+            while pipes[pipe] < 2 and count - yielded < 2 * len(pipes) and (batch := next(todo, None)):
+                _ask(pipe, count, batch)
+                asked[count] = batch._replace(docs=[])
                 pipes[pipe] += 1
-                asked += 1
-        if yielded == asked:
+                count += 1
+        if yielded == count:
             return
         while yielded not in answers:
             ready = wait(list(pipes))
@@ -238,16 +260,16 @@ def _in_order(todo: Iterator[Span], pipes: dict[Connection, int]) -> Iterator[Ch
         answer = answers.pop(yielded)
         if isinstance(answer, DataError):
             raise answer
+        yield asked.pop(yielded), answer
         yielded += 1
-        yield answer
 
 
 DEAD = "a tokenize process died; try fewer data.workers (is memory short?)"
 
 
-def _ask(pipe: Connection, index: int, span: Span) -> None:
+def _ask(pipe: Connection, index: int, batch: Batch) -> None:
     try:
-        pipe.send((index, span))
+        pipe.send((index, batch.docs, batch.places))
     except OSError:
         raise DataError(DEAD) from None
 

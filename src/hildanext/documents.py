@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +36,14 @@ class Document:
     messages: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of its text in UTF-8, whatever else stands around it; a token id counts as 4."""
+        if self.input_ids is not None:
+            return 4 * len(self.input_ids)
+        texts = [self.text] if self.messages is None else [message["content"] for message in self.messages]
+        return sum(len(str(text).encode("utf-8", "surrogatepass")) for text in texts)
+
     def to_line(self) -> bytes:
         """The document as a line of JSON in UTF-8, newline included."""
         fields = {name: value for name, value in self.__dict__.items() if value is not None}
@@ -44,20 +52,33 @@ class Document:
 
 
 class Rejects:
-    """Counts of records that could not be used, by reason and by file, with the first few places of each reason."""
+    """Counts of records that could not be used, by reason and by file, with the first few places of each reason.
+
+    `after`: records of the file being read up to this number were counted before; a resumed reader meets them again.
+    """
 
     def __init__(self) -> None:
+        self.after = 0
         self.by_reason: Counter[str] = Counter()
         self.by_file: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def add(self, reason: str, file: str | Path, line: int) -> None:
         """Count one record. `line` counts from 1: the line, or the record where a file has no lines."""
+        if line <= self.after:
+            return
         self.by_reason[reason] += 1
         self.by_file[str(file)] += 1
         places = self.examples.setdefault(reason, [])
         if len(places) < EXAMPLES_PER_REASON:
             places.append(f"{file}:{line}")
+
+    def merge(self, counts: Mapping[str, Any]) -> None:
+        """Add what another one's `to_dict` holds."""
+        self.by_reason.update(counts["by_reason"])
+        self.by_file.update(counts["by_file"])
+        for reason, places in counts["examples"].items():
+            self.examples[reason] = [*self.examples.get(reason, []), *places][:EXAMPLES_PER_REASON]
 
     @property
     def total(self) -> int:
@@ -84,7 +105,7 @@ class Rejects:
             "total": self.total,
             "by_reason": dict(self.by_reason),
             "by_file": dict(self.by_file),
-            "examples": self.examples,
+            "examples": {reason: list(places) for reason, places in self.examples.items()},
         }
 
 
@@ -151,9 +172,15 @@ def read_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator
 
     A bad line is counted in `rejects` by file and line and skipped; without `rejects` it raises DataError that names both.
     """
+    return (document for _, document in numbered_documents(path, rejects))
+
+
+def numbered_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator[tuple[int, Document]]:
+    """`read_documents` with each document's line; lines up to number `rejects.after` are passed over unread."""
+    after = 0 if rejects is None else rejects.after
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.isspace():
+            if number <= after or line.isspace():
                 continue
             try:
                 document = parse_document(line)
@@ -162,7 +189,7 @@ def read_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator
                     raise DataError(f"{path}:{number}: {error}") from None
                 rejects.add(str(error), path, number)
                 continue
-            yield document
+            yield number, document
 
 
 class Encoded(NamedTuple):

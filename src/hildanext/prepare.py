@@ -1,59 +1,42 @@
-"""prepare-data: all sources into data/processed, split by a hash of the text, all files or none."""
+"""prepare-data: sources into data/processed, split by a hash of the text, all files or none.
+
+With data.mode 'direct' or 'stream' the training text stays where it is, and only held-out documents are copied.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from hildanext import __version__
 from hildanext.config import Config
+from hildanext.corpus import PARTS, Found, Use, find_sources, is_held_out, make_reader, written_order
 from hildanext.documents import Document, Rejects
 from hildanext.errors import DataError
 from hildanext.files import replace_together, sha256_of, workspace, write_json
-from hildanext.progress import progress, say
-from hildanext.sources import find_files, read_source
+from hildanext.mixing import Mix, Reader
+from hildanext.progress import Advance, progress, say
 
 SPLITS = ("train", "eval", "sft_train", "sft_eval")
-# The split of a use, for documents that train and for those held out.
-PARTS = {"train": ("train", "eval"), "sft": ("sft_train", "sft_eval")}
-
-
-def is_held_out(doc: Document, share: float) -> bool:
-    """Whether a document belongs to evaluation: a pure function of its text, whatever its source, id or neighbours.
-
-    The hash covers the text without case and spacing; for messages the first user message, so that one question never
-    stands on both sides; for token ids the ids.
-    """
-    if doc.input_ids is not None:
-        key = np.asarray(doc.input_ids, dtype=np.uint32).tobytes()
-    else:
-        text = doc.text
-        if doc.messages is not None:
-            asked = (message["content"] for message in doc.messages if message["role"] == "user")
-            text = next(asked, doc.messages[0]["content"])
-        key = " ".join(str(text).lower().split()).encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def prepare_data(config: Config) -> dict[str, Any]:
     """Write `{paths.data}/processed/{train,eval,sft_train,sft_eval,humaneval_dummy}.jsonl` and `manifest.json`.
 
-    All four splits are written, empty where no source feeds them. Returns the manifest. Raises UsageError for a source
+    All splits are written, empty where no source feeds them; without the training ones unless data.mode is 'copy'. Returns the manifest. Raises UsageError for a source
     path that does not exist, DataError when too many records are rejected or no document is left; then, as after any
     other failure, what stood there before still stands.
     """
     data = Path(config.paths.data)
+    splits = SPLITS if config.data.mode == "copy" else tuple(held_out for _, held_out in PARTS.values())
     with workspace(data, "prepare") as folder:
-        manifest = _write_splits(config, folder)
-        names = [f"{split}.jsonl" for split in (*SPLITS, "humaneval_dummy")]
+        manifest = _write_splits(config, folder, splits)
+        names = [f"{split}.jsonl" for split in (*splits, "humaneval_dummy")]
         manifest["sha256"] = {name: sha256_of(folder / name) for name in names}
         write_json(folder / "manifest.json", manifest)
         processed = data / "processed"
@@ -62,7 +45,7 @@ def prepare_data(config: Config) -> dict[str, Any]:
     counts = manifest["documents"]
     if config.data.eval_share > 0:
         for train, held_out in PARTS.values():
-            if counts[train] and not counts[held_out]:
+            if counts.get(train) and not counts[held_out]:
                 say(f"prepare-data: no document fell into '{held_out}'; there are few, or data.eval_share is small")
     return manifest
 
@@ -75,12 +58,11 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 class SplitFiles:
-    """The four split files, open for writing, and how many documents went into each."""
+    """The split files, open for writing, and how many documents went into each."""
 
-    def __init__(self, folder: Path, eval_share: float) -> None:
-        self.eval_share = eval_share
-        self.files = {split: open(folder / f"{split}.jsonl", "wb") for split in SPLITS}  # noqa: SIM115
-        self.counts = dict.fromkeys(SPLITS, 0)
+    def __init__(self, folder: Path, splits: Sequence[str]) -> None:
+        self.files = {split: open(folder / f"{split}.jsonl", "wb") for split in splits}  # noqa: SIM115
+        self.counts = dict.fromkeys(splits, 0)
 
     def __enter__(self) -> SplitFiles:
         return self
@@ -91,14 +73,10 @@ class SplitFiles:
         for file in self.files.values():
             file.close()
 
-    def write(self, doc: Document, uses: Sequence[Literal["train", "sft"]]) -> None:
-        """Append a document to its split of each use."""
-        line = doc.to_line()
-        held_out = is_held_out(doc, self.eval_share)
-        for use in uses:
-            split = PARTS[use][held_out]
-            self.files[split].write(line)
-            self.counts[split] += 1
+    def write(self, doc: Document, split: str) -> None:
+        """Append a document to a split."""
+        self.files[split].write(doc.to_line())
+        self.counts[split] += 1
 
     def sync(self) -> None:
         """Make what is written durable."""
@@ -107,28 +85,23 @@ class SplitFiles:
             os.fsync(file.fileno())
 
 
-def _write_splits(config: Config, folder: Path) -> dict[str, Any]:
+def _write_splits(config: Config, folder: Path, splits: Sequence[str]) -> dict[str, Any]:
     """Stream every source into the split files under `folder`; returns the manifest without the files' hashes."""
-    rejects = Rejects()
     # Every path is looked up before anything is read: a misspelt last source fails at once.
-    found = [(source, find_files(source)) for source in config.data.sources]
-    sources: list[dict[str, Any]] = []
-    accepted = 0
-    with SplitFiles(folder, config.data.eval_share) as splits, progress("prepare-data", None, "documents") as advance:
-        for source, paths in found:
-            accepted_before, rejected_before = accepted, rejects.total
-            for doc in read_source(source, paths, config.train.seed, rejects):
-                splits.write(doc, source.splits)
-                accepted += 1
-                advance(accepted)
-            documents = accepted - accepted_before
-            if documents == 0:
-                say(f"prepare-data: no usable document in {source.path}")
-            size = sum(path.stat().st_size for path in paths)
-            records = documents + rejects.total - rejected_before
-            named = {"kind": source.kind, "path": source.path, "files": len(paths), "bytes": size}
-            sources.append({**named, "records": records, "documents": documents})
-        splits.sync()
+    found = {use: find_sources(config, use) for use in PARTS}
+    told: dict[int, dict[str, Any]] = {}  # of each source, in the use that reads it first
+    rejects = Rejects()
+    with SplitFiles(folder, splits) as files, progress("prepare-data", None, "documents") as advance:
+        for use, sources in found.items():
+            mix = _order(config, sources)
+            _copy(config, mix, use, files, advance)
+            for one, reader in zip(sources, mix.readers, strict=True):
+                (index,) = (i for i, source in enumerate(config.data.sources) if source is one.source)
+                if index not in told:
+                    told[index] = _told(one, reader, config.data.mode == "copy")
+                    rejects.merge(reader.rejects.to_dict())
+        files.sync()
+    accepted = sum(source["documents"] for source in told.values())
     rejects.check(accepted, config.data.max_reject_share)
     if accepted == 0:
         raise DataError(f"no document in {', '.join(str(source.path) for source in config.data.sources)}")
@@ -138,9 +111,51 @@ def _write_splits(config: Config, folder: Path) -> dict[str, Any]:
     (folder / "humaneval_dummy.jsonl").write_bytes(humaneval.read_bytes())
     return {
         "version": __version__,
-        "sources": sources,
-        "documents": splits.counts,
+        "sources": [told[index] for index in sorted(told)],
+        "documents": files.counts,
         "rejects": rejects.to_dict(),
         "config": config.data.model_dump(mode="json"),
         "seed": config.train.seed,
     }
+
+
+def _order(config: Config, sources: Sequence[Found]) -> Mix:
+    """The order of the documents; where training text is not copied, held-out ones of all sources side by side."""
+    if config.data.mode == "copy":
+        return written_order(sources, config.train.seed)
+    return Mix([make_reader(one, config.train.seed) for one in sources], [1.0] * len(sources), to_the_end=True)
+
+
+def _copy(config: Config, mix: Mix, use: Use, files: SplitFiles, advance: Advance) -> None:
+    """Write the documents of a use into its splits."""
+    train, held_out = PARTS[use]
+    data = config.data
+    kept: Counter[int] = Counter()  # held-out documents of each source
+    read = sum(files.counts.values())
+    for reader, _, doc in mix:
+        read += 1
+        advance(read)
+        if is_held_out(doc, data.eval_share):
+            # An epoch more brings no document that was not held out before.
+            if reader.epoch == 0 and kept[id(reader)] < data.max_eval_documents:
+                files.write(doc, held_out)
+                kept[id(reader)] += 1
+        elif data.mode == "copy":
+            files.write(doc, train)
+        if data.mode != "copy" and (kept[id(reader)] == data.max_eval_documents or data.eval_share == 0):
+            reader.finish()
+
+
+def _told(found: Found, reader: Reader, whole: bool) -> dict[str, Any]:
+    """What the manifest says of a source; `whole`: it was read for all it has to give."""
+    source = found.source
+    if reader.documents == 0:
+        say(f"prepare-data: no usable document in {source.path}")
+    files, size = (0, 0) if source.path is None else (len(found.files), found.size)
+    told = {"kind": source.kind, "path": source.path, "files": files, "bytes": size}
+    told |= {"records": reader.documents + reader.rejects.total, "documents": reader.documents}
+    if source.weight is None or not whole:
+        return told
+    if reader.done:
+        say(f"prepare-data: the mix ends where {source.path} was read {source.max_epochs} times (max_epochs)")
+    return told | {"weight": source.weight, "text_bytes": reader.size, "epochs": reader.epochs_read}

@@ -1,68 +1,32 @@
-"""Packed rows on disk: written once, memory-mapped by training, read in a pseudorandom order that needs no memory."""
+"""Packed rows: sharded on disk, memory-mapped, read in a pseudorandom order that needs no memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hildanext.errors import DataError
+from hildanext.errors import CheckpointError, DataError
 from hildanext.files import fsync_folder, write_json
 from hildanext.packing import Row, position_ids
+from hildanext.shards import Shard, StoredShard, check_sizes, compact, shard_path
 
 if TYPE_CHECKING:
     import torch
 
-# File name and type of each array, [rows, seq_len] each.
-ARRAYS: dict[str, type] = {"input_ids": np.int32, "doc_ids": np.int32, "loss_mask": np.uint8}
-
-
-class RowWriter:
-    """Writes rows to a new folder: `input_ids.bin`, `doc_ids.bin` (int32), `loss_mask.bin` (uint8), then `meta.json`."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True)
-        self.count = 0
-        self.padding = 0
-        self.files = {name: open(self.folder / f"{name}.bin", "wb") for name in ARRAYS}  # noqa: SIM115
-
-    def write(self, row: Row) -> None:
-        """Append one row."""
-        for name, dtype in ARRAYS.items():
-            self.files[name].write(row._asdict()[name].astype(dtype, copy=False).tobytes())
-        self.count += 1
-        self.padding += int((row.doc_ids < 0).sum())
-
-    def finish(self, meta: dict[str, Any]) -> None:
-        """Make the arrays durable and write `meta`, which must hold 'rows' and 'seq_len'."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        write_json(self.folder / "meta.json", meta)
-        fsync_folder(self.folder)
-
-    def __enter__(self) -> RowWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self.files.values():
-            file.close()
-
 
 class Rows:
-    """Packed rows of a folder, memory-mapped: opening reads nothing but `meta.json`."""
+    """Packed rows of a `.rows` folder, memory-mapped: opening reads nothing but `meta.json`; or rows held in memory."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.folder, self.meta, self.arrays = folder, meta, arrays
+    def __init__(self, meta: dict[str, Any], shards: Sequence[Shard | StoredShard]) -> None:
+        self.meta, self.shards = meta, shards
+        self.ends = list(accumulate(shard.n_rows for shard in shards))
 
     @classmethod
     def open(cls, folder: str | Path) -> Rows:
@@ -70,44 +34,116 @@ class Rows:
         folder = Path(folder)
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            shape = (int(meta["rows"]), int(meta["seq_len"]))
+            counts = [int(shard["rows"]) for shard in meta["shards"]]
+            int(meta["seq_len"])
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"{folder / 'meta.json'}: missing or broken; run 'hildanext tokenize' again") from None
-        arrays: dict[str, np.ndarray] = {}
-        for name, dtype in ARRAYS.items():
-            path = folder / f"{name}.bin"
-            size = path.stat().st_size if path.is_file() else -1
-            expected = shape[0] * shape[1] * np.dtype(dtype).itemsize
-            if size != expected:
-                found = "missing" if size < 0 else f"{size} bytes"
-                raise DataError(f"{path}: {found}, expected {expected} bytes; run 'hildanext tokenize' again")
-            # An empty file cannot be mapped.
-            arrays[name] = np.memmap(path, dtype=dtype, mode="r", shape=shape) if expected else np.empty(shape, dtype)
-        return cls(folder, meta, arrays)
+        check_sizes(folder, meta["shards"])
+        return cls(meta, [StoredShard(shard_path(folder, number), count) for number, count in enumerate(counts)])
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], seq_len: int) -> Rows:
+        """Rows held in memory."""
+        shard = compact(rows, seq_len)
+        return cls({"rows": shard.n_rows, "seq_len": seq_len}, [shard])
 
     def __len__(self) -> int:
-        return len(self.arrays["input_ids"])
+        return self.ends[-1] if self.ends else 0
 
     @property
     def seq_len(self) -> int:
         """Row length L in tokens."""
         return int(self.meta["seq_len"])
 
+    def row(self, index: int) -> Row:
+        """One row as it was packed. Raises IndexError for an index outside the rows."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect_right(self.ends, index)
+        return self.shards[number].row(index - self.ends[number] + self.shards[number].n_rows)
+
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """`input_ids`, `doc_ids`, `position_ids` [B, L] int64 and `loss_mask` [B, L] bool of the rows at `indices`.
 
         Raises IndexError for an index outside the rows.
         """
-        import torch
+        return to_batch([self.row(int(index)) for index in indices])
 
-        index = np.asarray(indices, dtype=np.int64)
-        doc_ids = self.arrays["doc_ids"][index].astype(np.int64)
-        return {
-            "input_ids": torch.from_numpy(self.arrays["input_ids"][index].astype(np.int64)),
-            "doc_ids": torch.from_numpy(doc_ids),
-            "position_ids": torch.from_numpy(position_ids(doc_ids)),
-            "loss_mask": torch.from_numpy(self.arrays["loss_mask"][index].astype(bool)),
-        }
+
+def to_batch(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Rows as tensors: `input_ids`, `doc_ids`, `position_ids` [B, L] int64 and `loss_mask` [B, L] bool."""
+    import torch
+
+    doc_ids = np.stack([row.doc_ids for row in rows]).astype(np.int64)
+    return {
+        "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),
+        "doc_ids": torch.from_numpy(doc_ids),
+        "position_ids": torch.from_numpy(position_ids(doc_ids)),
+        "loss_mask": torch.from_numpy(np.stack([row.loss_mask for row in rows])),
+    }
+
+
+def write_meta(folder: Path, meta: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write `meta.json` of a folder whose shards are written: `meta` with the shards' rows, bytes and SHA-256."""
+    shards = [{name: record[name] for name in ("rows", "bytes", "sha256")} for record in records]
+    digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+    whole = meta | {"rows": sum(shard["rows"] for shard in shards), "sha256": digest, "shards": shards}
+    write_json(folder / "meta.json", whole)
+    fsync_folder(folder)
+    return whole
+
+
+class RowSource(Protocol):
+    """What a training reads: global sample g (0, 1, 2, ...) is the same row for any number of processes or resumes."""
+
+    def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows of global samples, see `to_batch`. A stream is asked for samples that go up."""
+        ...
+
+    def describe(self, samples: Sequence[int] | None = None) -> str:
+        """Where the rows of these samples are found, for an error; of all, for a title."""
+        ...
+
+    def state(self, next_sample: int) -> dict[str, Any]:
+        """What a checkpoint keeps (JSON) so that `restore` goes on with `next_sample`."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`. Raises CheckpointError when the data are not those it was taken from."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
+
+
+class ShuffledRows:
+    """Rows in the order of `RowOrder`: the row source of a training on tokenized data."""
+
+    def __init__(self, rows: Rows, seed: int) -> None:
+        self.rows, self.order = rows, RowOrder(len(rows), seed)
+
+    def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows of global samples."""
+        return self.rows.batch([self.order.row(sample) for sample in samples])
+
+    def describe(self, samples: Sequence[int] | None = None) -> str:
+        """Row numbers of the samples; how many rows there are."""
+        if samples is None:
+            return f"{len(self.rows)} rows"
+        return f"rows {sorted(self.order.row(sample) for sample in samples)}"
+
+    def state(self, next_sample: int) -> dict[str, Any]:
+        """The order is a function of the seed: only which rows they are is kept."""
+        return {"rows_sha256": self.rows.meta["sha256"]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError for rows that were tokenized anew and came out different."""
+        if state != self.state(0):
+            raise CheckpointError("the tokenized rows are not those the run began with; restore data/tokenized")
+
+    def close(self) -> None:
+        """Nothing runs."""
 
 
 _ROUNDS = 6

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 from hildanext.config import SourceConfig
 from hildanext.documents import Document, Rejects
 from hildanext.sources import dolma, instruct, pretokenized, tinystories
+from hildanext.sources.opening import File
+
+# What stands for the one file of a source that has none: synthetic stories.
+SYNTHETIC = "synthetic"
+SYNTHETIC_BYTES = 500  # of a story, about
 
 
-def find_files(source: SourceConfig) -> list[Path]:
-    """The files a source reads, sorted; none for synthetic stories. Raises UsageError or DataError naming the path."""
+def find_files(source: SourceConfig) -> list[File]:
+    """The files a source reads, sorted. Raises UsageError, DataError or UnreachableError naming the path."""
     if source.path is None:
-        return []
+        return [File(SYNTHETIC, SYNTHETIC_BYTES * source.documents)]
     room = {"dolma": dolma, "instruct": instruct, "pretokenized": pretokenized, "tinystories": tinystories}[source.kind]
     return room.find(source.path)
 
 
-def read_source(source: SourceConfig, files: list[Path], seed: int, rejects: Rejects) -> Iterator[Document]:
-    """At most `max_documents` documents of a source, file by file; what cannot be used is counted in `rejects`.
+def read_file(source: SourceConfig, path: str, seed: int, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(number, document) of one file of a source; numbers go up. What cannot be used is counted in `rejects`.
 
-    `seed` is for synthetic stories. Raises OSError for a file that cannot be opened.
+    `seed` is for synthetic stories. Raises OSError or UnreachableError for a file that cannot be read.
     """
-    return islice(_read_all(source, files, seed, rejects), source.max_documents)
-
-
-def _read_all(source: SourceConfig, files: list[Path], seed: int, rejects: Rejects) -> Iterator[Document]:
     if source.path is None:
-        yield from tinystories.made_up(source.documents, seed)
-    for path in files:
-        if source.kind == "pretokenized":
-            yield from pretokenized.read(path, source.dtype, rejects)
-        elif source.kind == "dolma":
-            yield from dolma.read(path, rejects)
-        elif source.kind == "instruct":
-            yield from instruct.read(path, rejects)
-        else:
-            yield from tinystories.read(path, rejects)
+        return tinystories.made_up(source.documents, seed)
+    if source.kind == "pretokenized":
+        return pretokenized.read(path, source.dtype, rejects)
+    if source.kind == "dolma":
+        return dolma.read(path, rejects)
+    if source.kind == "instruct":
+        return instruct.read(path, rejects)
+    return tinystories.read(path, rejects)
+
+
+def read_source(source: SourceConfig, files: list[File], seed: int, rejects: Rejects) -> Iterator[Document]:
+    """At most `max_documents` documents of a source, file by file."""
+    documents = (doc for file in files for _, doc in read_file(source, file.path, seed, rejects))
+    return islice(documents, source.max_documents)

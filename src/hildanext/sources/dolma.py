@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from hildanext.documents import Document, Rejects, check_text
 from hildanext.errors import DataError
-from hildanext.sources.lines import list_files, read_json_lines
+from hildanext.sources.lines import read_json_lines
+from hildanext.sources.opening import File, file_name, list_files
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 
 
-def find(path: str) -> list[Path]:
+def find(path: str) -> list[File]:
     """The document files below `path`."""
     return list_files(path, SUFFIXES, without="attributes")
 
 
-def read(path: Path, rejects: Rejects) -> Iterator[Document]:
-    """Documents of one file; 'id' and 'source' are kept where the record has them."""
+def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(line, document) of one file; 'id' and 'source' are kept where the record has them."""
     for number, record in read_json_lines(path, rejects):
         try:
             text = check_text(record.get("text"))
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
-        yield Document(
-            id=str(record.get("id") or f"{path.name}:{number}"), source=str(record.get("source") or "dolma"), text=text
-        )
+        name = str(record.get("id") or f"{file_name(path)}:{number}")
+        yield number, Document(id=name, source=str(record.get("source") or "dolma"), text=text)

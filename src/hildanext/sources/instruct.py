@@ -5,48 +5,55 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from hildanext.documents import Document, Rejects, check_unicode
 from hildanext.errors import DataError
-from hildanext.sources.lines import MAX_RECORD_BYTES, list_files, read_json_lines, read_pieces
+from hildanext.sources.lines import MAX_RECORD_BYTES, DamagedError, read_json_lines, read_pieces, tell_damage
+from hildanext.sources.opening import File, file_name, list_files
 from hildanext.sources.shapes import to_messages, to_tools
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
 SPACE = " \t\r\n"
 
 
-def find(path: str) -> list[Path]:
+def find(path: str) -> list[File]:
     """The JSON files below `path`."""
     return list_files(path, SUFFIXES)
 
 
-def read(path: Path, rejects: Rejects) -> Iterator[Document]:
-    """Conversations of one file, ids from the record where it has one."""
-    records = read_json_array(path, rejects) if _is_array(path) else read_json_lines(path, rejects)
-    for number, record in records:
+def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(record, conversation) of one file, ids from the record where it has one."""
+    for number, record in read_records(path, rejects):
         try:
-            check_unicode(record)
             messages, tools = to_messages(record), to_tools(record)
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
-        yield Document(
-            id=str(record.get("id") or f"{path.name}:{number}"),
-            source=str(record.get("source") or path.name.split(".")[0]),
-            messages=messages,
-            tools=tools,
-        )
+        name = str(record.get("id") or f"{file_name(path)}:{number}")
+        origin = str(record.get("source") or file_name(path).split(".")[0])
+        yield number, Document(id=name, source=origin, messages=messages, tools=tools)
 
 
-def _is_array(path: Path) -> bool:
+def read_records(path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, record) of one file, an array or lines."""
+    records = read_json_array(path, rejects) if _is_array(path) else read_json_lines(path, rejects)
+    for number, record in records:
+        try:
+            check_unicode(record)
+        except DataError as error:
+            rejects.add(str(error), path, number)
+            continue
+        yield number, record
+
+
+def _is_array(path: str) -> bool:
     try:
         for piece in read_pieces(path):
             start = piece.removeprefix(b"\xef\xbb\xbf").lstrip()
             if start:
                 return start.startswith(b"[")
-    except DataError:
+    except DamagedError:
         pass  # met, and counted, by the reader itself
     return False
 
@@ -54,11 +61,12 @@ def _is_array(path: Path) -> bool:
 class JsonWindow:
     """A text read piece by piece: the part not yet consumed begins at `at`; `ended` once the file has no more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.pieces = read_pieces(path)
         # Invalid bytes become lone surrogates: they spoil their own record, not the rest of the array.
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self.text, self.at, self.ended, self.failure = "", 0, False, "truncated file"
+        self.text, self.at, self.ended = "", 0, False
+        self.failure: DataError = DataError("truncated file")
 
     def grow(self) -> None:
         """Drop what is consumed and read until the rest has doubled: a long record is not parsed at every piece."""
@@ -66,8 +74,8 @@ class JsonWindow:
         while size <= len(parts[0]) and not self.ended:
             try:
                 piece = next(self.pieces, b"")
-            except DataError as error:
-                piece, self.failure = b"", str(error)
+            except DamagedError as error:
+                piece, self.failure = b"", error
             self.ended = not piece
             parts.append(self.decoder.decode(piece, final=self.ended))
             size += len(parts[-1])
@@ -97,7 +105,7 @@ class JsonWindow:
             self.grow()
 
 
-def read_json_array(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_array(path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, object) of a file that holds one JSON array, without holding the file.
 
     Broken JSON inside an array leaves no way to find the next record: the records before it are kept, one reject counted.
@@ -109,7 +117,7 @@ def read_json_array(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[st
     try:
         while (character := window.next_after(SPACE + ",")) != "]":
             if not character:
-                raise DataError(window.failure)
+                raise window.failure
             value = window.parse()
             number += 1
             if isinstance(value, dict):
@@ -117,4 +125,7 @@ def read_json_array(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[st
             else:
                 rejects.add("not a JSON object", path, number)
     except DataError as error:
-        rejects.add(str(error), path, number + 1)
+        if isinstance(window.failure, DamagedError):
+            tell_damage(path, window.failure, number, rejects)
+        else:
+            rejects.add(str(error), path, number + 1)

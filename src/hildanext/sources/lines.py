@@ -2,68 +2,52 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hildanext.documents import Rejects, parse_json
-from hildanext.errors import DataError, UsageError
+from hildanext.errors import DataError
+from hildanext.progress import say
+from hildanext.sources.opening import read_bytes
 
-PIECE_BYTES = 1 << 18
 # A record is held in memory whole; what is longer is no document but a file in another format.
 MAX_RECORD_BYTES = 64 << 20
 
 
-def list_files(path: str, suffixes: tuple[str, ...], without: str | None = None) -> list[Path]:
-    """Files at `path` (a file, or a folder with all below it) that end in one of `suffixes`, sorted.
+class DamagedError(DataError):
+    """A compressed file that cannot be read on, at a byte of the compressed file."""
 
-    Hidden names and folders named `without` are left out. Raises UsageError for a path that does not exist or a file of
-    another kind, DataError for a folder without such files.
-    """
-    root = Path(path)
-    if root.is_file():
-        if not root.name.endswith(suffixes):
-            raise UsageError(f"data.sources: '{path}' is not one of {', '.join(suffixes)}")
-        return [root]
-    if not root.is_dir():
-        raise UsageError(f"data.sources: path '{path}' does not exist")
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name != without and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
-    if not found:
-        raise DataError(f"{path}: no files that end in {', '.join(suffixes)}")
-    return sorted(found)
+    def __init__(self, reason: str, offset: int) -> None:
+        super().__init__(reason)
+        self.offset = offset
 
 
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """A file's bytes in pieces, decompressed by its suffix. Raises DataError for a truncated or damaged stream."""
-    with open(path, "rb") as file:
-        if path.suffix == ".gz":
-            yield from _decompressed(file.read, lambda: zlib.decompressobj(wbits=31), zlib.error)
-        elif path.suffix == ".zst":
-            import zstandard
+def read_pieces(path: str | Path) -> Iterator[bytes]:
+    """A file's bytes in pieces, decompressed by its suffix. Raises DamagedError for a truncated or damaged stream."""
+    pieces, name = read_bytes(path), str(path)
+    if name.endswith(".gz"):
+        return _decompressed(pieces, lambda: zlib.decompressobj(wbits=31), zlib.error)
+    if name.endswith(".zst"):
+        import zstandard
 
-            yield from _decompressed(file.read, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
-        else:
-            while piece := file.read(PIECE_BYTES):
-                yield piece
+        return _decompressed(pieces, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
+    return pieces
 
 
-def _decompressed(
-    read: Callable[[int], bytes], machine: Callable[[], Any], failure: type[Exception]
-) -> Iterator[bytes]:
+def _decompressed(pieces: Iterator[bytes], machine: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
     """Decompress a file of one stream or several; zlib and zstandard have the same little machine for it."""
     stream = machine()
     begun = False
-    while piece := read(PIECE_BYTES):
+    offset = 0
+    for piece in pieces:
+        offset += len(piece)
         while piece:
             try:
                 data = stream.decompress(piece)
             except failure:
-                raise DataError("damaged compression") from None
+                raise DamagedError("damaged compression", offset) from None
             begun = True
             if data:
                 yield data
@@ -72,13 +56,13 @@ def _decompressed(
                 piece = stream.unused_data.lstrip(b"\0")  # gzip allows zeros as padding
                 stream, begun = machine(), False
     if begun:
-        raise DataError("truncated file")
+        raise DamagedError("truncated file", offset)
 
 
-def read_records(path: Path, separator: bytes, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
+def read_records(path: str | Path, separator: bytes, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
     """(number from 1, bytes) of each record between separators.
 
-    A compressed file that ends early or is damaged yields what is whole, then counts one reject.
+    A compressed file that ends early or is damaged yields what is whole, then says so and counts one reject.
     """
     rest = b""
     number = 0
@@ -96,16 +80,27 @@ def read_records(path: Path, separator: bytes, rejects: Rejects) -> Iterator[tup
                     rejects.add(f"record longer than {MAX_RECORD_BYTES >> 20} MiB", path, number + 1)
                 skipping = True
                 rest = rest[-len(separator) :]
-    except DataError as error:
-        rejects.add(str(error), path, number + 1)
+    except DamagedError as error:
+        tell_damage(path, error, number, rejects)
         return
     if rest and not skipping:
         yield number + 1, rest
 
 
-def read_json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line of a JSONL file; a broken line is counted and skipped, a blank one skipped."""
+def tell_damage(path: str | Path, error: DamagedError, number: int, rejects: Rejects) -> None:
+    """Say where a file broke off, `number` records into it, and count it."""
+    say(f"{path}: {error} near byte {error.offset}, after record {number}; the rest of this file is not read")
+    rejects.add(str(error), path, number + 1)
+
+
+def read_json_lines(path: str | Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of a JSONL file; a broken line is counted and skipped, a blank one skipped.
+
+    Lines up to number `rejects.after` are passed over unread.
+    """
     for number, line in read_records(path, b"\n", rejects):
+        if number <= rejects.after:
+            continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line or line.isspace():

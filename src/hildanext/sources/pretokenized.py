@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from hildanext.documents import Document, Rejects, check_ids
 from hildanext.errors import DataError
-from hildanext.sources.lines import list_files, read_json_lines, read_records
+from hildanext.sources.lines import read_json_lines, read_records
+from hildanext.sources.opening import File, file_exists, file_name, list_files, open_file
 
 SUFFIXES = (".npy", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 NUMPY_MAGIC = b"\x93NUMPY"
@@ -23,17 +23,17 @@ NUMPY_MAGIC = b"\x93NUMPY"
 MAX_UNBOUNDED = 1 << 22
 
 
-def find(path: str) -> list[Path]:
+def find(path: str) -> list[File]:
     """The shards and JSONL files below `path`."""
     return list_files(path, SUFFIXES)
 
 
-def read(path: Path, dtype: Literal["uint16", "uint32"], rejects: Rejects) -> Iterator[Document]:
-    """Documents of one file; `dtype` is the integer type of a shard without a numpy header.
+def read(path: str, dtype: Literal["uint16", "uint32"], rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(row, document) of one file; `dtype` is the integer type of a shard without a numpy header.
 
     Raises DataError for a large shard without its .csv.gz.
     """
-    if path.suffix == ".npy":
+    if path.endswith(".npy"):
         yield from _from_shard(path, dtype, rejects)
         return
     for number, record in read_json_lines(path, rejects):
@@ -42,53 +42,76 @@ def read(path: Path, dtype: Literal["uint16", "uint32"], rejects: Rejects) -> It
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
-        name = str(record.get("id") or f"{path.name}:{number}")
-        yield Document(id=name, source=str(record.get("source") or "pretokenized"), input_ids=ids)
+        name = str(record.get("id") or f"{file_name(path)}:{number}")
+        yield number, Document(id=name, source=str(record.get("source") or "pretokenized"), input_ids=ids)
 
 
-def _map(path: Path, dtype: str) -> np.ndarray:
-    """The shard's ids, memory-mapped: [tokens], or [documents, tokens]. Raises DataError for what is no array of ids."""
-    with open(path, "rb") as file:
-        header = file.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC
-    size = path.stat().st_size
-    if not header:
-        if size == 0 or size % np.dtype(dtype).itemsize:
-            raise DataError(f"not a raw array of {dtype}")
-        return np.memmap(path, dtype=dtype, mode="r")
-    try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):
-        raise DataError("damaged numpy file") from None
-    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
-        raise DataError("not an array of token ids")
-    return ids
+class Shard:
+    """The ids of a shard, read where they are asked for: `shape` is (tokens,) or (documents, tokens)."""
 
+    def __init__(self, file: IO[bytes], dtype: str) -> None:
+        self.file, self.dtype = file, np.dtype(dtype)
+        size = file.seek(0, 2)
+        file.seek(0)
+        if file.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
+            self._read_header(size)
+        else:
+            self.begin = 0
+            if size == 0 or size % self.dtype.itemsize:
+                raise DataError(f"not a raw array of {dtype}")
+            self.shape: tuple[int, ...] = (size // self.dtype.itemsize,)
 
-def _from_shard(path: Path, dtype: str, rejects: Rejects) -> Iterator[Document]:
-    try:
-        ids = _map(path, dtype)
-    except DataError as error:
-        rejects.add(str(error), path, 1)
-        return
-    boundaries = path.with_suffix(".csv.gz")
-    spans: Iterable[tuple[int, str, np.ndarray]]
-    if ids.ndim == 2:
-        spans = ((i + 1, f"{path.name}:{i + 1}", ids[i]) for i in range(len(ids)))
-    elif boundaries.is_file():
-        spans = _cut(ids, boundaries, rejects)
-    elif len(ids) <= MAX_UNBOUNDED:
-        spans = [(1, path.name, ids)]
-    else:
-        raise DataError(f"{path}: {len(ids)} tokens without {boundaries.name} beside it, so its documents are unknown")
-    for number, name, span in spans:
+    def _read_header(self, size: int) -> None:
+        self.file.seek(0)
         try:
-            yield Document(id=name, source="pretokenized", input_ids=check_ids(span.tolist()))
+            version = np.lib.format.read_magic(self.file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, by_column, self.dtype = read(self.file)
+        except (ValueError, EOFError):
+            raise DataError("damaged numpy file") from None
+        self.begin = self.file.tell()
+        count = int(np.prod(self.shape))
+        if self.dtype.kind not in "iu" or len(self.shape) not in (1, 2) or count == 0 or by_column:
+            raise DataError("not an array of token ids")
+        if size != self.begin + count * self.dtype.itemsize:
+            raise DataError("damaged numpy file")
+
+    def ids(self, start: int, end: int) -> list[Any]:
+        """The ids from `start` to `end`, counted over the whole array."""
+        self.file.seek(self.begin + start * self.dtype.itemsize)
+        return np.frombuffer(self.file.read((end - start) * self.dtype.itemsize), dtype=self.dtype).tolist()
+
+
+def _from_shard(path: str, dtype: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    with open_file(path) as file:
+        try:
+            shard = Shard(file, dtype)
         except DataError as error:
-            rejects.add(str(error), path, number)
+            rejects.add(str(error), path, 1)
+            return
+        for number, name, start, end in _spans(path, shard, rejects):
+            try:
+                yield number, Document(id=name, source="pretokenized", input_ids=check_ids(shard.ids(start, end)))
+            except DataError as error:
+                rejects.add(str(error), path, number)
 
 
-def _cut(ids: np.ndarray, boundaries: Path, rejects: Rejects) -> Iterator[tuple[int, str, np.ndarray]]:
-    """(row, document id, ids) for each row of a boundary file."""
+def _spans(path: str, shard: Shard, rejects: Rejects) -> Iterable[tuple[int, str, int, int]]:
+    """(row, document id, first token, token after its last) of each document of a shard."""
+    boundaries = path.removesuffix(".npy") + ".csv.gz"
+    if len(shard.shape) == 2:
+        count, length = shard.shape
+        return ((i + 1, f"{file_name(path)}:{i + 1}", i * length, (i + 1) * length) for i in range(count))
+    (tokens,) = shard.shape
+    if file_exists(boundaries):
+        return _cut(tokens, boundaries, rejects)
+    if tokens <= MAX_UNBOUNDED:
+        return [(1, file_name(path), 0, tokens)]
+    raise DataError(f"{path}: {tokens} tokens without {file_name(boundaries)} beside it, so its documents are unknown")
+
+
+def _cut(tokens: int, boundaries: str, rejects: Rejects) -> Iterator[tuple[int, str, int, int]]:
+    """(row, document id, start, end) for each row of a boundary file."""
     lines = (line.decode("utf-8", "replace") + "\n" for _, line in read_records(boundaries, b"\n", rejects))
     number = 0
     try:
@@ -98,9 +121,9 @@ def _cut(ids: np.ndarray, boundaries: Path, rejects: Rejects) -> Iterator[tuple[
             except (ValueError, IndexError):
                 rejects.add("broken boundaries", boundaries, number)
                 continue
-            if not 0 <= start < end <= len(ids):
+            if not 0 <= start < end <= tokens:
                 rejects.add("boundaries outside the shard", boundaries, number)
                 continue
-            yield number, name, ids[start:end]
+            yield number, name, start, end
     except csv.Error:
         rejects.add("broken boundaries", boundaries, number + 1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
-from pathlib import Path
 
 from hildanext.documents import Document, Rejects, check_text
-from hildanext.errors import DataError
-from hildanext.sources.lines import list_files, read_json_lines, read_records
+from hildanext.errors import DataError, UnreachableError
+from hildanext.sources.lines import read_json_lines, read_records
+from hildanext.sources.opening import File, file_name, list_files, network_errors, open_file, read_bytes, reason
 from hildanext.synthetic import synthetic_stories
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -16,49 +15,48 @@ SEPARATOR = b"<|endoftext|>"
 HUB = "roneneldan/TinyStories"
 
 
-def find(path: str) -> list[Path]:
+def find(path: str) -> list[File]:
     """The story files at `path`; 'hub' downloads the training set's parquet files (about 1 GB) or finds them cached."""
     return list_files(_download() if path == "hub" else path, SUFFIXES)
 
 
 def _download() -> str:
-    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return snapshot_download(HUB, repo_type="dataset", allow_patterns="data/train-*.parquet")
-    except (OSError, HfHubHTTPError, httpx2.HTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"cannot download {HUB} ({reason}); go online, or give a local file as data.sources path"
+    except network_errors() as error:
+        raise UnreachableError(
+            f"cannot download {HUB} ({reason(error)}); go online, or give a local file as data.sources path"
         ) from None
 
 
-def made_up(count: int, seed: int) -> Iterator[Document]:
-    """`count` synthetic stories, the same for the same seed."""
+def made_up(count: int, seed: int) -> Iterator[tuple[int, Document]]:
+    """(number, story) of `count` synthetic stories, the same for the same seed."""
     for number, story in enumerate(synthetic_stories(count, seed), start=1):
-        yield Document(id=f"synthetic-{seed}-{number}", source="synthetic", text=story)
+        yield number, Document(id=f"synthetic-{seed}-{number}", source="synthetic", text=story)
 
 
-def read(path: Path, rejects: Rejects) -> Iterator[Document]:
-    """The stories of one file. A story's id is the file's name and its line (parquet: its row)."""
-    if path.suffix == ".txt":
+def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(number, story) of one file; a story's id is the file's name and its line (parquet: its row)."""
+    if path.endswith(".txt"):
         stories = _from_text(path, rejects)
-    elif path.suffix == ".parquet":
+    elif path.endswith(".parquet"):
         stories = _from_parquet(path, rejects)
     else:
         stories = ((number, record.get("text")) for number, record in read_json_lines(path, rejects))
+    last = 0
     for number, story in stories:
         try:
             text = check_text(story)
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
-        yield Document(id=f"{path.name}:{number}", source="tinystories", text=text)
+        last = max(last + 1, number)  # goes up also where stories share a line
+        yield last, Document(id=f"{file_name(path)}:{number}", source="tinystories", text=text)
 
 
-def _from_text(path: Path, rejects: Rejects) -> Iterator[tuple[int, object]]:
+def _from_text(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
     """(first line, story) of a text file: between '<|endoftext|>' marks, or between blank lines where it has none."""
     raw = _between_marks(path, rejects) if _has_marks(path) else _between_blank_lines(path, rejects)
     for number, story in raw:
@@ -68,14 +66,17 @@ def _from_text(path: Path, rejects: Rejects) -> Iterator[tuple[int, object]]:
             rejects.add("invalid UTF-8", path, number)
 
 
-def _has_marks(path: Path) -> bool:
-    if path.stat().st_size == 0:
-        return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return view.find(SEPARATOR) >= 0
+def _has_marks(path: str) -> bool:
+    tail = b""
+    for piece in read_bytes(path):
+        tail += piece
+        if SEPARATOR in tail:
+            return True
+        tail = tail[-len(SEPARATOR) :]
+    return False
 
 
-def _between_marks(path: Path, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
+def _between_marks(path: str, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
     line = 1
     for _, story in read_records(path, SEPARATOR, rejects):
         begin = len(story) - len(story.lstrip())
@@ -85,7 +86,7 @@ def _between_marks(path: Path, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
         line += story.count(b"\n")
 
 
-def _between_blank_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
+def _between_blank_lines(path: str, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
     story: list[bytes] = []
     number = 0
     for number, line in read_records(path, b"\n", rejects):
@@ -98,13 +99,13 @@ def _between_blank_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, by
         yield number + 1 - len(story), b"\n".join(story)
 
 
-def _from_parquet(path: Path, rejects: Rejects) -> Iterator[tuple[int, object]]:
+def _from_parquet(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_file(path) as opened, parquet.ParquetFile(opened) as file:
             if "text" not in file.schema_arrow.names:
                 rejects.add("no column 'text'", path, 1)
                 return

@@ -1,0 +1,211 @@
+"""The files of a source: local paths and globs, and URLs that fsspec knows (hf://, s3://, gs://, https://, memory://)."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+import fsspec
+import httpx2
+from fsspec.registry import known_implementations
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from hildanext.errors import DataError, UnreachableError, UsageError
+from hildanext.progress import say
+
+PIECE_BYTES = 1 << 18
+# A connection that breaks is opened again where it broke, after 1, 2, 4 ... seconds.
+RETRIES = 5
+FIRST_WAIT_S = 1.0
+# What packages behind fsspec raise besides OSError; they have no common ancestor, and most are not installed.
+FOREIGN_ERRORS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+}
+
+
+class File(NamedTuple):
+    """A file of a source: local path or URL, and its size in bytes (0 where a server does not tell)."""
+
+    path: str
+    size: int
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is opened through fsspec."""
+    return "://" in path
+
+
+def file_name(path: str) -> str:
+    """The last part of a path or URL."""
+    return PurePosixPath(path.partition("?")[0]).name if is_url(path) else Path(path).name
+
+
+def list_files(path: str, suffixes: tuple[str, ...], without: str | None = None) -> list[File]:
+    """Files at `path` (a file, a folder with all below it, a glob, or a URL of these) that end in one of `suffixes`, sorted.
+
+    Hidden names and folders named `without` are left out. Raises UsageError for a path that does not exist or a file of
+    another kind, DataError for a folder without such files, UnreachableError for a URL that does not answer.
+    """
+    single, found = _at_url(path) if is_url(path) else _at_path(path)
+    if single is not None:
+        if not file_name(path).endswith(suffixes):
+            raise UsageError(f"data.sources: '{path}' is not one of {', '.join(suffixes)}")
+        return [single]
+    kept = [file for below, file in found if below.endswith(suffixes) and _is_wanted(below, without)]
+    if not kept:
+        raise DataError(f"{path}: no files that end in {', '.join(suffixes)}")
+    return sorted(kept)
+
+
+Found = tuple[File | None, list[tuple[str, File]]]  # the one file, or each file with its path below the named folder
+
+
+def _is_wanted(below: str, without: str | None) -> bool:
+    *folders, name = below.replace(os.sep, "/").split("/")
+    return without not in folders and not any(part.startswith(".") for part in (*folders, name))
+
+
+def _fixed(path: str) -> str:
+    """The folder of a glob before its first wildcard."""
+    return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] if glob.has_magic(path) else path
+
+
+def _at_path(path: str) -> Found:
+    root = Path(path)
+    if root.is_file():
+        return File(path, root.stat().st_size), []
+    if root.is_dir():
+        names = [os.path.join(folder, name) for folder, _, files in os.walk(root) for name in files]
+        top: str | Path = root
+    elif glob.has_magic(path):
+        names = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+        top = _fixed(path) or "."
+    else:
+        raise UsageError(f"data.sources: path '{path}' does not exist")
+    return None, [(os.path.relpath(name, top), File(name, os.path.getsize(name))) for name in names]
+
+
+def _at_url(url: str) -> Found:
+    try:
+        system, root = filesystem(url)
+        if glob.has_magic(url):
+            found = system.glob(root, detail=True)
+        else:
+            info = system.info(root)
+            # A web server's folders look like files.
+            if info["type"] == "file" and not url.endswith("/"):
+                return File(url, info.get("size") or 0), []
+            found = system.find(root, detail=True)
+    except FileNotFoundError as error:  # a web server's only reason, with what happened as its cause
+        cause = "" if error.__cause__ is None else f" ({reason(error.__cause__)})"
+        raise UsageError(f"data.sources: path '{url}' does not exist{cause}") from None
+    except network_errors() as error:
+        raise UnreachableError(f"{url}: cannot be reached ({reason(error)})") from None
+    except ValueError as error:  # a malformed pattern or address
+        raise UsageError(f"data.sources: path '{url}': {reason(error)}") from None
+    top = _fixed(root)
+    return None, [
+        (name.removeprefix(top).lstrip("/"), File(str(system.unstrip_protocol(name)), one.get("size") or 0))
+        for name, one in found.items()
+        if one["type"] == "file"
+    ]
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL and the path in it. Raises UsageError naming the package that is missing."""
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = known_implementations[protocol]["class"].partition(".")[0]
+        hint = reason(error) if package == "fsspec" else f"pip install {package}"
+        raise UsageError(f"data.sources: '{url}' needs a package that is not installed: {hint}") from None
+    except ValueError as error:
+        if "Protocol not known" in str(error):
+            raise UsageError(f"data.sources: '{url}': fsspec knows no protocol '{protocol}'") from None
+        raise
+
+
+def network_errors() -> tuple[type[BaseException], ...]:
+    """What listing and reading a URL may raise."""
+    foreign = [
+        getattr(sys.modules[module], name)
+        for module, names in FOREIGN_ERRORS.items()
+        if module in sys.modules
+        for name in names
+    ]
+    return (OSError, httpx2.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, *foreign)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def file_exists(path: str) -> bool:
+    """Whether a local path or a URL is a file."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    system, root = filesystem(path)
+    try:
+        return bool(system.isfile(root))
+    except network_errors() as error:
+        raise UnreachableError(f"{path}: cannot be reached ({reason(error)})") from None
+
+
+def open_file(path: str | Path) -> IO[bytes]:
+    """Open a local path or a URL for reading bytes. Raises OSError or, for a URL, UnreachableError."""
+    if not is_url(str(path)):
+        return open(path, "rb")
+    system, root = filesystem(str(path))
+    try:
+        return system.open(root, "rb")
+    except network_errors() as error:
+        raise UnreachableError(f"{path}: cannot be opened ({reason(error)})") from None
+
+
+def read_bytes(path: str | Path) -> Iterator[bytes]:
+    """A file's bytes in pieces. A URL whose connection breaks is opened again at the byte where it broke.
+
+    Raises UnreachableError naming the byte when that fails RETRIES times, OSError for a local file.
+    """
+    if not is_url(str(path)):
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                yield piece
+        return
+    system, root = filesystem(str(path))
+    offset = failures = 0
+    while True:
+        try:
+            with system.open(root, "rb") as file:
+                _skip(file, offset)
+                while piece := file.read(PIECE_BYTES):
+                    yield piece
+                    offset += len(piece)
+                    failures = 0
+                return
+        except FileNotFoundError:
+            raise UnreachableError(f"{path}: no such file") from None
+        except network_errors() as error:
+            failures += 1
+            if failures > RETRIES:
+                raise UnreachableError(f"{path}: cannot be read beyond byte {offset} ({reason(error)})") from None
+            say(f"{path}: the connection broke at byte {offset} ({reason(error)}); trying again")
+            time.sleep(FIRST_WAIT_S * 2 ** (failures - 1))
+
+
+def _skip(file: IO[bytes], offset: int) -> None:
+    """Go to a byte, by reading where a server cannot seek."""
+    if file.seekable():
+        file.seek(offset)
+    while not file.seekable() and offset > 0:
+        offset -= len(file.read(min(PIECE_BYTES, offset))) or offset
