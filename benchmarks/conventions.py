@@ -17,8 +17,9 @@ from pathlib import Path
 from hildanext.config import load_config
 from hildanext.convert import convert_wsd, open_rows
 from hildanext.evaluate.denoising import evaluate_denoising
-from hildanext.model import load_diffusion_lm, load_tokenizer
+from hildanext.model import load_diffusion_lm
 from hildanext.prepare import prepare_data
+from hildanext.pretrained import load_tokenizer
 from hildanext.tokenization import tokenize_data
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2-135m.json"

@@ -33,10 +33,10 @@ from hildanext.model import (
     add_mask_token,
     load_diffusion_lm,
     ordinary_ids,
-    read_record,
     save_diffusion_lm,
     special_ids,
 )
+from hildanext.pretrained import read_record
 from hildanext.probe import n_embeddings
 from hildanext.runtimes.eager import EagerRuntime
 from hildanext.runtimes.protocol import pad_batch
@@ -97,7 +97,7 @@ def run(lm: DiffusionLM, docs: list[Document], padding: int = 0, block: int = BL
     positions = torch.cat([torch.arange(n) for n in [*sizes, padding]])[None]
     wanted = lm.allowed(doc_ids >= 0, positions)
     logits = torch.full((sum(sizes) + padding, n_embeddings(lm.model)), torch.nan, dtype=torch.float64)
-    logits[wanted[0]] = lm(noisy, clean, doc_ids, positions, wanted, block)
+    logits[wanted[0]] = lm.head(lm(noisy, clean, doc_ids, positions, wanted, block))
     return list(logits.split([*sizes, padding])[: len(docs)])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hildanext.errors import ConfigError
-from hildanext.policy import DtypeName, choose_policy, native_dtype
+from hildanext.policy import DtypeName, check_build, choose_policy, native_dtype
 
 
 class Machine:
@@ -22,6 +22,8 @@ class Machine:
         self.patch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         self.patch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         self.patch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0])
+        built = [f"sm_{major}{minor}" for major, minor in capabilities]
+        self.patch.setattr(torch.cuda, "get_arch_list", lambda: built)
 
     def mps(self, present: bool) -> None:
         self.patch.setattr(torch.backends.mps, "is_available", lambda: present)
@@ -99,7 +101,7 @@ def test_what_is_asked_for_and_possible_is_done(
     machine: Machine, capability: tuple[int, int], dtype: DtypeName, compute: torch.dtype
 ) -> None:
     machine.gpus(capability)
-    assert choose_policy("cuda", dtype)[1:] == (compute, "asked for in the configuration")
+    assert choose_policy("cuda", dtype)[1:3] == (compute, "asked for in the configuration")
 
 
 def test_bf16_may_be_asked_for_on_any_cpu() -> None:
@@ -126,3 +128,73 @@ def test_the_impossible_is_refused_by_key(
     machine.gpus(*capabilities)
     with pytest.raises(ConfigError, match=line):
         choose_policy(**asked)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "scaler", "flex", "compiles"),
+    [
+        ((6, 1), torch.float16, True, False, False),
+        ((7, 0), torch.float16, True, False, True),
+        ((7, 5), torch.float16, True, False, True),
+        ((8, 0), torch.bfloat16, False, True, True),
+        ((8, 9), torch.bfloat16, False, True, True),
+        ((9, 0), torch.bfloat16, False, True, True),
+    ],
+)
+def test_kernels_follow_the_capability(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    scaler: bool,
+    flex: bool,
+    compiles: bool,
+    triton: bool,
+) -> None:
+    machine.gpus(capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    policy = choose_policy()
+    assert policy.compute == dtype
+    assert (policy.mixed_precision == "fp16") == scaler
+    assert policy.attention == ("flex" if flex and triton else "pieces")
+    assert policy.compile == (compiles and triton)
+    assert policy.fused
+    shown = policy.as_dict()
+    assert (shown["loss_scaler"], shown["dtype"]) == (scaler, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("mps", [False, True])
+def test_without_cuda_there_is_no_triton(machine: Machine, monkeypatch: pytest.MonkeyPatch, mps: bool) -> None:
+    machine.mps(mps)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    policy = choose_policy()
+    assert (policy.attention, policy.compile, policy.fused) == ("pieces", False, not mps)
+
+
+def test_fp32_on_a_gpu_is_attended_in_pieces(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.gpus((9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_policy("cuda", "float32").attention == "pieces"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((6, 1), ["sm_50", "sm_60", "sm_70"], True),  # a binary of the same major version
+        ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_90"], False),
+        ((6, 1), ["sm_50", "compute_50"], True),  # PTX of an older version
+        ((8, 9), ["sm_80", "sm_90a"], True),
+        ((7, 0), ["sm_75", "compute_75"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_90", "sm_120"], True),
+    ],
+)
+def test_a_torch_without_kernels_for_the_card_is_said(
+    capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
+    if runs:
+        check_build(capability, built)
+        return
+    with pytest.raises(ConfigError, match=rf"no kernels for sm_{capability[0]}{capability[1]}; install a build"):
+        check_build(capability, built)

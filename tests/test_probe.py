@@ -89,9 +89,10 @@ def train(lm: DiffusionLM, steps: int = 8, block_size: int = 4) -> list[float]:
     [one] = first_passes(lm, batch, block_size, Recipe(1, False, 0.3, 1.0, 0.0), NoiseConfig(), seed=0)
     wanted, losses = batch.allowed, []
     for _ in range(steps):
-        logits = lm(one.noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, wanted, block_size)
-        loss, _ = denoising_loss(
-            logits,
+        hidden = lm(one.noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, wanted, block_size)
+        loss, *_ = denoising_loss(
+            hidden,
+            lm.head,
             batch.input_ids[wanted],
             one.t[wanted],
             one.masked[wanted],

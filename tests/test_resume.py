@@ -81,7 +81,8 @@ def outcome(run: Path) -> Outcome:
         del row["tokens_per_second"], row["peak_memory_mb"]
     step, last = list_checkpoints(run / "checkpoints")[-1]
     assert step == metrics[-1]["step"]
-    return Outcome(metrics, load_file(last / "model.safetensors") | load_file(last / "trainer.safetensors"))
+    files = sorted(last.glob("*.safetensors"))
+    return Outcome(metrics, {name: tensor for file in files for name, tensor in load_file(file).items()})
 
 
 def assert_undisturbed(run: Path, reference: Path) -> None:
@@ -154,6 +155,15 @@ def test_a_killed_tuning_resumes(make_run: MakeRun):
     sft(config, name="reference")
     runs = Path(config.paths.runs)
     assert_undisturbed(runs / "sft", runs / "reference")
+
+
+def test_a_killed_adapter_resumes(make_run: MakeRun):
+    config, file = make_run(lora={"rank": 4, "dropout": 0.1})
+    assert child(KILLS["in a step"], "convert-wsd", "--config", file).returncode == -signal.SIGKILL
+    convert_wsd(config, resume=True)
+    convert_wsd(config, name="reference")
+    runs = Path(config.paths.runs)
+    assert_undisturbed(runs / "convert", runs / "reference")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

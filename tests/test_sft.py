@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hildanext.config import Config
 from hildanext.convert import convert_wsd, sft
+from hildanext.denoiser import Denoised
 from hildanext.errors import DataError
 from hildanext.model import DiffusionLM
 from hildanext.noise import sample_generator
@@ -109,7 +110,7 @@ def test_the_mask_ratio_stays_in_its_band(tmp_path: Path, tiny_base: Path):
     trainer, lm = trainer_for(config, job(recipe), "sft_train")
     masked = allowed = 0
     for sample in range(300):
-        batch = make_batch(lm, [sample], trainer.rows.batch([sample % len(trainer.rows)]))
+        batch = make_batch(lm, [sample], trainer.rows.batch([sample]))
         one = first_passes(lm, batch, BLOCK, recipe, config.noise, 0)[0]
         assert 0.3 <= one.t.min() <= one.t.max() <= 0.6
         masked, allowed = masked + int(one.masked.sum()), allowed + int(batch.allowed.sum())
@@ -165,7 +166,7 @@ def test_the_loss_of_a_step(tmp_path: Path, tiny_base: Path, convention: str, re
         model={"convention": convention}, loss={"weighting": weighting, "w_t2t": 0.5, "keep": 0.7},
     )  # fmt: skip
     trainer, lm = trainer_for(config, job(recipe), "sft_train")
-    rows = [trainer.rows.batch([trainer.order.row(sample)]) for sample in range(4)]
+    rows = [trainer.rows.batch([sample]) for sample in range(4)]
     with torch.no_grad():
         expected = step_loss(config, lm, rows, recipe)
     assert trainer.train_step(0)["loss"] == pytest.approx(expected, rel=2e-5)
@@ -175,11 +176,14 @@ def test_a_wrong_draft_is_an_edit_to_learn_and_a_right_one_is_kept(tmp_path: Pat
     """The logged edit accuracy counts wrong tokens only, drafts included."""
     config = material(tmp_path, tiny_base, noise={"corrupt_rate": 0.0}, train={"rows_per_step": 2})
     trainer, _ = trainer_for(config, job(Recipe(2, False, 0.9, 1.0, 0.0)), "sft_train")
-    batch = make_batch(trainer.lm, [0, 1], trainer.rows.batch([trainer.order.row(0), trainer.order.row(1)]))
-    (_, first, turn0), (_, second, turn1) = trainer.micro_losses(batch, 0, BLOCK, 10)
-    assert (turn0, turn1) == (0, 1)
-    assert first.corrupted == 0
-    assert 0 < second.corrupted <= first.masked - second.masked
+    batch = make_batch(trainer.lm, [0, 1], trainer.rows.batch([0, 1]))
+    seen: list[Denoised] = []
+    trainer.task.module.register_forward_hook(lambda module, inputs, found: seen.append(found))
+    pieces = list(trainer.task.losses(batch, 0, BLOCK, 10, True))
+    assert [piece.name for piece in pieces] == ["turn 0", "turn 1"]
+    first, second = seen
+    assert first.counts.corrupted == 0
+    assert 0 < second.counts.corrupted <= first.counts.masked - second.counts.masked
 
 
 def test_tuning_teaches_the_answers(tmp_path: Path, tiny_base: Path):

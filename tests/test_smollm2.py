@@ -13,9 +13,10 @@ from hildanext.ar import ar_complete, ar_likelihood
 from hildanext.chat import encode_prompt
 from hildanext.config import ModelConfig
 from hildanext.errors import ModelError
-from hildanext.evaluate.elbo import elbo
-from hildanext.model import DiffusionLM, load_diffusion_lm, load_tokenizer, locate
+from hildanext.evaluate.elbo import elbo, mask_pair
+from hildanext.model import DiffusionLM, load_diffusion_lm
 from hildanext.packing import pack
+from hildanext.pretrained import load_tokenizer, locate
 from hildanext.probe import n_embeddings
 from hildanext.rows import Rows
 
@@ -41,9 +42,7 @@ def held_out(lm: DiffusionLM, seq_len: int = 64) -> Rows:
     for text in TEXTS:
         ids = np.array(lm.tokenizer(text)["input_ids"])
         docs.append((ids, np.ones(len(ids), dtype=bool)))
-    packed = list(pack(docs, seq_len, lm.tokenizer.eos_token_id))
-    arrays = {key: np.stack([row._asdict()[key] for row in packed]) for key in ("input_ids", "doc_ids", "loss_mask")}
-    return Rows(Path(), {"rows": len(packed), "seq_len": seq_len}, arrays)
+    return Rows.of(pack(docs, seq_len, lm.tokenizer.eos_token_id), seq_len)
 
 
 def test_it_loads_by_its_short_name(lm: DiffusionLM) -> None:
@@ -69,7 +68,7 @@ def test_it_knows_the_capital_of_france(lm: DiffusionLM, prompt: str | list[dict
 def test_block_size_one_is_the_ar_likelihood(lm: DiffusionLM) -> None:
     rows = held_out(lm)
     ar = ar_likelihood(lm.model, rows, len(rows), batch_rows=2)
-    bound = elbo(lm, rows, 1, len(rows), batch_rows=2, samples=2)
+    bound = elbo(lm, rows, 1, len(rows), batch_rows=2, pairs=2)
     assert bound.tokens == ar.tokens == sum(len(lm.tokenizer(text)["input_ids"]) - 1 for text in TEXTS)
     assert bound.nats == pytest.approx(ar.nats, rel=1e-4)  # fp32 on other shapes
     assert bound.standard_error < 1e-4 * ar.nats
@@ -89,8 +88,29 @@ def test_an_ar_model_reads_no_larger_block(lm: DiffusionLM) -> None:
     """Before conversion a masked neighbour only hurts: what conversion has to repair."""
     rows = held_out(lm)
     ar = ar_likelihood(lm.model, rows, len(rows), batch_rows=2)
-    bound = elbo(lm, rows, 8, len(rows), batch_rows=2, samples=2)
+    bound = elbo(lm, rows, 8, len(rows), batch_rows=2, pairs=2)
     assert bound.nats > ar.nats + 4 * bound.standard_error
+
+
+@torch.no_grad()
+def test_antithetic_masks_pay_on_a_real_model(lm: DiffusionLM) -> None:
+    """24 pairs of draws of one text in one block: the pairs' means against means of two draws that do not know each other."""
+    text = "The quick brown fox jumps over the lazy dog, and then it went home to sleep because it was tired."
+    ids = torch.tensor(lm.tokenizer(text)["input_ids"])
+    docs, positions = torch.zeros_like(ids), torch.arange(len(ids))
+    drawn = [mask_pair(docs, torch.zeros_like(ids), positions > 0, torch.Generator().manual_seed(k)) for k in range(24)]
+    halves = []
+    for half in (0, 1):
+        masked, weight = (torch.stack(part) for part in zip(*(pair[half] for pair in drawn), strict=True))
+        rows = [x.expand_as(masked) for x in (ids, docs, positions)]
+        hidden = lm(rows[0].masked_fill(masked, lm.mask_token_id), *rows, masked, len(ids))
+        ce = (
+            torch.nn.functional.cross_entropy(lm.decodable_logits(hidden), rows[0][masked], reduction="none")
+            * weight[masked]
+        )
+        halves.append(torch.zeros(24).index_add_(0, masked.nonzero()[:, 0], ce))
+    pairs = torch.stack(halves)
+    assert pairs.mean(0).var() < 0.8 * pairs.var(1).mean() / 2
 
 
 def test_a_truncated_copy_is_refused(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from hildanext.errors import NonFiniteLossError
 from hildanext.model import DiffusionLM
 from hildanext.noise import add_noise, block_ids, noise_levels, sample_generator
 from hildanext.passes import Recipe
+from hildanext.rows import ShuffledRows
 from hildanext.runs import RunFolder
 from hildanext.schedule import Point
 from hildanext.train import Job
-from training import SEQ_LEN, material, row_loss, trainer_for
+from training import LENGTHS, SEQ_LEN, material, row_loss, trainer_for
 
 
 def job(block: int, recipe: Recipe, lr: float = 0.003) -> Job:
@@ -60,7 +61,7 @@ def test_the_loss_of_a_step(tmp_path: Path, tiny_base: Path, convention: str, bl
     trainer, lm = trainer_for(config, job(block, CONVERT, lr=0.0))
     for step in (0, 2):
         samples = list(range(step * 4, step * 4 + 4))
-        rows = [trainer.rows.batch([trainer.order.row(sample)]) for sample in samples]
+        rows = [trainer.rows.batch([sample]) for sample in samples]
         with torch.no_grad():
             expected = step_loss(config, lm, rows, samples, block)
         assert trainer.train_step(step)["loss"] == pytest.approx(expected, rel=2e-5)
@@ -180,12 +181,11 @@ def test_a_run_learns_and_leaves_its_record(tmp_path: Path, tiny_base: Path):
 def test_tokens_seen_are_the_real_ones(tmp_path: Path, tiny_base: Path):
     """Padding is not text: a pass over all rows has seen each document's tokens once."""
     trainer, _ = trainer_for(material(tmp_path, tiny_base), job(4, CONVERT))
-    n_rows = len(trainer.rows)
+    assert isinstance(trainer.rows, ShuffledRows)
+    n_rows = len(trainer.rows.rows)
     config = material(tmp_path, tiny_base, train={"rows_per_step": n_rows, "micro_batch": n_rows})
     trainer, _ = trainer_for(config, job(4, CONVERT))
-    assert trainer.train_step(0)["tokens"] == trainer.rows.meta["rows"] * SEQ_LEN - int(
-        (trainer.rows.arrays["doc_ids"] < 0).sum()
-    )
+    assert trainer.train_step(0)["tokens"] == sum(LENGTHS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -210,7 +210,8 @@ def test_ruined_weights_stop_the_run_with_the_step_and_its_rows(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("hildanext convert-wsd: step 2: the gradient is nan (block size 12, rows [")
     trainer, _ = trainer_for(config, job(4, CONVERT))
-    rows = sorted(trainer.order.row(sample) for sample in range(4, 8))
+    assert isinstance(trainer.rows, ShuffledRows)
+    rows = sorted(trainer.rows.order.row(sample) for sample in range(4, 8))
     assert f"rows {rows})" in last
     run = RunFolder(tmp_path / "runs" / "convert")
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-1"]

@@ -10,13 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hildanext import parallel
 from hildanext.config import Config, parse_config
 from hildanext.convert import open_rows
+from hildanext.denoise import Denoise
 from hildanext.documents import fingerprint, pad_id
 from hildanext.model import DiffusionLM, load_diffusion_lm
 from hildanext.packing import pack
-from hildanext.rows import RowWriter
+from hildanext.passes import Recipe
+from hildanext.rows import ShuffledRows, write_meta
 from hildanext.runs import RunFolder
+from hildanext.shards import compact, write_shard
 from hildanext.tiny import story_tokenizer, tiny_llama
 from hildanext.train import Job, Trainer
 
@@ -46,10 +50,9 @@ def write_rows(folder: Path, lengths: list[int], *, seed: int, response_share: f
     for length in lengths:
         ids = np.array(rng.choices(ordinary, k=length), dtype=np.int32)
         docs.append((ids, np.arange(length) >= round(length * (1 - response_share))))
-    with RowWriter(folder) as writer:
-        for row in pack(docs, SEQ_LEN, pad_id(tokenizer)):
-            writer.write(row)
-        writer.finish({"rows": writer.count, "seq_len": SEQ_LEN, "tokenizer": fingerprint(tokenizer), "block_size": 4})
+    folder.mkdir(parents=True)
+    record = write_shard(folder, 0, compact(pack(docs, SEQ_LEN, pad_id(tokenizer)), SEQ_LEN), {})
+    write_meta(folder, {"seq_len": SEQ_LEN, "tokenizer": fingerprint(tokenizer), "block_size": 4}, [record])
 
 
 def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
@@ -81,10 +84,14 @@ def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
 
 def trainer_for(config: Config, job: Job, split: str = "train") -> tuple[Trainer, DiffusionLM]:
     """A trainer outside any run folder."""
-    lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed)
+    lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
     rows = open_rows(config, split, lm)
     assert rows is not None
-    return Trainer(config, lm, policy, job, rows, None, RunFolder(Path(config.paths.runs) / "unused")), lm
+    accelerator = parallel.start(policy, config.train)
+    source = ShuffledRows(rows, config.train.seed)
+    assert isinstance(job.recipe, Recipe)
+    task = Denoise(config, lm, accelerator, job.recipe, source, None, job.eval_block)
+    return Trainer(config, lm, policy, accelerator, job, task, RunFolder(Path(config.paths.runs) / "unused")), lm
 
 
 # The loss of a row from DESIGN sections 3 and 5: one document and one block at a time, with the stock model

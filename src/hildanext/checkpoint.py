@@ -20,6 +20,7 @@ from torch import Tensor
 from hildanext.errors import CheckpointError
 from hildanext.files import fsync_folder, write_json
 from hildanext.model import DiffusionLM, save_diffusion_lm
+from hildanext.parallel import like, whole
 
 STATE, TENSORS = "trainer.json", "trainer.safetensors"
 
@@ -27,7 +28,7 @@ STATE, TENSORS = "trainer.json", "trainer.safetensors"
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
     """Optimizer state as flat tensors `parameter|key`. `names`: id(parameter) -> name."""
     return {
-        f"{names[id(parameter)]}|{key}": value.detach().cpu().contiguous()
+        f"{names[id(parameter)]}|{key}": whole(value.detach()).cpu().contiguous()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
@@ -49,7 +50,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         if state := by_name.get(names[id(parameter)]):
             # AdamW keeps its step counter on the CPU; moments live with the parameter.
             optimizer.state[parameter] = {
-                key: value if value.ndim == 0 else value.to(parameter.device) for key, value in state.items()
+                key: value if value.ndim == 0 or value.shape != parameter.shape else like(value, parameter)
+                for key, value in state.items()
             }
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
 
 from hildanext.checkpoint import newest_good
 from hildanext.config import Config
+from hildanext.corpus import PARTS, Use
+from hildanext.denoise import Denoise
 from hildanext.documents import fingerprint
 from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.denoising import evaluate_denoising
-from hildanext.model import DiffusionLM, load_diffusion_lm
+from hildanext.model import DiffusionLM, load_diffusion_lm, weights_of
+from hildanext.parallel import start
 from hildanext.passes import Recipe
-from hildanext.policy import Policy
+from hildanext.policy import Policy, choose_policy
 from hildanext.probe import check_length
 from hildanext.progress import say
-from hildanext.rows import Rows
+from hildanext.rows import Rows, RowSource, ShuffledRows
 from hildanext.runs import RunFolder
 from hildanext.schedule import sft_point, total_steps, wsd_point
-from hildanext.train import Job, State, Trainer, train
+from hildanext.stream import RowStream
+from hildanext.tokenization import make_job
+from hildanext.train import Job, State, Task, Trainer, train
 
 
 def open_rows(config: Config, split: str, lm: DiffusionLM) -> Rows | None:
@@ -41,45 +50,92 @@ def open_rows(config: Config, split: str, lm: DiffusionLM) -> Rows | None:
     return rows
 
 
-def _open_run(
-    config: Config, name: str, command: str, resume: bool
-) -> tuple[RunFolder, DiffusionLM, Policy, dict[str, Any] | None]:
-    """Run folder, model (the newest whole checkpoint when resuming) and its saved state."""
+def open_row_source(config: Config, use: Use, lm: DiffusionLM, block_size: int | None) -> RowSource:
+    """What a training reads: tokenized rows shuffled, or with data.mode 'stream' the sources themselves.
+
+    `block_size`: responses are filled to whole blocks of it (SFT). Raises DataError when there is nothing to read.
+    """
+    split = PARTS[use][0]
+    if config.data.mode == "stream":
+        return RowStream(config, use, replace(make_job(config, split, lm.tokenizer), block_size=block_size))
+    rows = open_rows(config, split, lm)
+    if rows is None:
+        raise DataError(f"the split '{split}' has no rows; add documents to data.sources and tokenize again")
+    if block_size is not None and rows.meta["block_size"] % block_size:
+        raise DataError(
+            f"{split} was tokenized for blocks of {rows.meta['block_size']}, which {block_size} does not divide; set "
+            f"sft.block_size to {block_size} and tokenize again"
+        )
+    return ShuffledRows(rows, config.train.seed)
+
+
+class Opened(NamedTuple):
+    """A run before its first step."""
+
+    run: RunFolder
+    lm: DiffusionLM
+    policy: Policy
+    accelerator: Accelerator
+    saved: dict[str, Any] | None  # the state of the newest whole checkpoint, when resuming
+
+
+def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
+    """Join the other processes, then the run's folder and the model: the newest whole checkpoint when resuming."""
+    accelerator = start(choose_policy(config.model.device, config.model.dtype), config.train)
     run = RunFolder.open(config, name, command, resume)
     found = newest_good(run.checkpoints) if resume else None
+    # Everybody has looked before anybody writes.
+    accelerator.wait_for_everyone()
     if found is None:
         if resume:
             say(f"{run.path}: no checkpoint yet; starting over")
-        lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed)
-        return run, lm, policy, None
+        lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
+        return Opened(run, lm, policy, accelerator, None)
     path, saved, problems = found
     for problem in problems:
         say(f"{problem}; using {path.name} instead")
     source = config.model.model_copy(update={"base": str(path), "convention": None})
-    lm, policy = load_diffusion_lm(source, training=True)
-    return run, lm, policy, saved
+    lm, policy = load_diffusion_lm(source, training=True, lora=config.lora)
+    return Opened(run, lm, policy, accelerator, saved)
 
 
-def _train(
-    config: Config, lm: DiffusionLM, policy: Policy, run: RunFolder, saved: dict[str, Any] | None, job: Job, prefix: str
-) -> dict[str, Any]:
+def _train(config: Config, opened: Opened, job: Job, use: Use, block_size: int | None = None) -> dict[str, Any]:
+    lm = opened.lm
+    assert isinstance(job.recipe, Recipe)
     check_length(lm.model, config.data.seq_len, "data.seq_len")
-    rows = open_rows(config, f"{prefix}train", lm)
-    if rows is None:
-        raise DataError(f"the split '{prefix}train' has no rows; add documents to data.sources and tokenize again")
-    eval_rows = open_rows(config, f"{prefix}eval", lm)
-    if eval_rows is None:
-        say(
-            f"no held-out rows in '{prefix}eval': no evaluation, and no best checkpoints are kept (raise data.eval_share)"
+    held_out = PARTS[use][1]
+    with closing(open_row_source(config, use, lm, block_size)) as rows:
+        eval_rows = open_rows(config, held_out, lm)
+        if eval_rows is None:
+            say(
+                f"no held-out rows in '{held_out}': no evaluation, and no best checkpoints are kept (raise data.eval_share)"
+            )
+        return run_job(
+            config, opened, job, Denoise(config, lm, opened.accelerator, job.recipe, rows, eval_rows, job.eval_block)
         )
+
+
+def run_job(config: Config, opened: Opened, job: Job, task: Task) -> dict[str, Any]:
+    """Train from the run's beginning, or from where it was saved. Returns the run's summary."""
+    run, lm, policy, accelerator, saved = opened
     say(
-        f"{job.title}: {lm.name} on {policy.device}, {policy.compute} ({policy.reason}), convention {lm.convention}, {len(rows)} rows"
+        f"{job.title}: {lm.name} on {policy.device}, {policy.compute} ({policy.reason}), convention {lm.convention}, "
+        f"{task.rows.describe()}{described(lm)}"
     )
-    trainer = Trainer(config, lm, policy, job, rows, eval_rows, run)
-    if saved is None:
+    trainer = Trainer(config, lm, policy, accelerator, job, task, run)
+    say(trainer.attention)
+    if saved is None and accelerator.is_main_process:
         run.begin(config, job.title)
     state = State() if saved is None else trainer.restore(run.checkpoints / f"step-{saved['step']}", saved)
     return train(trainer, state)
+
+
+def described(lm: DiffusionLM) -> str:
+    """The adapter that is trained, for people; empty where all weights are."""
+    if lm.adapter is None:
+        return ""
+    trained = sum(parameter.numel() for parameter in weights_of(lm).values())
+    return f", adapter of rank {lm.adapter.config.rank} ({trained / 1e6:.1f} M parameters)"
 
 
 def evaluate_checkpoint(config: Config, folder: Path, split: str) -> dict[str, Any]:
@@ -96,8 +152,8 @@ def evaluate_checkpoint(config: Config, folder: Path, split: str) -> dict[str, A
 
 def convert_wsd(config: Config, name: str = "convert", resume: bool = False) -> dict[str, Any]:
     """Continued pre-training through the WSD block schedule. Returns a summary with the last checkpoint's path."""
-    run, lm, policy, saved = _open_run(config, name, "convert-wsd", resume)
-    lm.record["schedule"] = config.wsd.model_dump(mode="json")
+    opened = open_run(config, name, "convert-wsd", resume)
+    opened.lm.record["schedule"] = config.wsd.model_dump(mode="json")
     noise = config.noise
     job = Job(
         title="convert-wsd",
@@ -106,22 +162,17 @@ def convert_wsd(config: Config, name: str = "convert", resume: bool = False) -> 
         recipe=Recipe(noise.turns, False, noise.t_min, noise.t_max, 0.0),
         eval_block=min(config.wsd.final_block, config.data.seq_len),
     )
-    return _train(config, lm, policy, run, saved, job, "")
+    return _train(config, opened, job, "train")
 
 
 def sft(config: Config, name: str = "sft", resume: bool = False) -> dict[str, Any]:
     """Instruction tuning of a converted checkpoint: responses only. Raises UsageError for a model that is not converted."""
-    run, lm, policy, saved = _open_run(config, name, "sft", resume)
+    opened = open_run(config, name, "sft", resume)
+    lm = opened.lm
     block = config.sft.block_size or lm.block_size
     if block is None:
         raise UsageError(
             f"model '{lm.name}' is not converted; run 'hildanext convert-wsd' and give its checkpoint as model.base"
-        )
-    rows = open_rows(config, "sft_train", lm)
-    if rows is not None and rows.meta["block_size"] % block:
-        raise DataError(
-            f"sft_train was tokenized for blocks of {rows.meta['block_size']}, which {block} does not divide; set "
-            f"sft.block_size to {block} and tokenize again"
         )
     tune = config.sft
     job = Job(
@@ -131,4 +182,4 @@ def sft(config: Config, name: str = "sft", resume: bool = False) -> dict[str, An
         recipe=Recipe(tune.turns, tune.complementary, *tune.mask_band, tune.cap_weight),
         eval_block=block,
     )
-    return _train(config, lm, policy, run, saved, job, "sft_")
+    return _train(config, opened, job, "sft", block)

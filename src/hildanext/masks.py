@@ -5,6 +5,8 @@ Sources: LLaDA2.0 (arXiv 2512.15745) eq. 3 for the block-diffusion mask, eq. 4 f
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,78 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     Boolean masks are not passed on: eager attention in transformers adds them (error 0.16 on random weights).
     """
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+class Pieces(NamedTuple):
+    """A training mask cut into stretches of queries, each with the few keys that any of them may see.
+
+    Rows stand one behind the other: N = B * L tokens, 2N with the clean stream. Piece p holds queries [p*c, (p+1)*c) of
+    each stream, the noisy ones first, and the next `sizes[p]` entries of `keys`.
+    """
+
+    chunk: int
+    streams: int  # 2: [x_t ; x_0]; 1: x_t alone
+    keys: Tensor  # [sum(sizes)] int64: index b * streams * L + place in the row, as keys lie in [B, streams * L]
+    sizes: list[int]
+    masks: list[Tensor]  # [streams * c, sizes[p]] bool each; additive after `Pieces.additive`
+
+    def additive(self, dtype: torch.dtype, groups: int) -> Pieces:
+        """With masks of 0 and the dtype's minimum, once for each query head of a key head: [1, 1, groups * streams * c, sizes[p]].
+
+        Made once for all layers, which would keep one each for their gradients.
+        """
+        return self._replace(masks=[additive(mask[None], dtype).repeat(1, 1, groups, 1) for mask in self.masks])
+
+    @property
+    def scores(self) -> int:
+        """Scores that are computed for each head; the dense mask computes B * (streams * L)^2."""
+        return sum(mask.shape[-2] * mask.shape[-1] for mask in self.masks)
+
+
+def _reach(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First place and end of the run of equal values that each place lies in. ids [N] -> [N] int64 twice."""
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[1:] = ids[1:] != ids[:-1]
+    starts = new.nonzero()[:, 0]
+    run = new.cumsum(0) - 1
+    ends = torch.cat([starts[1:], starts.new_tensor([len(ids)])])
+    return starts[run], ends[run]
+
+
+def training_pieces(doc_ids: Tensor, block_ids: Tensor | None, chunk: int = 128) -> Pieces:
+    """`training_mask` (or, with block_ids None, `document_mask`) as pieces. [B, L] int64 -> Pieces on the same device.
+
+    A query sees keys of its own document only, so a stretch of queries needs one contiguous range of clean keys (from the
+    start of its first document) and one of noisy keys (its blocks). Everything else is never computed.
+    """
+    n_rows, length = doc_ids.shape
+    device, doc_ids = doc_ids.device, doc_ids.cpu()
+    n = n_rows * length
+    # Documents numbered through all rows; a padding token is a document of its own.
+    row = torch.arange(n_rows).repeat_interleave(length)
+    flat = doc_ids.flatten()
+    docs = torch.where(flat < 0, -1 - torch.arange(n), flat + row * (int(flat.max()) + 1))
+    doc_start, doc_end = _reach(docs)
+    blocks = torch.zeros(n, dtype=torch.int64) if block_ids is None else block_ids.cpu().flatten()
+    block_start, block_end = _reach(docs * (int(blocks.max()) + 1) + blocks)
+    streams = 1 if block_ids is None else 2
+    noisy_at = row * streams * length + torch.arange(n) % length
+    keys, sizes, masks = [], [], []
+    for start in range(0, n, chunk):
+        end = min(start + chunk, n)
+        query = torch.arange(start, end)
+        near = torch.arange(int(block_start[start]), int(block_end[end - 1]))
+        if streams == 1:
+            near = torch.arange(int(doc_start[start]), int(doc_end[end - 1]))
+            keys.append(noisy_at[near])
+            masks.append(docs[query][:, None] == docs[near])
+        else:
+            far = torch.arange(int(doc_start[start]), int(block_end[end - 1]))
+            same_near, same_far = (docs[query][:, None] == docs[places] for places in (near, far))
+            own, far_block = blocks[query][:, None], blocks[far]
+            noisy = torch.cat([same_near & (own == blocks[near]), same_far & (own > far_block)], dim=1)
+            clean = torch.cat([torch.zeros_like(same_near), same_far & (own >= far_block)], dim=1)
+            keys += [noisy_at[near], noisy_at[far] + length]
+            masks.append(torch.cat([noisy, clean]))
+        sizes.append(masks[-1].shape[1])
+    return Pieces(chunk, streams, torch.cat(keys).to(device), sizes, [mask.to(device) for mask in masks])

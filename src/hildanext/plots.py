@@ -7,6 +7,21 @@ from typing import Any
 
 from hildanext.files import atomic_open
 
+# What the two upper panels show of a row.
+DENOISING = (
+    {"m2t_ce": "masked tokens (M2T)", "t2t": "T2T", "eval_loss": "held out"},
+    {"masked_accuracy": "masked", "edit_accuracy": "edits", "eval_accuracy": "held out"},
+)
+PREFERENCES = (
+    {"loss": "DPO", "eval_loss": "held out"},
+    {
+        "reward_chosen": "chosen",
+        "reward_rejected": "rejected",
+        "reward_margin": "margin",
+        "eval_margin": "held-out margin",
+    },
+)
+
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw metrics rows (see `train`) as a four-panel PNG, written atomically."""
@@ -16,18 +31,17 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     steps = [row["step"] for row in rows]
-    evals = [(row["step"], row) for row in rows if "eval_loss" in row]
+    evals = [row for row in rows if "eval_loss" in row]
     loss, accuracy, block, rate = figure.subplots(2, 2).flat
-    for key, label in (("m2t_ce", "masked tokens (M2T)"), ("t2t", "T2T")):
-        loss.plot(steps, [row[key] for row in rows], label=label, linewidth=1)
-    loss.plot([s for s, _ in evals], [row["eval_loss"] for _, row in evals], "o-", label="held out", markersize=3)
-    loss.set(title="loss (nats)", yscale="log")
-    accuracy.plot(steps, [row["masked_accuracy"] for row in rows], label="masked", linewidth=1)
-    accuracy.plot(steps, [row["edit_accuracy"] for row in rows], label="edits", linewidth=1)
-    accuracy.plot(
-        [s for s, _ in evals], [row["eval_accuracy"] for _, row in evals], "o-", label="held out", markersize=3
-    )
-    accuracy.set(title="accuracy", ylim=(0, 1))
+    preferences = bool(rows) and "reward_margin" in rows[0]
+    lines = PREFERENCES if preferences else DENOISING
+    for axis, shown in zip((loss, accuracy), lines, strict=True):
+        for key, label in shown.items():
+            part = evals if key.startswith("eval") else rows
+            form = {"marker": "o", "markersize": 3} if key.startswith("eval") else {}
+            axis.plot([row["step"] for row in part], [row[key] for row in part], label=label, linewidth=1, **form)
+    loss.set(title="loss (nats)", yscale="linear" if preferences else "log")
+    accuracy.set(**({"title": "rewards (nats)"} if preferences else {"title": "accuracy", "ylim": (0, 1)}))
     block.step(steps, [row["block_size"] for row in rows], where="post")
     block.set_yscale("log", base=2)
     block.yaxis.set_major_formatter("{x:g}")
@@ -67,3 +81,37 @@ def draw_calibration(points: list[dict[str, Any]], chosen: dict[Any, dict[str, A
     panels[1].legend(fontsize="small")
     with atomic_open(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)
+
+
+def draw_quality(tasks: dict[str, list[tuple[str, dict[str, Any]]]], path: Path) -> None:
+    """A row a task: its first figure against tokens per second and tokens per forward, with intervals, a point a way.
+
+    tasks: name -> (way, figures by name, each with value, low and high).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4 * len(tasks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    for (task, ways), row in zip(tasks.items(), panels, strict=True):
+        for axis, speed in zip(row, ("tokens_per_second", "tokens_per_forward"), strict=True):
+            for way, figures in ways:
+                quality = next(iter(figures.values()))
+                x, y = figures[speed], quality
+                axis.errorbar(
+                    x.value, y.value, yerr=_reach(y), xerr=_reach(x), fmt="o", capsize=3, markersize=6, label=way
+                )
+            axis.set(xlabel=speed.replace("_", " "))
+            axis.grid(alpha=0.3)
+        row[0].set(ylabel=f"{task}: {next(iter(ways[0][1])).replace('_', ' ')}")
+        row[1].legend(fontsize="small")
+    with atomic_open(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def _reach(figure: Any) -> list[list[float]] | None:
+    """How far an interval goes below and above its value."""
+    if figure.low is None or figure.high is None:
+        return None
+    return [[max(figure.value - figure.low, 0.0)], [max(figure.high - figure.value, 0.0)]]

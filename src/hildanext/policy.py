@@ -1,7 +1,11 @@
-"""One policy from the hardware to device and number format. Pascal (sm_6x) gets fp16 or fp32, never bf16."""
+"""One policy from the hardware to number format, loss scaler, attention kernel, compiler and optimizer.
+
+Pascal (sm_6x) gets fp16 with a loss scaler or fp32, SDPA in pieces, no Triton and never bf16. Nothing falls back later.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,19 +15,36 @@ from hildanext.errors import ConfigError
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRITON_FROM = (7, 0)  # the oldest compute capability that Triton compiles for
+FLEX_FROM = (8, 0)  # FlexAttention's kernels want the shared memory and bf16 of Ampere
 
 
 class Policy(NamedTuple):
-    """Device and compute type; weights in training are always fp32 (autocast computes in `compute`)."""
+    """What runs on a machine and how; weights in training are always fp32 (autocast computes in `compute`)."""
 
     device: torch.device
     compute: torch.dtype
     reason: str
+    attention: Literal["flex", "pieces"] = "pieces"  # in training: see `training_attention`
+    compile: bool = False  # whether torch.compile has a compiler for the device that pays
+    fused: bool = False  # whether the optimizer's step is one kernel
 
     @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
         """accelerate's name: fp16 brings a loss scaler."""
         return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.compute]  # type: ignore[return-value]
+
+    def as_dict(self) -> dict[str, object]:
+        """For people and for /health."""
+        return {
+            "device": str(self.device),
+            "dtype": str(self.compute).removeprefix("torch."),
+            "loss_scaler": self.compute == torch.float16,
+            "training_attention": self.attention,
+            "compile": self.compile,
+            "fused_optimizer": self.fused,
+            "reason": self.reason,
+        }
 
 
 def native_dtype(device_type: str, capability: tuple[int, int] | None, cpu_bf16: bool) -> tuple[torch.dtype, str]:
@@ -36,6 +57,17 @@ def native_dtype(device_type: str, capability: tuple[int, int] | None, cpu_bf16:
     if device_type == "cpu" and cpu_bf16:
         return torch.bfloat16, "this CPU multiplies bf16 matrices natively"
     return torch.float32, f"{device_type} without native bf16"
+
+
+def policy_for(
+    device: torch.device, capability: tuple[int, int] | None, compute: torch.dtype, reason: str, has_triton: bool
+) -> Policy:
+    """The rest of the policy, from device, compute capability (CUDA only) and compute type. Looks at no machine."""
+    triton = capability is not None and has_triton and capability >= TRITON_FROM
+    flex = triton and capability is not None and capability >= FLEX_FROM and compute != torch.float32
+    return Policy(
+        device, compute, reason, "flex" if flex else "pieces", compile=triton, fused=device.type in ("cpu", "cuda")
+    )
 
 
 def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:
@@ -53,13 +85,37 @@ def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:
     if not available.get(target.type, False):
         raise ConfigError(f"'model.device': {device!r} is not available on this machine; use 'auto' or 'cpu'")
     capability = torch.cuda.get_device_capability(target) if target.type == "cuda" else None
+    if capability is not None:
+        check_build(capability, torch.cuda.get_arch_list())
     cpu_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has_triton = importlib.util.find_spec("triton") is not None
     if dtype == "auto":
-        return Policy(target, *native_dtype(target.type, capability, cpu_bf16))
+        compute, reason = native_dtype(target.type, capability, cpu_bf16)
+        return policy_for(target, capability, compute, reason, has_triton)
     if dtype == "bfloat16" and capability is not None and capability < (8, 0):
         raise ConfigError(
             f"'model.dtype': bfloat16 is not native on sm_{capability[0]}{capability[1]}; use 'float16' or 'auto'"
         )
     if dtype == "float16" and target.type == "cpu":
         raise ConfigError("'model.dtype': float16 is for GPUs; use 'bfloat16', 'float32' or 'auto' on a CPU")
-    return Policy(target, DTYPES[dtype], "asked for in the configuration")
+    return policy_for(target, capability, DTYPES[dtype], "asked for in the configuration", has_triton)
+
+
+def check_build(capability: tuple[int, int], architectures: list[str]) -> None:
+    """Raise ConfigError when this build of torch has no kernels for a GPU: current wheels leave old cards out.
+
+    architectures: torch.cuda.get_arch_list(), for example ['sm_50', 'sm_60', 'compute_90']. Binaries run on the same major
+    version from their minor version on, PTX (compute_XY) on everything later.
+    """
+    major, minor = capability
+    for name in architectures:
+        kind, _, number = name.rstrip("abcdefghijklmnopqrstuvwxyz").partition("_")
+        if not number.isdigit():
+            continue
+        built = divmod(int(number), 10)
+        if (kind == "sm" and built[0] == major and built[1] <= minor) or (kind == "compute" and built <= capability):
+            return
+    raise ConfigError(
+        f"'model.device': this torch ({torch.__version__}) has no kernels for sm_{major}{minor}; install a build that has "
+        "(CUDA 12.6 wheels are the last ones for Pascal and Volta), or set model.device to 'cpu'"
+    )

@@ -14,13 +14,18 @@ from hildanext.config import Config
 from hildanext.errors import UsageError
 from hildanext.files import atomic_open, write_json
 
-# May change between a run and its resume: they do not touch the numbers.
-FREE_ON_RESUME = {("train", "keep_last"), ("train", "keep_best"), ("train", "save_every"), ("paths", "runs")}
+# May change between a run and its resume: they do not touch the numbers, or (how a step fits the machine) their rounding only.
+FREE_ON_RESUME = {
+    *(("train", key) for key in ("keep_last", "keep_best", "save_every")),
+    *(("train", key) for key in ("micro_batch", "gradient_checkpointing", "attention", "sharding")),
+    ("paths", "runs"),
+    ("data", "workers"),
+}
 
 
 def versions() -> dict[str, str]:
     """Versions of what computes: Python and the packages that touch the numbers."""
-    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+    names = ("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
     return {"hildanext": __version__, "python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from hildanext.config import SftConfig, TrainConfig, WsdConfig
+from hildanext.config import DpoConfig, SftConfig, TrainConfig, WsdConfig
 
 Phase = Literal["warmup", "stable", "decay"]
 
@@ -60,11 +60,11 @@ def wsd_point(step: int, wsd: WsdConfig, train: TrainConfig, seq_len: int) -> Po
     return Point("decay", round(_between(peak, min(wsd.final_block, seq_len), done)), lr)
 
 
-def sft_point(step: int, sft: SftConfig, lr_final_ratio: float, block_size: int) -> Point:
-    """Schedule of `sft` at a step (0-based): one block size, learning rate warm-up, plateau and linear decay."""
-    lr = _lr_warmup(step, sft.lr_warmup_steps, sft.lr)
-    decay_steps = round(sft.steps * sft.lr_decay_share)
-    place = step - (sft.steps - decay_steps)
+def sft_point(step: int, tune: SftConfig | DpoConfig, lr_final_ratio: float, block_size: int) -> Point:
+    """Schedule of `sft` and `dpo` at a step (0-based): one block size, learning rate warm-up, plateau and linear decay."""
+    lr = _lr_warmup(step, tune.lr_warmup_steps, tune.lr)
+    decay_steps = round(tune.steps * tune.lr_decay_share)
+    place = step - (tune.steps - decay_steps)
     if place < 0:
-        return Point("warmup" if step < sft.lr_warmup_steps else "stable", block_size, lr)
+        return Point("warmup" if step < tune.lr_warmup_steps else "stable", block_size, lr)
     return Point("decay", block_size, lr * _between(1.0, lr_final_ratio, (place + 1) / decay_steps))

@@ -10,8 +10,8 @@ from typing import Any
 from hildanext.config import Config, parse_config
 from hildanext.convert import convert_wsd, sft
 from hildanext.engines import Request, open_engine
-from hildanext.model import load_tokenizer
 from hildanext.prepare import prepare_data
+from hildanext.pretrained import load_tokenizer
 from hildanext.synthetic import synthetic_instructions
 from hildanext.tiny import story_tokenizer, tiny_llama
 from hildanext.tokenization import tokenize_data

@@ -1,0 +1,85 @@
+"""The plain way to train a block-diffusion model, and rows to train on: what train.py compares with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from hildanext.config import Config
+from hildanext.documents import fingerprint, pad_id
+from hildanext.masks import additive, training_mask
+from hildanext.model import DiffusionLM
+from hildanext.noise import block_ids
+from hildanext.packing import pack
+from hildanext.passes import Batch, Pass
+from hildanext.rows import RowWriter
+from hildanext.synthetic import synthetic_stories
+
+IGNORED = -100
+
+
+def plain_loss(
+    lm: DiffusionLM, config: Config, batch: Batch, one: Pass, block_size: int, n_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """The loss of `hildanext.objective` the plain way.
+
+    A dense additive mask [B, 1, 2L, 2L] for transformers' own SDPA, logits of all 2L positions in fp32, cross-entropy
+    where there is a label. `shifted`: a token's label stands one place before it, in the clean stream where it opens a block.
+    """
+    loss = config.loss
+    length = batch.input_ids.shape[1]
+    mask = additive(training_mask(batch.doc_ids, block_ids(batch.position_ids, block_size)), dtype)
+    logits = lm.model(
+        input_ids=torch.cat([one.noisy_ids, batch.input_ids], dim=1),
+        attention_mask=mask,
+        position_ids=batch.position_ids.repeat(1, 2),
+        use_cache=False,
+    ).logits.float()
+    right = batch.allowed & ~one.masked & ~one.wrong
+    weight = loss.w_m2t * one.masked / one.t + loss.w_t2t * (one.wrong + loss.keep * right)
+    wanted = weight > 0
+    labels = torch.full((*batch.input_ids.shape[:1], 2 * length), IGNORED)
+    weights = torch.zeros(labels.shape)
+    row, column = wanted.nonzero(as_tuple=True)
+    opens_block = batch.position_ids[wanted] % block_size == 0
+    place = column - 1 + length * opens_block
+    labels[row, place] = batch.input_ids[wanted]
+    weights[row, place] = weight[wanted]
+    ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return (ce * weights.flatten()).sum() / n_tokens
+
+
+def stories(tokenizer: PreTrainedTokenizerBase, path: Path | None) -> Iterator[list[int]]:
+    """Token ids of real TinyStories (a JSON line each), or of synthetic ones joined to their length."""
+    if path is not None:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
+        return
+    texts = synthetic_stories(3000, seed=0)
+    for i in range(0, len(texts), 3):
+        yield tokenizer(" ".join(texts[i : i + 3]), add_special_tokens=False)["input_ids"]
+
+
+def write_rows(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, n: int, path: Path | None, packed: bool
+) -> dict[str, Any]:
+    """`n` rows of whole stories, or of one document each (stories joined and cut). Returns what they are, for the page."""
+    texts = list(stories(tokenizer, path))
+    documents = [np.array(ids[:seq_len], dtype=np.int32) for ids in texts]
+    if not packed:
+        joined = np.concatenate(documents)
+        documents = [joined[i : i + seq_len] for i in range(0, len(joined) - seq_len, seq_len)]
+    with RowWriter(folder) as writer:
+        for row in pack(((ids, np.ones(len(ids), dtype=bool)) for ids in documents), seq_len, pad_id(tokenizer)):
+            if writer.count < n:
+                writer.write(row)
+        writer.finish({"rows": writer.count, "seq_len": seq_len, "tokenizer": fingerprint(tokenizer), "block_size": 32})
+    return {"tokens": float(np.mean([len(ids) for ids in documents])), "real": path is not None, "packed": packed}

@@ -1,0 +1,233 @@
+"""Several processes give the numbers of one: DDP, FSDP2, two hosts, a signal in between, checkpoints from any to any."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hildanext.checkpoint import list_checkpoints
+from hildanext.config import Config, parse_config
+from hildanext.convert import convert_wsd
+from training import material
+
+# Rank 0 sends the launcher a signal before its third step. `launched.py ARGUMENTS` is the command line else.
+LAUNCHED = """
+import os, signal, sys
+from hildanext import cli, train
+
+if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
+    step_of, calls = train.Trainer.train_step, []
+
+    def train_step(self, step):
+        calls.append(step)
+        if len(calls) == 3:
+            os.kill(os.getppid(), signal.Signals[name])
+        return step_of(self, step)
+
+    train.Trainer.train_step = train_step
+sys.exit(cli.main(sys.argv[1:]))
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # its options end with "--": it takes abbreviated ones
+
+
+class Host(NamedTuple):
+    """Where one torchrun agent runs: a network namespace of its own, or loopback."""
+
+    prefix: list[str]
+    address: str
+    interface: str
+
+
+class Bench(NamedTuple):
+    """A configuration, the file that holds it, and a run of one process that nothing disturbed."""
+
+    config: Config
+    file: Path
+    script: Path
+
+    def run(self, name: str) -> Path:
+        return Path(self.config.paths.runs) / name
+
+    def command(self, launcher: list[str], run: str, *options: str) -> list[str]:
+        return [
+            *launcher,
+            str(self.script),
+            "convert-wsd",
+            "--config",
+            str(self.file),
+            "--run",
+            run,
+            "--json",
+            *options,
+        ]
+
+    def launch(self, launcher: list[str], run: str, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = self.command(launcher, run, *options)
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+    def half_of(self, name: str, copy: str) -> None:
+        """A run that was killed after step 4 of 6: its folder without the last checkpoint."""
+        shutil.copytree(self.run(name), self.run(copy))
+        shutil.rmtree(self.run(copy) / "checkpoints" / "step-6")
+
+    def resumed_here(self, name: str) -> Path:
+        convert_wsd(self.config, name, resume=True)
+        return self.run(name)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Bench:
+    folder = tmp_path_factory.mktemp("parallel")
+    config = material(
+        folder, tiny_base,
+        noise={"turns": 2, "embed_std": 0.3, "embed_steps": 4},
+        train={"micro_batch": 1, "keep_last": 3, "keep_best": 0},
+    )  # fmt: skip
+    file, script = folder / "config.json", folder / "launched.py"
+    file.write_text(config.model_dump_json())
+    script.write_text(LAUNCHED)
+    convert_wsd(config, "one")
+    return Bench(config, file, script)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_the_same(found: Path, expected: Path, steps: int = 6) -> None:
+    """Losses within 1e-5, step by step; after the last one the weights too."""
+    rows, others = metrics(found), metrics(expected)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row, other in zip(rows, others, strict=False):
+        for key in ("loss", "m2t", "t2t", "m2t_ce", "grad_norm", "masked_accuracy", "tokens_seen", "lr", "block_size"):
+            assert row[key] == pytest.approx(other[key], abs=1e-5, rel=1e-5), (row["step"], key)
+        assert row.get("eval_loss") == pytest.approx(other.get("eval_loss"), abs=1e-5)
+    if steps == 6:
+        one, two = (load_file(run / "checkpoints" / "step-6" / "model.safetensors") for run in (found, expected))
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object on stdout, whoever else ran."""
+    assert done.stdout.count("\n") == 1, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def torchrun(n: int) -> list[str]:
+    return [*TORCHRUN, "--standalone", "--nproc-per-node", str(n), "--"]
+
+
+def test_four_processes_give_the_losses_of_one(bench: Bench) -> None:
+    done = bench.launch(torchrun(4), "four")
+    assert done.returncode == 0, done.stderr
+    assert answer(done)["finished"]
+    assert_the_same(bench.run("four"), bench.run("one"))
+
+
+def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(bench: Bench) -> None:
+    """Two processes; both stop at the same step, though one was told later; what they saved resumes on one."""
+    done = bench.launch(torchrun(2), "two", SIGNAL="SIGTERM")
+    assert "SIGTERM: saved step 3 of 6" in done.stderr, done.stderr
+    assert (answer(done)["steps"], answer(done)["finished"]) == (3, False)
+    assert_the_same(bench.run("two"), bench.run("one"), steps=3)
+    assert [step for step, _ in list_checkpoints(bench.run("two") / "checkpoints")] == [2, 3]
+    assert_the_same(bench.resumed_here("two"), bench.run("one"))
+
+
+def test_fsdp2_under_accelerate_launch(bench: Bench) -> None:
+    """Sharded parameters, the same numbers; a checkpoint that one process takes up."""
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"),
+        *("--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"),
+    ]
+    done = bench.launch(launcher, "sharded", "--set", "train.sharding=fsdp2")
+    assert done.returncode == 0, done.stderr
+    assert answer(done)["finished"]
+    assert_the_same(bench.run("sharded"), bench.run("one"))
+    bench.half_of("sharded", "unsharded")
+    record = json.loads((bench.run("unsharded") / "config.json").read_text())
+    changed = parse_config(record["config"])
+    convert_wsd(changed, "unsharded", resume=True)  # FSDP2 in one process shards nothing
+    assert_the_same(bench.run("unsharded"), bench.run("one"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two network namespaces joined by a cable where this user may make them, else loopback twice."""
+    names = [f"hilda{os.getpid()}-{i}" for i in range(2)]
+    ends = [f"hn{os.getpid() % 10**6}-{i}" for i in range(2)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        for i, (name, end) in enumerate(zip(names, ends, strict=True)):
+            ip("-n", name, "addr", "add", f"10.213.0.{i + 1}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [
+            Host(["ip", "netns", "exec", name], f"10.213.0.{i + 1}", end)
+            for i, (name, end) in enumerate(zip(names, ends, strict=True))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        yield [Host([], "127.0.0.1", "lo")] * 2
+    finally:
+        for name in names:
+            if os.path.exists(f"/run/netns/{name}"):
+                ip("netns", "del", name)
+
+
+def test_two_hosts_take_up_what_one_process_saved(bench: Bench, hosts: list[Host]) -> None:
+    """Two torchrun agents that share no network but a cable, one process each."""
+    bench.half_of("one", "hosts")
+    port = free_port()
+    agents = []
+    for rank, host in enumerate(hosts):
+        launcher = [
+            *host.prefix, *TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
+            "--master-addr", hosts[0].address, "--master-port", str(port), "--",
+        ]  # fmt: skip
+        env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host.interface}
+        command = bench.command(launcher, "hosts", "--resume")
+        agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    outputs = [agent.communicate() for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert outputs[1][0] == ""
+    assert json.loads(outputs[0][0])["finished"]
+    assert_the_same(bench.run("hosts"), bench.run("one"))
+
+
+def test_a_batch_that_cannot_be_shared_is_one_line(bench: Bench) -> None:
+    done = bench.launch(torchrun(2), "odd", "--set", "train.rows_per_step=3")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = {line for line in done.stderr.splitlines() if line.startswith("hildanext convert-wsd:")}
+    assert lines == {
+        "hildanext convert-wsd: 'train.rows_per_step': 3 rows in micro-batches of 1 cannot be shared evenly by 2 processes; "
+        "it must be a multiple of 2"
+    }
+    assert not bench.run("odd").exists()
