@@ -16,8 +16,9 @@ from hildanext.benchmark import benchmark, distinct_2, parent_log_likelihood
 from hildanext.config import Config
 from hildanext.convert import convert_wsd, open_rows
 from hildanext.errors import UsageError
-from hildanext.model import load_diffusion_lm, load_tokenizer
+from hildanext.model import load_diffusion_lm
 from hildanext.prepare import prepare_data
+from hildanext.pretrained import load_tokenizer
 from hildanext.smoke import smoke_config
 from hildanext.synthetic import synthetic_instructions
 from hildanext.tiny import story_tokenizer, tiny_llama

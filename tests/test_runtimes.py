@@ -71,6 +71,12 @@ def differences(one, other):
     other.move(1, 0, 12)
     after = pad_batch([([5] * BLOCK, 12, [16] * BLOCK)], 0)
     yield (one.body(after).float() - other.body(after).float()).abs().max().item()
+    one.swap(0, 2, 16)
+    other.swap(0, 2, 16)
+    after = pad_batch(
+        [([5] * BLOCK, 12, [16] * BLOCK), ([6] * BLOCK, 8, [12] * BLOCK), ([7] * BLOCK, 4, [8] * BLOCK)], 0
+    )
+    yield (one.body(after).float() - other.body(after).float()).abs().max().item()
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ class Starved:
 
     def __init__(self, runtime, failing):
         self.runtime, self.failing, self.count, self.allocated = runtime, failing, 0, []
-        self.name, self.head, self.move = "starved", runtime.head, runtime.move
+        self.name, self.head, self.move, self.swap = "starved", runtime.head, runtime.move, runtime.swap
 
     def allocate(self, slots, context):
         self.allocated.append(slots)

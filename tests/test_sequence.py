@@ -31,6 +31,9 @@ class Scripted:
     def move(self, source, target, length):
         pass
 
+    def swap(self, one, other, length):
+        pass
+
     def body(self, batch):
         self.batches.append(batch)
         return torch.stack([batch.positions, batch.ids], dim=-1).float()

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from hildanext.masks import additive, document_mask
 from hildanext.model import compute_dtype
 from hildanext.probe import body
 from hildanext.progress import progress
 from hildanext.rows import RowOrder, Rows
+from hildanext.stopping import TextStream
 
 
 def next_token_losses(model: PreTrainedModel, rows: dict[str, Tensor]) -> Tensor:
@@ -83,28 +84,75 @@ def train_ar(model: PreTrainedModel, rows: Rows, *, steps: int, batch_rows: int,
 
 
 class ArCompletion(NamedTuple):
-    """Greedy text of the AR model and what it cost."""
+    """Text of the AR model and what it cost."""
 
     text: str
     token_ids: list[int]
     seconds: float
+    ended: bool  # by an end-of-text token or a stop string, not by the budget
 
 
-@torch.no_grad()
+class _StopAt(StoppingCriteria):
+    """Ends a row whose new text holds a stop string. transformers' own also finds those that begin in the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, n_prompt: int, stop: tuple[str, ...]) -> None:
+        self.tokenizer, self.n_prompt, self.stop = tokenizer, n_prompt, stop
+        self.window = 2 * max(map(len, stop))  # tokens at the end that can hold one that is new; bytes may be tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        ends = input_ids[:, max(self.n_prompt, input_ids.shape[1] - self.window) :].tolist()
+        texts = [str(self.tokenizer.decode(end, skip_special_tokens=True)) for end in ends]
+        found = [any(stop in text for stop in self.stop) for text in texts]
+        return cast(torch.BoolTensor, torch.tensor(found, device=input_ids.device))
+
+
 def ar_complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
 ) -> ArCompletion:
     """Greedy completion by transformers' own `generate` (with its KV cache), batch of one."""
-    ids = torch.tensor([prompt_ids], device=model.device)
-    began = time.perf_counter()
-    output = cast(Any, model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    return ar_complete_batch(model, tokenizer, [prompt_ids], max_new_tokens)[0]
+
+
+@torch.no_grad()
+def ar_complete_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    stop: tuple[str, ...] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[ArCompletion]:
+    """Completions by transformers' own `generate`, side by side (padded on the left); each has its part of the seconds.
+
+    Text and tokens end before the first of the `stop` strings. Temperature 0 is greedy; else the draws depend on the
+    seed and on who is in the batch.
+    """
+    eos, longest = tokenizer.eos_token_id, max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), eos, device=model.device)
+    seen = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        seen[row, longest - len(prompt) :] = 1
+    how: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     )
-    seconds = time.perf_counter() - began
-    new = output[0, len(prompt_ids) :].tolist()
-    return ArCompletion(str(tokenizer.decode(new, skip_special_tokens=True)), new, seconds)
+    if stop:
+        how |= {"stopping_criteria": StoppingCriteriaList([_StopAt(tokenizer, longest, stop)])}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        output = cast(Any, model).generate(
+            ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=eos, eos_token_id=eos, **how
+        )
+        seconds = (time.perf_counter() - began) / len(prompts)
+    found = []
+    for new in output[:, longest:].tolist():
+        new = new[: new.index(eos) + 1] if eos in new else new  # the rest is padding
+        text = TextStream(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), stop)
+        text.push(new, last=True)
+        ended = text.stopped or new[-1:] == [eos]
+        found.append(ArCompletion(text.text, text.token_ids, seconds, ended))
+    return found

@@ -7,13 +7,11 @@ HumanEval-shaped micro set as a check of the pipeline (answers are parsed, never
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.ar import Likelihood, ar_complete, ar_likelihood
@@ -26,9 +24,10 @@ from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.elbo import elbo
+from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
-from hildanext.model import load_causal_lm, load_diffusion_lm
-from hildanext.probe import n_embeddings
+from hildanext.model import load_diffusion_lm
+from hildanext.pretrained import load_causal_lm
 from hildanext.progress import progress
 from hildanext.runs import git_revision, versions
 from hildanext.train import peak_memory_mb
@@ -68,27 +67,6 @@ def _code_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[tu
     path = Path(config.paths.data) / "processed" / "humaneval_dummy.jsonl"
     problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     return [(p["prompt"], encode_prompt(tokenizer, p["prompt"])) for p in problems]
-
-
-@torch.no_grad()
-def parent_log_likelihood(model: PreTrainedModel, prompt_ids: list[int], new_ids: list[int]) -> float:
-    """Mean log-probability in nats that the AR base gives each token of a continuation; nan for an empty one."""
-    if not new_ids:
-        return math.nan
-    limit = n_embeddings(model)  # the base has no row for the mask token, which never appears
-    ids = torch.tensor([prompt_ids + new_ids], device=model.device)
-    if int(ids.max()) >= limit:
-        raise DataError(
-            "the continuation has token ids that the base does not know; give the checkpoint's own base with --base"
-        )
-    log_p = model(ids).logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(-1)
-    return log_p.gather(1, ids[0, len(prompt_ids) :, None]).mean().item()
-
-
-def distinct_2(texts: list[list[int]]) -> float:
-    """Share of different bigrams among all bigrams of the texts (as token ids)."""
-    bigrams = [pair for ids in texts for pair in itertools.pairwise(ids)]
-    return len(set(bigrams)) / max(len(bigrams), 1)
 
 
 def _parses(source: str) -> bool:
@@ -181,6 +159,7 @@ def _continuations(
                     finished = ar_complete(base, tokenizer, prompt, budget)
                     answer = (prompt, finished.token_ids, finished.seconds, len(finished.token_ids), 0)
                 else:
+                    engine.scheduler.forget()  # the AR base computes every prompt, too
                     completion = engine.generate(Request(prompt, settings[name]))
                     stats = completion.stats
                     answer = (prompt, completion.token_ids, stats.seconds, stats.forwards, stats.edits)

@@ -86,7 +86,14 @@ class SlotCache(Cache):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another."""
-        for layer in self.slot_layers:
-            for stored in (layer.keys, layer.values):
-                if stored is not None:
-                    stored[target, :, :length] = stored[source, :, :length]
+        for stored in self._states():
+            stored[target, :, :length] = stored[source, :, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first `length` positions of two slots."""
+        for stored in self._states():
+            stored[[one, other], :, :length] = stored[[other, one], :, :length]
+
+    def _states(self) -> list[Tensor]:
+        states = [states for layer in self.slot_layers for states in (layer.keys, layer.values)]
+        return [one for one in states if one is not None]  # none before the first forward

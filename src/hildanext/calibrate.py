@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from hildanext.benchmark import distinct_2, held_out_prompts, parent_log_likelihood
+from hildanext.benchmark import held_out_prompts
 from hildanext.chat import encode_prompt
 from hildanext.config import CalibrateConfig, Config, Mode
 from hildanext.decode import Preset, Settings, resolve
 from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import DataError, UsageError
+from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
-from hildanext.model import load_causal_lm, load_diffusion_lm
+from hildanext.model import load_diffusion_lm
 from hildanext.plots import draw_calibration
+from hildanext.pretrained import load_causal_lm
 from hildanext.progress import progress
 from hildanext.runs import git_revision, versions
 
@@ -61,6 +63,7 @@ def read_prompts(path: Path, engine: TransformersEngine) -> list[list[int]]:
 
 def measure(engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], settings: Settings) -> Point:
     """Complete the prompts and judge the text."""
+    engine.scheduler.forget()  # no setting finds the prompts of the one before
     done = engine.generate_batch([Request(prompt, settings) for prompt in prompts])
     n_tokens = sum(len(one.token_ids) for one in done)
     scores = [parent_log_likelihood(base, prompt, one.token_ids) for prompt, one in zip(prompts, done, strict=True)]

@@ -176,11 +176,16 @@ def edit_step(
     return new, drafted, edited
 
 
+def tokens_needed(n_prompt: int, settings: Settings) -> int:
+    """Context that a prompt of so many tokens takes with its budget, in whole blocks."""
+    return -(-(n_prompt + settings.max_new_tokens) // settings.block_size) * settings.block_size
+
+
 def check_request(prompt_ids: list[int], settings: Settings, context_length: int | None) -> None:
     """Raise UsageError for an empty prompt or one that does not fit the context with its budget."""
     if not prompt_ids:
         raise UsageError("the prompt is empty; give at least one token")
-    needed = -(-(len(prompt_ids) + settings.max_new_tokens) // settings.block_size) * settings.block_size
+    needed = tokens_needed(len(prompt_ids), settings)
     if context_length is not None and needed > context_length:
         raise UsageError(
             f"prompt ({len(prompt_ids)} tokens) plus max_new_tokens ({settings.max_new_tokens}), in whole blocks {needed}, "

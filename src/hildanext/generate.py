@@ -12,7 +12,9 @@ from hildanext.decode import Finished, Step
 from hildanext.engines import Completion, Engine, Request, open_engine
 from hildanext.errors import UsageError
 from hildanext.files import atomic_open
+from hildanext.picture import Decode, check_format, draw
 from hildanext.progress import say
+from hildanext.settling import Settling
 
 
 def read_prompt(prompt: str) -> str:
@@ -23,9 +25,13 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
-def generate(config: Config, prompt: str, *, raw: bool, trace: str | None, live: bool) -> dict[str, Any]:
+def generate(
+    config: Config, prompt: str, *, raw: bool, trace: str | None, live: bool, picture: str | None = None
+) -> dict[str, Any]:
     """Complete a prompt. live=True streams text to stdout on a terminal; the result holds the completion's fields."""
     text = read_prompt(prompt)
+    if picture is not None:
+        check_format(picture)
     engine = open_engine(config)
     for name, reason in engine.reasons.items():
         say(f"engine {name} passed over: {reason}")
@@ -35,6 +41,8 @@ def generate(config: Config, prompt: str, *, raw: bool, trace: str | None, live:
         completion, steps = _consume(engine, request, stream_text)
     finally:
         engine.close()
+    if picture is not None:
+        _draw(engine, request, text, completion, steps, Path(picture))
     if trace is not None:
         with atomic_open(Path(trace)) as file:
             file.writelines(json.dumps(step._asdict()) + "\n" for step in steps)
@@ -42,11 +50,24 @@ def generate(config: Config, prompt: str, *, raw: bool, trace: str | None, live:
         say("the dummy engine answered: no model ran")
     stats = completion.stats
     if live:
-        say(
-            f"[{completion.engine}, {completion.mode}: {len(completion.token_ids)} tokens, {stats.forwards} forwards, "
-            f"{stats.tokens_per_forward:.2f} tokens per forward, {stats.edits} edits, {stats.tokens_per_second:.1f} tokens/s]"
-        )
+        say(f"[{completion.engine}, {_cost(completion)}, {stats.tokens_per_second:.1f} tokens/s]")
     return completion.as_dict() | {"stdout": "" if stream_text else completion.text}
+
+
+def _cost(completion: Completion) -> str:
+    stats = completion.stats
+    return (
+        f"{completion.mode}: {len(completion.token_ids)} tokens, {stats.forwards} forwards, "
+        f"{stats.tokens_per_forward:.2f} tokens per forward, {stats.edits} edits"
+    )
+
+
+def _draw(engine: Engine, request: Request, prompt: str, completion: Completion, steps: list[Step], path: Path) -> None:
+    if not steps:
+        say(f"{path}: not drawn, the {engine.name} engine shows no passes")
+        return
+    settling = Settling(engine, request)
+    draw(Decode(prompt, [(step, settling.cells(step)) for step in steps], _cost(completion)), path)
 
 
 def _consume(engine: Engine, request: Request, stream_text: bool) -> tuple[Completion, list[Step]]:

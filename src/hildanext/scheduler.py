@@ -37,6 +37,7 @@ class Scheduler:
         self.runtime, self.slots, self.context, self.prefill_chunk = runtime, slots, context, prefill_chunk
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the i-th lies in slot i
+        self.held: list[Sequence | None] = []  # for each slot, whose keys and values lie there, running or not
         self.has_shrunk = False
         self.is_allocated = False
 
@@ -49,6 +50,10 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence in self.running:
             self._release(sequence)
+
+    def forget(self) -> None:
+        """Let no later sequence find what slots hold, as measurements of the same prompts need it."""
+        self.held = [*self.running, *[None] * (len(self.held) - len(self.running))]
 
     @property
     def is_idle(self) -> bool:
@@ -64,20 +69,62 @@ class Scheduler:
         out_of_memory = False
         try:
             if not self.is_allocated:
-                self.runtime.allocate(self.slots, self.context)
-                self.is_allocated = True
+                self._allocate()
             while self.waiting and len(self.running) < self.slots:
-                self.running.append(self.waiting.popleft())
+                self.running.append(self._place(range(len(self.running), self.slots)))
             self._run(events)
+            for sequence in [s for s in self.running if s.finish_reason]:
+                self._release(sequence)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
-        for sequence in [s for s in self.running if s.finish_reason]:
-            self._release(sequence)
         if out_of_memory:  # outside the handler, whose traceback would keep the failed forward's tensors alive
             self._shrink()
         return events
+
+    def _allocate(self) -> None:
+        self.runtime.allocate(self.slots, self.context)  # what was stored is gone
+        for sequence in (*self.running, *self.waiting):
+            sequence.evict()
+        self.held = [*self.running, *[None] * (self.slots - len(self.running))]
+        self.is_allocated = True
+
+    def _place(self, free: range) -> Sequence:
+        """Let the first that waits begin in the first free slot, with what any slot has stored of its text already.
+
+        The next turn of a conversation takes its slot over. What a text shares with others (a system prompt) is copied
+        into the slot unused for longest, so that conversations do not take each other's slots away.
+        """
+        sequence = self.waiting[0]
+        shared = [0 if held is None else sequence.shared_with(held) for held in self.held]
+        source = max(range(len(shared)), key=shared.__getitem__)
+        held = self.held[source]
+        is_next_turn = held is not None and source in free and sequence.continues(held, shared[source])
+        target = source if is_next_turn else min(free, key=self._began)
+        if shared[source] and target != source:
+            self.held[target] = None  # should the copy fail, nothing may be found there
+            self.runtime.move(source, target, shared[source])
+        sequence.begin_at(shared[source])
+        self.held[target] = sequence
+        self._swap(target, free[0])
+        return self.waiting.popleft()
+
+    def _length(self, slot: int) -> int:
+        held = self.held[slot]
+        return 0 if held is None else held.stored
+
+    def _began(self, slot: int) -> float:
+        held = self.held[slot]
+        return 0.0 if held is None else held.began
+
+    def _swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        length, held = max(self._length(one), self._length(other)), (self.held[other], self.held[one])
+        self.held[one] = self.held[other] = None
+        self.runtime.swap(one, other, length)
+        self.held[one], self.held[other] = held
 
     def _run(self, events: list[Event]) -> None:
         spans = [(slot, s, s.next_span(self.prefill_chunk)) for slot, s in enumerate(self.running)]
@@ -116,14 +163,14 @@ class Scheduler:
         return events
 
     def _release(self, sequence: Sequence) -> None:
-        """Free a slot: for who waits, else for the last sequence, so that slots in use are neighbours."""
+        """Free a slot: for who waits, else the last sequence changes places with it, so that slots in use are neighbours."""
         slot, last = self.running.index(sequence), len(self.running) - 1
-        if self.waiting:
-            self.running[slot] = self.waiting.popleft()
+        sequence.noise.clear()  # what it has stored is kept, the rest is not needed any more
+        if self.waiting and len(self.running) >= self.slots:
+            self.running[slot] = self._place(range(slot, slot + 1))
             return
-        if slot != last:
-            self.runtime.move(last, slot, self.running[last].stored)
-            self.running[slot] = self.running[last]
+        self._swap(slot, last)
+        self.running[slot] = self.running[last]
         self.running.pop()
 
     def _shrink(self) -> None:
@@ -135,12 +182,9 @@ class Scheduler:
         before, self.slots = self.slots, self.slots // 2
         self.has_shrunk, self.is_allocated = True, False
         say(f"out of memory with {before} slots: going on with {self.slots}; requests under way are stored again")
+        self.running = [sequence for sequence in self.running if not sequence.finish_reason]
         self.waiting.extendleft(reversed(self.running[self.slots :]))
         del self.running[self.slots :]
-        for sequence in self.running:
-            sequence.evict()
-        for sequence in self.waiting:
-            sequence.evict()
 
 
 def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

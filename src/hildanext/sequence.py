@@ -59,6 +59,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.step = self.post_steps = 0
         self.noise: dict[int, Tensor] = {}  # Gumbel noise of the blocks in the window
+        self.prefix_tokens = 0  # positions that a slot had stored already
         self.forwards = self.prefill_forwards = self.drafts = self.edits = 0
         self.mask_ratio: list[float] = []
         self.began = time.perf_counter()
@@ -73,6 +74,34 @@ class Sequence:
 
     def _editable_blocks(self) -> int:
         return 0 if self.settings.tau_edit is None else self.settings.edit_blocks
+
+    def shared_with(self, other: Sequence) -> int:
+        """Positions at the beginning of the prompt whose keys and values `other` has stored: whole blocks of equal tokens.
+
+        Keys at a position depend on every token up to the end of its block, so a block counts whole or not at all, and on
+        the same grid only.
+        """
+        size, n = self.settings.block_size, 0
+        if other.settings.block_size != size:
+            return 0
+        most = min(self._prompt_blocks(), other.stored)
+        while n < most and self.tokens[n : n + size] == other.tokens[n : n + size]:
+            n += size
+        return n
+
+    def _prompt_blocks(self) -> int:
+        """Positions of the prompt's blocks that need not run. Shifted, its last token must: its hidden state, which no slot
+        keeps, predicts the first new one."""
+        size = self.settings.block_size
+        return (self.n_prompt - self.vocabulary.shifted) // size * size
+
+    def continues(self, other: Sequence, shared: int) -> bool:
+        """Whether the `shared` positions are the other one's whole prompt, as in the next turn of its conversation."""
+        return 0 < min(other._prompt_blocks(), other.stored) <= shared
+
+    def begin_at(self, n: int) -> None:
+        """Before its first forward: the slot holds the keys and values of its first n positions."""
+        self.stored = self.prefix_tokens = n
 
     def next_span(self, chunk: int) -> Span:
         """What the next forward must cover: all that is not stored, or a chunk of whole blocks of it when that is longer.
@@ -229,4 +258,4 @@ class Sequence:
 
     def evict(self) -> None:
         """The cache was taken away: everything must be stored again. The text and the current pass stay as they are."""
-        self.stored, self.carry = 0, None
+        self.stored, self.prefix_tokens, self.carry = 0, 0, None

@@ -12,7 +12,18 @@ from hildanext.engines.protocol import Completion, Engine, Event, Request, Stats
 from hildanext.errors import UsageError
 from hildanext.progress import say
 
-__all__ = ["Completion", "Engine", "Event", "Request", "Stats", "Steps", "as_steps", "open_engine"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Event",
+    "Request",
+    "Stats",
+    "Steps",
+    "as_steps",
+    "n_threads",
+    "open_base",
+    "open_engine",
+]
 
 
 def open_engine(config: Config) -> Engine:
@@ -21,7 +32,7 @@ def open_engine(config: Config) -> Engine:
     Raises UsageError with every reason when none can, and for a model that is not there unless the dummy stands alone.
     """
     if set(config.engine.order) != {"dummy"}:
-        from hildanext.model import locate  # loads transformers, which the dummy alone does without
+        from hildanext.pretrained import locate  # loads transformers, which the dummy alone does without
 
         # Asked first, so that a mistyped folder is an error even where no engine comes to look into it.
         locate(config.model.base)
@@ -38,6 +49,26 @@ def open_engine(config: Config) -> Engine:
         f"no engine can serve '{config.model.base}': "
         + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     )
+
+
+def n_threads() -> int:
+    """torch's threads now. Ask before an engine is open: OpenVINO leaves torch a single one."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def open_base(config: Config, threads: int) -> Engine:
+    """Load the AR base of the converted checkpoint `model.base`, to compute with `threads` in the calling thread.
+
+    Raises UsageError or ModelError when it cannot be had.
+    """
+    from hildanext.engines.ar import ArEngine
+
+    reason = ArEngine.can_serve(config)
+    if reason is not None:
+        raise UsageError(reason)
+    return ArEngine(config, {}, threads)
 
 
 def warn_block_size(engine: Engine, block_size: int | None) -> None:

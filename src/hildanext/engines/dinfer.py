@@ -22,7 +22,7 @@ from hildanext.config import Config, EngineName
 from hildanext.decode import Finished, Settings, check_request, resolve
 from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.errors import ModelError
-from hildanext.model import load_tokenizer, read_config_dict
+from hildanext.pretrained import load_tokenizer, read_config_dict
 
 # config.json's model_type -> (dInfer's model_type argument, the runtime whose worker loads that family)
 FAMILIES = {"llada2_moe": ("llada2", "sglang"), "llada": ("llada", "vllm"), "dllm": ("llada-moe", "vllm")}
@@ -67,8 +67,9 @@ class DInferEngine:
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons
         self.tokenizer = load_tokenizer(config.model)
+        self.eos_token_id: int | None = self.tokenizer.eos_token_id
         stored = read_config_dict(config.model)
-        self.context_length = int(stored.get("max_position_embeddings", 4096))
+        self.context: int | None = int(stored.get("max_position_embeddings", 4096))
         self.started = self.settings(config)
         mask_id = self.tokenizer.mask_token_id
         if mask_id is None:
@@ -90,7 +91,7 @@ class DInferEngine:
             "cache": "prefix",
             "early_stop": True,
             "parallel_decoding": "threshold",
-            "max_length": self.context_length,
+            "max_length": self.context,
         }
         sampling, unknown = fitting(dinfer.SamplingParams, sampling, beside)
         group, more = fitting(
@@ -143,8 +144,8 @@ class DInferEngine:
             )
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt)
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known)
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, DEFAULT_BLOCK)
@@ -192,7 +193,7 @@ class DInferEngine:
     def stream(self, request: Request) -> Iterator[Event]:
         """dInfer has no steps to show: the whole answer comes as one finished block."""
         settings = request.settings
-        check_request(request.prompt_ids, settings, self.context_length)
+        check_request(request.prompt_ids, settings, self.context)
         began = time.perf_counter()
         output = self.serving.generate(
             torch.tensor([request.prompt_ids]), gen_length=settings.max_new_tokens, block_length=settings.block_size

@@ -20,6 +20,8 @@ class DummyEngine:
     dtype: str | None = None
     slots = 1
     mask_token_id: int | None = None
+    eos_token_id: int | None = None
+    context: int | None = None
 
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons
@@ -28,7 +30,7 @@ class DummyEngine:
     def can_serve(config: Config) -> str | None:
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
         return list(text.encode())
 

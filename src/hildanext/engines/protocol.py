@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from hildanext.config import Config, EngineName
+from hildanext.config import Config
 from hildanext.decode import Finished, Settings, Step
 from hildanext.errors import HildaError
 
@@ -31,6 +31,7 @@ class Stats:
     edits: int
     seconds: float
     tokens_per_second: float
+    prefix_tokens: int = 0  # prompt tokens whose keys and values were stored already, from an earlier request
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,26 @@ Event = Step | Finished | Completion
 class Engine(Protocol):
     """What every engine does. `stream` ends with the Completion."""
 
-    name: EngineName
+    @property
+    def name(self) -> str: ...
+
     reasons: dict[str, str]  # why the engines before this one cannot serve
     trained_block: int | None  # block size the model was trained for
     device: str | None  # where the model runs
     dtype: str | None  # what it computes in
     slots: int  # requests decoded side by side
     mask_token_id: int | None  # what stands in a Step's tokens for text to be drafted
+    eos_token_id: int | None
+    context: int | None  # tokens of a prompt and its answer together; None: no limit
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
         """None, or the reason why not. Loads nothing."""
         ...
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]: ...
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+        """Token ids of a prompt. `known`: ids of its beginning, kept as they are where they stand for the same text."""
+        ...
 
     def settings(self, config: Config) -> Settings: ...
 

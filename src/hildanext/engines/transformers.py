@@ -9,7 +9,8 @@ from hildanext.config import Config, EngineName
 from hildanext.decode import Settings, check_request, read_presets, resolve
 from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.errors import HildaError, UsageError
-from hildanext.model import DiffusionLM, load_diffusion_lm, read_record
+from hildanext.model import DiffusionLM, load_diffusion_lm
+from hildanext.pretrained import read_record
 from hildanext.probe import max_positions
 from hildanext.runtimes import open_runtime
 from hildanext.scheduler import Scheduler
@@ -37,13 +38,15 @@ class TransformersEngine:
         )
         self.presets = read_presets(self.lm.modes)
         limit = max_positions(self.lm.model)
-        self.context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
-        if limit is not None and self.context > limit:
-            raise UsageError(f"'engine.context': {self.context} tokens, but the model has positions for {limit}")
+        context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
+        if limit is not None and context > limit:
+            raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
         self.runtime = open_runtime(config.engine, self.lm, self.settings(config).block_size)
-        self.scheduler = Scheduler(self.runtime, config.engine.slots, self.context, config.engine.prefill_chunk)
+        self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
+        self.context: int | None = context
         self.slots = config.engine.slots
         self.mask_token_id: int | None = self.lm.mask_token_id
+        self.eos_token_id: int | None = self.vocabulary.eos_token_id
         self.listeners: dict[Sequence, list[Event]] = {}  # what `events` and `generate_batch` have not handed on yet
 
     @staticmethod
@@ -52,8 +55,8 @@ class TransformersEngine:
             return f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first"
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        return encode_prompt(self.lm.tokenizer, prompt)
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+        return encode_prompt(self.lm.tokenizer, prompt, known)
 
     def settings(self, config: Config) -> Settings:
         assert self.lm.block_size is not None
@@ -162,6 +165,7 @@ class TransformersEngine:
                 sequence.edits,
                 seconds,
                 len(token_ids) / seconds,
+                sequence.prefix_tokens,
             ),
             runtime=self.runtime.name,
         )

@@ -60,6 +60,10 @@ class EagerRuntime:
     def move(self, source: int, target: int, length: int) -> None:
         self.cache.move(source, target, length)
 
+    @torch.inference_mode()
+    def swap(self, one: int, other: int, length: int) -> None:
+        self.cache.swap(one, other, length)
+
     def close(self) -> None:
         """Free the cache."""
         self.cache = SlotCache(0, 0, 0)

@@ -307,8 +307,14 @@ class OpenVinoRuntime:
         self.head_request.infer()
         return logits
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
+
+    @torch.inference_mode()
+    def swap(self, one: int, other: int, length: int) -> None:
+        for states in self.memory:
+            states[[one, other], :, :length] = states[[other, one], :, :length]
 
     def close(self) -> None:
         torch.set_num_threads(self.threads)

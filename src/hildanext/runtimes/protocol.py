@@ -52,6 +52,10 @@ class Runtime(Protocol):
         """Copy the first `length` positions of a slot to another."""
         ...
 
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first `length` positions of two slots."""
+        ...
+
     def close(self) -> None:
         """Give back what it holds; `allocate` starts it again."""
         ...

@@ -1,0 +1,49 @@
+"""The fifth turn of a conversation with what the first four left in its slot, and without, for decode.py."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from hildanext.decode import Finished, Settings
+from hildanext.engines import Request
+from hildanext.engines.transformers import TransformersEngine
+
+TURNS, MESSAGE, ANSWER, PAIRS = 5, 60, 64, 5
+
+
+def fifth_turn(engine: TransformersEngine, ids: list[int], wanted: Settings) -> dict[str, Any]:
+    """Pairs in turn of the fifth turn: seconds to its first block and to its end. `ids`: text to take the messages from."""
+    prompts: list[list[int]] = []
+    said: list[int] = []
+    for turn in range(TURNS):
+        said = said + ids[turn * MESSAGE : (turn + 1) * MESSAGE]
+        prompts.append(said)
+        engine.scheduler.forget()  # as below: bf16 rounds by shape, and another text would share less
+        said = said + engine.generate(Request(said, wanted)).token_ids
+
+    def last_turn(reuse: bool) -> tuple[float, float, int, list[int]]:
+        engine.scheduler.forget()
+        engine.generate(Request(prompts[-2], wanted))
+        if not reuse:
+            engine.scheduler.forget()
+        began, first, tokens = time.perf_counter(), 0.0, []
+        sequence = engine.submit(Request(prompts[-1], wanted))
+        for event in engine.events(sequence):
+            if isinstance(event, Finished):
+                first = first or time.perf_counter() - began
+                tokens += event.new_tokens
+        return first, time.perf_counter() - began, sequence.prefix_tokens, tokens
+
+    last_turn(True), last_turn(False)
+    rows = [(last_turn(True), last_turn(False)) for _ in range(PAIRS)]
+    return {
+        "prompt": len(prompts[-1]),
+        "reused": rows[-1][0][2],
+        "first_block_s": [statistics.median(row[side][0] for row in rows) for side in (0, 1)],
+        "whole_s": [statistics.median(row[side][1] for row in rows) for side in (0, 1)],
+        "first_block_ratio": statistics.median(without[0] / reuse[0] for reuse, without in rows),
+        "whole_ratio": statistics.median(without[1] / reuse[1] for reuse, without in rows),
+        "identical": all(without[3] == reuse[3] for reuse, without in rows),
+    }
