@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, permutations
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import make_tokenizer
 from hildanext.ar import ar_likelihood
 from hildanext.config import Convention
-from hildanext.evaluate.elbo import elbo, mask_exactly
+from hildanext.evaluate.elbo import elbo, mask_pair
 from hildanext.model import DiffusionLM
+from hildanext.packing import Row
 from hildanext.rows import Rows
 
 VOCAB, MASK = 40, 39
@@ -35,12 +35,9 @@ def held_out(part: float = 1.0) -> Rows:
     doc_ids = np.full((len(LENGTHS), LENGTH), -1, dtype=np.int32)
     for row, lengths in enumerate(LENGTHS):
         doc_ids[row, : sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
-    arrays = {
-        "input_ids": generator.integers(4, MASK, doc_ids.shape).astype(np.int32),
-        "doc_ids": doc_ids,
-        "loss_mask": ((doc_ids >= 0) & (generator.random(doc_ids.shape) < part)).astype(np.uint8),
-    }
-    return Rows(Path(), {"rows": len(LENGTHS), "seq_len": LENGTH}, arrays)
+    input_ids = generator.integers(4, MASK, doc_ids.shape).astype(np.int32)
+    loss_mask = (doc_ids >= 0) & (generator.random(doc_ids.shape) < part)
+    return Rows.of(map(Row, input_ids, doc_ids, loss_mask), LENGTH)
 
 
 @pytest.fixture(params=CONVENTIONS)
@@ -105,7 +102,7 @@ def enumerated(lm: DiffusionLM, rows: Rows, size: int) -> tuple[float, int]:
 def test_the_bound_is_the_mean_over_every_mask(lm: DiffusionLM, size: int, part: float) -> None:
     rows = held_out(part)
     exact, tokens = enumerated(lm, rows, size)
-    result = elbo(lm, rows, size, n_rows=3, batch_rows=2, samples=300)
+    result = elbo(lm, rows, size, n_rows=3, batch_rows=2, pairs=150)
     assert result.tokens == tokens
     if size == 1:
         assert result.nats == pytest.approx(exact, rel=1e-5)
@@ -135,7 +132,7 @@ def test_the_draws_belong_to_the_row_and_the_seed(lm: DiffusionLM) -> None:
 @pytest.mark.parametrize("lm", ["shifted"], indirect=True)
 def test_the_standard_error_is_the_spread_of_the_mean(lm: DiffusionLM) -> None:
     rows = held_out()
-    runs = [elbo(lm, rows, 3, n_rows=3, batch_rows=3, samples=12, seed=seed) for seed in range(40)]
+    runs = [elbo(lm, rows, 3, n_rows=3, batch_rows=3, pairs=6, seed=seed) for seed in range(40)]
     spread = np.std([run.nats for run in runs], ddof=1)
     assert spread == pytest.approx(np.mean([run.standard_error for run in runs]), rel=0.35)  # 40 runs: 11 % each way
 
@@ -158,25 +155,54 @@ def rows_of_blocks(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 @settings(max_examples=200, deadline=None)
 def test_each_block_masks_one_to_all_of_its_allowed_tokens(row: tuple[Tensor, Tensor, Tensor], seed: int) -> None:
     doc_ids, blocks, allowed = row
-    masked, weight = mask_exactly(doc_ids, blocks, allowed, torch.Generator().manual_seed(seed))
-    assert not (masked & ~allowed).any()
-    for doc, block in {*zip(doc_ids.tolist(), blocks.tolist(), strict=True)}:
-        here = (doc_ids == doc) & (blocks == block)
-        n, m = int((allowed & here).sum()), int((masked & here).sum())
-        assert (1 <= m <= n) if n else m == 0
-        if n:
-            assert torch.allclose(weight[here], torch.tensor(n / m))
+    pair = mask_pair(doc_ids, blocks, allowed, torch.Generator().manual_seed(seed))
+    for masked, weight in pair:
+        assert not (masked & ~allowed).any()
+        for doc, block in {*zip(doc_ids.tolist(), blocks.tolist(), strict=True)}:
+            here = (doc_ids == doc) & (blocks == block)
+            n, m = int((allowed & here).sum()), int((masked & here).sum())
+            assert (1 <= m <= n) if n else m == 0
+            if n:
+                assert torch.allclose(weight[here], torch.tensor(n / m))
+    # The second draw is the first turned around: together they mask every token, one in each block twice.
+    assert ((pair[0][0] | pair[1][0]) == allowed).all()
+    twice = pair[0][0] & pair[1][0]
+    assert int(twice.sum()) == len({*zip(doc_ids[allowed].tolist(), blocks[allowed].tolist(), strict=True)})
 
 
 def test_every_count_and_every_subset_of_a_count_is_as_likely() -> None:
-    """20,000 documents of one block of five tokens, the second not allowed: n = 4."""
+    """20,000 documents of one block of five tokens, the second not allowed: n = 4. In both draws of a pair."""
     n_documents, n = 20_000, 4
     doc_ids = torch.arange(n_documents).repeat_interleave(5)
     allowed = torch.tensor([True, False, True, True, True]).repeat(n_documents)
-    masked, _ = mask_exactly(doc_ids, torch.zeros_like(doc_ids), allowed, torch.Generator().manual_seed(0))
-    drawn = masked.view(n_documents, 5)[:, [0, 2, 3, 4]].long() @ torch.tensor([1, 2, 4, 8])
-    rates = (torch.bincount(drawn, minlength=16) / n_documents).tolist()
-    for subset, rate in enumerate(rates):
-        m = subset.bit_count()
-        expected = 1 / n / comb(n, m) if m else 0.0
-        assert abs(rate - expected) <= 4.5 * (expected * (1 - expected) / n_documents) ** 0.5, f"{subset:04b}"
+    for masked, _ in mask_pair(doc_ids, torch.zeros_like(doc_ids), allowed, torch.Generator().manual_seed(0)):
+        drawn = masked.view(n_documents, 5)[:, [0, 2, 3, 4]].long() @ torch.tensor([1, 2, 4, 8])
+        rates = (torch.bincount(drawn, minlength=16) / n_documents).tolist()
+        for subset, rate in enumerate(rates):
+            m = subset.bit_count()
+            expected = 1 / n / comb(n, m) if m else 0.0
+            assert abs(rate - expected) <= 4.5 * (expected * (1 - expected) / n_documents) ** 0.5, f"{subset:04b}"
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_a_pair_varies_less_than_two_free_draws(lm: DiffusionLM, n: int) -> None:
+    """Every pair there is, for blocks of n counted tokens: its mean is the bound, its variance below half that of a draw."""
+    generator = torch.Generator().manual_seed(1)
+    together = apart = 0.0
+    for _ in range(6):
+        ids = torch.randint(4, MASK, (n + 1,), generator=generator)
+        sums = {
+            subset: n / m * masked_loss(lm, ids, n + 1, 0, subset)
+            for m in range(1, n + 1)
+            for subset in combinations(range(1, n + 1), m)
+        }
+        drawn = [
+            (sums[tuple(sorted(order[:m]))], sums[tuple(sorted(order[m - 1 :]))])
+            for order in permutations(range(1, n + 1))
+            for m in range(1, n + 1)
+        ]
+        halves = np.array(drawn)
+        assert halves[:, 0].mean() == pytest.approx(halves[:, 1].mean(), rel=1e-9)
+        together += halves.mean(1).var()
+        apart += halves[:, 0].var() / 2
+    assert together < 0.9 * apart

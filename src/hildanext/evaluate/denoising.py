@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from hildanext.model import DiffusionLM
 from hildanext.noise import add_noise, sample_generator
-from hildanext.passes import make_batch
+from hildanext.objective import Predicted, predict
+from hildanext.passes import Batch, make_batch
 from hildanext.rows import Rows
 
 RATES = tuple(i / 10 for i in range(1, 11))
@@ -24,13 +27,30 @@ class Denoising(NamedTuple):
     by_rate: dict[float, tuple[float, float]]
 
 
+# (clean rows, x_t [B, L], masked [B, L]) -> what is predicted at the masked positions.
+Predict = Callable[[Batch, Tensor, Tensor], Predicted]
+
+
+def predict_masked(lm: DiffusionLM, batch: Batch, noisy_ids: Tensor, masked: Tensor, block_size: int) -> Predicted:
+    hidden = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, masked, block_size)
+    return predict(hidden, lm.head, batch.input_ids[masked], lm.mask_token_id)
+
+
 @torch.no_grad()
 def evaluate_denoising(
-    lm: DiffusionLM, rows: Rows, block_size: int, n_rows: int, batch_rows: int, *, every_rate: bool = False
+    lm: DiffusionLM,
+    rows: Rows,
+    block_size: int,
+    n_rows: int,
+    batch_rows: int,
+    *,
+    every_rate: bool = False,
+    model: Predict | None = None,
 ) -> Denoising:
     """Mask the first `n_rows` rows at rates 0.1 to 1.0 and predict. Noise is fixed, so models are comparable.
 
     every_rate=False gives row i the rate RATES[i % 10] (one forward a row, for use while training); True runs all ten.
+    model: what predicts, where that is not `lm` alone (sharded parameters are whole only inside what shards them).
     """
     was_training = lm.model.training
     lm.model.eval()
@@ -56,10 +76,11 @@ def evaluate_denoising(
             )
         noisy_ids = torch.stack([one.noisy_ids for one in noisy]).to(lm.device)
         masked = torch.stack([one.masked for one in noisy]).to(lm.device)
-        logits = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, masked, block_size).float()
+        predicted = (
+            model(batch, noisy_ids, masked) if model else predict_masked(lm, batch, noisy_ids, masked, block_size)
+        )
         labels = batch.input_ids[masked]
-        ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu()
-        correct = (logits.argmax(-1) == labels).double().cpu()
+        ce, correct = predicted.ce.double().cpu(), (predicted.best == labels).double().cpu()
         place = torch.tensor([r for _, r in items])[:, None].expand(masked.shape)[masked.cpu()]
         sums.index_add_(0, place, torch.stack([ce, correct, torch.ones_like(ce)], dim=1))
     lm.model.train(was_training)

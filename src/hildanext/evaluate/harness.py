@@ -1,0 +1,330 @@
+"""Models for EleutherAI's lm-evaluation-harness, and its tasks, from local files where the hub is out of reach.
+
+The AR base goes through the harness's own `HFLM`; the converted model through the class here. Needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets.exceptions import DatasetsError
+from jinja2 import UndefinedError
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate as harness_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from hildanext.config import Config, EvaluateConfig
+from hildanext.decode import Settings
+from hildanext.engines.protocol import Completion, Event, Request
+from hildanext.errors import DataError, UsageError
+from hildanext.evaluate.answers import Models, Outcome, Way
+from hildanext.evaluate.intervals import Figure, mean, plain, ratio, share
+from hildanext.evaluate.likelihood import Pair, Score, score
+from hildanext.progress import progress
+
+SHIPPED = Path(__file__).parent / "tasks"
+# What a pair (log-likelihood, count) of a rolling task becomes; the interval goes the same way.
+ROLLING = {
+    "word_perplexity": lambda x: math.exp(-x),
+    "byte_perplexity": lambda x: math.exp(-x),
+    "bits_per_byte": lambda x: -x / math.log(2),
+}
+
+BUDGETS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # names that tasks use
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' warnings and retries on stderr: what goes wrong comes as an exception."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class DiffusionHarness(TemplateLM):
+    """A converted model as the harness sees it: likelihoods (a bound, or exact at block size 1) and completions.
+
+    `scores` keeps every likelihood with its standard error, in the order asked for.
+    """
+
+    def __init__(self, models: Models, how: EvaluateConfig, way: Way, block_size: int | None, greedy: bool) -> None:
+        """block_size None: likelihoods by the chain of blocks of one; else by the bound. greedy: where only a bound is known,
+        decode to say whether a continuation is the model's own (what accuracies of loglikelihood tasks look at)."""
+        super().__init__()
+        self.models, self.how, self.way, self.block_size, self.greedy = models, how, way, block_size, greedy
+        self.tokenizer = models.lm.tokenizer
+        self.scores: list[Score] = []
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: as in HFLM, the begin-of-text token, or the end-of-text one."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def max_length(self) -> int:
+        return self.models.engine.scheduler.context
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = bos is None or not string.startswith(bos)
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
+
+    def _score(self, pairs: list[Pair]) -> list[Score]:
+        how = self.how
+        kind = "exact" if self.block_size is None else f"bound, block {self.block_size}"
+        found = score(
+            self.models.lm, pairs, f"likelihood ({kind})", block_size=self.block_size, draws=how.draws, seed=how.seed
+        )
+        self.scores += found
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Contexts are cut on the left to fit."""
+        pairs = []
+        for (_, continuation), context, target in requests:
+            if len(target) >= self.max_length:
+                raise DataError(f"a continuation of {len(target)} tokens does not fit: {continuation[:40]!r}...")
+            pairs.append((context[-(self.max_length - len(target)) :], target))
+        found = self._score(pairs)
+        decoded = self._decode(pairs) if self.greedy and self.block_size is not None else [False] * len(pairs)
+        return [(one.log_p, decoded[i] if one.is_greedy is None else one.is_greedy) for i, one in enumerate(found)]
+
+    def _decode(self, pairs: list[Pair]) -> list[bool]:
+        """Whether greedy decoding gives each continuation."""
+        settings = self._settings()._replace(temperature=0.0, stop=())
+        requests = [Request(context, settings._replace(max_new_tokens=len(target))) for context, target in pairs]
+        answers = self._complete(requests, "greedy continuations")
+        return [one.token_ids == target for one, (_, target) in zip(answers, pairs, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Windows as HFLM's: each token once, behind the prefix token or as much text as fits."""
+        pairs: list[Pair] = []
+        owner: list[int] = []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 1, 1)
+            for window in map(make_disjoint_window, windows):
+                pairs.append(window)
+                owner.append(index)
+        totals = [0.0] * len(requests)
+        for index, one in zip(owner, self._score(pairs), strict=True):
+            totals[index] += one.log_p
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """All at once through the scheduler. A prompt that does not fit is cut on its left."""
+        asked = []
+        for number, request in enumerate(requests):
+            text, given = request.args
+            how = normalize_gen_kwargs(given, default_max_gen_toks=self.how.answer_tokens)
+            settings = self._settings()._replace(
+                max_new_tokens=how["max_gen_toks"],
+                stop=tuple(stop for stop in how["until"] if stop),
+                temperature=float(how.get("temperature", 0.0)) if how["do_sample"] else 0.0,
+                seed=self.how.seed + number,
+            )
+            room = self.max_length - settings.max_new_tokens - settings.block_size
+            if room < 1:
+                raise UsageError(
+                    f"'engine.context' of {self.max_length} leaves no room for {settings.max_new_tokens} new tokens; raise it"
+                )
+            asked.append(Request(self.tok_encode(text)[-room:], settings))
+        return [one.text for one in self._complete(asked, f"completions, {self.way.name}")]
+
+    def _settings(self) -> Settings:
+        assert self.way.settings is not None
+        return self.way.settings
+
+    def _complete(self, requests: list[Request], title: str) -> list[Completion]:
+        done = 0
+        with progress(title, len(requests), "completions") as advance:
+
+            def heard(index: int, event: Event) -> None:
+                nonlocal done
+                if isinstance(event, Completion):
+                    done += 1
+                    advance(done)
+
+            return self.models.engine.generate_batch(requests, heard)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@quiet()
+def open_tasks(name: str, data: str | None) -> list[Task]:
+    """The harness's tasks of that name (a task, a group, a tag, or a YAML file), with their data.
+
+    `data`: a JSON or JSON-lines file that stands in for the task's own data. Raises UsageError for an unknown name, a
+    missing file or data on a hub that cannot be reached: one line each.
+    """
+    if data is not None and not Path(data).is_file():
+        raise UsageError(f"task '{name}': no data file {data}")
+    local = name.endswith((".yaml", ".yml"))
+    if local and not Path(name).is_file():
+        raise UsageError(f"task '{name}': no such file")
+    shipped = (SHIPPED / f"{name}.yaml").is_file()
+    if shipped and data is None:
+        raise UsageError(f"task '{name}' needs a file: give --data {name}=FILE.jsonl")
+    # The harness's own index is thousands of files: read only when a name of its own is asked for.
+    folders = [str(SHIPPED), *([str(Path(name).resolve().parent)] if local else [])]
+    manager = TaskManager(include_path=folders, include_defaults=not (shipped or local))
+    known = _known_name(manager, name) if local else name
+    if known not in manager.task_index:
+        raise UsageError(
+            f"unknown task '{name}'; there are humaneval, gsm8k, stories, infilling, "
+            f"{', '.join(sorted(path.stem for path in SHIPPED.glob('*.yaml')))}, lm-eval's tasks and YAML files"
+        )
+    return _load(manager, name, known, data)
+
+
+def _known_name(manager: TaskManager, path: str) -> str:
+    for known, entry in manager.task_index.items():
+        if entry.yaml_path is not None and Path(entry.yaml_path).resolve() == Path(path).resolve():
+            return known
+    raise UsageError(f"task '{path}': the file defines no task")
+
+
+def _load(manager: TaskManager, name: str, known: str, data: str | None) -> list[Task]:
+    spec: Any = known
+    if data is not None:
+        # The form in which a group's file changes its tasks.
+        from_file = {
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"test": str(Path(data).resolve())}},
+            "training_split": None,
+            "validation_split": None,
+            "fewshot_split": None,
+            "test_split": "test",
+        }
+        spec = {"group": f"{known}_from_file", "task": [{"task": known, **from_file}]}
+    try:
+        tasks = list(manager.load([spec])["tasks"].values())
+        for task in tasks:  # the fields it reads are there
+            first = next(iter(task.eval_docs))
+            task.doc_to_text(first), task.doc_to_target(first)
+    except (DatasetsError, UndefinedError, OSError, ValueError, KeyError, ImportError, StopIteration) as error:
+        cause = str(error.__cause__ or error).strip()
+        reason = cause.splitlines()[0] if cause else type(error).__name__
+        remedy = "check the file" if data is not None else f"its data is not here; give --data {name}=FILE.jsonl"
+        raise UsageError(f"task '{name}' cannot be opened: {reason}; {remedy}") from None
+    for task in tasks:
+        if "UNSAFE_CODE" in dir(task) and task.UNSAFE_CODE:
+            raise UsageError(f"task '{name}' runs model-written code outside the sandbox; use 'humaneval'")
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+    return tasks
+
+
+def ways_of(task: Task, ways: list[Way], block_size: int) -> list[tuple[Way, int | None]]:
+    """Who does a task, and with which block size for likelihoods: completions in every mode, or AR, exact and bound."""
+    if task.OUTPUT_TYPE == "generate_until":
+        return [(way, None) for way in ways]
+    careful = next(way for way in ways if way.settings is not None)
+    names = [("exact, block 1", None), (f"bound, block {block_size}", block_size)]
+    return [(ways[0], None), *((careful._replace(name=name), size) for name, size in names)]
+
+
+@quiet()
+def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: int | None) -> Outcome:
+    """Run one task one way. Figures are the task's own, with intervals over its items."""
+    how = config.evaluate
+    chat = how.chat and task.OUTPUT_TYPE == "generate_until"
+    if chat and models.lm.tokenizer.chat_template is None:
+        raise UsageError(
+            f"task '{task.task_name}': '{config.model.base}' has no chat template; set evaluate.chat=false for plain prompts"
+        )
+    if task.OUTPUT_TYPE == "generate_until" and not BUDGETS & set(task.config.generation_kwargs):
+        # HFLM's default is its own: both sides get the same budget.
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": how.answer_tokens}, update=True)
+    lm: Any
+    if way.settings is None:
+        lm = HFLM(
+            pretrained=models.base,
+            tokenizer=models.lm.tokenizer,
+            batch_size=models.engine.slots,
+            max_length=models.engine.scheduler.context,
+        )
+    else:
+        lm = DiffusionHarness(models, how, way, block_size, greedy=task.OUTPUT_TYPE == "loglikelihood")
+    found = harness_evaluate(
+        lm=lm,
+        task_dict={"tasks": {task.task_name: task}},
+        limit=how.limit,
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    records = found["samples"][task.task_name]
+    figures = _figures(records, found["results"][task.task_name], how)
+    if isinstance(lm, DiffusionHarness) and lm.scores:
+        errors = [one.standard_error for one in lm.scores]
+        figures["monte_carlo_error"] = plain(sum(errors) / len(errors), len(errors))
+    kept = ("doc_id", "target", "filter", "filtered_resps")
+    return Outcome(way.name, figures, [{key: record[key] for key in kept} for record in records])
+
+
+def _figures(records: list[dict[str, Any]], results: dict[str, Any], how: EvaluateConfig) -> dict[str, Figure]:
+    """The harness's figures; intervals from its records where the figure is a mean, a share or a perplexity."""
+    figures = {}
+    for key, value in results.items():
+        metric, _, name = key.partition(",")
+        if not name or not isinstance(value, (int, float)) or metric.endswith("_stderr"):
+            continue
+        items = [record[metric] for record in records if record["filter"] == name and metric in record]
+        label = metric if name == "none" else f"{metric} ({name})"
+        figures[label] = _interval(metric, float(value), items, how)
+    return figures
+
+
+def _interval(metric: str, value: float, items: list[Any], how: EvaluateConfig) -> Figure:
+    if metric in ROLLING and all(isinstance(item, tuple) for item in items):
+        log_p, counts = [item[0] for item in items], [item[1] for item in items]
+        middle = ratio(log_p, counts, how.resamples, how.seed)
+        turned = sorted(ROLLING[metric](x) for x in (middle.low, middle.high) if x is not None)
+        return middle._replace(value=value, low=turned[0], high=turned[-1])
+    if not items or not all(isinstance(item, (int, float)) for item in items):
+        return plain(value, len(items))
+    yes_or_no = all(item in (0, 1) for item in items)
+    found = share([bool(item) for item in items]) if yes_or_no else mean(items, how.resamples, how.seed)
+    # Not a mean over the items after all: the harness's own figure stands, without an interval.
+    return found if math.isclose(found.value, value, rel_tol=1e-6, abs_tol=1e-9) else plain(value, len(items))

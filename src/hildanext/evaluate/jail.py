@@ -1,0 +1,172 @@
+"""Runs in a process of its own, by path and with the standard library only: shuts itself in and starts a fresh Python.
+
+New mount, process, network and IPC namespaces (and a user namespace where it is not root); a root folder in which only
+the interpreter and the system's libraries exist, read only; an empty folder in memory to work in; no privileges and no
+way to new ones (namespaces(7), pivot_root(2), capabilities(7), prctl(2)). What cannot be done is said, nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import resource
+import signal
+import sys
+
+REFUSED = 120  # exit code when this machine does not let a process shut itself in
+NOBODY = 65534
+BOX = "/box"
+DEVICES = ("null", "zero", "urandom")
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
+MNT_DETACH = 2
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+CAPABILITY_VERSION_3 = 0x20080522
+
+
+def call(name: str, *arguments: object) -> None:
+    """A function of the C library that returns 0, or OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    encoded = [None if text is None else text.encode() for text in (source, target, kind)]
+    call("mount", *encoded, ctypes.c_ulong(flags), None if options is None else options.encode())
+
+
+def write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _octal(escape: re.Match[bytes]) -> bytes:
+    return bytes([int(escape[1], 8)])  # mountinfo writes a space as \040
+
+
+def leave_the_rest() -> None:
+    """New namespaces. As root without a user namespace, so that it works where those are switched off."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the evaluation
+    write("/proc/self/oom_score_adj", "1000")  # the first to go when memory is short
+    user, group = os.getuid(), os.getgid()
+    flags = NEWNS | NEWIPC | NEWPID | NEWNET
+    if user == 0:
+        call("unshare", flags)
+        return
+    call("unshare", flags | NEWUSER)
+    write("/proc/self/setgroups", "deny")
+    write("/proc/self/uid_map", f"{NOBODY} {user} 1")
+    write("/proc/self/gid_map", f"{NOBODY} {group} 1")
+
+
+def build_root(root: str, visible: list[str], disk_bytes: int) -> None:
+    """Make `root` (an empty folder) the root: the `visible` paths read only, three devices, and an empty BOX."""
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for path in visible:
+        inside = root + path
+        os.makedirs(os.path.dirname(inside), exist_ok=True)
+        if os.path.islink(path):  # /lib on a merged /usr
+            os.symlink(os.readlink(path), inside)
+        else:
+            os.makedirs(inside, exist_ok=True)
+            mount(path, inside, None, MS_BIND | MS_REC)
+    with open("/proc/self/mountinfo", "rb") as lines:
+        points = [os.fsdecode(re.sub(rb"\\(\d{3})", _octal, line.split()[4])) for line in lines]
+    for point in points:
+        if point.startswith(root + "/"):
+            # A user namespace may not take off the flags that a mount came with.
+            kept = os.statvfs(point).f_flag & (MS_NODEV | MS_NOEXEC)
+            mount("none", point, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept)
+    os.mkdir(f"{root}/dev")
+    for name in DEVICES:
+        write(f"{root}/dev/{name}", "")
+        mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
+    os.mkdir(root + BOX)
+    options = f"size={disk_bytes},mode=700,uid={NOBODY},gid={NOBODY}"
+    mount("tmpfs", root + BOX, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    mount("none", root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    os.chdir(root)
+    call("pivot_root", b".", b".")  # the old root now lies on top of the new one
+    call("umount2", b".", MNT_DETACH)
+    os.chdir(BOX)
+
+
+def drop_privileges() -> None:
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    call("capset", header, (ctypes.c_uint32 * 6)())
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def limit(limits: dict[str, int]) -> None:
+    for name, value in (
+        (resource.RLIMIT_CPU, limits["cpu_s"]),
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
+        (resource.RLIMIT_NPROC, limits["processes"]),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(name, (value, value))
+
+
+def wait_for(child: int) -> int:
+    """Exit code of a child; 128 + n when signal n ended it."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code if code >= 0 else 128 - code
+
+
+def start(spec: dict[str, object], limits: dict[str, int]) -> None:
+    """Become the fresh Python. Standard output and errors go nowhere."""
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 1)
+    limit(limits)
+    os.dup2(null, 2)
+    executable = str(spec["executable"])
+    os.execve(executable, [executable, "-I", "-S", "-c", str(spec["driver"]), str(spec["verdict"])], {})
+
+
+def main(spec: dict[str, object], limits: dict[str, int], visible: list[str]) -> int:
+    """Three processes: this one waits outside; the second is process 1 inside, and all that is inside ends with it; the
+    third is the code."""
+    os.umask(0o022)
+    leave_the_rest()
+    inner = os.fork()
+    if inner:
+        return wait_for(inner)
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    build_root(str(spec["root"]), visible, limits["disk_bytes"])
+    drop_privileges()
+    code = os.fork()
+    if code:
+        return wait_for(code)
+    start(spec, limits)
+    return REFUSED
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    try:
+        status = main(given["spec"], given["limits"], given["visible"])
+    except OSError as error:
+        sys.stderr.write(f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror))
+        status = REFUSED
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,104 @@
+"""Likelihood of a continuation behind its context: a bound at any block size, the exact figure at block size 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hildanext.evaluate.elbo import row_bounds, standard_errors
+from hildanext.model import DiffusionLM
+from hildanext.objective import predict
+from hildanext.passes import Batch
+from hildanext.progress import progress
+
+TOKENS_PER_FORWARD = 1024
+
+Pair = tuple[list[int], list[int]]  # context and continuation, as token ids; neither is empty
+
+
+class Score(NamedTuple):
+    """Log-likelihood of a continuation in nats."""
+
+    log_p: float
+    standard_error: float  # of the Monte Carlo estimate; 0 where the figure is exact
+    is_greedy: bool | None  # whether it is the most likely token at every place; None where only a bound is known
+
+
+def pack_pairs(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> tuple[Batch, Tensor]:
+    """One document a row, padded at its end, and `counted` [B, L] bool: the continuations' tokens."""
+    length = max(len(context) + len(target) for context, target in pairs)
+    input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
+    doc_ids = torch.full_like(input_ids, -1)
+    counted = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, (context, target) in enumerate(pairs):
+        end = len(context) + len(target)
+        input_ids[row, :end] = torch.tensor(context + target)
+        doc_ids[row, :end] = 0
+        counted[row, len(context) : end] = True
+    positions = torch.arange(length).expand_as(input_ids).contiguous()
+    input_ids, doc_ids, positions, counted = (x.to(lm.device) for x in (input_ids, doc_ids, positions, counted))
+    return Batch(samples, input_ids, doc_ids, positions, counted), counted
+
+
+@torch.no_grad()
+def chain(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> list[Score]:
+    """Exact, by the chain of blocks of one token: sum over i of log p(x_i | x_<i, a mask at i), in one forward.
+
+    Every continuation token is masked in x_t, where it sees itself alone, and x_0 before it (LLaDA2.0 eq. 3 with blocks of 1).
+    """
+    batch, counted = pack_pairs(lm, pairs, samples)
+    noisy_ids = batch.input_ids.masked_fill(counted, lm.mask_token_id)
+    hidden = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, counted, 1)
+    labels = batch.input_ids[counted]
+    predicted = predict(hidden, lm.decodable_logits, labels)
+    ce, right = predicted.ce.double().cpu(), (predicted.best == labels).cpu()
+    row = counted.nonzero(as_tuple=True)[0].cpu()
+    nats = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, row, ce)
+    wrong = torch.zeros(len(pairs), dtype=torch.long).index_add_(0, row, (~right).long())
+    return [Score(-n, 0.0, w == 0) for n, w in zip(nats.tolist(), wrong.tolist(), strict=True)]
+
+
+def bound(
+    lm: DiffusionLM, pairs: list[Pair], samples: list[int], block_size: int, draws: int, seed: int
+) -> list[Score]:
+    """A lower bound: the block-conditional ELBO. The context is clean in x_0, and in x_t where it shares a block.
+
+    Blocks are those of decoding, counted from the context's first token. The mean over `draws` antithetic pairs of masks,
+    seeded by (seed, sample, draw), and its standard error (nan for one pair).
+    """
+    batch, counted = pack_pairs(lm, pairs, samples)
+    found = row_bounds(lm, batch, counted, block_size, draws, seed)
+    means, errors = found.mean(1).tolist(), standard_errors(found).tolist()
+    return [Score(-n, e, None) for n, e in zip(means, errors, strict=True)]
+
+
+def _groups(pairs: list[Pair]) -> Iterator[list[int]]:
+    """Indices that share a forward: like lengths together, at most TOKENS_PER_FORWARD tokens with the padding."""
+    by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    group: list[int] = []
+    for i in by_length:
+        longest = sum(map(len, pairs[group[0]])) if group else 0
+        if group and (len(group) + 1) * longest > TOKENS_PER_FORWARD:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def score(
+    lm: DiffusionLM, pairs: list[Pair], title: str, *, block_size: int | None, draws: int, seed: int
+) -> list[Score]:
+    """Scores of many pairs, in their order. block_size None: exact, by `chain`; else by `bound`. Progress under `title`."""
+    found: dict[int, Score] = {}
+    lm.model.eval()
+    with progress(title, len(pairs), "continuations") as advance:
+        for group in _groups(pairs):
+            some = [pairs[i] for i in group]
+            scores = chain(lm, some, group) if block_size is None else bound(lm, some, group, block_size, draws, seed)
+            found.update(zip(group, scores, strict=True))
+            advance(len(found))
+    return [found[i] for i in range(len(pairs))]

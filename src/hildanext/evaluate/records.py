@@ -1,0 +1,74 @@
+"""Data files of the tasks: JSON lines with the fields a task needs, and documents cut to length."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hildanext.config import Config
+from hildanext.documents import encode_document, read_documents
+from hildanext.errors import DataError
+
+
+def read_records(path: Path, fields: tuple[str, ...], limit: int | None) -> list[dict[str, Any]]:
+    """The first `limit` records of a .jsonl or .jsonl.gz file, each with the text `fields`.
+
+    Raises DataError, naming file and line, for a file that is not there, is empty or holds something else.
+    """
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+        missing = [f for f in fields if not (isinstance(record, dict) and isinstance(record.get(f), str))]
+        if missing:
+            raise DataError(f"{path}:{number}: no text '{missing[0]}'; expected the fields {', '.join(fields)}")
+        found.append(record)
+        if len(found) == limit:
+            break
+    if not found:
+        raise DataError(f"{path}: no records in it")
+    return found
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            yield from file
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def text_path(config: Config, task: str) -> Path:
+    """The documents of a text task: its own file, or the held-out ones. Raises DataError when there are none."""
+    given = config.evaluate.data.get(task)
+    path = Path(given) if given else Path(config.paths.data) / "processed" / "eval.jsonl"
+    if not path.is_file():
+        hint = "" if given else f"; give --data {task}=FILE, or run 'hildanext prepare-data'"
+        raise DataError(f"{path}: no documents for the task '{task}'{hint}")
+    return path
+
+
+def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None) -> list[list[int]]:
+    """The first `length` tokens of each document that has more, without its end-of-text token; the first `limit` of them."""
+    found: list[list[int]] = []
+    for document in read_documents(path):
+        ids: np.ndarray = encode_document(document, tokenizer, all_tokens=True).input_ids[:-1]
+        if len(ids) >= length:
+            found.append(ids[:length].tolist())
+        if len(found) == limit:
+            break
+    if not found:
+        raise DataError(f"{path}: no document has {length} tokens")
+    return found

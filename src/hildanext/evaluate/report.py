@@ -1,0 +1,136 @@
+"""The report of an evaluation: JSON for programs, Markdown and a picture for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hildanext.errors import UsageError
+from hildanext.evaluate.answers import Outcome
+from hildanext.evaluate.intervals import Figure
+from hildanext.files import atomic_open, write_json
+from hildanext.plots import draw_quality
+from hildanext.progress import say
+
+INTERVALS = "95 % intervals: Wilson's for shares, the bootstrap over items (percentile, seeded) for the rest; none where none is shown."
+
+
+def hardware(device: torch.device) -> str:
+    """What it ran on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def as_json(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    return {
+        name: figure._asdict()
+        | {"value": _number(figure.value), "low": _number(figure.low), "high": _number(figure.high)}
+        for name, figure in outcome.figures.items()
+    }
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    if math.isnan(figure.value):
+        return "-"
+    digits = 0 if figure.value == int(figure.value) and abs(figure.value) > 1 and figure.low is None else 3
+    text = f"{figure.value:.{digits}f}"
+    return text if figure.low is None or figure.high is None else f"{text} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def markdown(about: dict[str, Any], tasks: dict[str, list[Outcome]]) -> str:
+    """A table a task: a row for each way, a column for each figure."""
+    lines = [
+        f"# Evaluation of {about['model']}",
+        "",
+        f"Beside {about['base']}; convention {about['convention']}, block {about['block_size']}, {about['dtype']}, "
+        f"runtime {about['runtime']}, {about['slots']} side by side, on {about['hardware']}. Seed {about['seed']}. "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + ".",
+        "",
+        INTERVALS,
+    ]
+    for task, outcomes in tasks.items():
+        columns = list(dict.fromkeys(name for outcome in outcomes for name in outcome.figures))
+        n = max(figure.n for figure in outcomes[0].figures.values())
+        lines += [
+            "",
+            f"## {task} ({n} items)",
+            "",
+            "| | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for outcome in outcomes:
+            cells = [_cell(outcome.figures.get(name)) for name in columns]
+            lines.append(f"| {outcome.way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _samples_file(out: Path, task: str) -> Path:
+    return out / "samples" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', task)}.jsonl"
+
+
+def write_report(about: dict[str, Any], tasks: dict[str, list[Outcome]], out: Path) -> dict[str, Any]:
+    """Write report.json, report.md and samples/TASK.jsonl into `out`. Returns what stands in report.json."""
+    report = about | {
+        "tasks": {task: {outcome.way: as_json(outcome) for outcome in outcomes} for task, outcomes in tasks.items()}
+    }
+    for task, outcomes in tasks.items():
+        with atomic_open(_samples_file(out, task)) as file:
+            for outcome in outcomes:
+                for sample in outcome.samples:
+                    file.write(json.dumps({"way": outcome.way} | sample, ensure_ascii=False, default=str) + "\n")
+    write_json(out / "report.json", report)
+    with atomic_open(out / "report.md") as file:
+        file.write(markdown(about, tasks))
+    return report
+
+
+def read_outcomes(about: dict[str, Any], out: Path) -> dict[tuple[str, str], Outcome]:
+    """What an interrupted evaluation left in `out`, by task and way.
+
+    Raises UsageError, naming what differs, when it was of another model or with other settings.
+    """
+    path = out / "report.json"
+    if not path.is_file():
+        say(f"{out}: no report yet; starting over")
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    tasks = stored.pop("tasks")
+    if differs := [key for key in about if key != "git" and stored.get(key) != json.loads(json.dumps(about[key]))]:
+        raise UsageError(f"{path}: made with another {', '.join(differs)}; leave out --resume, or give another --out")
+    found = {}
+    for task, by_way in tasks.items():
+        records = [json.loads(line) for line in _samples_file(out, task).read_text(encoding="utf-8").splitlines()]
+        for way, figures in by_way.items():
+            again = {
+                name: Figure(**figure | {"value": math.nan if figure["value"] is None else figure["value"]})
+                for name, figure in figures.items()
+            }
+            samples = [{k: v for k, v in record.items() if k != "way"} for record in records if record["way"] == way]
+            found[task, way] = Outcome(way, again, samples)
+    say(f"{path}: {len(found)} results taken over")
+    return found
+
+
+def draw(tasks: dict[str, list[Outcome]], path: Path) -> None:
+    """The picture of the tasks that have a speed; none is drawn without one."""
+    drawn = {
+        task: [(outcome.way, outcome.figures) for outcome in outcomes]
+        for task, outcomes in tasks.items()
+        if all("tokens_per_second" in outcome.figures for outcome in outcomes)
+    }
+    if drawn:
+        draw_quality(drawn, path)
