@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
 import serving
 from hildanext.config import Config, JobsConfig
-from hildanext.jobs import child, local, store
-from hildanext.jobs.local import LocalJobs
+from hildanext.jobs import child, store, watcher
 from hildanext.jobs.store import ENDED, Job, Store, new_id
+from hildanext.jobs.watcher import Jobs
 from hildanext.server import open_jobs
 from training import material
 
@@ -74,7 +77,7 @@ def ended(client: TestClient, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    monkeypatch.setattr(local, "command", lambda *_, **__: [sys.executable, "-c", script])
+    monkeypatch.setattr(watcher, "command", lambda *_, **__: [sys.executable, "-c", script])
 
 
 # --- Real commands
@@ -191,6 +194,13 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
             "outside the workspace",
         ),
         ({"kind": "tokenize", "config": {"data": {"source_tokenizer": "/etc"}}}, "outside the workspace"),
+        (
+            {
+                "kind": "tokenize",
+                "config": {"data": {"sources": [{"kind": "dolma", "path": "http://10.0.0.1/x.jsonl"}]}},
+            },
+            "'config.data.sources.0.path': a job may not open a URL",
+        ),
         ({"kind": "sft", "options": {"run": "../x"}}, "'options.run'"),
         ({"kind": "sft", "options": {"k": 2}}, "'options.k': sft does not take it"),
         ({"kind": "tokenize", "options": {"run": "x"}}, "'options.run': tokenize does not take it"),
@@ -203,31 +213,31 @@ def test_what_a_job_may_not_ask(client: TestClient, body: dict[str, Any], line: 
     answer = client.post("/jobs", json=body)
     assert answer.status_code in (400, 422)
     assert line in answer.json()["detail"]
-    assert client.get("/jobs").json() == {"jobs": []}
+    assert client.get("/jobs").json()["jobs"] == []
 
 
 # --- Faults
 
 
 @pytest.fixture
-def watched(config: Config) -> Iterator[LocalJobs]:
+def watched(config: Config) -> Iterator[Jobs]:
     """Jobs without a server and without the thread: the test looks when it likes."""
     jobs = open_jobs(config)
     yield jobs
     for job in jobs.store.list(("running",)):
         jobs.store.move(job, "running", cancel_requested=True)
     until(lambda: jobs.tick() or not jobs.store.list(("running",)))
-    for process in jobs.processes.values():  # what another one settled
+    for process in jobs.backend.processes.values():  # what another one settled
         process.wait()
 
 
-def queued(jobs: LocalJobs) -> Job:
+def queued(jobs: Jobs, kind: str = "convert-wsd") -> Job:
     job_id = new_id()
     jobs.path(job_id).mkdir(parents=True)
-    return jobs.store.add(job_id, "convert-wsd", {"config": {}, "options": {"run": None}})[0]
+    return jobs.store.add(job_id, kind, {"config": {}, "options": {"run": None}})[0]
 
 
-def test_killed_jobs_are_interrupted_and_go_on(watched: LocalJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_jobs_are_interrupted_and_go_on(watched: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, FOREVER)
     job = queued(watched)
     started = watched.path(job.id) / "started-1.json"
@@ -235,14 +245,14 @@ def test_killed_jobs_are_interrupted_and_go_on(watched: LocalJobs, monkeypatch: 
     os.killpg(json.loads(started.read_text())["group"], signal.SIGKILL)
     until(lambda: watched.tick() or watched.store.get(job.id).state != "running")
     found = watched.store.get(job.id)
-    assert (found.state, found.note) == ("interrupted", local.INTERRUPTED)
+    assert (found.state, found.note) == ("interrupted", watcher.INTERRUPTED)
     scripted(monkeypatch, "print('{}')")
     assert watched.store.move(found, "queued", attempt=2)
     until(lambda: watched.tick() or watched.store.get(job.id).state == "done")
 
 
 def test_a_server_that_comes_back_finds_its_jobs(
-    watched: LocalJobs, config: Config, monkeypatch: pytest.MonkeyPatch
+    watched: Jobs, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = Path("ran").absolute()
     scripted(
@@ -261,7 +271,7 @@ def test_a_server_that_comes_back_finds_its_jobs(
     assert mark.read_text() == "xx"  # each ran once
 
 
-def test_a_job_claimed_but_never_begun_begins_once(watched: LocalJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_claimed_but_never_begun_begins_once(watched: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = Path("ran").absolute()
     scripted(monkeypatch, f"open({str(mark)!r}, 'a').write('x')\nprint('{{}}')")
     job = queued(watched)
@@ -279,7 +289,18 @@ def test_an_attempt_never_runs_twice(tmp_path: Path) -> None:
     assert not child.is_held(tmp_path)
 
 
-def test_two_who_claim_the_same_job(watched: LocalJobs, config: Config) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell a process that its parent is dead")
+def test_a_command_does_not_outlive_who_notes_its_end(watched: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, FOREVER)
+    job = queued(watched)
+    output = watched.path(job.id) / "stdout-1.json"
+    until(lambda: watched.tick() or (output.is_file() and output.read_text()))
+    watched.backend.processes[job.id, 1].kill()
+    until(lambda: watched.tick() or watched.store.get(job.id).state == "interrupted")
+    assert not child.is_held(watched.path(job.id))
+
+
+def test_two_who_claim_the_same_job(watched: Jobs, config: Config) -> None:
     job = queued(watched)
     other = open_jobs(config).store
     assert [watched.store.move(job, "running"), other.move(job, "running")] == [True, False]
@@ -299,14 +320,46 @@ def test_a_locked_database_is_503_and_then_all_is_well(
         assert client.post("/generate", json={"prompt": "x"}).status_code == 200
         lock.execute("ROLLBACK")
         lock.close()
-        assert client.get("/jobs").json() == {"jobs": []}
+        assert client.get("/jobs").json()["jobs"] == []
         assert not any((Path(config.paths.runs) / ".jobs").iterdir())
         assert ended(client, start(client, "tokenize"))["state"] == "done"
 
 
 def test_databases_that_cannot_be_had(config: Config) -> None:
-    for url, line in (("nonsense", "'jobs.database'"), ("nosuch://x", "'jobs.database'")):
+    for url, line in (("nonsense", "'jobs.database'"), ("nosuch://x", "'jobs.database'"), ("mysql://x", "MySQLdb")):
         with pytest.raises(store.UsageError, match=line):
             Store(url)
     with pytest.raises(store.StoreError, match="the jobs' database"):
         Store("sqlite:////nowhere/at/all.sqlite")
+
+
+def test_a_storm_of_cancels_and_resumes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "open('ran', 'a').write('x')\n" + OBEDIENT)
+    busy = config.model_copy(update={"jobs": JobsConfig(at_once=3)})
+    headers = {"Content-Length": "0"}
+
+    def bother(url: str, ids: list[str], seed: int) -> set[int]:
+        rng, seen = random.Random(seed), set()
+        with httpx2.Client(base_url=url, timeout=60) as client:
+            for _ in range(40):
+                what, job = rng.choice(["cancel", "cancel", "resume", ""]), rng.choice(ids)
+                path = f"/jobs/{job}/{what}" if what else f"/jobs/{job}"
+                seen.add(client.request("POST" if what else "GET", path, headers=headers).status_code)
+        return seen
+
+    with serving.running(busy, jobs=open_jobs(busy)) as (url, _), httpx2.Client(base_url=url, timeout=60) as client:
+        ids = [client.post("/jobs", json={"kind": "convert-wsd"}).json()["id"] for _ in range(8)]
+        with ThreadPoolExecutor(6) as pool:
+            seen = set().union(*pool.map(lambda seed: bother(url, ids, seed), range(6)))
+        assert seen == {200, 409}
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 200
+        for job in ids:
+            client.post(f"/jobs/{job}/cancel", headers=headers)
+        until(lambda: all(job["state"] == "cancelled" for job in client.get("/jobs").json()["jobs"]))
+        jobs = client.get("/jobs").json()["jobs"]
+    folders = [Path(config.paths.runs) / ".jobs" / job["id"] for job in jobs]
+    assert len(jobs) == 8
+    assert not [folder for folder in folders if child.is_held(folder)]
+    began = [len(list(folder.glob("started-*.json"))) for folder in folders]
+    assert all(n <= job["attempt"] for n, job in zip(began, jobs, strict=True))
+    assert len(Path("ran").read_text()) <= sum(began)  # an attempt ran once, or was stopped before it could

@@ -8,6 +8,7 @@ twice; exit-N.json holds the exit code. A server that comes back reads from them
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hildanext.files import write_json
@@ -34,6 +36,16 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+def forbid(folder: Path, attempt: int) -> bool:
+    """Take the place of an attempt that has not begun: it never will. False: it has begun."""
+    try:
+        with open(folder / f"started-{attempt}.json", "x") as file:
+            json.dump({"forbidden": time.time()}, file)
+    except FileExistsError:
+        return False
+    return True
+
+
 def run(folder: Path, attempt: int, command: list[str]) -> int:
     """Run a command as attempt N of the job in `folder`. Returns its exit code, -N for a signal, or REFUSED."""
     with open(folder / "lock", "ab") as lock:
@@ -49,14 +61,27 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
             signal.signal(number, lambda *_: None)
         with open(folder / "log.txt", "ab") as log, open(folder / f"stdout-{attempt}.json", "wb") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=log, pass_fds=[lock.fileno()]
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=log,
+                pass_fds=[lock.fileno()],
+                preexec_fn=_stop_with_parent() if sys.platform == "linux" else None,
             )
             code = process.wait()
         write_json(folder / f"exit-{attempt}.json", {"code": code, "time": time.time()})
         return code
 
 
+def _stop_with_parent() -> Callable[[], object]:
+    """What a new process calls to be sent SIGTERM when its parent is killed: nobody else would note how it ends."""
+    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG, see prctl(2)
+    return lambda: prctl(set_death_signal, signal.SIGTERM)
+
+
 if __name__ == "__main__":
     folder, attempt, dashes, *command = sys.argv[1:]
     assert dashes == "--"
+    if not Path(folder).is_dir():
+        sys.exit(f"{folder} is not on this machine: paths.runs must be on storage that it shares with the server")
     sys.exit(run(Path(folder), int(attempt), command) & 0xFF)

@@ -6,7 +6,6 @@ Nothing in a request can name a file outside the workspace, and no key that coul
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +17,8 @@ from hildanext.errors import ConfigError, UsageError
 Kind = Literal["prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk", "benchmark", "calibrate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TRAINING: tuple[Kind, ...] = ("convert-wsd", "sft")
-SECTIONS = ("model", "data", "noise", "loss", "wsd", "train", "sft", "decode", "engine", "calibrate")
+GPU_KINDS: tuple[Kind, ...] = (*TRAINING, "merge-topk", "benchmark", "calibrate")
+SECTIONS = ("model", "data", "noise", "loss", "wsd", "train", "lora", "sft", "decode", "engine", "calibrate")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -36,6 +36,16 @@ class Options(BaseModel):
 
 
 TAKES: dict[Kind, set[str]] = {"convert-wsd": {"run"}, "sft": {"run"}, "merge-topk": {"run", "k", "split"}}
+# What each command reads of the configuration, the most telling first; a form shows these.
+USES: dict[Kind, tuple[str, ...]] = {
+    "prepare-data": ("data", "train"),
+    "tokenize": ("data", "model", "wsd", "sft"),
+    "convert-wsd": ("wsd", "train", "lora", "noise", "loss", "model", "data"),
+    "sft": ("sft", "train", "lora", "noise", "loss", "model", "data"),
+    "merge-topk": ("train", "model", "data"),
+    "benchmark": ("decode", "model", "engine", "train", "data"),
+    "calibrate": ("calibrate", "decode", "model", "engine"),
+}
 
 
 def check_options(kind: Kind, raw: dict[str, Any]) -> Options:
@@ -67,6 +77,12 @@ def job_config(base: Config, overrides: dict[str, Any], workspace: Path) -> Conf
     named |= {f"data.sources.{index}.path": source.path for index, source in enumerate(config.data.sources)}
     if "model" in overrides:  # what the server was started with may lie anywhere
         named["model.base"] = config.model.base
+    known = {source.path for source in base.data.sources}
+    for index, source in enumerate(config.data.sources):
+        if "://" in (source.path or "") and source.path not in known:
+            raise ConfigError(
+                f"'config.data.sources.{index}.path': a job may not open a URL that the server does not name"
+            )
     for key, path in named.items():
         if path is not None and not _is_inside(path, workspace):
             raise ConfigError(f"'config.{key}': {path} lies outside the workspace")
@@ -85,9 +101,9 @@ def _is_inside(path: str, workspace: Path) -> bool:
     return (workspace / path).resolve().is_relative_to(workspace.resolve())
 
 
-def command(kind: str, options: Options, job_id: str, folder: Path, *, resume: bool) -> list[str]:
+def command(python: str, kind: str, options: Options, job_id: str, folder: Path, *, resume: bool) -> list[str]:
     """The command line of a job whose configuration is FOLDER/config.json."""
-    line = [sys.executable, "-m", "hildanext.cli", kind, "--json", "--config", str(folder / "config.json")]
+    line = [python, "-m", "hildanext.cli", kind, "--json", "--config", str(folder / "config.json")]
     if kind in TRAINING:
         line += ["--run", options.run or job_id] + (["--resume"] if resume else [])
     if kind == "merge-topk":

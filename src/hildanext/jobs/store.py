@@ -87,8 +87,12 @@ class Store:
         """Raises UsageError for a URL that SQLAlchemy cannot take, StoreError where the database cannot be opened."""
         try:
             is_sqlite = sql.engine.make_url(url).get_backend_name() == "sqlite"
-            self.engine = sql.create_engine(url, connect_args={"timeout": BUSY_S} if is_sqlite else {})
-        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+            self.engine = sql.create_engine(
+                url, connect_args={"timeout": BUSY_S} if is_sqlite else {}, pool_pre_ping=True
+            )
+        except ModuleNotFoundError as error:
+            raise UsageError(f"'jobs.database': {error}; for PostgreSQL: pip install 'hildanext[postgres]'") from None
+        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError) as error:
             raise UsageError(f"'jobs.database': {error}") from None
         if is_sqlite:
             sql.event.listen(self.engine, "connect", _durable)
@@ -103,7 +107,7 @@ class Store:
         except IntegrityError:
             raise
         except DBAPIError as error:
-            raise StoreError(f"the jobs' database: {error.orig}") from None
+            raise StoreError(f"the jobs' database: {' '.join(str(error.orig).split())}") from None
 
     def add(
         self, job_id: str, kind: str, request: dict[str, Any], idempotency_key: str | None = None
@@ -135,6 +139,8 @@ class Store:
         return old, False
 
     def get(self, job_id: str) -> Job:
+        if "\0" in job_id:  # PostgreSQL has no such text
+            raise MissingError("there is no such job")
         return self._one(TABLE.c.id == job_id)
 
     def _one(self, where: sql.ColumnElement[bool]) -> Job:

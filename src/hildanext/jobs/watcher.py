@@ -1,0 +1,163 @@
+"""The loop: starts queued jobs, a few at a time, and notes what becomes of them, whatever backend runs them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+from hildanext.config import JobsConfig
+from hildanext.jobs.backend import Backend, BackendError, Look
+from hildanext.jobs.child import forbid
+from hildanext.jobs.kinds import Options, command
+from hildanext.jobs.store import STATES, Job, State, Store, StoreError
+from hildanext.progress import say
+
+INTERRUPTED = "its process ended without saying how (killed, or out of memory or disk); resume it"
+
+
+class Jobs:
+    """Starts queued jobs, at most `jobs.at_once`, and notes what becomes of them. `trouble`: why it cannot, if so."""
+
+    def __init__(self, store: Store, runs: Path, config: JobsConfig, backend: Backend) -> None:
+        self.store, self.runs, self.config, self.backend = store, runs, config, backend
+        self.counts = dict.fromkeys(STATES, 0)
+        self.trouble: str | None = None
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._watch, name="jobs")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching. Jobs go on; the next server finds them."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+
+    def wake(self) -> None:
+        """Something changed: look now."""
+        self._wake.set()
+
+    def counts_of(self, state: State) -> int:
+        """Jobs in a state at the last look."""
+        return self.counts[state]
+
+    def path(self, job_id: str) -> Path:
+        """Folder of what a job reads and writes beside its run: configuration, log, result."""
+        return self.runs / ".jobs" / job_id
+
+    def run(self, job: Job) -> Path:
+        """The run's folder of a training or merging job."""
+        return self.runs / (job.request["options"]["run"] or job.id)
+
+    def _watch(self) -> None:
+        while not self._stopping:
+            try:
+                self.tick()
+                self._tell(None)
+            except (StoreError, BackendError, OSError) as error:  # for now: the next look sees it all again
+                self._tell(str(error))
+            self._wake.wait(self.backend.every_s)
+            self._wake.clear()
+
+    def _tell(self, trouble: str | None) -> None:
+        """Say what is wrong once, and once that it is over."""
+        if trouble != self.trouble:
+            say(f"jobs: {trouble}; trying again" if trouble else "jobs: all is well again")
+        self.trouble = trouble
+
+    def tick(self) -> None:
+        """One look at everything. Raises StoreError, BackendError, OSError; what was seen before it is noted."""
+        busy, failure = 0, None
+        try:
+            running = self.store.list(("running",))
+            mine = [job for job in running if job.backend_id == self.backend.backend_id(job)]
+            for job in mine:
+                try:
+                    busy += not self._settle(job)
+                except BackendError as error:
+                    busy, failure = busy + 1, error
+            if failure is not None:
+                raise failure
+            if (trouble := self.backend.trouble()) is not None:
+                raise BackendError(trouble)
+            self._start_waiting(self.config.at_once - busy)
+            if len(mine) < len(running):
+                raise BackendError(
+                    f"{len(running) - len(mine)} running jobs are not of backend {self.config.backend!r}"
+                )
+        finally:
+            self.counts = self.store.counts()
+
+    def _start_waiting(self, free: int) -> None:
+        for job in self.store.list(("queued",))[: max(0, free)]:
+            # The claim names what the backend is about to hear: a server killed in between finds it again.
+            if self.store.move(job, "running", started=time.time(), backend_id=self.backend.backend_id(job)):
+                self._start(self.store.get(job.id))
+
+    def _start(self, job: Job) -> None:
+        folder = self.path(job.id)
+        options = Options.model_validate(job.request["options"])
+        resume = job.attempt > 1 and (self.run(job) / "config.json").is_file()  # else it had not begun
+        python = self.backend.python
+        line = command(python, job.kind, options, job.id, folder, resume=resume)
+        child = [python, "-m", "hildanext.jobs.child", str(folder), str(job.attempt), "--", *line]
+        try:
+            self.backend.start(job, folder, child)
+        except OSError as error:
+            self._move(job, "failed", None, f"cannot start: {error}")
+
+    def _settle(self, job: Job) -> bool:
+        """Whether a running job has ended; if so it is noted. One that never began begins."""
+        folder = self.path(job.id)
+        look = self.backend.look(job, folder)
+        if look.state == "gone":
+            self._ended(job, look)
+            return True
+        if look.state != "alive" and job.cancel_requested and forbid(folder, job.attempt):
+            if look.state == "waiting":
+                self.backend.stop(job, folder)
+            self._move(job, "cancelled", None, None)
+            return True
+        if look.state == "unknown":
+            self._start(job)
+        elif job.cancel_requested:
+            self.backend.stop(job, folder)
+        return False
+
+    def _ended(self, job: Job, look: Look) -> None:
+        folder = self.path(job.id)
+        exit_file, started_file = (folder / f"{name}-{job.attempt}.json" for name in ("exit", "started"))
+        code = json.loads(exit_file.read_text())["code"] if exit_file.is_file() else look.code
+        if job.cancel_requested:
+            self._move(job, "cancelled", code, None)
+        elif code is None and started_file.is_file():
+            self._move(job, "interrupted", None, look.note or INTERRUPTED)
+        elif code == 0 and _stopped(folder / f"stdout-{job.attempt}.json"):
+            self._move(job, "interrupted", code, "it was told to stop, and stopped at a checkpoint; resume it")
+        elif code == 0:
+            self._move(job, "done", code, None)
+        else:
+            self._move(job, "failed", code, look.note or _last_line(folder / "log.txt"))
+
+    def _move(self, job: Job, to: State, code: int | None, note: str | None) -> None:
+        self.store.move(job, to, exit_code=code, note=note, ended=time.time())
+
+
+def _stopped(path: Path) -> bool:
+    """Whether a training command's result says that a signal stopped it."""
+    try:
+        return json.loads(path.read_text()).get("finished") is False
+    except (OSError, ValueError):
+        return False
+
+
+def _last_line(path: Path) -> str | None:
+    """The end of a log: the line that says what went wrong."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").replace("\0", " ").strip().splitlines()
+    return lines[-1][:500] if lines else None
