@@ -1,29 +1,38 @@
-"""A server for tests: the real application on a loopback port, in a thread."""
+"""A server for tests: the real application on a loopback port, in a thread; without a socket; in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import httpx2
 import uvicorn
 from fastapi.testclient import TestClient
 
 from hildanext.config import Config
 from hildanext.engines import Engine, open_engine
-from hildanext.jobs.local import LocalJobs
+from hildanext.jobs.watcher import Jobs
 from hildanext.server import make_app
 from hildanext.server.worker import Worker
 
 
 @contextlib.contextmanager
 def running(
-    config: Config, opener: Callable[[Config], Engine] = open_engine, keys: list[bytes] | None = None
+    config: Config,
+    opener: Callable[[Config], Engine] = open_engine,
+    keys: list[bytes] | None = None,
+    jobs: Jobs | None = None,
 ) -> Iterator[tuple[str, Worker]]:
     """(URL, worker) of a server whose engine is open; stopped as SIGTERM would when the block ends."""
-    app = make_app(config, opener, keys or [])
+    app = make_app(config, opener, keys or [], jobs)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a slow reader is soon felt
@@ -33,7 +42,7 @@ def running(
         thread.start()
         worker: Worker = app.state.worker
         try:
-            while worker.state == "loading" and thread.is_alive():
+            while (worker.state == "loading" or not server.started) and thread.is_alive():
                 thread.join(0.01)
             yield f"http://127.0.0.1:{sock.getsockname()[1]}", worker
         finally:
@@ -43,7 +52,7 @@ def running(
 
 @contextlib.contextmanager
 def client(
-    config: Config, engine: Engine | None = None, keys: list[bytes] | None = None, jobs: LocalJobs | None = None
+    config: Config, engine: Engine | None = None, keys: list[bytes] | None = None, jobs: Jobs | None = None
 ) -> Iterator[TestClient]:
     """A client that calls the application without a socket, once its engine is open."""
     app = make_app(config, lambda config: engine or open_engine(config), keys or [], jobs)
@@ -51,3 +60,40 @@ def client(
         while app.state.worker.state == "loading":
             time.sleep(0.001)
         yield found
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def process(
+    config: Config, folder: Path, *, port: int | None = None, before: tuple[str, ...] = ()
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(URL, process) of `hildanext serve`, once it is ready; killed when the block ends. `before`: what starts it."""
+    port = port or free_port()
+    raw = config.model_dump(mode="json")
+    raw["server"]["port"] = port
+    (folder / "serve.json").write_text(json.dumps(raw))
+    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(folder / "serve.json")]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest.py does for this process
+    with open(folder / "log.txt", "ab") as log:
+        server = subprocess.Popen(
+            [*before, *command], cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True, env=one_thread
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx2.Client(base_url=url) as client:
+            for _ in range(1200):
+                assert server.poll() is None, (folder / "log.txt").read_text()
+                with contextlib.suppress(httpx2.TransportError):
+                    if client.get("/health/ready").status_code == 200:
+                        break
+                time.sleep(0.05)
+        yield url, server
+    finally:
+        server.kill()
+        server.communicate()

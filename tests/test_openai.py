@@ -64,8 +64,27 @@ def test_a_chat_and_its_stream_agree(client: openai.OpenAI, expected) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == direct.text
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == ["length"]
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], answer.usage)
+    found, again = answer.usage.to_dict(), chunks[-1].usage.to_dict()
+    cached = again.pop("prompt_tokens_details")["cached_tokens"]
+    assert found.pop("prompt_tokens_details") == {"cached_tokens": 0}
+    assert (chunks[-1].choices, again) == ([], found)
+    # Asked again, all of the prompt's whole blocks but the last token's are there already.
+    assert cached == (found["prompt_tokens"] - 1) // 4 * 4
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_next_turn_of_a_conversation_computes_only_what_is_new(client: openai.OpenAI, expected) -> None:
+    messages = [{"role": "user", "content": "Tell me about a red house"}]
+    before = 0
+    for turn in range(3):
+        answer = client.chat.completions.create(model="model", messages=messages, max_completion_tokens=5)
+        assert answer.choices[0].message.content == expected(messages, max_new_tokens=5).text
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        assert cached >= before // 4 * 4 - 4  # at least the turn before as it was asked
+        assert (cached > 0) == (turn > 0)
+        before = answer.usage.prompt_tokens
+        messages += [{"role": "assistant", "content": answer.choices[0].message.content}]
+        messages += [{"role": "user", "content": "And"}]
 
 
 def test_a_completions_stream(client: openai.OpenAI, expected) -> None:

@@ -51,6 +51,8 @@ def test_health_of_the_dummy_says_so(client: TestClient) -> None:
         "running": 0,
         "queue": 0,
         "queue_limit": 64,
+        "jobs": None,
+        "base": "not loaded",
         "version": __version__,
     }
     assert client.get("/health/live").json() == {"status": "live"}

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import random
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 import serving
-from hildanext.config import Config, parse_config
+from hildanext import server
+from hildanext.config import Config, ServerConfig, parse_config
 from hildanext.decode import Finished, Step
 from hildanext.engines import Completion, Event, Request, Stats
 from hildanext.engines.dummy import DummyEngine
+from hildanext.server import guard
 from hildanext.server.worker import Worker
 
 
@@ -77,8 +77,8 @@ class Stepping(DummyEngine):
 
 
 @contextlib.contextmanager
-def stepping(*, held: bool = False, **server: Any) -> Iterator[tuple[str, Worker, Stepping]]:
-    config = parse_config({"engine": {"order": ["dummy"]}, "server": server})
+def stepping(*, held: bool = False, **settings: Any) -> Iterator[tuple[str, Worker, Stepping]]:
+    config = parse_config({"engine": {"order": ["dummy"]}, "server": settings})
     engine = Stepping(config)
     with serving.running(config, lambda config: engine) as (url, worker):
         engine.held = held
@@ -169,6 +169,31 @@ def test_a_client_that_reads_a_byte_at_a_time_holds_no_slot() -> None:
             client.recv(1)
 
 
+def test_a_client_that_takes_nothing_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "STALL_S", 0.05)
+    with stepping() as (url, worker, _):
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps({"prompt": "x", "max_new_tokens": 50_000, "stream": True}).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nX-Request-Id: idle\r\n"
+        head += "Content-Type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            log = ""
+            while '"event": "request", "id": "idle"' not in log:
+                log += capsys.readouterr().err
+                time.sleep(0.001)
+            until(worker, lambda: not worker.accepted)
+            assert log.count('"event": "stalled", "id": "idle"') == 1
+            assert "Traceback" not in log
+            with contextlib.suppress(ConnectionResetError):
+                while client.recv(65536):  # what had been sent, then the end: the connection is closed
+                    pass
+        assert post(url).status_code == 200
+
+
 def test_a_storm_of_clients_that_give_up() -> None:
     with stepping() as (url, worker, engine):
 
@@ -228,51 +253,14 @@ def test_stopping_finishes_what_runs() -> None:
         assert [future.result().json()["text"] for future in running] == ["x" + "A" * 50] * 2
 
 
-# --- The process
-
-
-@contextlib.contextmanager
-def process(config: Config, folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """(URL, process) of `hildanext serve`, once it is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    raw = config.model_dump(mode="json")
-    raw["server"]["port"] = port
-    raw["engine"] |= {"order": ["transformers"], "runtime": "eager"}
-    (folder / "serve.json").write_text(json.dumps(raw))
-    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(folder / "serve.json")]
-    with open(folder / "log.txt", "ab") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(6000):
-            assert server.poll() is None, (folder / "log.txt").read_text()
-            with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{url}/health/ready").status_code == 200:
-                    break
-            time.sleep(0.01)
-        yield url, server
-    finally:
-        server.kill()
-        server.communicate()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_in_the_middle_of_a_stream(converted: Config, tmp_path: Path, number: signal.Signals) -> None:
-    body = {"prompt": "Once upon", "max_new_tokens": 40, "tau_mask": 1.0, "tau_edit": None, "stream": True}
-    seen = ""
-    with process(converted, tmp_path) as (url, server):
-        gone = contextlib.suppress(httpx2.TransportError) if number == signal.SIGKILL else contextlib.nullcontext()
-        with gone, httpx2.stream("POST", f"{url}/generate", json=body, timeout=60) as answer:
-            for number_of_piece, piece in enumerate(answer.iter_text()):
-                seen += piece
-                if number_of_piece == 0:
-                    server.send_signal(number)
-        server.wait(60)
-    if number == signal.SIGTERM:  # what runs is finished
-        assert server.returncode == 0
-        assert "event: done" in seen
-    else:
-        assert server.returncode == -signal.SIGKILL
-        with process(converted, tmp_path) as (url, _):  # nothing it left behind is in the way
-            assert post(url, prompt="Once upon").status_code == 200
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system has no such limit")
+def test_a_connection_whose_client_takes_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STALL_S", 0.1)
+    with server.bind(ServerConfig(port=serving.free_port())) as listening:
+        listening.listen()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(listening.getsockname())
+            with listening.accept()[0] as accepted, pytest.raises(OSError, match="timed out") as ended:
+                accepted.sendall(bytes(50_000_000))
+            assert ended.value.errno == errno.ETIMEDOUT

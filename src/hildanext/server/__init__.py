@@ -5,9 +5,11 @@ Loopback by default; any other address needs API keys, checked before a body is 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ import uvicorn
 from hildanext import engines
 from hildanext.config import Config, ServerConfig
 from hildanext.errors import ConfigError, HildaError
-from hildanext.jobs.local import LocalJobs
+from hildanext.jobs.backend import Backend
+from hildanext.jobs.local import LocalBackend
 from hildanext.jobs.store import Store
+from hildanext.jobs.watcher import Jobs
 from hildanext.progress import say
 from hildanext.server.app import make_app
+from hildanext.server.guard import STALL_S
 from hildanext.server.keys import read_keys
 from hildanext.signals import stop_on_signals
 
@@ -33,6 +38,8 @@ def bind(server: ServerConfig) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if sys.platform != "win32":  # there it would take a port that is in use
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform == "linux":  # what is closed while its client takes nothing would keep its last bytes for ever
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_S * 1000))
     try:
         sock.bind((server.host, server.port))
     except OSError as error:
@@ -52,11 +59,31 @@ def open_engine(config: Config) -> engines.Engine:
     return engine
 
 
-def open_jobs(config: Config) -> LocalJobs:
-    """The jobs of `paths.runs`. Raises UsageError or StoreError for a database that cannot be opened."""
+def open_backend(config: Config, environ: Mapping[str, str]) -> Backend:
+    """Where jobs run. Raises ConfigError where it cannot be as configured."""
+    if config.jobs.backend == "local":
+        return LocalBackend(config.jobs)
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("'jobs.backend': ray is not installed; pip install 'hildanext[ray]', or use 'local'")
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+    ):  # Ray's client takes them for the address whatever it is given
+        if name in environ:
+            raise ConfigError(
+                f"'jobs.ray_address': the environment's {name}={environ[name]} overrides it; unset {name}"
+            )
+    from hildanext.jobs.ray import RayBackend
+
+    return RayBackend(config.jobs, Path.cwd())
+
+
+def open_jobs(config: Config) -> Jobs:
+    """The jobs of `paths.runs`. Raises UsageError or StoreError for a database or a backend that cannot be had."""
     runs = Path(config.paths.runs).absolute()
     runs.mkdir(parents=True, exist_ok=True)
-    return LocalJobs(Store(config.jobs.database or f"sqlite:///{runs / 'jobs.sqlite'}"), runs, config.jobs)
+    backend = open_backend(config, os.environ)
+    return Jobs(Store(config.jobs.database or f"sqlite:///{runs / 'jobs.sqlite'}"), runs, config.jobs, backend)
 
 
 def serve(config: Config) -> dict[str, Any]:

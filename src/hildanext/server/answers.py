@@ -15,7 +15,7 @@ from hildanext.decode import Step
 from hildanext.engines import Completion, Engine, Event
 from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.store import ConflictError, MissingError, StoreError
-from hildanext.server.worker import DeadlineError, Overloaded, Unready
+from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Unready
 
 RETRY_S = 1  # a slot is free again within about as much
 T = TypeVar("T")
@@ -33,6 +33,7 @@ STATUSES: dict[type[HildaError], int] = {
     UsageError: 400,
     Overloaded: 429,
     MissingError: 404,
+    NoBase: 404,
     ConflictError: 409,
     ClientGone: 499,
     Unready: 503,
@@ -64,6 +65,12 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem, "description": MEANINGS[status]} for status in statuses}
 
 
+def streams(also: str) -> dict[str, Any]:
+    """The 200 of a route that answers at once, as `also`, or with server-sent events."""
+    text = {"schema": {"type": "string"}}
+    return {"content": {"text/event-stream": text, **({also: text} if also == "text/plain" else {})}}
+
+
 def problem(status: int, line: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"detail": line}, status, with_retry(status, headers))
 
@@ -91,21 +98,20 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def completed(events: AsyncIterator[Event]) -> tuple[Completion, list[Step]]:
+async def completed(events: AsyncIterator[list[Event]]) -> tuple[Completion, list[Step]]:
     """Run a request to its end: the completion and every step."""
-    steps = []
-    async for event in events:
-        if isinstance(event, Step):
-            steps.append(event)
-        elif isinstance(event, Completion):
-            return event, steps
+    steps: list[Step] = []
+    async for news in events:
+        steps += [event for event in news if isinstance(event, Step)]
+        if isinstance(news[-1], Completion):
+            return news[-1], steps
     raise RuntimeError("a request's events ended without a completion")
 
 
-async def chained(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[Event]:
+async def chained(first: list[Event], rest: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
     yield first
-    async for event in rest:
-        yield event
+    async for news in rest:
+        yield news
 
 
 def event_stream(chunks: AsyncIterator[str]) -> StreamingResponse:

@@ -10,19 +10,22 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
-from hildanext import __version__
+from hildanext import __version__, engines
 from hildanext.config import Config
 from hildanext.engines import Engine
 from hildanext.errors import HildaError
-from hildanext.jobs.local import LocalJobs
 from hildanext.jobs.store import STATES
-from hildanext.server.answers import problem, status_of
+from hildanext.jobs.watcher import Jobs
+from hildanext.server.answers import problem, problems, status_of
 from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
 from hildanext.server.native import native_routes
-from hildanext.server.openai import openai_problem, openai_routes
+from hildanext.server.openai import OpenAIProblem, openai_problem, openai_routes
+from hildanext.server.page import page_routes
+from hildanext.server.parent import Parent, parent_routes
 from hildanext.server.worker import Worker
 
 BODY_BYTES_PER_CHAR = 12  # JSON may write a character as two escapes of six bytes
@@ -33,15 +36,17 @@ def make_app(
     config: Config,
     open_engine: Callable[[Config], Engine],
     keys: list[bytes],
-    jobs: LocalJobs | None = None,
+    jobs: Jobs | None = None,
     on_failure: Callable[[HildaError], object] = lambda error: None,
+    open_base: Callable[..., Engine] = engines.open_base,
 ) -> FastAPI:
     """The application. The engine opens in the background when it starts; `on_failure` hears when it cannot.
 
-    Without `jobs` there is no /jobs.
+    `open_base` opens the AR base, at the first request for it. Without `jobs` there is no /jobs.
     """
     meters = Meters()
     worker = Worker(config, open_engine, meters)
+    parent = Parent(config, partial(open_base, threads=engines.n_threads()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -50,15 +55,18 @@ def make_app(
             jobs.start()
         yield
         await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(parent.stop)
         if jobs is not None:
             await asyncio.to_thread(jobs.stop)
 
     app = FastAPI(title="HildaNext", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
-    app.include_router(native_routes(config, worker, meters))
-    app.include_router(openai_routes(config, worker))
+    app.include_router(native_routes(config, worker, meters, jobs, lambda: parent.state), responses=problems(422))
+    app.include_router(parent_routes(config, parent), responses=problems(422))
+    app.include_router(page_routes())
+    app.include_router(openai_routes(config, worker), responses={422: {"model": OpenAIProblem}})
     if jobs is not None:
-        app.include_router(job_routes(config, worker, jobs))
+        app.include_router(job_routes(config, worker, jobs), responses=problems(422))
         for state in STATES:
             meters.jobs.labels(state).set_function(partial(jobs.counts_of, state))
     app.add_middleware(
@@ -69,6 +77,13 @@ def make_app(
         refuse=_refuse,
     )
 
+    _answer_errors(app, meters)
+    return app
+
+
+def _answer_errors(app: FastAPI, meters: Meters) -> None:
+    """Every error as one line, in the form of the API that was asked."""
+
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> Response:
         line, key = _validation_line(error)
@@ -76,7 +91,10 @@ def make_app(
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        return _refuse(request.url.path, error.status_code, str(error.detail), dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # Starlette names the methods of one route only
+            headers["Allow"] = ", ".join(sorted(_methods(app, request)))
+        return _refuse(request.url.path, error.status_code, str(error.detail), headers)
 
     @app.exception_handler(HildaError)
     async def refused(request: Request, error: HildaError) -> Response:
@@ -88,7 +106,11 @@ def make_app(
         meters.errors.labels("OSError").inc()
         return _refuse(request.url.path, 503, error.strerror or "a file could not be written", {})
 
-    return app
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """What may be done with a path, whichever route does it."""
+    matching = [route for route in app.routes if route.matches(request.scope)[0] != Match.NONE]
+    return {method for route in matching if isinstance(route, Route) for method in route.methods or ()}
 
 
 def _refuse(path: str, status: int, line: str, headers: dict[str, str], param: str | None = None) -> Response:

@@ -31,27 +31,18 @@ class Message(Body):
     content: Text
 
 
-class GenerateBody(Body):
-    """A request. A setting left out is the server's own; with `mode` given, thresholds left out are that mode's."""
+class BaseBody(Body):
+    """A request to the AR base, which is greedy. A setting left out is the server's own."""
 
     prompt: Text | None = Field(None, description="Text to continue as it stands.")
     messages: list[Message] | None = Field(None, description="A conversation, through the model's chat template.")
-    mode: Mode | None = None
-    tau_mask: Share | None = None
-    tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
     max_new_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0.0)
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
-    repetition_penalty: float | None = Field(None, gt=0.0)
     stop: list[Stop] | None = Field(None, max_length=16)
-    seed: int | None = Field(None, ge=0, lt=2**63)
     deadline_s: float | None = Field(None, gt=0.0, description="Seconds to answer in; at most server.deadline_s.")
-    stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
-    trace: bool = Field(False, description="Add every denoising step to the answer.")
+    stream: bool = Field(False, description="Server-sent events: start, token, then done or error.")
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> GenerateBody:
+    def _one_prompt(self) -> BaseBody:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give exactly one of 'prompt' and 'messages'")
         return self
@@ -70,6 +61,21 @@ class GenerateBody(Body):
             and (value is not None or name == "tau_edit")
         }
         return with_settings(base, given)
+
+
+class GenerateBody(BaseBody):
+    """A request. A setting left out is the server's own; with `mode` given, thresholds left out are that mode's."""
+
+    mode: Mode | None = None
+    tau_mask: Share | None = None
+    tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
+    temperature: float | None = Field(None, ge=0.0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    repetition_penalty: float | None = Field(None, gt=0.0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
+    trace: bool = Field(False, description="Add every denoising step to the answer.")
 
 
 def with_settings(base: DecodeConfig, given: dict[str, Any]) -> DecodeConfig:

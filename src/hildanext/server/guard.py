@@ -30,6 +30,11 @@ SECURITY_HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
+
+class Stalled(Exception):
+    """The client takes nothing. Not an OSError, as a timeout is: those are answered, and here nobody listens."""
+
+
 Refusal = Callable[[str, int, str, dict[str, str]], ASGIApp]  # path, status, line, headers -> a response
 
 
@@ -63,12 +68,15 @@ class Guard:
                 mine["X-Request-Id"] = request_id
                 for name, value in SECURITY_HEADERS.items():
                     mine[name] = value
-            await asyncio.wait_for(send(message), STALL_S)
+            try:
+                await asyncio.wait_for(send(message), STALL_S)
+            except asyncio.TimeoutError:  # another class on Python 3.10
+                raise Stalled from None
 
         refusal = self._refusal(scope, headers)
         try:
             await (self.app if refusal is None else refusal)(scope, receive, send_on)
-        except asyncio.TimeoutError:  # another class on Python 3.10
+        except Stalled:
             log("stalled", id=request_id)
         finally:
             self._record(scope, status, time.monotonic() - began, request_id)

@@ -13,18 +13,28 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import Field
 
-from hildanext.config import Config
+from hildanext.config import Config, schema
 from hildanext.errors import HildaError
 from hildanext.files import write_json
-from hildanext.jobs.kinds import TRAINING, Kind, check_options, job_config
-from hildanext.jobs.local import LocalJobs
+from hildanext.jobs.kinds import (
+    GPU_KINDS,
+    KINDS,
+    SECTIONS,
+    TAKES,
+    TRAINING,
+    USES,
+    Kind,
+    Options,
+    check_options,
+    job_config,
+)
 from hildanext.jobs.store import ENDED, STATES, ConflictError, Job, State, new_id
-from hildanext.server.answers import event_stream, problems, sse
+from hildanext.jobs.watcher import Jobs
+from hildanext.server.answers import event_stream, problems, sse, streams
 from hildanext.server.bodies import Body
 from hildanext.server.worker import Worker
 
 FOLLOW_S = 0.25
-GPU_KINDS = {*TRAINING, "merge-topk", "benchmark", "calibrate"}
 USUAL = problems(401, 403, 404, 503)
 
 
@@ -36,22 +46,24 @@ class JobBody(Body):
     options: dict[str, Any] = Field(default_factory=dict, description="What the command takes besides: run, k, split.")
 
 
-def job_routes(config: Config, worker: Worker, jobs: LocalJobs) -> APIRouter:
+def job_routes(config: Config, worker: Worker, jobs: Jobs) -> APIRouter:
     """The workspace is the folder that the server was started in."""
     router = APIRouter(prefix="/jobs")
     _add_start(router, config, worker, jobs)
+    _add_schema(router, config)
     _add_views(router, jobs)
     _add_controls(router, jobs)
     return router
 
 
-def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: LocalJobs) -> None:
+def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: Jobs) -> None:
     workspace = Path.cwd()
 
     def check_gpu(kind: str, job: Config) -> None:
         served = (worker.engine.device if worker.engine is not None else None) or ""
         wants = kind in GPU_KINDS and job.model.device != "cpu"
-        if wants and served.startswith("cuda") and not config.jobs.share_gpu:
+        # Ray hands out the GPUs that it was started with.
+        if config.jobs.backend == "local" and wants and served.startswith("cuda") and not config.jobs.share_gpu:
             raise ConflictError(
                 "the served model is on the GPU; set jobs.share_gpu, or model.device 'cpu' for this job"
             )
@@ -68,11 +80,11 @@ def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: LocalJob
         check_gpu(body.kind, merged)
         request, job_id = {"config": body.config, "options": options.model_dump()}, new_id()
         # All that the job's process reads is on the disk before the job is there.
-        write_json(jobs.path(job_id) / "config.json", merged.model_dump(mode="json"))
         try:
+            write_json(jobs.path(job_id) / "config.json", merged.model_dump(mode="json"))
             job, is_new = jobs.store.add(job_id, body.kind, request, idempotency_key)
-        except HildaError:
-            shutil.rmtree(jobs.path(job_id))
+        except (HildaError, OSError):
+            shutil.rmtree(jobs.path(job_id), ignore_errors=True)
             raise
         if not is_new:
             shutil.rmtree(jobs.path(job_id))
@@ -80,16 +92,30 @@ def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: LocalJob
         return JSONResponse(_shown(jobs, job), 201 if is_new else 200, {"Location": f"/jobs/{job.id}"})
 
 
-def _add_views(router: APIRouter, jobs: LocalJobs) -> None:
+def _add_schema(router: APIRouter, config: Config) -> None:
+    whole, values = schema(), config.model_dump(mode="json", include=set(SECTIONS))
+    # What the jobs may not touch stays unsaid.
+    sections = {name: whole["properties"][name] for name in SECTIONS}
+
+    @router.get("/schema", responses=problems(401, 403))
+    async def form() -> dict[str, Any]:
+        """What a form needs to make a POST /jobs: kinds, options, the sections' JSON Schema and the server's values."""
+        return {
+            "kinds": {kind: {"options": sorted(TAKES.get(kind, ())), "sections": USES[kind]} for kind in KINDS},
+            "options": Options.model_json_schema()["properties"],
+            "schema": {"properties": sections, "$defs": whole["$defs"]},
+            "values": values,
+        }
+
+
+def _add_views(router: APIRouter, jobs: Jobs) -> None:
     store = jobs.store
 
     @router.get("", responses=problems(401, 403, 503))
-    def all_jobs(
-        state: State | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
-    ) -> dict[str, list[dict[str, Any]]]:
-        """The newest jobs, newest first."""
+    def all_jobs(state: State | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+        """The newest jobs, newest first. `trouble`: why none can be started or looked after just now."""
         found = store.list((state,) if state else STATES, limit, newest_first=True)
-        return {"jobs": [_shown(jobs, job) for job in found]}
+        return {"jobs": [_shown(jobs, job) for job in found], "trouble": jobs.trouble}
 
     @router.get("/{job_id}", responses=USUAL)
     def one(job_id: str) -> dict[str, Any]:
@@ -97,7 +123,7 @@ def _add_views(router: APIRouter, jobs: LocalJobs) -> None:
         job = store.get(job_id)
         return _shown(jobs, job) | {"result": _result(jobs, job)}
 
-    @router.get("/{job_id}/logs", response_class=PlainTextResponse, responses=USUAL)
+    @router.get("/{job_id}/logs", response_class=Response, responses={200: streams("text/plain"), **USUAL})
     def logs(job_id: str, follow: bool = False) -> Response:
         """What the command wrote to stderr; `follow` streams it (server-sent events, a line each) to the job's end."""
         path = jobs.path(store.get(job_id).id) / "log.txt"
@@ -105,7 +131,7 @@ def _add_views(router: APIRouter, jobs: LocalJobs) -> None:
             return event_stream(_follow(jobs, job_id, path))
         return PlainTextResponse(path.read_bytes().decode(errors="replace") if path.is_file() else "")
 
-    @router.get("/{job_id}/metrics", responses=USUAL)
+    @router.get("/{job_id}/metrics", responses={200: streams("application/json"), **USUAL})
     def metrics(job_id: str, follow: bool = False) -> Response:
         """The rows of the run's metrics.jsonl; `follow` streams them to the job's end, with 'reset' when it was rewound."""
         job = store.get(job_id)
@@ -116,7 +142,7 @@ def _add_views(router: APIRouter, jobs: LocalJobs) -> None:
         return JSONResponse({"rows": [json.loads(line) for line in lines]})
 
 
-def _add_controls(router: APIRouter, jobs: LocalJobs) -> None:
+def _add_controls(router: APIRouter, jobs: Jobs) -> None:
     store = jobs.store
 
     @router.post("/{job_id}/cancel", responses={**USUAL, **problems(409)})
@@ -154,18 +180,18 @@ def _add_controls(router: APIRouter, jobs: LocalJobs) -> None:
         return Response(status_code=204)
 
 
-def _shown(jobs: LocalJobs, job: Job) -> dict[str, Any]:
+def _shown(jobs: Jobs, job: Job) -> dict[str, Any]:
     return job.as_dict() | ({"run": str(jobs.run(job))} if job.kind in (*TRAINING, "merge-topk") else {})
 
 
-def _result(jobs: LocalJobs, job: Job) -> Any:
+def _result(jobs: Jobs, job: Job) -> Any:
     try:
         return json.loads((jobs.path(job.id) / f"stdout-{job.attempt}.json").read_text())
     except (OSError, ValueError):
         return None
 
 
-async def _follow(jobs: LocalJobs, job_id: str, path: Path) -> AsyncIterator[str]:
+async def _follow(jobs: Jobs, job_id: str, path: Path) -> AsyncIterator[str]:
     """Whole lines of a growing file, to the end of the job. A file that was replaced is read again from its start."""
     offset, inode = 0, None
     while True:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 
 from hildanext import __version__, engines
 from hildanext.config import Config, DecodeConfig
 from hildanext.decode import Finished, Step
 from hildanext.engines import Completion, Event
 from hildanext.errors import HildaError, UsageError
+from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import (
     chained,
     completed,
@@ -24,6 +25,7 @@ from hildanext.server.answers import (
     problems,
     sse,
     status_of,
+    streams,
     unless_gone,
 )
 from hildanext.server.bodies import GenerateBody, n_chars
@@ -44,6 +46,8 @@ async def submit(
     prompt: str | list[dict[str, str]],
     decode: DecodeConfig,
     deadline_s: float | None = None,
+    *,
+    wants_steps: bool = False,
 ) -> Ticket:
     """Hand a prompt to the engine. Raises UsageError for one that is too long, and as `Worker.accept` does."""
     limit = config.server.max_prompt_chars
@@ -51,11 +55,28 @@ async def submit(
         raise UsageError(f"the prompt has {n_chars(prompt)} characters; server.max_prompt_chars is {limit}")
     settings = worker.opened().settings(config.model_copy(update={"decode": decode}))
     request = engines.Request(await worker.encode(prompt), settings)
-    return worker.accept(request, min(deadline_s or config.server.deadline_s, config.server.deadline_s))
+    most = config.server.deadline_s
+    return worker.accept(request, min(deadline_s or most, most), wants_steps=wants_steps)
 
 
-def native_routes(config: Config, worker: Worker, meters: Meters) -> APIRouter:
-    router, began = APIRouter(), time.monotonic()
+def native_routes(
+    config: Config, worker: Worker, meters: Meters, jobs: Jobs | None, base_state: Callable[[], str]
+) -> APIRouter:
+    router = APIRouter()
+    _add_views(router, config, worker, meters, jobs, base_state)
+    _add_generate(router, config, worker)
+    return router
+
+
+def _add_views(
+    router: APIRouter,
+    config: Config,
+    worker: Worker,
+    meters: Meters,
+    jobs: Jobs | None,
+    base_state: Callable[[], str],
+) -> None:
+    began = time.monotonic()
 
     @router.get("/health", responses=problems(401, 403))
     async def health() -> dict[str, Any]:
@@ -73,6 +94,8 @@ def native_routes(config: Config, worker: Worker, meters: Meters) -> APIRouter:
             "running": len(worker.accepted) - worker.n_queued,
             "queue": worker.n_queued,
             "queue_limit": config.server.queue,
+            "base": base_state(),
+            "jobs": {"backend": config.jobs.backend, "trouble": jobs.trouble} if jobs is not None else None,
             "uptime_s": time.monotonic() - began,
             "version": __version__,
         }
@@ -89,21 +112,26 @@ def native_routes(config: Config, worker: Worker, meters: Meters) -> APIRouter:
             return problem(503, f"the server is {worker.state}")
         return JSONResponse({"status": "ready"})
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=problems(401, 403))
+    @router.get(
+        "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problems(401, 403)}
+    )
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+
+def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
     @router.post(
         "/generate",
         responses={
-            200: {"model": Answer, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            200: {"model": Answer, **streams("application/json")},
             **problems(400, 401, 403, 411, 413, 422, 429, 500, 503, 504),
         },
     )
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Complete a prompt; streamed, with every denoising step as it happens."""
-        ticket = await submit(worker, config, body.text, body.decode_config(config.decode), body.deadline_s)
+        decode, wants_steps = body.decode_config(config.decode), body.stream or body.trace
+        ticket = await submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps)
         events, show = worker.events(ticket), make_show_step(worker.opened())
         if body.stream:
             # Waiting for the first event lets what is wrong with the request be a status.
@@ -112,8 +140,6 @@ def native_routes(config: Config, worker: Worker, meters: Meters) -> APIRouter:
         done, steps = await unless_gone(request, completed(events))
         request.state.facts = facts(config, body.text, done)
         return JSONResponse(done.as_dict() | ({"trace": [show(step) for step in steps]} if body.trace else {}))
-
-    return router
 
 
 def facts(config: Config, prompt: str | list[dict[str, str]], done: Completion) -> dict[str, Any]:
@@ -131,19 +157,21 @@ async def _stream(
     config: Config,
     body: GenerateBody,
     ticket: Ticket,
-    events: AsyncIterator[Event],
+    events: AsyncIterator[list[Event]],
     show: Callable[[Step], dict[str, Any]],
 ) -> AsyncIterator[str]:
+    def written(event: Event) -> str:
+        if isinstance(event, Step):
+            return sse(show(event), "step")
+        if isinstance(event, Finished):
+            return sse(event._asdict(), "block")
+        request.state.facts = facts(config, body.text, event)
+        return sse(event.as_dict(), "done")
+
     settings = ticket.request.settings
     yield sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings._asdict()}, "start")
     try:
-        async for event in events:
-            if isinstance(event, Step):
-                yield sse(show(event), "step")
-            elif isinstance(event, Finished):
-                yield sse(event._asdict(), "block")
-            else:
-                request.state.facts = facts(config, body.text, event)
-                yield sse(event.as_dict(), "done")
+        async for news in events:  # one write: each takes the interpreter from the engine's thread for a moment
+            yield "".join(map(written, news))
     except HildaError as error:
         yield sse({"detail": str(error), "status": status_of(error)}, "error")

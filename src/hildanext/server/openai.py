@@ -18,7 +18,7 @@ from hildanext.config import Config, DecodeConfig, Mode
 from hildanext.decode import Finished
 from hildanext.engines import Completion, Event
 from hildanext.errors import HildaError
-from hildanext.server.answers import chained, completed, event_stream, sse, status_of, unless_gone, with_retry
+from hildanext.server.answers import chained, completed, event_stream, sse, status_of, streams, unless_gone, with_retry
 from hildanext.server.bodies import Body, Share, Stop, Text, with_settings
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import Ticket, Worker
@@ -126,8 +126,14 @@ def model_id(config: Config) -> str:
     return Path(config.model.base).name if Path(config.model.base).exists() else config.model.base
 
 
-def usage(n_prompt: int, n_completion: int) -> dict[str, int]:
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
+def usage(n_prompt: int, done: list[Completion]) -> dict[str, Any]:
+    n_completion = sum(len(one.token_ids) for one in done)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": sum(one.stats.prefix_tokens for one in done)},
+    }
 
 
 class Form:
@@ -154,7 +160,7 @@ class Form:
     def answer(self, done: list[Completion], n_prompt: int) -> dict[str, Any]:
         return self.head(chunk=False) | {
             "choices": [self.choice(index, one.text, one.finish_reason) for index, one in enumerate(done)],
-            "usage": usage(n_prompt, sum(len(one.token_ids) for one in done)),
+            "usage": usage(n_prompt, done),
             "hildanext": [{"engine": one.engine, "mode": one.mode, "stats": asdict(one.stats)} for one in done],
         }
 
@@ -163,7 +169,7 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
     router = APIRouter(prefix="/v1")
     statuses = (400, 401, 403, 404, 411, 413, 429, 500, 503, 504)
     known: dict[int | str, dict[str, Any]] = {status: {"model": OpenAIProblem} for status in statuses}
-    answers = known | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    answers = known | {200: streams("application/json")}
     began = int(time.time())
 
     def shown() -> dict[str, Any]:
@@ -226,21 +232,27 @@ async def _stream(
     body: OpenAIBody,
     prompt: str | list[dict[str, str]],
     ticket: Ticket,
-    events: AsyncIterator[Event],
+    events: AsyncIterator[list[Event]],
     form: Form,
 ) -> AsyncIterator[str]:
+    def written(event: Event) -> str:
+        if isinstance(event, Finished):
+            return form.chunk({"content": event.text}) if event.text else ""
+        if not isinstance(event, Completion):
+            return ""
+        request.state.facts = facts(config, prompt, event)
+        last = form.chunk({}, event.finish_reason)
+        if body.stream_options is not None and body.stream_options.include_usage:
+            tokens = usage(len(ticket.request.prompt_ids), [event])
+            last += sse(form.head(chunk=True) | {"choices": [], "usage": tokens})
+        return last
+
     if form.chat:
         yield form.chunk({"role": "assistant", "content": ""})
     try:
-        async for event in events:
-            if isinstance(event, Finished) and event.text:
-                yield form.chunk({"content": event.text})
-            elif isinstance(event, Completion):
-                request.state.facts = facts(config, prompt, event)
-                yield form.chunk({}, event.finish_reason)
-                if body.stream_options is not None and body.stream_options.include_usage:
-                    tokens = usage(len(ticket.request.prompt_ids), len(event.token_ids))
-                    yield sse(form.head(chunk=True) | {"choices": [], "usage": tokens})
+        async for news in events:
+            if text := "".join(map(written, news)):
+                yield text
     except HildaError as error:
         status = status_of(error)
         yield sse({"error": {"message": str(error), "type": KINDS.get(status, "server_error"), "code": None}})

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from hildanext.config import Config
-from hildanext.decode import Finished
+from hildanext.decode import Finished, Step
 from hildanext.engines import Completion, Engine, Event, Request, Steps, as_steps
 from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
@@ -28,6 +28,10 @@ class Unready(HildaError):
     """The model is loading, or the server is stopping."""
 
 
+class NoBase(HildaError):
+    """There is no AR base to answer."""
+
+
 class DeadlineError(HildaError):
     """A request did not finish in its time."""
 
@@ -35,10 +39,12 @@ class DeadlineError(HildaError):
 class Ticket:
     """A request that was accepted, and what has happened to it and was not fetched yet."""
 
-    def __init__(self, request: Request, deadline_s: float) -> None:
-        self.request, self.began = request, time.monotonic()
+    def __init__(self, request: Request, deadline_s: float, *, wants_steps: bool) -> None:
+        self.request, self.began, self.wants_steps = request, time.monotonic(), wants_steps
         self.deadline = self.began + deadline_s
-        self.events: asyncio.Queue[Event | HildaError] = asyncio.Queue()
+        self.news: list[Event | HildaError] = []
+        self.has_news = asyncio.Event()
+        self.has_block = False
         self.handle: Any = None  # the engine's, once it has seen the request
 
 
@@ -50,10 +56,13 @@ class Worker:
         self.engine: Engine | None = None
         self.state: State = "loading"
         self.failure: HildaError | None = None
+        self.is_open = asyncio.Event()  # set when the engine is open, or could not be opened
         self.accepted: set[Ticket] = set()  # the event loop's
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._run, name="engine")
+        meters.queued.set_function(lambda: self.n_queued)
+        meters.running.set_function(lambda: len(self.accepted) - self.n_queued)
         self._under_way: dict[Any, Ticket] = {}  # the thread's
 
     def start(self, on_failure: Callable[[], object]) -> None:
@@ -84,14 +93,13 @@ class Worker:
     def n_queued(self) -> int:
         return max(0, len(self.accepted) - (self.engine.slots if self.engine else 0))
 
-    def accept(self, request: Request, deadline_s: float) -> Ticket:
+    def accept(self, request: Request, deadline_s: float, *, wants_steps: bool) -> Ticket:
         """Raises Overloaded when the queue is full, Unready while nothing can be answered."""
         if len(self.accepted) >= self.opened().slots + self.config.server.queue:
             raise Overloaded(f"{len(self.accepted)} requests are waiting or running (server.queue); try again later")
-        ticket = Ticket(request, deadline_s)
+        ticket = Ticket(request, deadline_s, wants_steps=wants_steps)
         self.accepted.add(ticket)
         self._inbox.put(("submit", ticket))
-        self._measure()
         return ticket
 
     def drop(self, ticket: Ticket) -> None:
@@ -99,37 +107,37 @@ class Worker:
         if ticket in self.accepted:
             self.accepted.discard(ticket)
             self._inbox.put(("drop", ticket))
-            self._measure()
 
-    async def events(self, ticket: Ticket) -> AsyncIterator[Event]:
-        """What happens to an accepted request, to its Completion. Raises HildaError; leaving early drops the request."""
-        is_first = True
+    async def events(self, ticket: Ticket) -> AsyncIterator[list[Event]]:
+        """What happens to an accepted request, to its Completion; each time all that has come since the last look.
+
+        Raises HildaError; leaving early drops the request.
+        """
         try:
             while True:
-                what = await ticket.events.get()
-                if isinstance(what, HildaError):
-                    raise what
-                if is_first and isinstance(what, Finished):
-                    self.meters.first_block.observe(time.monotonic() - ticket.began)
-                    is_first = False
-                yield what
-                if isinstance(what, Completion):
+                await ticket.has_news.wait()
+                ticket.has_news.clear()
+                news, ticket.news = ticket.news, []
+                if events := [what for what in news if not isinstance(what, HildaError)]:
+                    yield events
+                if isinstance(news[-1], HildaError):
+                    raise news[-1]
+                if isinstance(news[-1], Completion):
                     return
         finally:
             self.drop(ticket)
 
     def _deliver(self, news: list[tuple[Ticket, Event | HildaError]]) -> None:
         for ticket, what in news:
-            ticket.events.put_nowait(what)
+            ticket.news.append(what)
+            ticket.has_news.set()
+            if isinstance(what, Finished) and not ticket.has_block:
+                ticket.has_block = True
+                self.meters.first_block.observe(time.monotonic() - ticket.began)
             if isinstance(what, Completion):
                 self.meters.completed(what.stats, len(what.token_ids))
             if isinstance(what, (Completion, HildaError)):
                 self.accepted.discard(ticket)
-        self._measure()
-
-    def _measure(self) -> None:
-        self.meters.queued.set(self.n_queued)
-        self.meters.running.set(len(self.accepted) - self.n_queued)
 
     # --- The thread's side
 
@@ -142,8 +150,10 @@ class Worker:
             self.failure = error if isinstance(error, HildaError) else _failure(error)
             self.state = "stopped"
             self.loop.call_soon_threadsafe(self.on_failure)
+            self.loop.call_soon_threadsafe(self.is_open.set)
             return
         self.engine, self.state = engine, "ready"
+        self.loop.call_soon_threadsafe(self.is_open.set)
         steps = as_steps(engine)
         while self._take_in(steps):
             self._move_on(steps)
@@ -178,7 +188,9 @@ class Worker:
             return
         self.state = "ready"
         self.meters.batch.observe(steps.n_running)
-        news = [(self._under_way[handle], what) for handle, what in happened if handle in self._under_way]
+        mine = [(self._under_way[handle], what) for handle, what in happened if handle in self._under_way]
+        # To wake the event loop costs more than the rule of a pass: not for what nobody looks at.
+        news = [(ticket, what) for ticket, what in mine if ticket.wants_steps or not isinstance(what, Step)]
         for ticket, what in news:
             if isinstance(what, (Completion, HildaError)):
                 del self._under_way[ticket.handle]

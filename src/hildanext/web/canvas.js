@@ -1,0 +1,343 @@
+// The block canvas: a trace drawn as text made of tokens, a slider through its passes, each token's history, the figures.
+
+import { sparkline } from "./chart.js";
+import { h, number, duration } from "./dom.js";
+import { Trace } from "./trace.js";
+
+const PLAY_MS = 140;
+
+/** Confidence as one of ten tints. */
+const tint = (confidence) => (confidence === null ? "" : `c${Math.min(9, Math.floor(confidence * 10))}`);
+const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.1 ? 1 : 0)} %`;
+
+/** A piece as it can be read: white space has a sign. */
+const readable = (piece) =>
+  piece === null ? "mask" : piece === "" ? "∅" : piece.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ | $/g, "·");
+
+export class Canvas {
+  /** `title`: what stands above; `compact`: one of several side by side. */
+  constructor(title, { compact = false } = {}) {
+    this.trace = new Trace();
+    this.k = 0; // passes shown
+    this.live = true; // follow the last pass
+    this.chosen = null; // position whose history is open
+    this.nodes = new Map(); // position -> its element
+    this.blocks = new Map(); // block -> its element
+    this.timer = this.frame = null;
+    this.#build(title, compact);
+  }
+
+  #build(title, compact) {
+    this.state = h("span", { class: "run-state", role: "status" });
+    this.prompt = h("span", { class: "prompt-text" });
+    this.body = h("span", { class: "tokens", role: "group", "aria-label": "Tokens" });
+    this.text = h("div", { class: "canvas-text" }, this.prompt, this.body);
+    this.slider = h("input", { type: "range", min: 0, max: 0, step: 1, value: 0, "aria-label": "Denoising pass" });
+    this.where = h("output", { class: "where" });
+    this.play = h("button", { type: "button", class: "icon", "aria-label": "Play" }, "▶");
+    const back = h("button", { type: "button", class: "icon", "aria-label": "Back one pass" }, "‹");
+    const on = h("button", { type: "button", class: "icon", "aria-label": "On one pass" }, "›");
+    this.bar = h("div", { class: "stepper", hidden: true }, back, this.play, on, this.slider, this.where);
+    this.history = h("div", { class: "history", hidden: true });
+    this.stats = h("div", { class: "stats" });
+    this.more = h("div", { class: "more" });
+    this.problem = h("p", { class: "problem", role: "alert", hidden: true });
+    this.root = h(
+      "article",
+      { class: compact ? "card canvas compact" : "card canvas" },
+      h("header", { class: "row between" }, h("h2", { class: "title" }, title), this.state),
+      h("div", {}, this.text, this.problem),
+      this.bar,
+      this.history,
+      this.stats,
+      this.more,
+    );
+    this.slider.addEventListener("input", () => this.go(this.slider.valueAsNumber));
+    back.addEventListener("click", () => this.go(this.k - 1));
+    on.addEventListener("click", () => this.go(this.k + 1));
+    this.play.addEventListener("click", () => (this.timer ? this.pause() : this.start()));
+    this.body.addEventListener("click", (event) => this.#choose(event.target.closest(".tok")));
+    this.body.addEventListener("keydown", (event) => this.#walk(event));
+  }
+
+  /** Show whose text it continues. */
+  begin(prompt, isChat) {
+    this.prompt.textContent = prompt;
+    this.prompt.classList.toggle("said", isChat);
+    this.state.textContent = "waiting";
+    this.root.dataset.state = "running";
+  }
+
+  push(event, data) {
+    this.trace.push(event, data);
+    if (event === "step" || event === "token") {
+      this.state.textContent = `block ${data.block + 1} · pass ${data.step + 1}`;
+      if (event === "token") this.state.textContent = `token ${this.trace.steps.length}`;
+    }
+    if (event === "done") this.#finished(data);
+    this.#later();
+  }
+
+  /** The run ended without a completion. */
+  fail(line) {
+    this.root.dataset.state = "failed";
+    this.state.textContent = line ? "failed" : "stopped";
+    this.problem.textContent = line ?? "";
+    this.problem.hidden = !line;
+    this.#later();
+  }
+
+  /** Draw once a frame, however many passes came. */
+  #later() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      if (this.live) this.k = this.trace.steps.length;
+      this.draw();
+    });
+  }
+
+  /** Show the text after `k` passes. */
+  go(k) {
+    const n = this.trace.steps.length;
+    this.k = Math.max(0, Math.min(n, k));
+    this.live = this.k === n && !this.trace.done;
+    this.draw();
+  }
+
+  start() {
+    if (this.k >= this.trace.steps.length) this.go(0);
+    this.play.textContent = "❚❚";
+    this.play.setAttribute("aria-label", "Pause");
+    this.timer = setInterval(() => (this.k < this.trace.steps.length ? this.go(this.k + 1) : this.pause()), PLAY_MS);
+  }
+
+  pause() {
+    clearInterval(this.timer);
+    this.timer = null;
+    this.play.textContent = "▶";
+    this.play.setAttribute("aria-label", "Play");
+  }
+
+  draw() {
+    const cells = this.trace.at(this.k);
+    const step = this.k ? this.trace.steps[this.k - 1] : null;
+    const seen = new Set();
+    for (const cell of cells) {
+      seen.add(cell.position);
+      this.#drawToken(cell, step);
+    }
+    for (const [position, node] of this.nodes) {
+      if (!seen.has(position)) {
+        node.remove();
+        this.nodes.delete(position);
+      }
+    }
+    for (const [block, node] of this.blocks) {
+      node.classList.toggle("current", step !== null && block === step.block && this.trace.blockSize > 1);
+      if (!node.querySelector(".tok")) {
+        node.remove();
+        this.blocks.delete(block);
+      }
+    }
+    if (!this.body.querySelector('[tabindex="0"]')) this.body.querySelector(".tok")?.setAttribute("tabindex", "0");
+    this.#drawBar(step);
+    this.#drawHistory();
+    this.spark?.mark(this.k - 1);
+  }
+
+  #drawToken(cell, step) {
+    const { position, piece, state } = cell;
+    let node = this.nodes.get(position);
+    if (!node) {
+      node = h("span", { class: "tok", role: "button", tabindex: -1, "data-position": position });
+      this.nodes.set(position, node);
+      this.#block(cell.block).append(node);
+    }
+    const names = ["tok", state];
+    if (state !== "masked") names.push(tint(cell.confidence));
+    if (cell.silent) names.push("silent");
+    if (cell.wasEdited) names.push("was-edited");
+    if (step && cell.block === step.block && this.trace.blockSize > 1) names.push("open");
+    if (position >= this.trace.end) names.push("cut");
+    if (position === this.chosen) names.push("chosen");
+    // An edit right after an edit flashes again only if something changes.
+    if (state === "edited") names.push(this.k % 2 ? "odd" : "even");
+    const wanted = names.filter(Boolean).join(" ");
+    if (node.className !== wanted) node.className = wanted;
+    const text = piece ?? "";
+    if (node.textContent !== text) node.textContent = text;
+    const sure = cell.confidence === null ? "" : `, ${percent(cell.confidence)}`;
+    const label = `${readable(piece)}${state === "kept" || state === "masked" ? "" : `, ${state}`}${sure}`;
+    if (node.title !== label) {
+      node.title = label;
+      node.setAttribute("aria-label", label);
+    }
+  }
+
+  #block(number) {
+    let node = this.blocks.get(number);
+    if (!node) {
+      node = h("span", { class: this.trace.blockSize > 1 ? "block" : "block plain", "data-block": number + 1 });
+      this.blocks.set(number, node);
+      // Blocks come in order, but for editable ones opened again.
+      const next = [...this.blocks.keys()].filter((other) => other > number).sort((a, b) => a - b)[0];
+      this.body.insertBefore(node, next === undefined ? null : this.blocks.get(next));
+    }
+    return node;
+  }
+
+  #drawBar(step) {
+    const n = this.trace.steps.length;
+    this.bar.hidden = n === 0;
+    this.slider.max = n;
+    this.slider.value = this.k;
+    const name = this.unit;
+    const what = step === null ? "before the first" : `${step.drafted.length} drafted, ${step.edited.length} edited`;
+    this.where.textContent = `${name} ${this.k} of ${n}`;
+    this.slider.setAttribute("aria-valuetext", `${name} ${this.k} of ${n}: ${what}`);
+    this.slider.title = what;
+  }
+
+  /** Open a token's history; once more closes it. */
+  #choose(node) {
+    const position = node ? Number(node.dataset.position) : null;
+    this.chosen = position === this.chosen ? null : position;
+    if (node) {
+      for (const other of this.body.querySelectorAll('[tabindex="0"]')) other.setAttribute("tabindex", "-1");
+      node.setAttribute("tabindex", "0");
+    }
+    this.draw();
+  }
+
+  /** Up and down walk through the tokens (left and right are the passes'), Enter opens a history. */
+  #walk(event) {
+    const node = event.target.closest(".tok");
+    if (!node) return;
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      this.#choose(node);
+    }
+    const all = [...this.body.querySelectorAll(".tok")];
+    const to = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const next = to && all[all.indexOf(node) + to];
+    if (to) event.preventDefault();
+    if (next) {
+      node.setAttribute("tabindex", "-1");
+      next.setAttribute("tabindex", "0");
+      next.focus();
+    }
+  }
+
+  #drawHistory() {
+    this.history.hidden = this.chosen === null;
+    if (this.chosen === null) return;
+    const rows = this.trace.history(this.chosen).filter((one) => one.what !== "looked at" || one.piece === null);
+    const shown = rows.filter((one) => one.what !== "looked at");
+    const waited = rows.length - shown.length;
+    this.history.replaceChildren(
+      h(
+        "div",
+        { class: "row between" },
+        h("h3", {}, `Token ${this.chosen - this.trace.promptTokens + 1}`, h("small", {}, this.#place())),
+        h("button", { type: "button", class: "icon", "aria-label": "Close the history", onclick: () => this.#choose(null) }, "×"),
+      ),
+      h(
+        "ol",
+        {},
+        waited ? h("li", { class: "quiet" }, `masked for ${waited} pass${waited === 1 ? "" : "es"}`) : null,
+        shown.map((one) =>
+          h(
+            "li",
+            { class: one.index < this.k ? "" : "quiet" },
+            h("button", { type: "button", class: "link", onclick: () => this.go(one.index + 1) }, `${this.unit} ${one.index + 1}`),
+            h("span", { class: `what ${one.what}` }, one.what),
+            one.what === "edited" ? h("del", {}, readable(one.before)) : null,
+            h("b", {}, readable(one.piece)),
+            h("span", { class: "meter", role: "img", "aria-label": `confidence ${percent(one.confidence)}` }, h("i", { class: `fill ${tint(one.confidence)}` })),
+            h("span", { class: "number" }, percent(one.confidence)),
+          ),
+        ),
+      ),
+    );
+  }
+
+  #place() {
+    const block = this.trace.blockSize > 1 ? `, block ${Math.floor(this.chosen / this.trace.blockSize) + 1}` : "";
+    return ` position ${this.chosen}${block}`;
+  }
+
+  /** What one step of the trace is called. */
+  get unit() {
+    return this.trace.blockSize > 1 ? "pass" : "token";
+  }
+
+  #finished(done) {
+    const stats = done.stats;
+    this.root.dataset.state = "done";
+    this.live = false;
+    this.k = this.trace.steps.length;
+    this.state.textContent = { stop: "ended by itself", length: "token budget spent" }[done.finish_reason] ?? done.finish_reason;
+    const figures = [
+      [number(stats.tokens_per_second), "tokens/s"],
+      [number(stats.tokens_per_forward), "tokens per forward"],
+      [number(stats.forwards), "forwards"],
+      [number(done.token_ids.length), "tokens"],
+      ...(done.mode === "AR" ? [] : [[number(stats.drafts), "drafts"], [number(stats.edits), "edits"]]),
+      [duration(stats.seconds), "time"],
+    ];
+    this.stats.replaceChildren(
+      h("dl", { class: "figures" }, figures.map(([value, name]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    );
+    if (done.mode !== "AR" && stats.mask_ratio.length) {
+      this.spark = sparkline(stats.mask_ratio, { label: "Mask ratio before each pass", most: 1 });
+      this.stats.append(h("figure", { class: "mask-ratio" }, this.spark.root, h("figcaption", {}, "mask ratio before each pass")));
+    }
+    this.#about(done);
+    if (!this.trace.steps.length) this.body.textContent = done.text; // an engine that shows no passes
+  }
+
+  #about(done) {
+    const edits = this.trace.edits();
+    const reasons = Object.entries(done.engine_reasons);
+    const copy = h("button", { type: "button", class: "link" }, "Copy the text");
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard?.writeText(done.text);
+      copy.textContent = "Copied";
+    });
+    const thresholds = done.mode === "AR" ? "greedy" : `τ mask ${number(done.tau_mask)}, τ edit ${done.tau_edit === null ? "off" : number(done.tau_edit)}`;
+    const parts = [
+      h("p", { class: "engine" }, h("b", {}, done.engine), ` engine${done.runtime ? `, ${done.runtime}` : ""} · ${done.mode} · ${thresholds} · `, copy),
+      reasons.length || done.ignored.length
+        ? h(
+            "details",
+            {},
+            h("summary", {}, reasons.length ? "Why no other engine" : "What was ignored"),
+            h("ul", {}, reasons.map(([name, reason]) => h("li", {}, h("b", {}, name), `: ${reason}`)), done.ignored.map((line) => h("li", {}, `ignored: ${line}`))),
+          )
+        : null,
+      edits.length
+        ? h(
+            "details",
+            { class: "edits" },
+            h("summary", {}, `${edits.length} edit${edits.length === 1 ? "" : "s"}`),
+            h(
+              "ol",
+              {},
+              edits.map((one) =>
+                h(
+                  "li",
+                  {},
+                  h("button", { type: "button", class: "link", onclick: () => this.go(one.index + 1) }, `pass ${one.index + 1}`),
+                  h("del", {}, readable(one.before)),
+                  "→",
+                  h("b", {}, readable(one.piece)),
+                  h("span", { class: "number" }, percent(one.confidence)),
+                ),
+              ),
+            ),
+          )
+        : null,
+    ];
+    this.more.replaceChildren(...parts.filter(Boolean));
+  }
+}

@@ -1,0 +1,128 @@
+// Health: what runs, and how busy it is, from /health and from the rates between two looks at /metrics.
+
+import { get, request } from "./api.js";
+import { sparkline } from "./chart.js";
+import { $, duration, h, number } from "./dom.js";
+
+const EVERY_MS = 2000;
+const KEPT = 90; // looks that a curve shows
+
+/** Prometheus' text format: "name{labels}" -> value. */
+export function parseMetrics(text) {
+  const found = new Map();
+  for (const line of text.split("\n")) {
+    const match = /^([a-zA-Z_:][\w:]*(?:\{.*\})?) (\S+)/.exec(line);
+    if (match) found.set(match[1], Number(match[2]));
+  }
+  return found;
+}
+
+// Curves: [name, unit, figure of two looks (before, now, seconds between)]
+const delta = (before, now, name) => (now.get(name) ?? 0) - (before.get(name) ?? 0);
+const ratio = (above, below) => (below > 0 ? above / below : 0);
+const CURVES = [
+  ["Throughput", "tokens/s", (a, b, s) => delta(a, b, "hildanext_tokens_total") / s],
+  ["Forwards", "per second", (a, b, s) => delta(a, b, "hildanext_forwards_total") / s],
+  ["Tokens per forward", "TPF", (a, b) => ratio(delta(a, b, "hildanext_tokens_total"), delta(a, b, "hildanext_forwards_total"))],
+  ["Batch", "requests in a pass", (a, b) => ratio(delta(a, b, "hildanext_batch_size_sum"), delta(a, b, "hildanext_batch_size_count"))],
+  ["Running", "in slots", (a, b) => b.get("hildanext_running") ?? 0],
+  ["Queue", "waiting", (a, b) => b.get("hildanext_queue") ?? 0],
+];
+
+let last = null; // {time, metrics}
+let timer = null;
+const curves = CURVES.map(() => []);
+
+const BASES = { off: "off (server.base)", "not loaded": "not loaded; Compare loads it" };
+
+function facts(health) {
+  return [
+    ["Status", h("span", { class: "pill", "data-state": health.status }, health.status)],
+    ["Model", health.model],
+    ["Engine", health.engine ?? "–"],
+    ["Block size", health.block_size ?? "–"],
+    ["Device", [health.device, health.dtype].filter(Boolean).join(", ") || "–"],
+    ["Slots", `${health.running} of ${health.slots ?? "–"} in use`],
+    ["Queue", `${health.queue} of ${health.queue_limit}`],
+    ["AR base", BASES[health.base] ?? health.base],
+    ["Jobs", health.jobs ? health.jobs.trouble ?? health.jobs.backend : "none here"],
+    ["Up", duration(health.uptime_s)],
+    ["Version", health.version],
+  ];
+}
+
+function draw(health, metrics) {
+  const reasons = Object.entries(health.engine_reasons);
+  const errors = [...metrics].filter(([name]) => name.startsWith("hildanext_errors_total{"));
+  const answers = [...metrics].filter(([name]) => name.startsWith("hildanext_requests_total{"));
+  const byStatus = new Map();
+  for (const [name, value] of answers) {
+    const status = /status="(\d+)"/.exec(name)[1];
+    byStatus.set(status, (byStatus.get(status) ?? 0) + value);
+  }
+  $("health").replaceChildren(
+    h(
+      "article",
+      { class: "card" },
+      h("h2", { class: "title" }, "Server"),
+      h("dl", { class: "facts wide" }, facts(health).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      reasons.length ? h("ul", { class: "reasons" }, reasons.map(([name, reason]) => h("li", {}, h("b", {}, name), ` passed over: ${reason}`))) : null,
+    ),
+    h(
+      "article",
+      { class: "card" },
+      h("h2", { class: "title" }, "Now", h("small", {}, ` the last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes, every ${EVERY_MS / 1000} seconds`)),
+      h(
+        "div",
+        { class: "gauges" },
+        CURVES.map(([name, unit], at) =>
+          h(
+            "figure",
+            { class: "gauge", "data-gauge": name },
+            h("figcaption", {}, name),
+            h("p", {}, h("b", {}, number(curves[at].at(-1) ?? 0)), h("small", {}, ` ${unit}`)),
+            sparkline(curves[at], { label: `${name}, ${unit}` }).root,
+          ),
+        ),
+      ),
+    ),
+    h(
+      "article",
+      { class: "card" },
+      h("h2", { class: "title" }, "Since the start"),
+      h(
+        "dl",
+        { class: "facts wide" },
+        [
+          ["Tokens", number(metrics.get("hildanext_tokens_total"), 7)],
+          ["Forwards", number(metrics.get("hildanext_forwards_total"), 7)],
+          ...[...byStatus].sort().map(([status, value]) => [`Answers ${status}`, number(value, 7)]),
+          ...errors.map(([name, value]) => [/kind="(.*)"/.exec(name)[1], number(value, 7)]),
+        ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+      ),
+    ),
+  );
+}
+
+async function look() {
+  try {
+    const [health, answer] = await Promise.all([get("/health"), request("/metrics")]);
+    const [metrics, time] = [parseMetrics(await answer.text()), performance.now() / 1000];
+    CURVES.forEach(([, , figure], at) => {
+      if (last) curves[at].push(figure(last.metrics, metrics, time - last.time));
+      if (curves[at].length > KEPT) curves[at].shift();
+    });
+    last = { time, metrics };
+    draw(health, metrics);
+  } catch (error) {
+    $("health").replaceChildren(h("article", { class: "card" }, h("p", { class: "problem", role: "alert" }, error.message)));
+  }
+  if (timer !== null) timer = setTimeout(look, EVERY_MS);
+}
+
+/** Look as long as the page is shown. */
+export function showHealth(is) {
+  clearTimeout(timer);
+  timer = is ? 0 : null;
+  if (is) look();
+}

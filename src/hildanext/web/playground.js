@@ -1,0 +1,178 @@
+// The playground: a prompt, how to decode it, and one canvas or three.
+
+import { get, Problem, stream } from "./api.js";
+import { Canvas } from "./canvas.js";
+import { $, h, say } from "./dom.js";
+
+// What POST /generate takes besides prompt and mode: [key, label, attributes, hint]. Empty: the server's own value.
+const SETTINGS = [
+  ["tau_mask", "τ mask", { type: "number", min: 0, max: 1, step: "any" }, "draft above this confidence"],
+  ["tau_edit", "τ edit", { type: "text", inputmode: "decimal" }, "edit above this; off: no editing"],
+  ["max_new_tokens", "New tokens", { type: "number", min: 1, step: 1 }, "at most"],
+  ["temperature", "Temperature", { type: "number", min: 0, step: "any" }, "0 is greedy"],
+  ["top_k", "Top k", { type: "number", min: 1, step: 1 }, "the k best only"],
+  ["top_p", "Top p", { type: "number", min: 0, max: 1, step: "any" }, "the likeliest share"],
+  ["repetition_penalty", "Repetition", { type: "number", min: 0, step: "any" }, "penalty, 1 is none"],
+  ["seed", "Seed", { type: "number", min: 0, step: 1 }, "of the sampling"],
+  ["stop", "Stop", { type: "text" }, "end before this text"],
+  ["deadline_s", "Deadline", { type: "number", min: 0, step: "any" }, "seconds"],
+];
+const BASE = ["prompt", "messages", "max_new_tokens", "stop", "deadline_s"]; // what POST /generate/base takes
+
+let running = null; // AbortController of what runs
+let focused = null; // the canvas that the arrow keys step
+
+const chosen = (name) => document.querySelector(`#ask [name="${name}"]:checked`).value;
+
+function buildSettings() {
+  $("settings").append(
+    ...SETTINGS.map(([key, label, attributes, hint]) =>
+      h("label", { class: "setting" }, h("span", {}, label), h("input", { ...attributes, name: key, placeholder: "server's" }), h("small", {}, hint)),
+    ),
+  );
+  $("settings").addEventListener("input", () => {
+    const n = SETTINGS.filter(([key]) => field(key).value.trim() !== "").length;
+    $("n-set").textContent = n;
+    $("n-set").hidden = n === 0;
+  });
+}
+
+const field = (key) => $("ask").elements[key];
+
+/** The body of a request. Throws Error with one line for what is no number. */
+function body() {
+  const prompt = $("prompt").value;
+  if (!prompt.trim()) throw new Error("The prompt is empty.");
+  const found = chosen("kind") === "chat" ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+  for (const [key, label] of SETTINGS) {
+    const input = field(key);
+    const text = input.value.trim();
+    if (input.validity.badInput) throw new Error(`${label} is not a number.`);
+    if (text === "") continue;
+    if (key === "stop") found.stop = [input.value];
+    else if (key === "tau_edit" && ["off", "null", "none"].includes(text.toLowerCase())) found.tau_edit = null;
+    else if (Number.isNaN(Number(text))) throw new Error(`${label} is not a number.`);
+    else found[key] = Number(text);
+  }
+  return found;
+}
+
+/** Run one request onto a canvas. A problem goes there; true if it got to its end. */
+async function run(canvas, path, asked, signal) {
+  canvas.begin($("prompt").value, "messages" in asked);
+  try {
+    for await (const { event, data } of stream(path, { method: "POST", body: { ...asked, stream: true }, signal })) {
+      if (event === "error") throw new Problem(data.status, data.detail);
+      canvas.push(event, data);
+    }
+    if (!canvas.trace.done) canvas.fail("the connection broke off");
+    return Boolean(canvas.trace.done);
+  } catch (error) {
+    if (error.name === "AbortError") canvas.fail(null);
+    else canvas.fail(error.message);
+    return false;
+  }
+}
+
+/** What stands around every run: buttons, the problem line, Stop. `work` gets the body and a signal. */
+async function during(work) {
+  let asked;
+  try {
+    asked = body();
+  } catch (error) {
+    say($("ask-problem"), error.message);
+    return;
+  }
+  say($("ask-problem"), null);
+  running = new AbortController();
+  busy(true);
+  try {
+    await work(asked, running.signal);
+  } finally {
+    running = null;
+    busy(false);
+  }
+}
+
+function busy(is) {
+  for (const id of ["generate", "compare"]) $(id).disabled = is;
+  $("halt").hidden = !is;
+}
+
+function show(canvases) {
+  focused?.pause();
+  focused = canvases[0];
+  $("answers").replaceChildren(...canvases.map((canvas) => canvas.root));
+  $("answers").classList.toggle("three", canvases.length > 1);
+  for (const canvas of canvases) canvas.root.addEventListener("pointerdown", () => (focused = canvas));
+  if (matchMedia("(max-width: 900px)").matches) $("answers").scrollIntoView({ block: "start" });
+}
+
+const generate = () =>
+  during(async (asked, signal) => {
+    const canvas = new Canvas("Answer");
+    show([canvas]);
+    await run(canvas, "/generate", { ...asked, mode: chosen("mode") }, signal);
+  });
+
+/** One after another, so that none takes time from the other; thresholds are each mode's own. */
+const compare = () =>
+  during(async (asked, signal) => {
+    const { tau_mask, tau_edit, ...shared } = asked;
+    const base = Object.fromEntries(Object.entries(shared).filter(([key]) => BASE.includes(key)));
+    const parts = [
+      ["AR base", "/generate/base", base],
+      ["Q_MODE", "/generate", { ...shared, mode: "Q_MODE" }],
+      ["S_MODE", "/generate", { ...shared, mode: "S_MODE" }],
+    ].map(([title, path, ask]) => [new Canvas(title, { compact: true }), path, ask]);
+    show(parts.map(([canvas]) => canvas));
+    for (const [canvas] of parts) canvas.begin($("prompt").value, "messages" in asked);
+    for (const [canvas, path, ask] of parts) {
+      if (signal.aborted) canvas.fail(null);
+      else {
+        canvas.state.textContent = path === "/generate/base" ? await loading() : "waiting";
+        await run(canvas, path, ask, signal);
+      }
+    }
+  });
+
+/** What the wait for the base is about. */
+async function loading() {
+  const { base } = await get("/health").catch(() => ({}));
+  return base === "ready" ? "waiting" : "loading the base";
+}
+
+function welcome() {
+  $("answers").replaceChildren(
+    h(
+      "article",
+      { class: "card canvas welcome" },
+      h("p", { class: "canvas-text" }, ...legend("Tokens", "kept"), ...legend(" that are drafted", "drafted c9"), ...legend(" in parallel,", "drafted c5"), ...legend(" some", "edited"), ...legend(" later corrected,", "edited"), ...legend("", "masked"), ...legend("", "masked"), ...legend("", "masked")),
+      h("p", { class: "quiet" }, "A block of masks fills in a few passes. The stronger the green, the surer the draft; amber is an edit. Afterwards step through every pass, and click a token for its history."),
+    ),
+  );
+}
+
+const legend = (text, kind) => [h("span", { class: `tok ${kind}` }, text)];
+
+export function startPlayground() {
+  buildSettings();
+  welcome();
+  $("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!running) generate();
+  });
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+  });
+  $("compare").addEventListener("click", compare);
+  $("halt").addEventListener("click", () => running?.abort());
+  document.addEventListener("keydown", (event) => {
+    const to = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const typing = event.target.closest("input, textarea, select, [contenteditable], [role=tab]");
+    if (to && focused && !typing && !$("playground").hidden && !event.altKey && !event.ctrlKey && !event.metaKey) {
+      event.preventDefault();
+      focused.go(focused.k + to);
+    }
+  });
+}

@@ -1,0 +1,150 @@
+// A decode as data: what each pass did, and from that the text at any pass and the history of any token. No page in here.
+
+export class Trace {
+  constructor() {
+    this.steps = []; // {block, step, start, tokens, pieces, drafted, edited, confidence, mask_ratio}
+    this.promptTokens = 0;
+    this.blockSize = 1;
+    this.done = null; // the completion
+    this.shown = null; // position -> the piece of the final text that its token stands for
+  }
+
+  /** Take in an event of POST /generate or /generate/base. */
+  push(event, data) {
+    if (event === "start") {
+      this.promptTokens = data.prompt_tokens;
+      this.blockSize = data.settings.block_size;
+      this.settings = data.settings;
+    } else if (event === "step") {
+      this.steps.push(data);
+    } else if (event === "token") {
+      const start = this.promptTokens + this.steps.length;
+      const one = { block: start, step: 0, start, tokens: [data.token], pieces: [data.text], drafted: [0], edited: [] };
+      this.steps.push({ ...one, confidence: [data.confidence], mask_ratio: 1 });
+    } else if (event === "done") {
+      this.done = data;
+      this.#align();
+    }
+  }
+
+  /** First position behind the completion: tokens from here on were cut off. */
+  get end() {
+    return this.done ? this.promptTokens + this.done.token_ids.length : Infinity;
+  }
+
+  /**
+   * The text after the first `k` passes: [{position, piece (null: masked), state, confidence, block}].
+   * state: masked, drafted or edited (by pass k), kept; `wasEdited`: by any pass up to k.
+   */
+  at(k) {
+    const cells = new Map();
+    for (let index = 0; index < k; index++) {
+      const step = this.steps[index];
+      const fresh = index === k - 1;
+      step.tokens.forEach((token, place) => {
+        const position = step.start + place;
+        if (position < this.promptTokens) return;
+        const before = cells.get(position);
+        const drafted = step.drafted.includes(place);
+        const edited = step.edited.includes(place);
+        const masked = step.pieces[place] === null;
+        cells.set(position, {
+          position,
+          token,
+          piece: masked ? null : step.pieces[place],
+          silent: step.pieces[place] === "", // a special token: it ends or marks, and adds no text
+          block: Math.floor(position / this.blockSize),
+          confidence: drafted || edited ? step.confidence[place] : before?.confidence ?? null,
+          state: masked ? "masked" : fresh && edited ? "edited" : fresh && drafted ? "drafted" : "kept",
+          wasEdited: edited || Boolean(before?.wasEdited),
+        });
+      });
+    }
+    const found = [...cells.values()].sort((a, b) => a.position - b.position);
+    if (this.shown) {
+      const last = this.#lastTokens();
+      for (const cell of found) {
+        if (cell.piece !== null && last.get(cell.position) === cell.token && this.shown.has(cell.position)) {
+          cell.piece = this.shown.get(cell.position);
+        }
+      }
+    }
+    return found;
+  }
+
+  /** What happened to one position: [{index, block, step, what, piece, before, confidence}]. */
+  history(position) {
+    const found = [];
+    let before = null;
+    this.steps.forEach((step, index) => {
+      const place = position - step.start;
+      if (place < 0 || place >= step.tokens.length) return;
+      const what = step.drafted.includes(place) ? "drafted" : step.edited.includes(place) ? "edited" : "looked at";
+      const confidence = step.confidence[place];
+      if (what !== "looked at" || confidence !== null) {
+        found.push({ index, block: step.block, step: step.step, what, piece: step.pieces[place], before, confidence });
+      }
+      before = step.pieces[place];
+    });
+    return found;
+  }
+
+  /** Every edit: [{index, position, before, piece, confidence}]. */
+  edits() {
+    const found = [];
+    const now = new Map();
+    this.steps.forEach((step, index) => {
+      step.tokens.forEach((_, place) => {
+        const position = step.start + place;
+        if (step.edited.includes(place)) {
+          const [before, piece] = [now.get(position) ?? "", step.pieces[place]];
+          found.push({ index, position, before, piece, confidence: step.confidence[place] });
+        }
+        now.set(position, step.pieces[place]);
+      });
+    });
+    return found;
+  }
+
+  #lastTokens() {
+    const last = new Map();
+    for (const step of this.steps) step.tokens.forEach((token, place) => last.set(step.start + place, token));
+    return last;
+  }
+
+  /**
+   * Share the completion's text among its tokens. A token alone may not show what it adds to the text (half a character,
+   * a space that only stands between words), so the pieces are laid along the text; together they are the text.
+   */
+  #align() {
+    const pieces = new Map();
+    for (const step of this.steps) step.pieces.forEach((piece, place) => pieces.set(step.start + place, piece ?? ""));
+    const [text, from, to] = [this.done.text, this.promptTokens, this.end];
+    this.shown = new Map();
+    let [cursor, open] = [0, null]; // open: a token whose share ends where the next one's begins
+    const close = (upto) => {
+      if (open !== null) this.shown.set(open, text.slice(cursor, upto));
+      if (open !== null) cursor = upto;
+      open = null;
+    };
+    for (let position = from; position < to; position++) {
+      const piece = pieces.get(position) ?? "";
+      const whole = piece !== "" && (!piece.includes("\uFFFD") || (open === null && text.startsWith(piece, cursor)));
+      const found = whole ? text.indexOf(piece, cursor) : -1;
+      if (found >= 0 && (open !== null || text.slice(cursor, found).trim() === "")) {
+        close(found);
+        this.shown.set(position, text.slice(cursor, found + piece.length));
+        cursor = found + piece.length;
+      } else if (open === null && piece !== "") {
+        open = position;
+      } else {
+        this.shown.set(position, "");
+      }
+    }
+    if (open === null && cursor < text.length) {
+      open = [...this.shown.keys()].pop() ?? null;
+      cursor -= open === null ? 0 : this.shown.get(open).length;
+    }
+    close(text.length);
+  }
+}

@@ -1,0 +1,32 @@
+"""Schemathesis over the OpenAPI document: no 5xx, and no answer that is not in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import serving
+from hildanext.config import parse_config
+from hildanext.engines import open_engine
+from hildanext.jobs import watcher
+from hildanext.server import open_jobs
+
+pytest.importorskip("schemathesis")
+
+
+def test_the_document_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(watcher, "command", lambda *_, **__: [sys.executable, "-c", "print('{}')"])
+    # Without a base: one that loads would answer a deadline of no time with 504, as it should (see test_web.py).
+    config = parse_config({"engine": {"order": ["dummy"]}, "server": {"base": False}})
+    with serving.running(config, open_engine, None, open_jobs(config)) as (url, worker):
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--seed", "1"]
+        # A schema cannot say everything (exactly one of two keys): a refusal of what fits it is no fault.
+        command += ["--max-examples", "20", "--checks", "all", "--exclude-checks", "positive_data_acceptance"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout[-5000:]
+        assert "generated" in found.stdout
+        assert worker.state == "ready"
