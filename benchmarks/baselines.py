@@ -18,7 +18,8 @@ from hildanext.attention import use_grouped_attention
 from hildanext.decode import Settings
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.masks import additive, block_causal_mask
-from hildanext.model import DiffusionLM, locate
+from hildanext.model import DiffusionLM
+from hildanext.pretrained import locate
 from hildanext.runtimes.protocol import Batch
 from hildanext.sequence import Sequence, Span
 

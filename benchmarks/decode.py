@@ -23,6 +23,7 @@ import torch
 from baselines import SeparateStore, ar_rate, bare_forwards, diffusers_tokens, llama_cpp_rate, recorded_shapes
 from machine import context_costs, draw_contexts, memory_at_batch_8
 from page import write_page
+from turns import fifth_turn
 
 from hildanext.config import parse_config
 from hildanext.decode import Settings
@@ -67,6 +68,7 @@ def submit(
     engine: TransformersEngine, prompt: list[int], wanted: Settings, kind: type[Sequence] = Sequence
 ) -> Sequence:
     """One request for the scheduler, end of text ignored so that every run is as long as its budget."""
+    engine.scheduler.forget()  # every run computes its prompt
     sequence = kind(prompt, wanted, engine.vocabulary._replace(eos_token_id=-1), lambda ids: "")
     engine.scheduler.submit(sequence)
     return sequence
@@ -196,9 +198,11 @@ def bench_batch(model: str) -> list[dict[str, Any]]:
         requests = [Request(prompt, wanted) for prompt in prompts(engine, 64, 8)]
 
         def together() -> list[Completion]:
+            engine.scheduler.forget()  # noqa: B023
             return engine.generate_batch(requests)  # noqa: B023
 
         def alone() -> list[Completion]:
+            engine.scheduler.forget()  # noqa: B023
             return [engine.generate(request) for request in requests]  # noqa: B023
 
         found = pairs(together, alone, 3)
@@ -280,6 +284,17 @@ def bench_context(model: str) -> dict[str, Any]:
     return found
 
 
+def bench_turns(model: str) -> list[dict[str, Any]]:
+    rows = []
+    for runtime, dtype in (("eager", "float32"), ("openvino", "bfloat16")):
+        engine = load(model, dtype, runtime=runtime, block=8)
+        ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        engine.vocabulary = engine.vocabulary._replace(eos_token_id=-1)  # every answer as long as its budget
+        rows.append({"runtime": runtime, "dtype": dtype, **fifth_turn(engine, ids, settings(0.4, None, 8, 64))})
+        engine.close()
+    return rows
+
+
 PARTS: dict[str, Callable[[str], Any]] = {
     "diffusers": bench_diffusers,
     "storing": bench_storing,
@@ -289,6 +304,7 @@ PARTS: dict[str, Callable[[str], Any]] = {
     "llama_cpp": bench_llama_cpp,
     "memory": memory_at_batch_8,
     "context": bench_context,
+    "turns": bench_turns,
 }
 
 

@@ -23,7 +23,8 @@ from hildanext.config import parse_config
 from hildanext.decode import Settings
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.engines import Request
-from hildanext.model import DiffusionLM, load_tokenizer
+from hildanext.model import DiffusionLM
+from hildanext.pretrained import load_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 config = parse_config({"model": {"base": sys.argv[1], "dtype": "bfloat16"},
     "engine": {"runtime": "eager", "slots": 8, "context": 2048, "prefill_chunk": 128}})

@@ -166,6 +166,24 @@ def _context(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _turns(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        "## The fifth turn of a conversation",
+        "",
+        "Block 8, editing off, messages of 60 tokens and answers of 64: the fifth turn behind what the first four left in their slot, against the",
+        "same turn computed from its beginning. Median ratios of pairs in turn; bf16 rounds by shape, so its texts may part ways.",
+        "",
+        "| runtime | prompt tokens | of these stored | first block, s | without | times faster | whole answer, s | without | times faster | identical tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *[
+            f"| {r['runtime']} {r['dtype']} | {r['prompt']} | {r['reused']} | {r['first_block_s'][0]:.2f} | {r['first_block_s'][1]:.2f} | "
+            f"{r['first_block_ratio']:.2f} | {r['whole_s'][0]:.2f} | {r['whole_s'][1]:.2f} | {r['whole_ratio']:.2f} | "
+            f"{_yes(r['identical']) if r['dtype'] == 'float32' else ''} |"
+            for r in rows
+        ],
+    ]
+
+
 SECTIONS = {
     "diffusers": _diffusers,
     "storing": _storing,
@@ -175,4 +193,5 @@ SECTIONS = {
     "llama_cpp": _llama_cpp,
     "memory": _memory,
     "context": _context,
+    "turns": _turns,
 }

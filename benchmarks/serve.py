@@ -1,0 +1,329 @@
+"""The HTTP server under load: `hildanext serve` on loopback, asked by client.py, each in a process of its own.
+
+    make bench-serve
+    make bench-serve ARGS="--only soak --soak 600"
+    make bench-serve ARGS="--model smollm2-135m --threads 2 --tokens 16 --clients 8"
+
+Without --model a tiny random Llama of the demo's size, converted without training: what it costs counts, not what it says.
+Every level runs between two runs of one client, so that a ratio compares neighbours in time. Writes docs/benchmarks/serve.md (and
+what it is made of, runs/bench-serve.json, which later runs of single parts add to).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prometheus_client.parser import text_string_to_metric_families
+from serve_page import draw_soak, write_page
+
+from hildanext.config import parse_config
+from hildanext.errors import HildaError
+from hildanext.model import load_diffusion_lm, save_diffusion_lm
+from hildanext.pretrained import read_record
+from hildanext.runs import versions
+from hildanext.synthetic import synthetic_stories
+from hildanext.tiny import story_tokenizer, tiny_llama
+
+Row = dict[str, Any]
+BLOCK = 8
+PROMPTS = 16
+WARMUP_SHARE = 0.1  # of a soak, before memory is judged
+FOREVER = 10**9
+
+
+class Server(NamedTuple):
+    """`hildanext serve` as a process."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            body: bytes = answer.read()
+        return body
+
+    def counters(self) -> Counter[str]:
+        """What /metrics has counted of POST /generate: answers by status, and tokens."""
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(self.get("/metrics").decode()):
+            for name, labels, value, *_ in family.samples:
+                if name == "hildanext_requests_total" and labels["path"] == "/generate":
+                    found[labels["status"]] += int(value)
+                elif name == "hildanext_tokens_total":
+                    found["tokens"] += int(value)
+        return found
+
+    def logged(self) -> Counter[str]:
+        """How often each request id was answered with 200, by the server's log."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.startswith('{"time"')]
+        return Counter(r["id"] for r in records if r.get("path") == "/generate" and r["status"] == 200)
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def size(self) -> tuple[float, int]:
+        """Resident MB, and open file descriptors."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+def converted(model: str | None, folder: Path) -> str:
+    """A checkpoint that can be served: the given one, or one made here from a base, without training."""
+    if model is None:
+        tokenizer = story_tokenizer()
+        tiny_llama(tokenizer, hidden=128, layers=3, context=512, seed=0).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        model = str(folder / "base")
+    config = parse_config({"model": {"base": model, "dtype": "float32"}}).model
+    if read_record(config) is not None:
+        return model
+    lm, _ = load_diffusion_lm(config)
+    lm.block_size = BLOCK
+    save_diffusion_lm(lm, folder / "model")
+    return str(folder / "model")
+
+
+@contextlib.contextmanager
+def serving(model: str, args: argparse.Namespace, folder: Path) -> Iterator[Server]:
+    """A server with the defaults of `hildanext serve`, once it is ready; SIGTERM at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    raw = {
+        "paths": {"runs": str(folder / "runs")},
+        "model": {"base": model, "dtype": args.dtype},
+        "engine": {"runtime": args.runtime},
+        "server": {"port": port},
+    }
+    (folder / "serve.json").write_text(json.dumps(raw), encoding="utf-8")
+    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(folder / "serve.json")]
+    log = folder / f"log-{port}.txt"
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=environment)
+    server = Server(process, port, log)
+    try:
+        while True:
+            if process.poll() is not None:
+                sys.exit(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
+            with contextlib.suppress(OSError):
+                server.get("/health/ready")
+                break
+            time.sleep(0.1)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def plan(server: Server, args: argparse.Namespace, name: str, clients: int, **limits: Any) -> dict[str, Any]:
+    prompts = [" ".join(story.split()[:20]) for story in synthetic_stories(PROMPTS, seed=3)]
+    settings = {"max_new_tokens": args.tokens}
+    wanted = {"requests": FOREVER, "seconds": FOREVER, "stream_every": 1} | limits
+    return {"port": server.port, "name": name, "clients": clients, "prompts": prompts, "settings": settings} | wanted
+
+
+@contextlib.contextmanager
+def clients(server: Server, wanted: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The clients, as a process that runs beside the block; what they saw is in the dictionary after it."""
+    found: dict[str, Any] = {}
+    source, target = (server.log.with_name(f"{wanted['name']}.{part}.json") for part in ("plan", "out"))
+    source.write_text(json.dumps(wanted), encoding="utf-8")
+    command = [sys.executable, str(Path(__file__).with_name("client.py")), str(source), str(target)]
+    before, cpu = server.counters(), server.cpu_s()
+    process = subprocess.Popen(command)
+    try:
+        yield found
+        if process.wait() != 0:
+            sys.exit("the clients failed")
+    finally:
+        process.kill()
+    found |= json.loads(target.read_text(encoding="utf-8"))
+    found |= {"counted": dict(server.counters() - before), "cpu_s": server.cpu_s() - cpu}
+
+
+def account(rows: list[Row], counted: dict[str, int], logged: Counter[str]) -> dict[str, Any]:
+    """Was every accepted request answered exactly once? The clients' books against the server's two."""
+    answered = [row for row in rows if row.get("status") == 200 and "error" not in row]
+    tokens = sum(row["tokens"] for row in answered)
+    refused = sum(row.get("refused", 0) for row in rows)
+    once = all(row["answers"] == 1 for row in answered) and len({row["id"] for row in answered}) == len(answered)
+    same_log = all(logged[row["id"]] == 1 for row in answered)
+    statuses = {status: n for status, n in counted.items() if status != "tokens"}
+    same_counts = {k: v for k, v in {"200": len(answered), "429": refused}.items() if v} == statuses
+    return {
+        "answered": len(answered),
+        "refused": refused,
+        "errors": [row["error"] for row in rows if "error" in row],
+        "tokens": tokens,
+        "exactly_once": once and same_log and same_counts and tokens == counted.get("tokens", 0),
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """p50, p95 and p99, in the unit of the values."""
+    ordered = sorted(values)
+    return {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 95, 99)}
+
+
+def level(server: Server, args: argparse.Namespace, name: str, n: int, requests: int | None = None) -> dict[str, Any]:
+    """One run of n clients with a fixed amount of work."""
+    requests = requests or max(args.requests, args.each * n)
+    with clients(server, plan(server, args, name, n, requests=requests)) as found:
+        pass
+    books = account(found["rows"], found["counted"], server.logged())
+    rates = {"rate": books["tokens"] / found["seconds"], "cpu_us": found["cpu_s"] / max(1, books["tokens"]) * 1e6}
+    return books | rates | {"clients": n, "rows": found["rows"]}
+
+
+def summed(runs: list[dict[str, Any]], texts: dict[int, str]) -> dict[str, Any]:
+    """The runs of a level as one line of the table. `texts`: what one client was told, by prompt."""
+    rows = [row for run in runs for row in run["rows"] if "error" not in row]
+    return {
+        "clients": runs[0]["clients"],
+        "requests": len(rows),
+        "rate": statistics.median(run["rate"] for run in runs),
+        "cpu_us": statistics.median(run["cpu_us"] for run in runs),
+        "first_s": percentiles([row["first_s"] for row in rows if "first_s" in row]),
+        "request_s": percentiles([row["s"] for row in rows]),
+        "with_retries_s": percentiles([row["with_retries_s"] for row in rows]),
+        "refused": sum(run["refused"] for run in runs),
+        "errors": [error for run in runs for error in run["errors"]],
+        "exactly_once": all(run["exactly_once"] for run in runs),
+        "same_text": sum(row["text"] == texts[row["prompt"]] for row in rows) / max(1, len(rows)),
+        "tokens_per_forward": sum(row["tokens"] for row in rows) / max(1, sum(row["forwards"] for row in rows)),
+    }
+
+
+def bench_levels(model: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Each level between two runs of one client, `--rounds` times."""
+    runs: dict[int, list[dict[str, Any]]] = {1: []}
+    ratios: dict[int, list[float]] = {n: [] for n in args.clients}
+
+    def one(number: int, n: int) -> None:
+        name = f"run-{sum(map(len, runs.values()))}-round-{number}-of-{n}"
+        runs.setdefault(n, []).append(level(server, args, name, n))
+        print(f"{n} clients: {runs[n][-1]['rate']:.0f} tokens/s", file=sys.stderr, flush=True)
+
+    with serving(model, args, folder) as server:
+        alone = level(server, args, "alone", 1, PROMPTS)
+        texts = {row["prompt"]: row["text"] for row in alone["rows"]}
+        one(0, 1)
+        for number in range(args.rounds):
+            for n in args.clients:
+                one(number, n)
+                one(number, 1)
+                around = statistics.mean(run["rate"] for run in runs[1][-2:])
+                ratios[n].append(runs[n][-1]["rate"] / around)
+        health = json.loads(server.get("/health"))
+    table = [
+        summed(found, texts) | {"ratio": statistics.median(ratios[n]) if n in ratios else 1.0, "ratios": ratios.get(n)}
+        for n, found in sorted(runs.items())
+    ]
+    return {"levels": table, "slots": health["slots"], "queue": health["queue_limit"], "dtype": health["dtype"]}
+
+
+def slope(samples: list[tuple[float, float]]) -> float:
+    """Least squares: units a second."""
+    return statistics.linear_regression(*zip(*samples, strict=True)).slope
+
+
+def bench_soak(model: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """`--soak` seconds of the most clients, every other answer streamed; memory and descriptors once a second."""
+    n, samples = max(args.clients), []
+    with serving(model, args, folder) as server:
+        began = time.monotonic()
+        with clients(server, plan(server, args, "soak", n, seconds=args.soak, stream_every=2)) as found:
+            while (now := time.monotonic() - began) < args.soak:
+                samples.append((now, *server.size()))
+                time.sleep(1.0)
+        books = account(found["rows"], found["counted"], server.logged())
+        left = server.size()[1]
+    warm = [(second, mb) for second, mb, _ in samples if second >= WARMUP_SHARE * args.soak]
+    return books | {
+        "clients": n,
+        "seconds": args.soak,
+        "rate": books["tokens"] / found["seconds"],
+        "samples": samples,
+        "mb_per_10_min": slope(warm) * 600,
+        "mb": (warm[0][1], warm[-1][1]),
+        "descriptors": (min(s[2] for s in samples), max(s[2] for s in samples), left),
+    }
+
+
+PARTS = {"levels": bench_levels, "soak": bench_soak}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint, or a base to serve as if converted (default: a tiny one)")
+    parser.add_argument("--only", choices=list(PARTS), help="run this part")
+    parser.add_argument("--clients", type=int, nargs="+", default=[8, 32, 128], help="levels beside one client")
+    parser.add_argument("--requests", type=int, default=16, help="requests of a level, at least (default: 16)")
+    parser.add_argument("--each", type=int, default=2, help="requests a client, at least (default: 2)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer (default: 48)")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each level runs (default: 9)")
+    parser.add_argument("--soak", type=float, default=60.0, help="seconds of the soak (default: 60)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of the server (default: 1)")
+    parser.add_argument("--runtime", default="eager", help="engine.runtime (default: eager)")
+    parser.add_argument("--dtype", default="float32", help="model.dtype (default: float32: same text in every batch)")
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/bench-serve.json"), help="where the numbers are kept"
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/serve.md"), help="the page made of them")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    about = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "versions": versions(),
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("results", "page", "only")},
+    }
+    results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+    name = "tiny" if args.model is None else Path(args.model).name
+    bad = False
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as place:
+        model = converted(args.model, Path(place))
+        for part in [args.only] if args.only else PARTS:
+            found = PARTS[part](model, args, Path(place))
+            results.setdefault(name, {})[part] = found | {"about": about}
+            lines = found["levels"] if part == "levels" else [found]
+            bad |= any(line["errors"] or not line["exactly_once"] for line in lines)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    for model_name, parts in results.items():
+        if "soak" in parts:
+            draw_soak(parts["soak"], args.page.with_name(f"serve_soak_{model_name}.png"))
+    write_page(results, args.page)
+    print(f"written: {args.page}")
+    if bad:
+        sys.exit("an answer was lost, doubled or an error: see the page")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HildaError as error:
+        sys.exit(str(error))

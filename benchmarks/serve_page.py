@@ -1,0 +1,124 @@
+"""docs/benchmarks/serve.md and its picture from the numbers of serve.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+NAMES = {
+    "tiny": "A tiny model (a Llama of the demo's size, width 128, 3 layers, random weights)",
+    "smollm2-135m": "SmolLM2-135M (unconverted: the cost is the same, the text is worthless)",
+}
+HEAD = """# Serving
+
+Made by `make bench-serve` ([benchmarks/serve.py](../../benchmarks/serve.py)): `hildanext serve` with its defaults, and an
+asyncio client ([benchmarks/client.py](../../benchmarks/client.py)) in a process of its own, over loopback, on the same cores.
+Each client keeps a connection and asks `POST /generate` again as soon as it has its answer; one that gets 429 waits as
+`Retry-After` says and asks again. Answers are streamed, with every denoising step, which is the most that a client can ask
+for. Before and after each run of N clients there is one of a single client, and the ratio is to the mean of those two; medians.
+
+Time to first block and of a request count from the attempt that was accepted; *with retries* from the first. *Same text*: share
+of the answers that are, letter for letter, what a client alone was told. *Exactly once*: every accepted request has one
+answer at its client, one line in the server's log under its id, and the sums agree with `/metrics`.
+"""
+
+
+def write_page(results: dict[str, Any], path: Path) -> None:
+    lines = [HEAD]
+    for model, parts in results.items():
+        lines += [f"## {NAMES.get(model, model)}", ""]
+        if "levels" in parts:
+            lines += [*_levels(parts["levels"]), ""]
+        if "soak" in parts:
+            lines += [*_soak(parts["soak"], f"serve_soak_{model}.png"), ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _about(about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("python", "torch", "transformers"))
+    shared = about["load_before"] > 0.5
+    return (
+        f"CPU `{about['cpu']}`, {about['cores']} cores, {about['arguments']['threads']} for torch; {versions}. "
+        + (f"The machine was shared: {about['load_before']:.1f} processes ran already." if shared else "")
+    ).strip()
+
+
+def _ms(values: dict[str, float]) -> str:
+    return " / ".join(f"{values[p] * 1e3:.0f}" for p in ("p50", "p95", "p99"))
+
+
+def _levels(found: dict[str, Any]) -> list[str]:
+    given = found["about"]["arguments"]
+    slots, queue = found["slots"], found["queue"]
+    return [
+        _about(found["about"]),
+        "",
+        f"{given['tokens']} tokens an answer, at least {given['requests']} requests a run and {given['each']} a client, {given['rounds']} "
+        f"rounds; {given['runtime']}, {found['dtype']}, {slots} slots and {queue} places in the queue; "
+        f"{found['levels'][0]['tokens_per_forward']:.2f} tokens per forward.",
+        "",
+        "| clients | tokens/s | ratio | server's CPU, µs a token | first block, ms (p50 / p95 / p99) | request, ms | with retries, ms | 429 | errors | same text | exactly once |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *[
+            f"| {row['clients']} | {row['rate']:.0f} | {row['ratio']:.2f} | {row['cpu_us']:.0f} | {_ms(row['first_s'])} | "
+            f"{_ms(row['request_s'])} | {_ms(row['with_retries_s'])} | {row['refused']} | {len(row['errors'])} | "
+            f"{row['same_text']:.4g} | {'yes' if row['exactly_once'] else '**no**'} |"
+            for row in found["levels"]
+        ],
+        "",
+        "Ratios of the rounds: "
+        + "; ".join(
+            f"{row['clients']} clients "
+            + (f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}" if row["ratios"] else "1")
+            for row in found["levels"][1:]
+        )
+        + ". By the server's CPU time, which other work on the machine touches less, a token costs "
+        + ", ".join(
+            f"{found['levels'][0]['cpu_us'] / row['cpu_us']:.2f} times less with {row['clients']}"
+            for row in found["levels"][1:]
+        )
+        + "."
+        + (
+            " Where there is 429, a run ends with clients that sit out their `Retry-After` while slots are empty."
+            if any(row["refused"] for row in found["levels"])
+            else ""
+        ),
+    ]
+
+
+def _soak(found: dict[str, Any], picture: str) -> list[str]:
+    least, most, left = found["descriptors"]
+    return [
+        f"### {found['clients']} clients for {found['seconds'] / 60:g} minutes",
+        "",
+        _about(found["about"]),
+        "",
+        f"{found['answered']} answers, every other one streamed, {found['rate']:.0f} tokens/s; {found['refused']} times 429, "
+        f"{len(found['errors'])} errors; every accepted request answered exactly once: "
+        f"{'yes' if found['exactly_once'] else '**no**'}. Resident memory went from {found['mb'][0]:.1f} MB after the first tenth to "
+        f"{found['mb'][1]:.1f} MB, by least squares {found['mb_per_10_min']:+.2f} MB in 10 minutes; {least} to {most} open file "
+        f"descriptors, {left} once the clients had gone.",
+        "",
+        f"![memory and file descriptors over time]({picture})",
+    ]
+
+
+def draw_soak(found: dict[str, Any], path: Path) -> None:
+    """Resident memory and open file descriptors over time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, descriptors = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    minutes = [second / 60 for second, _, _ in found["samples"]]
+    memory.plot(minutes, [mb for _, mb, _ in found["samples"]])
+    memory.set(ylabel="resident MB")
+    descriptors.plot(minutes, [n for _, _, n in found["samples"]], color="tab:orange")
+    descriptors.set(xlabel="minutes", ylabel="open descriptors")
+    for axis in (memory, descriptors):
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+        axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
