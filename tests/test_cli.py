@@ -26,7 +26,7 @@ from hildanext.tiny import story_tokenizer, tiny_llama
 
 COMMANDS = [
     "init", "prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk",
-    "generate", "benchmark", "serve", "smoke-test", "demo",
+    "generate", "chat", "benchmark", "serve", "smoke-test", "demo",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "fastapi", "pydantic", "numpy", "matplotlib", "accelerate")
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from hildanext import cli, train
 from hildanext.config import Config, load_config, parse_config, schema
 from hildanext.convert import convert_wsd
-from hildanext.model import load_tokenizer
 from hildanext.prepare import prepare_data
+from hildanext.pretrained import load_tokenizer
 from hildanext.runs import RunFolder
 from hildanext.schedule import total_steps, wsd_point
 from hildanext.tiny import story_tokenizer, tiny_llama

@@ -36,6 +36,7 @@ def test_every_command_can_be_typed(page: Path):
 def test_the_quick_start_is_the_whole_way():
     commands = [arguments[0] for name, *arguments in typed(ROOT / "README.md") if name == "hildanext"]
     assert commands == [
+        "generate",
         "init",
         "prepare-data",
         "tokenize",
@@ -43,6 +44,9 @@ def test_the_quick_start_is_the_whole_way():
         "merge-topk",
         "generate",
         "benchmark",
+        "chat",
+        "evaluate",
+        "evaluate",
         "serve",
     ]
 

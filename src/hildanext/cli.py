@@ -6,12 +6,13 @@ Exit codes: 0 done, 1 failed, 2 wrong use. Progress and notes go to stderr; stdo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hildanext import __version__
 from hildanext.errors import HildaError, UsageError
@@ -58,10 +59,14 @@ def _prepare_data(args: argparse.Namespace) -> Result:
 
 
 def _tokenize(args: argparse.Namespace) -> Result:
-    from hildanext.model import load_tokenizer
+    from hildanext import repair
+    from hildanext.pretrained import load_tokenizer
     from hildanext.tokenization import summary, tokenize_data
 
     config = _config(args)
+    if args.verify:
+        found = repair.verify_data(config, load_tokenizer(config.model))
+        return found | {"stdout": repair.summary(found)}
     manifest = tokenize_data(config, load_tokenizer(config.model))
     return manifest | {"stdout": summary(manifest)}
 
@@ -78,6 +83,12 @@ def _sft(args: argparse.Namespace) -> Result:
     return sft(_config(args), args.run, args.resume)
 
 
+def _dpo(args: argparse.Namespace) -> Result:
+    from hildanext.dpo import dpo
+
+    return dpo(_config(args), args.run, args.resume)
+
+
 def _merge_topk(args: argparse.Namespace) -> Result:
     from hildanext.convert import evaluate_checkpoint
     from hildanext.merge import best_checkpoints, merge
@@ -86,7 +97,8 @@ def _merge_topk(args: argparse.Namespace) -> Result:
     config = _config(args)
     run = run_path(config, args.run)
     folders = [Path(folder) for folder in args.checkpoints] or best_checkpoints(run, args.k)
-    result = merge(folders, Path(args.out) if args.out else run / "merged")
+    out = Path(args.out) if args.out else run / "merged"
+    result = merge(folders, out, rank=args.rank, half=args.half, full=config.model if args.full else None)
     return result | evaluate_checkpoint(config, Path(result["out"]), args.split)
 
 
@@ -94,7 +106,16 @@ def _generate(args: argparse.Namespace) -> Result:
     from hildanext.generate import generate
 
     config = _config(args)
-    return generate(config, args.prompt, raw=args.raw, trace=args.trace, live=not args.json)
+    return generate(config, args.prompt, raw=args.raw, trace=args.trace, live=not args.json, picture=args.picture)
+
+
+def _chat(args: argparse.Namespace) -> Result:
+    if args.json:
+        raise UsageError("a conversation is not one JSON object; use 'generate --json', or /save FILE.json in the chat")
+    from hildanext.terminal import chat
+
+    chat(_config(args), args.system)
+    return {}
 
 
 def _benchmark(args: argparse.Namespace) -> Result:
@@ -107,6 +128,25 @@ def _calibrate(args: argparse.Namespace) -> Result:
     from hildanext.calibrate import calibrate
 
     return calibrate(_config(args), args.prompts, args.base, Path(args.out))
+
+
+def _evaluate(args: argparse.Namespace) -> Result:
+    from hildanext.evaluate.command import evaluate
+
+    if args.limit is not None:
+        args.set.append(f"evaluate.limit={args.limit}")
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not tasks:
+        raise UsageError("--tasks is empty; give humaneval, gsm8k, stories, infilling or tasks of lm-eval")
+    return evaluate(
+        _config(args),
+        tasks,
+        args.data,
+        args.base,
+        Path(args.out),
+        allow_code=args.allow_code_execution,
+        resume=args.resume,
+    )
 
 
 def _serve(args: argparse.Namespace) -> Result:
@@ -138,6 +178,11 @@ def _add_decoding(add: Add) -> None:
         "--raw", action="store_true", help="continue the text as it stands, without the chat template"
     )
     generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising step")
+    generate.add_argument(
+        "--picture", metavar="FILE", help="draw every denoising step: .png or .svg in rows, .gif animated"
+    )
+    chat = add("chat", _chat, "Talk with a converted checkpoint in the terminal.")
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     benchmark = add("benchmark", _benchmark, "Measure a converted checkpoint beside its autoregressive base.")
     benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
     benchmark.add_argument(
@@ -151,9 +196,34 @@ def _add_decoding(add: Add) -> None:
     calibrate.add_argument(
         "--out", default="runs/calibrate", metavar="FOLDER", help="report and picture (default: %(default)s)"
     )
+    _add_evaluate(add)
     add("serve", _serve, "Answer over HTTP: /generate, OpenAI's API, /health, /metrics.")
     add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")
     add("demo", _demo, "The whole way on synthetic stories, offline, in minutes.")
+
+
+def _add_evaluate(add: Add) -> None:
+    evaluate = add("evaluate", _evaluate, "Quality against speed: AR base, Q_MODE and S_MODE, editing on and off.")
+    evaluate.add_argument(
+        "--tasks",
+        required=True,
+        metavar="A,B",
+        help="humaneval, gsm8k, stories, infilling; else tasks of lm-eval, or YAML files of such tasks",
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="items of each task (default: all)")
+    evaluate.add_argument(
+        "--data", action="append", default=[], metavar="TASK=FILE", help="data file of a task; repeatable"
+    )
+    evaluate.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
+    evaluate.add_argument(
+        "--out", default="runs/evaluate", metavar="FOLDER", help="report and samples (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--resume", action="store_true", help="take over what an interrupted evaluation left in --out"
+    )
+    evaluate.add_argument(
+        "--allow-code-execution", action="store_true", help="let humaneval run what the model wrote, in a sandbox"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -180,19 +250,28 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--preset", metavar="NAME", help="start from a ready-made configuration (configs/NAME.json)")
     init.add_argument("--force", action="store_true", help="overwrite the file")
     add("prepare-data", _prepare_data, "Read the sources into data/processed, training and held-out documents apart.")
-    add("tokenize", _tokenize, "Pack data/processed into rows of tokens in data/tokenized.")
+    tokenize = add("tokenize", _tokenize, "Pack documents into rows of tokens in data/tokenized.")
+    tokenize.add_argument(
+        "--verify", action="store_true", help="check every shard's checksum; make damaged ones again, alone"
+    )
     convert = add(
         "convert-wsd", _convert_wsd, "Convert an autoregressive model by continued pre-training on the WSD schedule."
     )
     tune = add("sft", _sft, "Fine-tune a converted checkpoint on instructions.")
+    prefer = add("dpo", _dpo, "Tune a converted checkpoint on preference pairs.")
     merge = add("merge-topk", _merge_topk, "Average the best checkpoints of a run, or the given folders.")
-    for command, run in ((convert, "convert"), (tune, "sft"), (merge, "convert")):
+    for command, run in ((convert, "convert"), (tune, "sft"), (prefer, "dpo"), (merge, "convert")):
         command.add_argument("--run", default=run, metavar="NAME", help=f"name of the run's folder (default: {run})")
-    for command in (convert, tune):
+    for command in (convert, tune, prefer):
         command.add_argument("--resume", action="store_true", help="continue an interrupted run where it was")
     merge.add_argument("checkpoints", nargs="*", metavar="FOLDER", help="checkpoint folders (default: the run's best)")
     merge.add_argument("--k", type=int, default=3, help="how many of the run's best (default: 3)")
     merge.add_argument("--out", metavar="FOLDER", help="result (default: RUN/merged)")
+    merge.add_argument(
+        "--full", action="store_true", help="adapters: add their mean to the base and write whole weights"
+    )
+    merge.add_argument("--rank", type=int, help="adapters: cut the mean to this rank (default: all of it)")
+    merge.add_argument("--half", action="store_true", help="adapters: store the mean in float16, half the size")
     merge.add_argument(
         "--split", choices=["eval", "sft_eval"], default="eval", help="held-out rows that judge the result"
     )
@@ -216,24 +295,34 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Of several processes (torchrun, accelerate launch) the first one speaks; an error of any of them is heard.
+    if os.environ.get("RANK", "0") == "0":
+        return _run(args, sys.stderr)
+    errors = sys.stderr
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return _run(args, errors)
+
+
+def _run(args: argparse.Namespace, errors: TextIO) -> int:
+    def complain(line: object) -> None:
+        # One write: lines of several unbuffered processes must not run into each other.
+        errors.write(f"hildanext {args.command}: {line}\n")
+
     try:
         result = args.call(args)
     except HildaError as error:
-        print(f"hildanext {args.command}: {error}", file=sys.stderr)
+        complain(error)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"hildanext {args.command}: {where}{error.strerror or error}", file=sys.stderr)
+        complain((f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)))
         return 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported for this
             raise
-        print(
-            f"hildanext {args.command}: out of GPU memory: {str(error).splitlines()[0]} {LESS_MEMORY}", file=sys.stderr
-        )
+        complain(f"out of GPU memory: {str(error).splitlines()[0]} {LESS_MEMORY}")
         return 1
     except KeyboardInterrupt:
-        print(f"hildanext {args.command}: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     if args.json:
         print(json.dumps({key: value for key, value in result.items() if key != "stdout"}, ensure_ascii=False))

@@ -26,8 +26,9 @@ from hildanext.errors import UsageError
 from hildanext.evaluate.elbo import elbo
 from hildanext.files import atomic_open, write_json
 from hildanext.merge import best_checkpoints, merge
-from hildanext.model import DiffusionLM, load_diffusion_lm, load_tokenizer
+from hildanext.model import DiffusionLM, load_diffusion_lm
 from hildanext.prepare import prepare_data
+from hildanext.pretrained import load_tokenizer
 from hildanext.progress import duration, progress, say
 from hildanext.runs import git_revision, versions
 from hildanext.synthetic import Slots, check, draw_slots, instruction, synthetic_instructions
