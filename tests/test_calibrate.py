@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_tokenizer, random_llama
-from hildanext.calibrate import Point, calibrate, choose, read_prompts
+from hildanext.calibrate import Point, calibrate, choose
+from hildanext.chat import read_prompts
 from hildanext.cli import main
 from hildanext.config import parse_config
 from hildanext.decode import Preset
@@ -95,7 +96,7 @@ def test_the_modes_are_measured_drawn_written_and_used(checkpoint, tmp_path):
     engine = open_engine(config(checkpoint))
     asked = engine.settings(parse_config({"decode": {"mode": "S_MODE", "max_new_tokens": 12}}))
     assert asked[1:5] == tuple(written["S_MODE"].values())
-    done = [engine.generate(Request(prompt, asked)) for prompt in read_prompts(prompts, engine)[:3]]
+    done = [engine.generate(Request(prompt, asked)) for prompt in read_prompts(prompts, engine.lm.tokenizer)[:3]]
     forwards = sum(one.stats.forwards for one in done)
     assert sum(len(one.token_ids) for one in done) / forwards == report["modes"]["S_MODE"]["tokens_per_forward"]
 
@@ -117,17 +118,17 @@ def _prompts(folder):
 
 def test_prompt_files(checkpoint, tmp_path):
     engine = open_engine(config(checkpoint))
-    plain, chat = read_prompts(tmp_path / _prompts(tmp_path), engine)
+    plain, chat = read_prompts(tmp_path / _prompts(tmp_path), engine.lm.tokenizer)
     assert engine.lm.tokenizer.decode(plain) == "the cat"
     assert engine.lm.tokenizer.decode(chat).startswith("<|im_start|>user\nhello")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n[1]\n')
     with pytest.raises(DataError, match=r'bad.jsonl:2: expected {"prompt": ...} or {"messages": \[...\]}'):
-        read_prompts(bad, engine)
+        read_prompts(bad, engine.lm.tokenizer)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     with pytest.raises(DataError, match="no prompts in it"):
-        read_prompts(empty, engine)
+        read_prompts(empty, engine.lm.tokenizer)
 
 
 def test_only_a_local_converted_checkpoint_can_be_calibrated(checkpoint, tmp_path, capsys):

@@ -158,7 +158,8 @@ def test_unfit_tokenizers_are_named() -> None:
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 60))
 def test_fill_reaches_whole_blocks_but_not_past_the_row(n: int, block: int, limit: int) -> None:
-    filled = fill_block(Encoded(np.arange(n, dtype=np.int32), np.zeros(n, dtype=bool)), block, limit, eos=7)
+    ids = np.append(np.arange(n - 1, dtype=np.int32), np.int32(7))
+    filled = fill_block(Encoded(ids, np.zeros(n, dtype=bool)), block, limit, eos=7)
     size = len(filled.input_ids)
     assert size == max(n, min(-(-n // block) * block, limit))
     assert (filled.input_ids[n:] == 7).all()

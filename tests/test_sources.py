@@ -30,7 +30,7 @@ def read(kind: str, path: Path | str, **more: Any) -> tuple[list[Document], Reje
     """All documents of a source, and its rejects."""
     source = SourceConfig(kind=kind, path=str(path), **more)
     rejects = Rejects()
-    return list(read_source(source, find_files(source), 0, rejects)), rejects
+    return list(read_source(source, find_files(source, "data"), 0, rejects)), rejects
 
 
 # Files
@@ -203,7 +203,7 @@ def test_real_tinystories(shared: Callable[[str], Path]) -> None:
 
 def test_synthetic_stories_follow_the_seed() -> None:
     source = SourceConfig(kind="tinystories", documents=20)
-    first, again, other = (list(read_source(source, find_files(source), seed, Rejects())) for seed in (1, 1, 2))
+    first, again, other = (list(read_source(source, find_files(source, "data"), seed, Rejects())) for seed in (1, 1, 2))
     assert len(first) == 20
     assert first == again
     assert [doc.text for doc in first] != [doc.text for doc in other]

@@ -30,7 +30,7 @@ LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
 def read(kind: str, path: str, **more: Any) -> tuple[list[Document], Rejects]:
     source = SourceConfig(kind=kind, path=path, **more)
     rejects = Rejects()
-    return list(read_source(source, find_files(source), 0, rejects)), rejects
+    return list(read_source(source, find_files(source, "data"), 0, rejects)), rejects
 
 
 class Broken(SimpleHTTPRequestHandler):
@@ -123,7 +123,7 @@ def test_a_tree_in_memory_is_read_like_a_local_one(tmp_path: Path, memory: Calla
         assert found
         assert rejects.total == 0
     source = SourceConfig(kind="dolma", path="memory://root")
-    assert [file.size for file in find_files(source)] == [
+    assert [file.size for file in find_files(source, "data")] == [
         len(files[name]) for name in sorted(files) if name[0] in "ab" and name[1] == "/"
     ]
 

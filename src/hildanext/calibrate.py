@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from hildanext.benchmark import held_out_prompts
-from hildanext.chat import encode_prompt
+from hildanext.chat import read_prompts
 from hildanext.config import CalibrateConfig, Config, Mode
 from hildanext.decode import Preset, Settings, resolve
 from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
-from hildanext.errors import DataError, UsageError
+from hildanext.errors import UsageError
 from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
 from hildanext.model import load_diffusion_lm
@@ -37,28 +37,6 @@ class Point(NamedTuple):
     tokens_per_second: float
     distinct_2: float
     edits: int
-
-
-def read_prompts(path: Path, engine: TransformersEngine) -> list[list[int]]:
-    """Prompts as token ids: JSON lines with "prompt" (text) or "messages", else a line of text each, which is a user's turn.
-
-    Raises DataError that names file and line.
-    """
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        prompt: Any = [{"role": "user", "content": line}] if engine.lm.tokenizer.chat_template else line
-        if path.suffix == ".jsonl":
-            try:
-                record = json.loads(line)
-                prompt = record["messages"] if "messages" in record else record["prompt"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise DataError(f'{path}:{number}: expected {{"prompt": ...}} or {{"messages": [...]}}') from None
-        prompts.append(encode_prompt(engine.lm.tokenizer, prompt))
-    if not prompts:
-        raise DataError(f"{path}: no prompts in it")
-    return prompts
 
 
 def measure(engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], settings: Settings) -> Point:
@@ -132,7 +110,9 @@ def calibrate(config: Config, prompts_file: str | None, base_name: str | None, o
     base = load_causal_lm(base_config, policy, policy.compute)[0].eval()
     engine = TransformersEngine(config, {}, lm)
     try:
-        prompts = read_prompts(Path(prompts_file), engine) if prompts_file else held_out_prompts(config, lm.tokenizer)
+        prompts = (
+            read_prompts(Path(prompts_file), lm.tokenizer) if prompts_file else held_out_prompts(config, lm.tokenizer)
+        )
         prompts = prompts[: config.calibrate.prompts]
         start = resolve(config.decode, lm.block_size)
         points, chosen = sweep(engine, base, prompts, start, config.calibrate)

@@ -1,12 +1,16 @@
-"""Prompts: messages through the tokenizer's chat template, plain text as it is."""
+"""Prompts: messages through the tokenizer's chat template, plain text as it is; files of them."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from hildanext.documents import leading_ids
-from hildanext.errors import UsageError
+from hildanext.documents import check_text, leading_ids, parse_json
+from hildanext.errors import DataError, UsageError
+from hildanext.sources.shapes import to_messages
 
 
 def encode_prompt(
@@ -37,3 +41,42 @@ def encode_prompt(
             if tokenizer.decode(ids) == text:  # some tokenizers add a space to what they take for a beginning
                 return ids
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Prompts as token ids: a line of text each, which is a user's turn, or JSON lines.
+
+    A record of a `.jsonl` has "prompt" (text, continued as it stands), "messages" that end with the user's, or a shape of
+    instruction data, of which the last answer is left out. Without a chat template every text is continued as it stands.
+    Raises DataError that names file and line.
+    """
+    prompts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt: Any = _prompt_of(line) if path.suffix == ".jsonl" else line.decode("utf-8")
+            if path.suffix != ".jsonl" and tokenizer.chat_template:
+                prompt = [{"role": "user", "content": prompt}]
+            prompts.append(encode_prompt(tokenizer, prompt))
+        except UnicodeDecodeError:
+            raise DataError(f"{path}:{number}: invalid UTF-8") from None
+        except (DataError, UsageError) as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+    if not prompts:
+        raise DataError(f"{path}: no prompts in it")
+    return prompts
+
+
+def _prompt_of(line: bytes) -> str | list[dict[str, Any]]:
+    """Text to continue, or messages. Raises DataError for a record that has neither."""
+    try:
+        record = parse_json(line)
+        if isinstance(record.get("prompt"), str) and "completion" not in record:
+            return str(record["prompt"])
+        messages = record.get("messages")
+        if isinstance(messages, list) and messages and messages[-1]["role"] == "user":
+            return [{"role": str(one["role"]), "content": check_text(one["content"])} for one in messages]
+        return to_messages(record)[:-1]
+    except (DataError, KeyError, TypeError):
+        raise DataError('expected {"prompt": ...} or {"messages": [...]}') from None

@@ -36,7 +36,8 @@ class Found(NamedTuple):
 
 def find_sources(config: Config, use: Use) -> list[Found]:
     """The sources of a use. Raises UsageError, DataError or UnreachableError naming the path."""
-    return [Found(source, find_files(source)) for source in config.data.sources if use in source.splits]
+    data = config.paths.data
+    return [Found(source, find_files(source, data)) for source in config.data.sources if use in source.splits]
 
 
 def listing_sha256(found: Sequence[Found]) -> str:
@@ -81,10 +82,10 @@ def is_held_out(doc: Document, share: float) -> bool:
     """Whether a document belongs to evaluation: a pure function of its text, whatever its source, id or neighbours.
 
     The hash covers the text without case and spacing; for messages the first user message, so that one question never
-    stands on both sides; for token ids the ids.
+    stands on both sides; for token ids the ids, of an answer those of its prompt.
     """
     if doc.input_ids is not None:
-        key = np.asarray(doc.input_ids, dtype=np.uint32).tobytes()
+        key = np.asarray(doc.input_ids[: doc.n_prompt], dtype=np.uint32).tobytes()
     else:
         text = doc.text
         if doc.messages is not None:

@@ -26,7 +26,8 @@ class Document:
     """One document: exactly one of `text`, `input_ids` (token ids of the source) and `messages` is set.
 
     A message is `{"role", "content"}`, an assistant's also `tool_calls`, and `"train": false` where it must not be
-    supervised. `tools` are the function descriptions that go with `messages`.
+    supervised. `tools` are the function descriptions that go with `messages`. `n_prompt`: how many of `input_ids` are
+    the prompt of an answer, which SFT does not supervise.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Document:
     input_ids: list[int] | None = None
     messages: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
+    n_prompt: int | None = None
 
     @property
     def size(self) -> int:
@@ -161,7 +163,7 @@ def parse_document(line: bytes) -> Document:
         raise DataError("not exactly one of 'text', 'input_ids', 'messages'")
     name, source = str(record.get("id", "")), str(record.get("source", ""))
     if kinds == ["input_ids"]:
-        return Document(name, source, input_ids=check_ids(record["input_ids"]))
+        return Document(name, source, input_ids=check_ids(record["input_ids"]), n_prompt=record.get("n_prompt"))
     if kinds == ["text"]:
         return Document(name, source, text=check_text(record["text"]))
     return Document(name, source, messages=check_messages(record["messages"]), tools=record.get("tools"))
@@ -256,7 +258,7 @@ def encode_documents(
             results[index] = _all_supervised([*leading, *ids, eos], len(leading))
     for index, doc in enumerate(docs):
         if doc.input_ids is not None:
-            results[index] = _checked_ids(doc.input_ids, len(tokenizer))
+            results[index] = _checked_ids(doc.input_ids, len(tokenizer), 0 if all_tokens else doc.n_prompt or 0)
     chats = [index for index, doc in enumerate(docs) if doc.messages is not None]
     conversations = [(docs[index].messages or [], docs[index].tools) for index in chats]
     for index, encoded in zip(chats, encode_conversations(conversations, tokenizer, eos), strict=True):
@@ -291,10 +293,10 @@ def _all_supervised(ids: list[int], n_given: int = 0) -> Encoded:
     return Encoded(array, np.arange(len(array)) >= n_given)
 
 
-def _checked_ids(ids: list[int], vocabulary: int) -> Encoded | DataError:
+def _checked_ids(ids: list[int], vocabulary: int, n_given: int) -> Encoded | DataError:
     if min(ids) < 0 or max(ids) >= vocabulary:
         return DataError("token ids outside the tokenizer's vocabulary")
-    return _all_supervised(ids)
+    return _all_supervised(ids, n_given) if n_given < len(ids) else DataError("no supervised turn")
 
 
 def _conversation(ids: np.ndarray, mask: np.ndarray, all_tokens: bool) -> Encoded | DataError:
@@ -306,8 +308,11 @@ def _conversation(ids: np.ndarray, mask: np.ndarray, all_tokens: bool) -> Encode
 def fill_block(encoded: Encoded, block_size: int, limit: int, eos: int) -> Encoded:
     """Round the length up to whole blocks with supervised end-of-text tokens, so that a model learns to stop.
 
-    The fill never carries a document past `limit` tokens (the row), where it would be cut.
+    The fill never carries a document past `limit` tokens (the row), where it would be cut. A document that does not end
+    with end-of-text was cut off itself and stays as it is.
     """
+    if encoded.input_ids[-1] != eos:
+        return encoded
     n = len(encoded.input_ids)
     missing = min(-n % block_size, max(limit - n, 0))
     return Encoded(

@@ -10,9 +10,10 @@ from hildanext.sections.section import Section
 
 
 class SourceConfig(Section):
-    kind: Literal["dolma", "pretokenized", "tinystories", "instruct"] = Field(
+    kind: Literal["dolma", "pretokenized", "tinystories", "instruct", "self"] = Field(
         description="dolma: a tree of .jsonl[.gz|.zst] with 'text'; pretokenized: 'dolma tokens' shards or JSONL with "
-        "'input_ids'; tinystories: text, JSONL or parquet; instruct: messages, Alpaca or GSM8K shapes."
+        "'input_ids'; tinystories: text, JSONL or parquet; instruct: messages, Alpaca or GSM8K shapes; self: prompts that "
+        "the base model answers or continues (prepare-data writes its text to data/self)."
     )
     path: str | None = Field(
         None,
@@ -34,12 +35,15 @@ class SourceConfig(Section):
     max_epochs: int = Field(1, ge=1, description="With a weight: how often the source is read before it counts as dry.")
     documents: int = Field(2000, ge=1, description="How many synthetic stories to write when tinystories has no path.")
     dtype: Literal["uint16", "uint32"] = Field("uint16", description="Integer type of pretokenized .npy shards.")
+    max_new_tokens: int = Field(256, ge=1, description="self: tokens of an answer at most.")
+    temperature: float = Field(0.0, ge=0.0, description="self: 0 is greedy, which a small model learns from fastest.")
+    batch: int = Field(32, ge=1, description="self: prompts answered side by side.")
 
     @model_validator(mode="after")
     def _needs_path(self) -> SourceConfig:
         if self.path is None and self.kind != "tinystories":
             raise ValueError(f"a '{self.kind}' source needs 'path'")
-        if self.into is not None and "sft" in self.into and self.kind != "instruct":
+        if self.into is not None and "sft" in self.into and self.kind not in ("instruct", "self"):
             raise ValueError(f"a '{self.kind}' source has no responses to supervise; 'into' can only be ['train']")
         if self.max_epochs > 1 and self.weight is None:
             raise ValueError("'max_epochs' needs 'weight'")

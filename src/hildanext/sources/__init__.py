@@ -7,7 +7,7 @@ from itertools import islice
 
 from hildanext.config import SourceConfig
 from hildanext.documents import Document, Rejects
-from hildanext.sources import dolma, instruct, pretokenized, tinystories
+from hildanext.sources import dolma, instruct, pretokenized, tinystories, written
 from hildanext.sources.opening import File
 
 # What stands for the one file of a source that has none: synthetic stories.
@@ -15,10 +15,15 @@ SYNTHETIC = "synthetic"
 SYNTHETIC_BYTES = 500  # of a story, about
 
 
-def find_files(source: SourceConfig) -> list[File]:
-    """The files a source reads, sorted. Raises UsageError, DataError or UnreachableError naming the path."""
+def find_files(source: SourceConfig, data: str) -> list[File]:
+    """The files a source reads, sorted. Raises UsageError, DataError or UnreachableError naming the path.
+
+    data: `paths.data`, where the texts of 'self' are.
+    """
     if source.path is None:
         return [File(SYNTHETIC, SYNTHETIC_BYTES * source.documents)]
+    if source.kind == "self":
+        return written.find(written.written_file(data, source))
     room = {"dolma": dolma, "instruct": instruct, "pretokenized": pretokenized, "tinystories": tinystories}[source.kind]
     return room.find(source.path)
 
@@ -36,6 +41,8 @@ def read_file(source: SourceConfig, path: str, seed: int, rejects: Rejects) -> I
         return dolma.read(path, rejects)
     if source.kind == "instruct":
         return instruct.read(path, rejects)
+    if source.kind == "self":
+        return written.read(path, rejects)
     return tinystories.read(path, rejects)
 
 

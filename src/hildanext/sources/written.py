@@ -1,0 +1,40 @@
+"""What the base model wrote (`hildanext.written`): token ids of a prompt and its answer, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hildanext.config import SourceConfig
+from hildanext.documents import Document, Rejects, check_ids
+from hildanext.errors import DataError
+from hildanext.sources.lines import read_json_lines
+from hildanext.sources.opening import File
+
+
+def written_file(data: str, source: SourceConfig) -> Path:
+    """Where the answers to a source's prompts are kept."""
+    assert source.path is not None
+    return Path(data) / "self" / f"{Path(source.path).stem}.jsonl"
+
+
+def find(path: Path) -> list[File]:
+    """The file of answers. Raises DataError when it is not there yet."""
+    if not path.is_file():
+        raise DataError(f"{path}: not written yet; run 'hildanext prepare-data' first")
+    return [File(str(path), path.stat().st_size)]
+
+
+def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(line, document) of a file; lines of answers that stood there before hold none."""
+    for number, record in read_json_lines(path, rejects):
+        if "input_ids" not in record:
+            continue
+        try:
+            ids, n_prompt = check_ids(record["input_ids"]), record.get("n_prompt")
+            if type(n_prompt) is not int or not 0 < n_prompt < len(ids):
+                raise DataError("no 'n_prompt'")
+        except DataError as error:
+            rejects.add(str(error), path, number)
+            continue
+        yield number, Document(id=str(record.get("id")), source="self", input_ids=ids, n_prompt=n_prompt)

@@ -1,0 +1,159 @@
+"""The 'self' source: what the base model answers, kept, resumed, read as documents."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hildanext.ar import ArCompletion
+from hildanext.chat import encode_prompt
+from hildanext.config import parse_config
+from hildanext.corpus import find_sources
+from hildanext.documents import encode_document, fill_block, read_documents
+from hildanext.errors import ConfigError, DataError, UsageError
+from hildanext.policy import choose_policy
+from hildanext.prepare import prepare_data
+from hildanext.pretrained import load_causal_lm, load_tokenizer
+from hildanext.written import write_answers
+
+PROMPTS = ["Tell a story about Mia.", "Leo has a kite.", "What is red?", "Mia", "Once upon a time", "Leo has a kite."]
+
+
+@pytest.fixture
+def config(tmp_path, tiny_base):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+
+    def make(**changes):
+        source = {"kind": "self", "path": str(prompts), "into": ["train", "sft"], "max_new_tokens": 9, "batch": 2}
+        return parse_config(
+            {
+                "paths": {"data": str(tmp_path / "data")},
+                "model": {"base": str(tiny_base), "device": "cpu", "dtype": "float32"},
+                "data": {"sources": [source | changes], "eval_share": 0.0},
+            }
+        )
+
+    return make
+
+
+def written(config) -> Path:
+    return Path(config.paths.data) / "self" / "prompts.jsonl"
+
+
+def records(config) -> list[dict]:
+    return [json.loads(line) for line in written(config).read_text().splitlines()]
+
+
+def test_answers_are_those_of_the_base_alone(config):
+    """Greedy, each prompt by itself through the stock model, token by token and without a cache."""
+    one = config()
+    write_answers(one)
+    model, tokenizer = load_causal_lm(one.model, choose_policy("cpu", "float32"), torch.float32)
+    expected = {}
+    for prompt in PROMPTS:
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        begun = len(ids)
+        while len(ids) < begun + 9 and tokenizer.eos_token_id not in ids[begun:]:
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        expected[tuple(ids[:begun])] = ids
+    found = {tuple(r["input_ids"][: r["n_prompt"]]): r["input_ids"] for r in records(one) if "input_ids" in r}
+    assert len(records(one)) == 5  # a prompt that stands there twice is asked once
+    assert found
+    assert found == {prompt: expected[prompt] for prompt in found}
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_killed_run_goes_on_and_writes_the_same_file(config, keep, temperature):
+    one = config(temperature=temperature)
+    write_answers(one)
+    whole = written(one).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    written(one).write_bytes(b"".join(lines[:keep]) + lines[keep][: len(lines[keep]) // 2])
+    write_answers(one)
+    assert written(one).read_bytes() == whole
+
+
+def test_a_finished_file_is_not_asked_for_again(config, monkeypatch):
+    one = config()
+    write_answers(one)
+    monkeypatch.setattr("hildanext.written.ar_complete_batch", None)
+    write_answers(one)
+
+
+def test_repeated_and_empty_answers_are_left_out(config, monkeypatch, capsys):
+    given = iter([" ", "one", "One ", "two", "two"])
+
+    def answer(base, tokenizer, prompts, max_new_tokens, **how):
+        return [ArCompletion(next(given), [5, 6], 0.0, False) for _ in prompts]
+
+    monkeypatch.setattr("hildanext.written.ar_complete_batch", answer)
+    one = config()
+    write_answers(one)
+    assert [record.get("text") for record in records(one)] == [None, "one", None, "two", None]
+    assert "3 of 5 answers stood there already and are left out" in capsys.readouterr().err
+    prepare_data(one)  # and again: what is read back is counted alike
+    assert "3 of 5" in capsys.readouterr().err
+
+
+def test_documents_supervise_the_answer_in_sft(config):
+    one = config()
+    manifest = prepare_data(one)
+    n = manifest["documents"]["sft_train"]
+    assert n == manifest["documents"]["train"] == sum("text" in record for record in records(one))
+    tokenizer = load_tokenizer(one.model)
+    documents = list(read_documents(Path(one.paths.data) / "processed" / "sft_train.jsonl"))
+    for document, record in zip(documents, [r for r in records(one) if "text" in r], strict=True):
+        encoded = encode_document(document, tokenizer)
+        assert encoded.input_ids.tolist() == record["input_ids"]
+        assert encoded.loss_mask.tolist() == [i >= record["n_prompt"] for i in range(len(record["input_ids"]))]
+        assert encode_document(document, tokenizer, all_tokens=True).loss_mask.all()
+        # An answer that was cut off is not taught to end.
+        filled = fill_block(encoded, 8, 64, tokenizer.eos_token_id)
+        ended = record["input_ids"][-1] == tokenizer.eos_token_id
+        assert len(filled.input_ids) == (-(-len(record["input_ids"]) // 8) * 8 if ended else len(record["input_ids"]))
+
+
+def test_a_prompt_is_held_out_with_whatever_it_is_answered(config):
+    one = config(temperature=1.0)
+    one = one.model_copy(update={"data": one.data.model_copy(update={"eval_share": 0.5})})
+    prepare_data(one)
+
+    def prompts(split):
+        found = read_documents(Path(one.paths.data) / "processed" / f"{split}.jsonl")
+        return {tuple(document.input_ids[: document.n_prompt]) for document in found}
+
+    held_out = prompts("eval")
+    written(one).unlink()
+    written(one).with_suffix(".json").unlink()
+    other = one.model_copy(update={"train": one.train.model_copy(update={"seed": 7})})
+    prepare_data(other)
+    assert prompts("eval") == held_out == prompts("sft_eval")
+    assert not held_out & prompts("train")
+
+
+def test_another_setting_is_no_silent_mixture(config):
+    write_answers(config())
+    with pytest.raises(DataError, match=r"prompts.jsonl: written with another temperature; delete it and prompts.json"):
+        write_answers(config(temperature=0.5))
+    before = written(config()).read_bytes()
+    Path(config().data.sources[0].path).write_text("Another prompt\n")
+    with pytest.raises(DataError, match="written with another prompts"):
+        write_answers(config())
+    assert written(config()).read_bytes() == before
+
+
+def test_bad_input(config, tmp_path):
+    with pytest.raises(UsageError, match="is no file of prompts"):
+        write_answers(config(path=str(tmp_path / "nowhere.txt")))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "fine"}\n{"promt": "not"}\n')
+    with pytest.raises(DataError, match=r"bad.jsonl:2: expected"):
+        write_answers(config(path=str(bad)))
+    with pytest.raises(ConfigError, match="needs 'path'"):
+        config(path=None)
+    one = config()
+    with pytest.raises(DataError, match="not written yet; run 'hildanext prepare-data' first"):
+        find_sources(one, "train")
