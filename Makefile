@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-decode | bench-serve | clean
+# make demo | test | lint | bench | bench-decode | bench-serve | bench-train | clean
 #
 # Each target first makes its own .venv (PYTHON=python3.12 chooses another interpreter; 'make clean' before changing it).
 # ARGS="..." goes to what the target runs: make test ARGS="tests/test_policy.py"
@@ -11,7 +11,7 @@ RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench bench-decode bench-serve clean
+.PHONY: demo test lint bench bench-decode bench-serve bench-train clean
 
 demo: $(RUNTIME)
 	$(BIN)/hildanext demo $(ARGS)
@@ -34,6 +34,10 @@ bench-decode: $(DEV)
 # The server at 1, 8, 32 and 128 clients, then a minute of load; ARGS="--only soak --soak 600" for a longer one.
 bench-serve: $(RUNTIME)
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+
+# Speed and memory of training against the plain way, two processes, kill -9; ARGS="--only speed" for one part.
+bench-train: $(DEV)
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

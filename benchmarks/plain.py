@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from hildanext.model import DiffusionLM
 from hildanext.noise import block_ids
 from hildanext.packing import pack
 from hildanext.passes import Batch, Pass
-from hildanext.rows import RowWriter
+from hildanext.rows import write_meta
+from hildanext.shards import compact, write_shard
 from hildanext.synthetic import synthetic_stories
 
 IGNORED = -100
@@ -77,9 +79,8 @@ def write_rows(
     if not packed:
         joined = np.concatenate(documents)
         documents = [joined[i : i + seq_len] for i in range(0, len(joined) - seq_len, seq_len)]
-    with RowWriter(folder) as writer:
-        for row in pack(((ids, np.ones(len(ids), dtype=bool)) for ids in documents), seq_len, pad_id(tokenizer)):
-            if writer.count < n:
-                writer.write(row)
-        writer.finish({"rows": writer.count, "seq_len": seq_len, "tokenizer": fingerprint(tokenizer), "block_size": 32})
+    rows = pack(((ids, np.ones(len(ids), dtype=bool)) for ids in documents), seq_len, pad_id(tokenizer))
+    folder.mkdir(parents=True)
+    record = write_shard(folder, 0, compact(islice(rows, n), seq_len), {})
+    write_meta(folder, {"seq_len": seq_len, "tokenizer": fingerprint(tokenizer), "block_size": 32}, [record])
     return {"tokens": float(np.mean([len(ids) for ids in documents])), "real": path is not None, "packed": packed}

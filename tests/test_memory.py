@@ -96,7 +96,10 @@ def test_a_single_row_that_does_not_fit_says_what_helps(
     capsys.readouterr()
     assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.endswith("set train.gradient_checkpointing, train.optimizer 'adafactor', lower data.seq_len (24)")
+    assert last.endswith(
+        "set train.gradient_checkpointing, train.optimizer 'adafactor', lower data.seq_len (24) "
+        "('hildanext preflight' tells what each gains)"
+    )
 
 
 def test_what_makes_room_may_change_on_resume(tmp_path: Path, tiny_base: Path, room_for: Any) -> None:

@@ -48,6 +48,7 @@ def test_the_quick_start_is_the_whole_way():
         "evaluate",
         "evaluate",
         "serve",
+        "preflight",
     ]
 
 

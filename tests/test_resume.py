@@ -132,7 +132,7 @@ def test_a_killed_run_resumes_bit_for_bit(make_run: MakeRun, moment: str):
     assert_undisturbed(runs / "convert", runs / "reference")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_optimizer_and_format_resumes(make_run: MakeRun, optimizer: str, dtype: str):
     config, file = make_run(train={"optimizer": optimizer, "weight_decay": 0.1}, model={"dtype": dtype})

@@ -26,13 +26,17 @@ STATE, TENSORS = "trainer.json", "trainer.safetensors"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """Optimizer state as flat tensors `parameter|key`. `names`: id(parameter) -> name."""
-    return {
-        f"{names[id(parameter)]}|{key}": whole(value.detach()).cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    """Optimizer state as flat tensors `parameter|key`, counters as `parameter|int:key`. `names`: id(parameter) -> name."""
+    found = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value = whole(value.detach()).cpu().contiguous()
+                # bitsandbytes' parameters share their tables, which safetensors refuses.
+                found[f"{names[id(parameter)]}|{key}"] = value.clone() if key.startswith("qmap") else value
+            elif isinstance(value, int):
+                found[f"{names[id(parameter)]}|int:{key}"] = torch.tensor(value)
+    return found
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]) -> None:
@@ -48,11 +52,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         raise CheckpointError(f"optimizer state does not match the model: '{odd}' is on one side only")
     for parameter in parameters:
         if state := by_name.get(names[id(parameter)]):
-            # AdamW keeps its step counter on the CPU; moments live with the parameter.
-            optimizer.state[parameter] = {
-                key: value if value.ndim == 0 or value.shape != parameter.shape else like(value, parameter)
-                for key, value in state.items()
-            }
+            optimizer.state[parameter] = dict(_placed(key, value, parameter) for key, value in state.items())
+
+
+def _placed(key: str, value: Tensor, parameter: Tensor) -> tuple[str, Tensor | int]:
+    """A piece of optimizer state where its optimizer wants it."""
+    if key.startswith("int:"):
+        return key.removeprefix("int:"), int(value)
+    # AdamW keeps its step counter on the CPU; moments live with the parameter.
+    return key, like(value, parameter) if value.ndim and value.shape == parameter.shape else value
 
 
 def save_checkpoint(

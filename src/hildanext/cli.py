@@ -21,13 +21,20 @@ Result = dict[str, Any]
 LESS_MEMORY = "Lower train.micro_batch or data.seq_len, or set train.gradient_checkpointing (training); shorten the prompt (decoding)."
 
 
-def _config(args: argparse.Namespace) -> Any:
+def _config(args: argparse.Namespace, base: str | None = None) -> Any:
     from hildanext.config import load_config
 
     overrides = list(args.set)
     if args.model is not None:
         overrides.append(f"model.base={json.dumps(args.model)}")
-    return load_config(args.config, overrides)
+    return load_config(args.config, overrides, base)
+
+
+def _to_decode(args: argparse.Namespace) -> Any:
+    """The configuration of a command that needs a converted model, and has one where none is named."""
+    from hildanext.config import SHIPPED_MODEL
+
+    return _config(args, SHIPPED_MODEL)
 
 
 def _init(args: argparse.Namespace) -> Result:
@@ -89,6 +96,12 @@ def _dpo(args: argparse.Namespace) -> Result:
     return dpo(_config(args), args.run, args.resume)
 
 
+def _preflight(args: argparse.Namespace) -> Result:
+    from hildanext.preflight import preflight
+
+    return preflight(_config(args), args.command_for, args.card, args.memory, args.measure)
+
+
 def _merge_topk(args: argparse.Namespace) -> Result:
     from hildanext.convert import evaluate_checkpoint
     from hildanext.merge import best_checkpoints, merge
@@ -105,7 +118,7 @@ def _merge_topk(args: argparse.Namespace) -> Result:
 def _generate(args: argparse.Namespace) -> Result:
     from hildanext.generate import generate
 
-    config = _config(args)
+    config = _to_decode(args)
     return generate(config, args.prompt, raw=args.raw, trace=args.trace, live=not args.json, picture=args.picture)
 
 
@@ -114,7 +127,7 @@ def _chat(args: argparse.Namespace) -> Result:
         raise UsageError("a conversation is not one JSON object; use 'generate --json', or /save FILE.json in the chat")
     from hildanext.terminal import chat
 
-    chat(_config(args), args.system)
+    chat(_to_decode(args), args.system)
     return {}
 
 
@@ -152,7 +165,7 @@ def _evaluate(args: argparse.Namespace) -> Result:
 def _serve(args: argparse.Namespace) -> Result:
     from hildanext.server import serve
 
-    return serve(_config(args))
+    return serve(_to_decode(args))
 
 
 def _smoke_test(args: argparse.Namespace) -> Result:
@@ -264,6 +277,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--run", default=run, metavar="NAME", help=f"name of the run's folder (default: {run})")
     for command in (convert, tune, prefer):
         command.add_argument("--resume", action="store_true", help="continue an interrupted run where it was")
+    fits = add(
+        "preflight", _preflight, "Predict the peak memory of a training step; say what to change to make it fit."
+    )
+    fits.add_argument(
+        "--for", dest="command_for", choices=["convert-wsd", "sft"], default="convert-wsd", help="which training"
+    )
+    fits.add_argument("--card", metavar="sm_XY", help="a GPU that is not here, by its compute capability (sm_61)")
+    fits.add_argument("--memory", type=float, metavar="GB", help="memory to fit into (default: what is here)")
+    fits.add_argument("--measure", action="store_true", help="also run three steps on random weights and measure them")
     merge.add_argument("checkpoints", nargs="*", metavar="FOLDER", help="checkpoint folders (default: the run's best)")
     merge.add_argument("--k", type=int, default=3, help="how many of the run's best (default: 3)")
     merge.add_argument("--out", metavar="FOLDER", help="result (default: RUN/merged)")

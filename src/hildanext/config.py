@@ -16,13 +16,14 @@ from hildanext.sections.data import DataConfig, SourceConfig
 from hildanext.sections.decoding import ENGINES, CalibrateConfig, DecodeConfig, EngineConfig, EngineName, Mode
 from hildanext.sections.evaluation import EvaluateConfig
 from hildanext.sections.lora import LoraConfig
-from hildanext.sections.model import Convention, ModelConfig, PathsConfig
+from hildanext.sections.model import SHIPPED_MODEL, Convention, ModelConfig, PathsConfig
 from hildanext.sections.section import Section
 from hildanext.sections.serving import JobsConfig, ServerConfig
 from hildanext.sections.training import DpoConfig, LossConfig, NoiseConfig, SftConfig, TrainConfig, WsdConfig
 
 __all__ = [
     "ENGINES",
+    "SHIPPED_MODEL",
     "CalibrateConfig",
     "Config",
     "Convention",
@@ -133,10 +134,10 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         raise ConfigError(_one_line(error, origin)) from None
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None, base: str | None = None) -> Config:
     """Read a JSON file (None: the defaults), apply `--set` overrides and validate.
 
-    Raises ConfigError for a missing file, broken JSON or any refused key.
+    base: `model.base` where neither file nor overrides name one. Raises ConfigError for a missing file, broken JSON or any refused key.
     """
     raw: Any = {}
     origin = "config"
@@ -150,4 +151,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ConfigError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: the configuration must be a JSON object")
-    return parse_config(apply_overrides(raw, overrides or []), origin)
+    raw = apply_overrides(raw, overrides or [])
+    if base is not None and isinstance(model := raw.setdefault("model", {}), dict):
+        model.setdefault("base", base)
+    return parse_config(raw, origin)

@@ -23,7 +23,9 @@ class MemoryShortError(HildaError):
         if train.optimizer != "adafactor":
             remedies.append("train.optimizer 'adafactor'")
         remedies.append(f"lower data.seq_len ({config.data.seq_len})")
-        super().__init__(f"step {step}: out of memory ({reason}); {', '.join(remedies)}")
+        super().__init__(
+            f"step {step}: out of memory ({reason}); {', '.join(remedies)} ('hildanext preflight' tells what each gains)"
+        )
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -141,7 +141,7 @@ def _cast(head: nn.Module, device_type: str) -> dict[str, Tensor]:
     return {
         name: parameter.detach().to(dtype or parameter.dtype).requires_grad_(parameter.requires_grad)
         for name, parameter in head.named_parameters()
-        if type(parameter) is nn.Parameter and parameter.is_floating_point()  # not what is quantized
+        if parameter.is_floating_point()  # not what is quantized
     }
 
 

