@@ -117,8 +117,8 @@ def kills(n: int, folder: Path, seed: int = 0) -> dict[str, Any]:
         wanted = n // len(COMMANDS) + (place < n % len(COMMANDS))
         longest, done = seconds[command], False
         while wanted or not done:
-            # Python imports for the first half; a command that was killed before has less to do than an undisturbed one.
-            after = rng.uniform(0.5, 0.95) * longest if wanted else None
+            # Python imports for more than half of it; a command that was killed before has less to do than an undisturbed one.
+            after = rng.uniform(0.65, 0.98) * longest if wanted else None
             resume = (folder / "runs" / NAMES.get(command, "-") / "config.json").exists()
             took, killed = run(folder, command, resume, after)
             done = not killed
