@@ -431,7 +431,8 @@ def test_on_a_terminal(folder: Path, tmp_path: Path):
     assert "/help lists the" in terminal.wait("> ")
     terminal.type("the cat\n")
     terminal.wait("\x1b[90m ▒▒▒")
-    terminal.wait("\x1b[2K")  # redrawn
+    for _ in range(3):
+        terminal.wait("\x1b[2K")  # redrawn: a pass and what it drafted
     terminal.type("\x03")
     stopped = terminal.wait("tokens]")
     assert 0 < int(re.findall(r"stopped after (\d+) tokens\]", stopped)[0]) < 3500

@@ -35,11 +35,11 @@ STUBBORN = (
 
 def until(condition: Callable[[], Any]) -> Any:
     """Wait for what another process is about to do."""
-    for _ in range(3_000):
+    for _ in range(12_000):
         if found := condition():
             return found
         time.sleep(0.01)
-    pytest.fail("it did not happen within half a minute")
+    pytest.fail("it did not happen within two minutes")
 
 
 @pytest.fixture

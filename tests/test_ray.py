@@ -65,7 +65,8 @@ class Cluster:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=env | {"RAY_USAGE_STATS_ENABLED": "0"},
+                # Some earlier Ray of this user may have left a token, which then would be asked for.
+                env=env | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
             )
 
         def answers() -> bool:

@@ -33,12 +33,14 @@ def test_the_wheel_holds_every_file_and_no_other(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == source_files()
+    assert wheel.stat().st_size < 16e6
     assert {"hildanext/configs/demo.json", "hildanext/sources/humaneval_dummy.jsonl"} <= names
 
 
 def test_the_wheel_names_its_command_licence_and_python(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        texts = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in archive.namelist()}
+        about = [name for name in archive.namelist() if ".dist-info/" in name]
+        texts = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in about}
     assert "hildanext = hildanext.cli:main" in texts["entry_points.txt"]
     assert "Apache License" in texts["licenses/LICENSE"]
     metadata = email.message_from_string(texts["METADATA"])

