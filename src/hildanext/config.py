@@ -79,6 +79,10 @@ class Config(Section):
             raise ValueError(
                 "lora.base 'int8' cannot be sharded by train.sharding 'fsdp2'; use 'nf4', or sharding 'none'"
             )
+        if self.loss.distill and self.train.sharding == "fsdp2":
+            raise ValueError(
+                "loss.distill needs the base whole in each process; set train.sharding to 'none', or distill to 0"
+            )
         return self
 
 

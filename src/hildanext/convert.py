@@ -18,6 +18,7 @@ from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.denoising import evaluate_denoising
 from hildanext.model import DiffusionLM, load_diffusion_lm, weights_of
 from hildanext.parallel import start
+from hildanext.parent import Parent
 from hildanext.passes import Recipe
 from hildanext.policy import Policy, choose_policy
 from hildanext.probe import check_length
@@ -110,9 +111,9 @@ def _train(config: Config, opened: Opened, job: Job, use: Use, block_size: int |
             say(
                 f"no held-out rows in '{held_out}': no evaluation, and no best checkpoints are kept (raise data.eval_share)"
             )
-        return run_job(
-            config, opened, job, Denoise(config, lm, opened.accelerator, job.recipe, rows, eval_rows, job.eval_block)
-        )
+        parent = Parent(lm, config, opened.policy) if config.loss.distill else None
+        task = Denoise(config, lm, opened.accelerator, job.recipe, rows, eval_rows, job.eval_block, parent)
+        return run_job(config, opened, job, task)
 
 
 def run_job(config: Config, opened: Opened, job: Job, task: Task) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def convert_wsd(config: Config, name: str = "convert", resume: bool = False) -> 
         title="convert-wsd",
         steps=total_steps(config.wsd),
         point=lambda step: wsd_point(step, config.wsd, config.train, config.data.seq_len),
-        recipe=Recipe(noise.turns, False, noise.t_min, noise.t_max, 0.0),
+        recipe=Recipe(noise.turns, noise.complementary, noise.t_min, noise.t_max, config.loss.cap_weight),
         eval_block=min(config.wsd.final_block, config.data.seq_len),
     )
     return _train(config, opened, job, "train")

@@ -14,8 +14,9 @@ from hildanext.denoiser import Denoised, Denoiser, embedding_noise
 from hildanext.errors import NonFiniteLossError
 from hildanext.evaluate.denoising import evaluate_denoising
 from hildanext.model import DiffusionLM
-from hildanext.objective import Predicted
+from hildanext.objective import Predicted, Soft
 from hildanext.parallel import sync_gradients
+from hildanext.parent import Parent
 from hildanext.passes import Batch, Pass, Piece, Recipe, drafted_pass, first_passes, make_batch
 from hildanext.rows import Rows, RowSource
 
@@ -32,9 +33,11 @@ class Denoise:
         rows: RowSource,
         eval_rows: Rows | None,
         eval_block: int,
+        parent: Parent | None = None,
     ) -> None:
+        """parent: the teacher of `loss.distill`."""
         self.config, self.lm, self.accelerator, self.recipe = config, lm, accelerator, recipe
-        self.rows, self.eval_rows, self.eval_block = rows, eval_rows, eval_block
+        self.rows, self.eval_rows, self.eval_block, self.parent = rows, eval_rows, eval_block, parent
         self.module: nn.Module = Denoiser(lm, config.loss, recipe.cap_weight)
 
     def fetch(self, samples: list[int]) -> Batch:
@@ -59,6 +62,7 @@ class Denoise:
         n_tokens *= n_passes
         hidden_size = self.lm.model.config.get_text_config().hidden_size
         todo = [(one, number, std) for number, one in enumerate(firsts)]
+        taught = self.taught(batch)
         done = 0
         while todo:
             one, turn, std = todo.pop(0)
@@ -66,7 +70,10 @@ class Denoise:
             drawn = embedding_noise(hidden_size, batch, one.masked, std, seed)
             wanted = self.wanted(batch, one)
             with sync_gradients(self.accelerator, self.module, final and done == n_passes):
-                found = self.one_pass(batch, one, wanted, block_size, n_tokens, drawn)
+                soft = None
+                if self.parent is not None and taught is not None:
+                    soft = self.parent.soft(taught, batch, one, wanted, block_size)
+                found = self.one_pass(batch, one, wanted, block_size, n_tokens, drawn, soft)
                 # Accuracy on masks: turn 0, comparable across recipes.
                 logged = (found.loss._asdict() | found.counts._asdict()).items()
                 sums = {name: value for name, value in logged if turn == 0 or not name.startswith("masked")}
@@ -76,16 +83,30 @@ class Denoise:
                 drafts[wanted] = found.predicted.best
                 todo.insert(0, (drafted_pass(batch, one, drafts, noise.draft_share, seed), 1, 0.0))
 
+    def taught(self, batch: Batch) -> Tensor | None:
+        """The parent's hidden states [B, L, H'], once for all passes of a micro-batch."""
+        if self.parent is None:
+            return None
+        with self.accelerator.autocast():
+            return self.parent.states(batch)
+
     def wanted(self, batch: Batch, one: Pass) -> Tensor:
         """The positions that have a loss, [B, L] bool."""
         loss = self.config.loss
         return batch.allowed if loss.w_t2t > 0 and loss.keep > 0 else one.masked | one.wrong
 
     def one_pass(
-        self, batch: Batch, one: Pass, wanted: Tensor, block_size: int, n_tokens: int, noise: Tensor | None
+        self,
+        batch: Batch,
+        one: Pass,
+        wanted: Tensor,
+        block_size: int,
+        n_tokens: int,
+        noise: Tensor | None,
+        soft: Soft | None = None,
     ) -> Denoised:
         with self.accelerator.autocast():
-            result: Denoised = self.module(batch, one, wanted, block_size, n_tokens, noise)
+            result: Denoised = self.module(batch, one, wanted, block_size, n_tokens, noise, soft)
         return result
 
     def metrics(self, total: dict[str, float]) -> dict[str, float]:

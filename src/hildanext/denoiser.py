@@ -12,7 +12,7 @@ from hildanext.config import LossConfig
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model import DiffusionLM
 from hildanext.noise import sample_generator
-from hildanext.objective import Counts, Loss, Predicted, denoising_loss
+from hildanext.objective import Counts, Loss, Predicted, Soft, denoising_loss
 from hildanext.passes import Batch, Pass
 from hildanext.policy import Policy
 from hildanext.training_attention import Kind, use_training_attention
@@ -38,7 +38,14 @@ class Denoiser(nn.Module):
         self.lm, self.config, self.cap_weight = lm, config, cap_weight
 
     def forward(
-        self, batch: Batch, one: Pass, wanted: Tensor, block_size: int, n_tokens: int, embed_noise: Tensor | None
+        self,
+        batch: Batch,
+        one: Pass,
+        wanted: Tensor,
+        block_size: int,
+        n_tokens: int,
+        embed_noise: Tensor | None,
+        soft: Soft | None = None,
     ) -> Denoised:
         """Loss over the wanted positions [B, L] bool. n_tokens: allowed tokens of the whole effective batch.
 
@@ -65,6 +72,7 @@ class Denoiser(nn.Module):
                 w_t2t=config.w_t2t,
                 keep=config.keep,
                 cap_weight=self.cap_weight,
+                soft=soft,
             )
         )
 

@@ -34,6 +34,14 @@ class Counts(NamedTuple):
     corrupted_correct: Tensor
 
 
+class Soft(NamedTuple):
+    """A distribution that takes a share of the label's place as the target, made a few positions at a time."""
+
+    hidden: Tensor  # [S, H'] the teacher's hidden states
+    logits: Callable[[Tensor], Tensor]  # [n, H'] -> [n, V] float32; -inf where nothing is predicted
+    share: Tensor  # [S] float32 in [0, 1]; 0: the label alone
+
+
 class Predicted(NamedTuple):
     """What the head said at S positions, without gradient."""
 
@@ -56,6 +64,7 @@ def denoising_loss(
     w_t2t: float = 1.0,
     keep: float = 1.0,
     cap_weight: float = 0.0,
+    soft: Soft | None = None,
 ) -> tuple[Loss, Counts, Predicted]:
     """Loss over the supervised positions only (S of them, over the whole micro-batch), counts, and what was predicted.
 
@@ -67,6 +76,8 @@ def denoising_loss(
 
     The mask token is never the best id: decoding cannot predict it either.
     cap_weight adds the confidence loss of LLaDA2.0 section 5.2: the entropy of correctly predicted masked tokens.
+    soft: CE becomes (1 - share) CE + share KL(q || p) with the teacher's q (Hinton et al. 2015, arXiv 1503.02531, at
+    temperature 1) in `total`; the other numbers keep the label's CE.
     """
     masked, wrong = is_masked.float(), is_wrong.float()
     m2t_weight = masked / t if weighting == "elbo" else masked
@@ -79,6 +90,7 @@ def denoising_loss(
         w_m2t * m2t_weight + w_t2t * t2t_weight,
         cap_weight * masked if cap_weight else None,
         mask_token_id,
+        soft,
         *trainable(head),
     )
     correct = (best == labels).float()
@@ -92,7 +104,7 @@ def denoising_loss(
 
 def weighted_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, weight: Tensor) -> Tensor:
     """sum(weight * CE) over S positions, fp32 scalar; weights [S] may be negative. The head runs on a few at a time."""
-    summed, _, _ = _HeadLoss.apply(hidden, head, labels, weight, None, None, *trainable(head))
+    summed, _, _ = _HeadLoss.apply(hidden, head, labels, weight, None, None, None, *trainable(head))
     return summed
 
 
@@ -146,7 +158,7 @@ def _cast(head: nn.Module, device_type: str) -> dict[str, Tensor]:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """sum(weight * CE) + sum over right positions of (cap * entropy), with its gradients taken chunk by chunk."""
+    """sum(weight * CE or its mix with KL) + sum over right positions of (cap * entropy); gradients chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -157,6 +169,7 @@ class _HeadLoss(torch.autograd.Function):
         weight: Tensor,
         cap: Tensor | None,
         mask_token_id: int | None,
+        soft: Soft | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
@@ -174,7 +187,8 @@ class _HeadLoss(torch.autograd.Function):
             with torch.enable_grad() if wanted else torch.no_grad():
                 leaf = h.detach().requires_grad_(wanted)
                 logits = run(leaf)
-            value, one, slope = _slope(logits.detach(), y, w, None if cap is None else c, mask_token_id)
+            chunk = None if soft is None else Soft(*(_cut(part, start, len(h)) for part in soft))
+            value, one, slope = _slope(logits.detach(), y, w, None if cap is None else c, mask_token_id, chunk)
             total += value
             found.append(one)
             if wanted:
@@ -196,17 +210,31 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, []
         at_hidden, *at_parameters = (grad.mul_(upstream) for grad in grads)
-        return at_hidden, None, None, None, None, None, *at_parameters
+        return at_hidden, None, None, None, None, None, None, *at_parameters
+
+
+def _cut(part: Any, start: int, n: int) -> Any:
+    return part[start : start + n] if isinstance(part, Tensor) else part
 
 
 def _slope(
-    logits: Tensor, labels: Tensor, weight: Tensor, cap: Tensor | None, mask_token_id: int | None
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    cap: Tensor | None,
+    mask_token_id: int | None,
+    soft: Soft | None = None,
 ) -> tuple[Tensor, Predicted, Tensor]:
     """Value of a chunk's loss, what it predicts, and the loss's gradient at its logits [n, V], float32.
 
-    With p = softmax(logits), the cross-entropy's is p - onehot, the entropy's -p (log p + H).
+    With p = softmax(logits), the cross-entropy's is p - onehot, KL(q || p)'s p - q, the entropy's -p (log p + H).
     """
     p = logits.to(torch.float32, copy=True)
+    rows = q = across = None
+    if soft is not None:
+        rows = soft.share.nonzero()[:, 0]
+        q = soft.logits(soft.hidden[rows]).softmax(-1)
+        across = p[rows, labels[rows]] - (q * p[rows]).sum(-1)  # CE(q, p) - CE(label, p)
     one, z = _predict(p, labels, mask_token_id)
     value = (weight * one.ce).sum()
     if cap is None:
@@ -218,4 +246,9 @@ def _slope(
         entropy = -p_log_p.sum(-1, keepdim=True)
         value = value + (cap * entropy).sum()
         slope = p.mul_(weight[:, None] - cap * entropy).sub_(p_log_p.mul_(cap))
-    return value, one, slope.scatter_add_(-1, labels[:, None], -weight[:, None])
+    if soft is None:
+        return value, one, slope.scatter_add_(-1, labels[:, None], -weight[:, None])
+    part = weight[rows] * soft.share[rows]
+    value = value + (part * (across + torch.xlogy(q, q).sum(-1))).sum()
+    slope[rows] -= part[:, None] * q
+    return value, one, slope.scatter_add_(-1, labels[:, None], -(weight * (1.0 - soft.share))[:, None])

@@ -89,6 +89,18 @@ def _stack(rows: list[tuple[Noisy, Tensor]], device: torch.device) -> Pass:
     return Pass(noisy_ids, masked, corrupted, torch.stack([t for _, t in rows]).to(device))
 
 
+def left_visible(one: Pass, position_ids: Tensor, block_size: int) -> Tensor:
+    """Masked positions that see all of their document to the left as it is: nothing masked or wrong before them in their block.
+
+    [B, L] bool. Blocks before are seen clean.
+    """
+    hidden = (one.masked | one.wrong).long()
+    before = hidden.cumsum(1) - hidden
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    opens = (places - position_ids % block_size).clamp_min(0)  # first place of one's block; padding has no blocks
+    return one.masked & (before == before.gather(1, opens))
+
+
 def drafted_pass(batch: Batch, first: Pass, predicted: Tensor, share: float, seed: int) -> Pass:
     """Multi-turn forward (LLaDA2.1 section 3): some masked positions now hold the model's own draft.
 

@@ -24,6 +24,9 @@ class NoiseConfig(Section):
     draft_share: float = Field(
         0.5, gt=0.0, lt=1.0, description="Multi-turn: share of a row's masked positions that get the model's draft."
     )
+    complementary: bool = Field(
+        False, description="convert-wsd: train on x_t and on its inverse mask in the same batch (sft has its own)."
+    )
     embed_std: float = Field(
         0.0,
         ge=0.0,
@@ -50,6 +53,17 @@ class LossConfig(Section):
         1.0,
         ge=0.0,
         description="Weight, inside T2T, of observed tokens that are right. 0 trains on wrong ones only, and then the model edits everything.",
+    )
+    cap_weight: float = Field(
+        0.0,
+        ge=0.0,
+        description="convert-wsd: weight of the confidence loss on correctly predicted tokens (CAP); 0 is off (sft has its own).",
+    )
+    distill: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the AR base's next-token distribution in the target of masked tokens whose left context is visible; 0 is off.",
     )
 
 
