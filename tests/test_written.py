@@ -9,8 +9,8 @@ import torch
 from hildanext.ar import ArCompletion
 from hildanext.chat import encode_prompt
 from hildanext.config import parse_config
-from hildanext.corpus import find_sources
-from hildanext.documents import encode_document, fill_block, read_documents
+from hildanext.corpus import find_sources, is_held_out
+from hildanext.documents import Document, encode_document, fill_block, read_documents
 from hildanext.errors import ConfigError, DataError, UsageError
 from hildanext.policy import choose_policy
 from hildanext.prepare import prepare_data
@@ -157,3 +157,21 @@ def test_bad_input(config, tmp_path):
     one = config()
     with pytest.raises(DataError, match="not written yet; run 'hildanext prepare-data' first"):
         find_sources(one, "train")
+
+
+def test_a_question_is_held_out_from_the_base_and_from_people_alike(config):
+    """Else the base's answer to a held-out question would be trained on."""
+    one = config()
+    questions = [f"What is {i} of {i + 1}?" for i in range(12)]
+    Path(one.data.sources[0].path).write_text("\n".join(questions))
+    prepare_data(one.model_copy(update={"data": one.data.model_copy(update={"eval_share": 0.5})}))
+    splits = {
+        split: {doc.asked for doc in read_documents(Path(one.paths.data) / "processed" / f"{split}.jsonl")}
+        for split in ("train", "eval")
+    }
+    assert all(splits.values())
+    for split, asked in splits.items():
+        for question in asked:
+            assert question in questions
+            by_people = Document("1", "instruct", messages=[{"role": "user", "content": question.upper()}])
+            assert is_held_out(by_people, 0.5) == (split == "eval")

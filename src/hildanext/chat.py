@@ -44,7 +44,12 @@ def encode_prompt(
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts as token ids: a line of text each, which is a user's turn, or JSON lines.
+    """The ids of `read_asked`."""
+    return [ids for ids, _ in read_asked(path, tokenizer)]
+
+
+def read_asked(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], str]]:
+    """Prompts as token ids, each with its text or the first message of its user: a line of text each, which is a user's turn, or JSON lines.
 
     A record of a `.jsonl` has "prompt" (text, continued as it stands), "messages" that end with the user's, or a shape of
     instruction data, of which the last answer is left out. Without a chat template every text is continued as it stands.
@@ -58,7 +63,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
             prompt: Any = _prompt_of(line) if path.suffix == ".jsonl" else line.decode("utf-8")
             if path.suffix != ".jsonl" and tokenizer.chat_template:
                 prompt = [{"role": "user", "content": prompt}]
-            prompts.append(encode_prompt(tokenizer, prompt))
+            asked = prompt
+            if not isinstance(prompt, str):
+                asked = next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"])
+            prompts.append((encode_prompt(tokenizer, prompt), str(asked)))
         except UnicodeDecodeError:
             raise DataError(f"{path}:{number}: invalid UTF-8") from None
         except (DataError, UsageError) as error:

@@ -81,13 +81,13 @@ def streamed_order(found: Sequence[Found], seed: int, number: int) -> Mix:
 def is_held_out(doc: Document, share: float) -> bool:
     """Whether a document belongs to evaluation: a pure function of its text, whatever its source, id or neighbours.
 
-    The hash covers the text without case and spacing; for messages the first user message, so that one question never
-    stands on both sides; for token ids the ids, of an answer those of its prompt.
+    The hash covers the text without case and spacing; for messages the first user message and for what the base wrote the
+    question it was asked, so that one question never stands on both sides; for token ids alone the ids.
     """
-    if doc.input_ids is not None:
+    if doc.input_ids is not None and doc.asked is None:
         key = np.asarray(doc.input_ids[: doc.n_prompt], dtype=np.uint32).tobytes()
     else:
-        text = doc.text
+        text = doc.text if doc.asked is None else doc.asked
         if doc.messages is not None:
             asked = (message["content"] for message in doc.messages if message["role"] == "user")
             text = next(asked, doc.messages[0]["content"])

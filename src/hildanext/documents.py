@@ -27,7 +27,7 @@ class Document:
 
     A message is `{"role", "content"}`, an assistant's also `tool_calls`, and `"train": false` where it must not be
     supervised. `tools` are the function descriptions that go with `messages`. `n_prompt`: how many of `input_ids` are
-    the prompt of an answer, which SFT does not supervise.
+    the prompt of an answer, which SFT does not supervise; `asked`: that prompt's question as text.
     """
 
     id: str
@@ -37,6 +37,7 @@ class Document:
     messages: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
     n_prompt: int | None = None
+    asked: str | None = None
 
     @property
     def size(self) -> int:
@@ -163,7 +164,8 @@ def parse_document(line: bytes) -> Document:
         raise DataError("not exactly one of 'text', 'input_ids', 'messages'")
     name, source = str(record.get("id", "")), str(record.get("source", ""))
     if kinds == ["input_ids"]:
-        return Document(name, source, input_ids=check_ids(record["input_ids"]), n_prompt=record.get("n_prompt"))
+        rest = {key: record.get(key) for key in ("n_prompt", "asked")}
+        return Document(name, source, input_ids=check_ids(record["input_ids"]), **rest)
     if kinds == ["text"]:
         return Document(name, source, text=check_text(record["text"]))
     return Document(name, source, messages=check_messages(record["messages"]), tools=record.get("tools"))

@@ -16,7 +16,7 @@ from typing import IO, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.ar import ar_complete_batch
-from hildanext.chat import read_prompts
+from hildanext.chat import read_asked
 from hildanext.config import Config, ModelConfig, SourceConfig
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of, write_json
@@ -79,23 +79,26 @@ class _Writing:
         policy = choose_policy(self.config.model.device, self.config.model.dtype)
         base, tokenizer = load_causal_lm(self.model, policy, policy.compute)
         base.eval()
-        prompts = self._prompts(tokenizer)
+        asked = self._prompts(tokenizer)
+        prompts = [list(ids) for ids in asked]
         size = self.source.batch
         done = self._resume(len(prompts))
         title = f"self: {self.model.base}"
         with progress(title, len(prompts), "answers", done) as advance:
             for start in range(done, len(prompts), size):
                 batch = prompts[start : start + size]
-                self._append(start, batch, self._answers(base, tokenizer, batch, start))
+                texts = [asked[tuple(ids)] for ids in batch]
+                self._append(start, batch, texts, self._answers(base, tokenizer, batch, start))
                 advance(start + len(batch), f"{self.tokens} tokens")
         if self.duplicates:
             say(f"{self.file.name}: {self.duplicates} of {len(prompts)} answers stood there already and are left out")
 
-    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Each prompt once, the shortest first: those of like length are padded less side by side."""
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[int, ...], str]:
+        """Each prompt once, the shortest first (those of like length are padded less side by side), with what was asked."""
         assert self.source.path is not None
-        prompts = read_prompts(Path(self.source.path), tokenizer)[: self.source.max_documents]
-        return [list(ids) for ids in sorted(dict.fromkeys(map(tuple, prompts)), key=lambda ids: (len(ids), ids))]
+        prompts = read_asked(Path(self.source.path), tokenizer)[: self.source.max_documents]
+        asked = {tuple(ids): text for ids, text in prompts}
+        return {ids: asked[ids] for ids in sorted(asked, key=lambda ids: (len(ids), ids))}
 
     def _answers(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], start: int
@@ -110,12 +113,14 @@ class _Writing:
         )
         return ((one.token_ids, one.text) for one in done)
 
-    def _append(self, start: int, prompts: list[list[int]], answers: Iterator[tuple[list[int], str]]) -> None:
+    def _append(
+        self, start: int, prompts: list[list[int]], asked: list[str], answers: Iterator[tuple[list[int], str]]
+    ) -> None:
         lines = []
-        for number, (prompt, (ids, text)) in enumerate(zip(prompts, answers, strict=True), start=start + 1):
+        for number, (prompt, said, (ids, text)) in enumerate(zip(prompts, asked, answers, strict=True), start + 1):
             record: dict[str, Any] = {"id": f"self:{number}"}
             if self._is_new(text):
-                record |= {"n_prompt": len(prompt), "input_ids": prompt + ids, "text": text}
+                record |= {"n_prompt": len(prompt), "input_ids": prompt + ids, "asked": said, "text": text}
                 self.tokens += len(ids)
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.write("".join(lines).encode("utf-8"))

@@ -37,4 +37,5 @@ def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
-        yield number, Document(id=str(record.get("id")), source="self", input_ids=ids, n_prompt=n_prompt)
+        asked = str(record["asked"]) if "asked" in record else None
+        yield number, Document(str(record.get("id")), "self", input_ids=ids, n_prompt=n_prompt, asked=asked)
