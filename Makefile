@@ -35,7 +35,8 @@ bench-decode: $(DEV)
 bench-serve: $(RUNTIME)
 	$(BIN)/python benchmarks/serve.py $(ARGS)
 
-# Speed and memory of training against the plain way, two processes, kill -9; ARGS="--only speed" for one part.
+# Speed and memory of training against the plain way, two processes, kill -9; each part is kept (docs/benchmarks/train.json).
+# ARGS="--only speed" for one part.
 bench-train: $(DEV)
 	$(BIN)/python benchmarks/train.py $(ARGS)
 

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from hildanext.config import Config, apply_overrides, parse_config
-from hildanext.footprint import build, forward_backward, peak_of, rows_of, start_peak
+from hildanext.footprint import build, forward_backward, measure, peak_of, rows_of, start_peak
 from hildanext.policy import choose_policy
+from hildanext.preflight import policy_of
 from hildanext.train import make_optimizer
 from hildanext.training_attention import use_training_attention, visible_keys
 
@@ -71,27 +72,23 @@ def step_seconds(config: Config, shape: PreTrainedConfig, kind: str, steps: int 
     return statistics.median(times[steps // 3 :])
 
 
-def fits_in_8_gb(preset: Path, shape: PreTrainedConfig) -> dict[str, Any]:
-    """A step of a preset with the allocator capped at 8 GB."""
+def fits_in_8_gb(preset: Path, shape: PreTrainedConfig, card: str | None) -> dict[str, Any]:
+    """Steps of a preset, its micro-batches added up, with the allocator capped at 8 GB less what the context takes.
+
+    card: number format and attention of another card (Pascal's fp16 and pieces) on this one; None takes this one's own.
+    """
     raw = json.loads(preset.read_text(encoding="utf-8"))
-    config = parse_config(apply_overrides(raw, ["model.device=cuda", "data.seq_len=1024", "train.rows_per_step=1"]))
-    policy = choose_policy("cuda", config.model.dtype)
-    total = torch.cuda.get_device_properties(0).total_memory
+    config = parse_config(apply_overrides(raw, ["model.device=cuda", "data.seq_len=1024"]))
+    policy = policy_of(config.model, card)
+    said = {"as_on": card or "this card", "dtype": str(policy.compute), "attention": policy.attention}
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(8e9 / total)
+    outside = start_peak(policy.device)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((8e9 - outside) / total)
     try:
-        rows = rows_of(config, "convert-wsd", policy, shape, policy.device)
-        start_peak(policy.device)
-        model = build(shape, config, policy).cuda()
-        use_training_attention(model)
-        optimizer = make_optimizer(model, config.train, policy.fused)
-        for _ in range(2):
-            forward_backward(model, rows, config, policy, 0.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return {"fits": True, "peak": peak_of(policy.device), "dtype": str(policy.compute)}
+        return said | {"fits": True, "peak": measure(config, "convert-wsd", policy, shape)}
     except torch.OutOfMemoryError:
-        return {"fits": False, "peak": peak_of(policy.device), "dtype": str(policy.compute)}
+        return said | {"fits": False, "peak": outside + peak_of(policy.device)}
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -110,7 +107,7 @@ def measure_gpu(qwen3: Callable[[str], PreTrainedConfig]) -> dict[str, Any]:
         "mfu": None if peak is None else flops / peak,
         "flex_over_dense": step_seconds(long, shape, "dense") / step_seconds(long, shape, "flex"),
         "budget": {
-            preset: fits_in_8_gb(configs / f"{preset}.json", qwen3(size))
-            for preset, size in (("qwen3-0.6b-gtx1080", "0.6b"), ("qwen3-1.7b-lora-8gb", "1.7b"))
+            preset: fits_in_8_gb(configs / f"{preset}.json", qwen3(size), card)
+            for preset, size, card in (("qwen3-0.6b-gtx1080", "0.6b", "sm_61"), ("qwen3-1.7b-lora-8gb", "1.7b", None))
         },
     }

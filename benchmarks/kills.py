@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,9 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from hildanext.synthetic import synthetic_instructions
 from hildanext.tiny import story_tokenizer, tiny_llama
@@ -73,26 +75,85 @@ def arguments(command: str, resume: bool) -> list[str]:
     return [sys.executable, "-m", "hildanext.cli", command, "--config", "config.json", *extra.get(command, []), *again]
 
 
-def run(folder: Path, command: str, resume: bool = False, kill_after: float | None = None) -> tuple[float, bool]:
-    """(seconds, whether it was killed). Raises RuntimeError for a command that failed by itself."""
-    began = time.monotonic()
+class Struck(NamedTuple):
+    """How a run of a command went."""
+
+    seconds: float
+    began: float | None  # when it first wrote something; until then it imports, loads and checks
+    killed: bool
+    torn: bool  # killed while something was half written
+
+
+class Moment(NamedTuple):
+    """When to strike: so many seconds after the start, after the first thing was written, or at the first half-written file after that."""
+
+    phase: Literal["starting", "working", "saving"]
+    seconds: float
+
+    def has_come(self, now: float, began: float | None, half: bool) -> bool:
+        if self.phase == "starting":
+            return now >= self.seconds
+        at_work = began is not None and now - began >= self.seconds
+        return at_work and (half or self.phase == "working")
+
+
+Entry = tuple[str, int, int]  # path, inode, time of its last change
+
+
+def files_of(folder: Path) -> set[Entry]:
+    """What there is of the commands' output, with what is still being written under a temporary name."""
+    found = set()
+    for place in ("data", "runs"):
+        for parent, folders, files in os.walk(folder / place):
+            for name in (*folders, *files):
+                with contextlib.suppress(FileNotFoundError):
+                    about = os.lstat(path := os.path.join(parent, name))
+                    found.add((path, about.st_ino, about.st_mtime_ns))
+    return found
+
+
+def half_written(entries: set[Entry]) -> bool:
+    return any(name.startswith(".") and "tmp" in name for path, _, _ in entries for name in path.split(os.sep))
+
+
+def run(folder: Path, command: str, resume: bool = False, moment: Moment | None = None) -> Struck:
+    """A command, killed at `moment` if it lives so long. Raises RuntimeError for one that failed by itself."""
+    before = files_of(folder)
+    started, began = time.monotonic(), None
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        arguments(command, resume),
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            _, errors = process.communicate(timeout=kill_after)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            _, errors = process.communicate()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            arguments(command, resume), cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        while process.poll() is None:
+            now = time.monotonic() - started
+            found = files_of(folder)
+            if began is None and found != before:
+                began = now
+            if moment is not None and moment.has_come(now, began, half_written(found - before)):
+                process.kill()
+                process.wait()
+            time.sleep(0.001)
+        seconds = time.monotonic() - started
+        errors.seek(0)
+        said = errors.read()
     if process.returncode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"{command}: {errors.splitlines()[-1] if errors else process.returncode}")
-    return time.monotonic() - began, process.returncode != 0
+        raise RuntimeError(f"{command}: {said.splitlines()[-1] if said else process.returncode}")
+    killed = process.returncode != 0
+    return Struck(seconds, began, killed, killed and half_written(files_of(folder) - before))
+
+
+PHASES: tuple[Literal["starting", "working", "saving"], ...] = ("working", "saving", "working", "starting")
+
+
+def moment_for(number: int, usual: Struck, rng: random.Random) -> Moment:
+    """Of the `number`th kill of a command that usually runs like `usual`: a random moment, of its work more often than of its start."""
+    phase = PHASES[number % len(PHASES)]
+    began = usual.seconds if usual.began is None else usual.began
+    if phase == "starting":
+        return Moment(phase, rng.uniform(0.0, began))
+    share = 0.95 if phase == "working" else 0.5
+    return Moment(phase, rng.uniform(0.0, share * (usual.seconds - began)))
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -110,29 +171,36 @@ def kills(n: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     write_material(folder)
     undisturbed = folder / "undisturbed"
     shutil.copytree(folder, undisturbed, ignore=shutil.ignore_patterns("undisturbed"))
-    seconds = {command: run(undisturbed, command)[0] for command in COMMANDS}
+    usual = {command: run(undisturbed, command) for command in COMMANDS}
     rng = random.Random(seed)
     struck: list[dict[str, Any]] = []
     for place, command in enumerate(COMMANDS):
-        wanted = n // len(COMMANDS) + (place < n % len(COMMANDS))
-        longest, done = seconds[command], False
-        while wanted or not done:
-            # Python imports for more than half of it; a command that was killed before has less to do than an undisturbed one.
-            after = rng.uniform(0.65, 0.98) * longest if wanted else None
-            resume = (folder / "runs" / NAMES.get(command, "-") / "config.json").exists()
-            took, killed = run(folder, command, resume, after)
-            done = not killed
-            if killed:
-                wanted -= 1
-                struck.append({"command": command, "after": took, "left": _state(folder, command)})
-                print(f"{command}: killed after {took:.1f} s, {struck[-1]['left']}", file=sys.stderr)
-                if command == "merge-topk" and (folder / OUTPUTS[command]).exists():
-                    done = True  # it was killed while it judged the result
-            if done and wanted:  # sooner than the kill: from the beginning
-                longest, done = min(longest, took), False
-                shutil.rmtree(folder / OUTPUTS[command])
+        struck += strike(folder, command, n // len(COMMANDS) + (place < n % len(COMMANDS)), usual[command], rng)
     same = digest(folder) == digest(undisturbed)
+    seconds = {command: one.seconds for command, one in usual.items()}
     return {"kills": len(struck), "struck": struck, "seconds": seconds, "identical": same}
+
+
+def strike(folder: Path, command: str, wanted: int, usual: Struck, rng: random.Random) -> list[dict[str, Any]]:
+    """Kill a command `wanted` times, beginning it again each time, and let it end."""
+    struck: list[dict[str, Any]] = []
+    done = False
+    while len(struck) < wanted or not done:
+        moment = moment_for(len(struck), usual, rng) if len(struck) < wanted else None
+        resume = (folder / "runs" / NAMES.get(command, "-") / "config.json").exists()
+        found = run(folder, command, resume, moment)
+        done = not found.killed
+        if found.killed and moment is not None:
+            phase = "saving" if found.torn else "starting" if found.began is None else "working"
+            left = _state(folder, command)
+            struck.append({"command": command, "after": found.seconds, "phase": phase, "left": left})
+            print(f"{command}: killed after {found.seconds:.1f} s ({phase}), {left}", file=sys.stderr)
+            if command == "merge-topk" and (folder / OUTPUTS[command]).exists():
+                done = True  # it was killed while it judged the result
+        if done and len(struck) < wanted:  # sooner than the kill: from the beginning
+            done = False
+            shutil.rmtree(folder / OUTPUTS[command])
+    return struck
 
 
 def _state(folder: Path, command: str) -> str:

@@ -65,7 +65,7 @@ def stories(tokenizer: PreTrainedTokenizerBase, path: Path | None) -> Iterator[l
         for line in path.read_text(encoding="utf-8").splitlines():
             yield tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
         return
-    texts = synthetic_stories(3000, seed=0)
+    texts = list(synthetic_stories(3000, seed=0))
     for i in range(0, len(texts), 3):
         yield tokenizer(" ".join(texts[i : i + 3]), add_special_tokens=False)["input_ids"]
 

@@ -4,8 +4,9 @@
     make bench-train ARGS="--only speed --stories path/to/stories.jsonl"
     make bench-train ARGS="--only gpu"          # needs a CUDA device
 
-The plain way (plain.py): a dense [2L, 2L] mask for transformers' own attention and logits of all 2L positions. Writes
-docs/benchmarks/train.md (and what it is made of, runs/bench-train.json, which later runs of single parts add to).
+The plain way (plain.py): a dense [2L, 2L] mask for transformers' own attention and logits of all 2L positions. Each part runs
+in a process of its own, and is written into docs/benchmarks/train.json and onto docs/benchmarks/train.md when it ends: parts may
+come from different machines. A part that fails is named, the others go on, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,20 +26,20 @@ from typing import Any
 import torch
 from kills import kills
 from plain import plain_loss, write_rows
+from results import keep, machine
+from train_memory import SIDES, budget, memory, memory_side
 from train_page import write_page
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
-from hildanext.config import Config, apply_overrides, parse_config
+from hildanext.config import Config, parse_config
 from hildanext.denoise import Denoise
-from hildanext.footprint import measure, predict
 from hildanext.model import DiffusionLM, load_diffusion_lm
 from hildanext.parallel import start
 from hildanext.passes import Recipe, first_passes
-from hildanext.policy import Policy, choose_policy
-from hildanext.preflight import policy_of
+from hildanext.policy import choose_policy
 from hildanext.pretrained import load_tokenizer
 from hildanext.rows import Rows, ShuffledRows
-from hildanext.runs import RunFolder, versions
+from hildanext.runs import RunFolder
 from hildanext.schedule import Point
 from hildanext.tiny import story_tokenizer, tiny_llama
 from hildanext.train import Job, Trainer, make_optimizer
@@ -105,12 +105,13 @@ def plain_side(config: Config, rows: Rows) -> Callable[[int], float]:
 
 def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens per second of whole steps, ours and plain in turn, on packed rows and on rows of one document each."""
-    found: dict[str, Any] = {}
-    config = config_for(model={"dtype": "bfloat16"})
+    kinds: dict[str, Any] = {}
+    config = config_for(model={"dtype": args.dtype, "device": "cpu"}, data={"seq_len": args.row})
+    policy = choose_policy("cpu", args.dtype)
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
     for name, packed in (("packed", True), ("one document", False)):
         place = folder / name.replace(" ", "-")
-        about = write_rows(place, tokenizer, LENGTH, args.rounds + 1, args.stories, packed)
+        about = write_rows(place, tokenizer, args.row, args.rounds + 1, args.stories, packed)
         rows = Rows.open(place)
         (ours, _), plain = our_side(config, rows, folder), plain_side(config, rows)
         times: dict[str, list[float]] = {"ours": [], "plain": []}
@@ -127,86 +128,14 @@ def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 f"{name}, step {number}: {times['ours'][-1]:.1f} s, plain {times['plain'][-1]:.1f} s", file=sys.stderr
             )
         ratios = [b / a for a, b in zip(times["ours"][1:], times["plain"][1:], strict=True)]
-        found[name] = about | {
+        kinds[name] = about | {
             "ratio": statistics.median(ratios),
             "ratios": ratios,
-            "rounds": args.rounds,
-            **{f"{side}_tokens_per_second": LENGTH / statistics.median(each[1:]) for side, each in times.items()},
+            **{f"{side}_tokens_per_second": args.row / statistics.median(each[1:]) for side, each in times.items()},
             "first_losses": losses[0],
         }
-    return found
-
-
-# Memory: a fresh process for each side
-
-
-def memory_side(side: str) -> dict[str, Any]:
-    """Peak of three steps of the Qwen3-0.6B shape on random weights, and what preflight says."""
-    shape = qwen3("0.6b")
-    dtype = {"model": {"base": "Qwen/Qwen3-0.6B", "device": "cpu", "dtype": "bfloat16"}}
-    small = {"gradient_checkpointing": True, "optimizer": "adafactor"}
-    changes: dict[str, dict[str, Any]] = {
-        "plain": {"train": {"attention": "dense"}},
-        "ours": {},
-        "ours, checkpointing": {"train": {"gradient_checkpointing": True}},
-        "ours, checkpointing and Adafactor": {"train": small},
-        "ours, LoRA of rank 16": {"lora": {"rank": 16}},
-    }
-    config = config_for(**dtype, **changes[side])
-    policy = choose_policy("cpu", "bfloat16")
-    if side != "plain":
-        predicted = predict(config, "convert-wsd", policy, shape).total
-        return {"peak": measure(config, "convert-wsd", policy, shape), "predicted": predicted}
-    return {"peak": plain_memory(config, policy, shape), "predicted": None}
-
-
-def plain_memory(config: Config, policy: Policy, shape: Qwen3Config) -> int:
-    """Three plain steps: dense mask, fp32 logits of 2L positions, AdamW."""
-    from hildanext.footprint import build, peak_of, rows_of, start_peak
-
-    rows = rows_of(config, "convert-wsd", policy, shape, policy.device)
-    start_peak(policy.device)
-    model = build(shape, config, policy)
-    optimizer = make_optimizer(model, config.train, policy.fused)
-    labels = torch.full(rows.ids.shape, -100)
-    labels[rows.places] = rows.labels
-    for _ in range(3):
-        with torch.autocast("cpu", dtype=policy.compute):
-            logits = model(
-                input_ids=rows.ids, attention_mask=rows.visible, position_ids=rows.position_ids, use_cache=False
-            ).logits.float()
-            ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        del logits
-        ce.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return peak_of(policy.device)
-
-
-SIDES = ("plain", "ours", "ours, checkpointing", "ours, checkpointing and Adafactor", "ours, LoRA of rank 16")
-
-
-def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    found = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, "--side", side]
-        done = subprocess.run(command, capture_output=True, text=True)
-        found[side] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"peak": None}
-        print(f"{side}: {found[side]} {done.stderr.splitlines()[-1:] if done.returncode else ''}", file=sys.stderr)
-    return found
-
-
-def budget(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What preflight predicts for 8 GB cards: full training of the 0.6B shape, an adapter for the 1.7B shape."""
-    configs = Path(__file__).parents[1] / "configs"
-    found = {}
-    for preset, size in (("qwen3-0.6b-gtx1080", "0.6b"), ("qwen3-1.7b-lora-8gb", "1.7b")):
-        raw = json.loads((configs / f"{preset}.json").read_text(encoding="utf-8"))
-        config = parse_config(apply_overrides(raw, [f"data.seq_len={LENGTH}"]))
-        for card in ("sm_61", "sm_80"):
-            peak = predict(config, "convert-wsd", policy_of(config.model, card), qwen3(size))
-            found[f"{preset} on {card}"] = {**peak._asdict(), "total": peak.total}
-    return found
+    dtype = str(policy.compute).removeprefix("torch.")
+    return {"dtype": dtype, "reason": policy.reason, "row": args.row, "rounds": args.rounds, "kinds": kinds}
 
 
 # Scaling: gloo processes through torchrun
@@ -232,6 +161,7 @@ def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     launch = {
         1: ["taskset", "-c", "0", sys.executable, "-m", "hildanext.cli"],
         2: [
+            *("taskset", "-c", "0,1"),
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             *("-m", "--", "hildanext.cli"),
         ],
@@ -257,21 +187,22 @@ def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Model FLOPs utilisation of the Qwen3-0.6B shape, FlexAttention against the dense mask, 8 GB by a cap."""
     if not torch.cuda.is_available():
-        return {"skipped": "no CUDA device"}
+        return None
     from gpu import measure_gpu
 
     return measure_gpu(qwen3)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+# In the order of what is learned for the time they take.
+PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any] | None]] = {
+    "budget": lambda args, folder: budget(qwen3, LENGTH),
+    "kills": lambda args, folder: kills(args.kills, folder),
+    "scaling": scaling,
     "speed": speed,
     "memory": memory,
-    "budget": budget,
-    "scaling": scaling,
-    "kills": lambda args, folder: kills(args.kills, folder),
     "gpu": gpu,
 }
 
@@ -280,38 +211,56 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="speed: pairs of steps (default: 5)")
+    parser.add_argument("--row", type=int, default=LENGTH, help=f"speed, memory: tokens in a row (default: {LENGTH})")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="speed, memory: what is computed in (default: as the product chooses for this CPU)",
+    )
     parser.add_argument("--stories", type=Path, help="speed: stories, a JSON line each (default: synthetic ones)")
     parser.add_argument("--turns", type=int, default=3, help="scaling: runs of each (default: 3)")
     parser.add_argument("--kills", type=int, default=20, help="kills: how many (default: 20)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--results", type=Path, default=Path("runs/bench-train.json"), help="where the numbers are kept"
+        "--results", type=Path, default=Path("docs/benchmarks/train.json"), help="where the numbers are kept"
     )
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/train.md"), help="the page made of them")
     return parser.parse_args()
 
 
-def main() -> None:
+def every_part() -> int:
+    """Each part in its own process with the same arguments. Returns 1 when one of them failed."""
+    failed = [part for part in PARTS if subprocess.run([sys.executable, *sys.argv, "--only", part]).returncode]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def one_part(args: argparse.Namespace) -> int:
+    where = machine()
+    with tempfile.TemporaryDirectory(prefix="bench-train-") as place:
+        found = PARTS[args.only](args, Path(place))
+    write_page(keep(args.results, args.only, found, where), args.page)
+    if found is None:
+        print(f"{args.only}: skipped, it cannot be measured on this machine", file=sys.stderr)
+        return 0
+    print(f"{args.only}: written to {args.page}")
+    return int(found.get("identical") is False)
+
+
+def main() -> int:
     args = parse_args()
     if args.side:
-        print(json.dumps(memory_side(args.side)))
-        return
-    results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
-    for part in [args.only] if args.only else PARTS:
-        about = {"load_before": os.getloadavg()[0], "threads": torch.get_num_threads()}
-        with tempfile.TemporaryDirectory(prefix="bench-train-") as place:
-            results[part] = PARTS[part](args, Path(place)) | {"about": about}
-        results["machine"] = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "versions": versions(),
-        }
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    write_page(results, args.page)
-    print(f"written: {args.page}")
+        config = config_for(
+            model={"base": "Qwen/Qwen3-0.6B", "device": "cpu", "dtype": args.dtype},
+            data={"seq_len": args.row},
+            **SIDES[args.side],
+        )
+        print(json.dumps(memory_side(config, args.side, qwen3("0.6b"))))
+        return 0
+    return every_part() if args.only is None else one_part(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Numbers of a benchmark's parts, kept between runs and machines: each part says where and when it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from hildanext.files import write_json
+from hildanext.runs import git_revision, versions
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices itself: without it torch's bf16 is slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def machine() -> dict[str, Any]:
+    found = [torch.backends.cpu.get_cpu_capability()]
+    found += ["AVX512-BF16"] if torch.cpu._is_avx512_bf16_supported() else []
+    found += ["AMX"] if torch.cpu._is_amx_tile_supported() else []
+    return {
+        "cpu": cpu_name(),
+        "capability": ", ".join(found),
+        "bf16": has_bf16(),
+        "cores": os.cpu_count(),
+        "memory": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions(),
+        "git": git_revision(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def load(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def keep(file: Path, part: str, found: dict[str, Any] | None, where: dict[str, Any]) -> dict[str, Any]:
+    """All there is with what `part` found on the machine `where`; None, a part that cannot be measured there, leaves it as it was."""
+    results = load(file)
+    if found is not None:
+        results[part] = found | {"machine": where}
+        write_json(file, results)
+    return results

@@ -1,0 +1,122 @@
+"""Peak memory of a training step for train.py: each side in a process of its own, which alone dies where memory ends."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import Qwen3Config
+
+from hildanext.config import Config, apply_overrides, parse_config
+from hildanext.footprint import build, measure, peak_of, predict, rows_of, start_peak
+from hildanext.policy import Policy, choose_policy
+from hildanext.preflight import policy_of
+from hildanext.train import make_optimizer
+
+LEFT = 500_000_000  # of the memory that is free, for everybody else
+SMALL = {"gradient_checkpointing": True}
+SIDES: dict[str, dict[str, Any]] = {
+    "plain": {"train": {"attention": "dense"}},
+    "ours": {},
+    "ours, checkpointing": {"train": SMALL},
+    "ours, checkpointing and 8-bit AdamW": {"train": SMALL | {"optimizer": "adamw8bit"}},
+    "ours, checkpointing and Adafactor": {"train": SMALL | {"optimizer": "adafactor"}},
+    "ours, LoRA of rank 16": {"lora": {"rank": 16}},
+}
+
+
+def memory_side(config: Config, side: str, shape: Qwen3Config) -> dict[str, Any]:
+    """Peak of three steps of a shape on random weights, and what preflight says. Ends by itself where memory is short."""
+    die_first()
+    policy = choose_policy("cpu", config.model.dtype)
+    if side == "plain":
+        return {"peak": plain_memory(config, policy, shape), "predicted": None}
+    predicted = predict(config, "convert-wsd", policy, shape).total
+    return {"peak": measure(config, "convert-wsd", policy, shape), "predicted": predicted}
+
+
+def die_first() -> None:
+    """Allocations beyond what is free fail; should the kernel have to choose all the same, it takes this process."""
+    if sys.platform != "linux":
+        return
+    most = int(psutil.virtual_memory().available + psutil.Process().memory_info().rss) - LEFT
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def plain_memory(config: Config, policy: Policy, shape: Qwen3Config) -> int:
+    """Three plain steps: dense mask, fp32 logits of 2L positions, AdamW."""
+    rows = rows_of(config, "convert-wsd", policy, shape, policy.device)
+    start_peak(policy.device)
+    model = build(shape, config, policy)
+    optimizer = make_optimizer(model, config.train, policy.fused)
+    labels = torch.full(rows.ids.shape, -100)
+    labels[rows.places] = rows.labels
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=policy.compute, enabled=policy.compute != torch.float32):
+            logits = model(
+                input_ids=rows.ids, attention_mask=rows.visible, position_ids=rows.position_ids, use_cache=False
+            ).logits.float()
+            ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        del logits
+        ce.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return peak_of(policy.device)
+
+
+def short_of_memory(code: int, errors: str) -> bool:
+    """Whether a process ended for want of memory: killed for it, or refused an allocation."""
+    return code == -signal.SIGKILL or "alloc" in errors or "MemoryError" in errors
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """What the process of a side prints; `more_than`, the most it had, where it ran out of memory. Raises RuntimeError for any other end."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        errors.seek(0)
+        said = errors.read()
+        if process.returncode == 0:
+            found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
+            return found
+    if not short_of_memory(process.returncode, said):
+        raise RuntimeError(f"{command[-1]}: {said.splitlines()[-1] if said else process.returncode}")
+    return {"peak": None, "more_than": usage.ru_maxrss * 1024, "predicted": None}
+
+
+def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every side in turn."""
+    found: dict[str, Any] = {}
+    dtype = args.dtype if args.dtype != "auto" else str(choose_policy("cpu").compute).removeprefix("torch.")
+    for side in SIDES:
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--row", str(args.row)]
+        found[side] = measured([*command, "--dtype", dtype, "--side", side])
+        print(f"{side}: {found[side]}", file=sys.stderr)
+    return {"dtype": dtype, "row": args.row, "sides": found}
+
+
+def budget(qwen3: Callable[[str], Qwen3Config], length: int) -> dict[str, Any]:
+    """What preflight predicts for 8 GB cards: full training of the 0.6B shape, an adapter for the 1.7B shape."""
+    configs = Path(__file__).parents[1] / "configs"
+    found = {}
+    for preset, size in (("qwen3-0.6b-gtx1080", "0.6b"), ("qwen3-1.7b-lora-8gb", "1.7b")):
+        raw = json.loads((configs / f"{preset}.json").read_text(encoding="utf-8"))
+        config = parse_config(apply_overrides(raw, [f"data.seq_len={length}"]))
+        for card in ("sm_61", "sm_80"):
+            peak = predict(config, "convert-wsd", policy_of(config.model, card), qwen3(size))
+            found[f"{preset} on {card}"] = {**peak._asdict(), "total": peak.total}
+    return {"cards": found}
