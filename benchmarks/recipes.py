@@ -1,0 +1,217 @@
+"""What a conversion learns most from: one change of the recipe at a time, on SmolLM2-135M and GSM8K, at the same budget.
+
+    python benchmarks/recipes.py --gsm8k path/to/gsm8k/train.jsonl                    # every recipe, seed 0
+    python benchmarks/recipes.py --gsm8k ... --only best "full, lr 1e-3" --seeds 0 1 2
+
+Rows, held-out rows, their noise and the number of training tokens are the same for all. What was run already is not run
+again: results are kept in docs/benchmarks/recipes.json, and docs/benchmarks/recipes.md is made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from results import machine
+
+from hildanext.config import load_config
+from hildanext.convert import convert_wsd
+from hildanext.files import write_json
+from hildanext.prepare import prepare_data
+from hildanext.pretrained import load_tokenizer
+from hildanext.tokenization import tokenize_data
+
+CONFIG = Path(__file__).parents[1] / "configs" / "smollm2-135m.json"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "recipes"
+ROW, ROWS, TOKENS = 256, 4, 37888  # a third of the prototype's 112,640 tokens
+HELD_OUT_ROWS = 40
+PROTOTYPE = {"in_place": (0.389, 3.08), "shifted": (0.445, 2.77)}  # full, block 4, 112,640 tokens
+
+LORA = {"lora.rank": 16, "train.lr": 1e-3}
+# Name -> what differs from the first: full fine-tuning, `shifted`, blocks of 4 from the start, people's answers.
+RECIPES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "in_place": {"model.convention": "in_place"},
+    "block ladder 1, 2, 4": {
+        "wsd.shape": "ladder",
+        "wsd.warmup_ladder": [1, 2],
+        "wsd.decay_ladder": [4],
+        "wsd.warmup_steps": 8,
+        "wsd.stable_steps": 18,
+    },
+    "lr 1e-4": {"train.lr": 1e-4},
+    "lr 6e-4": {"train.lr": 6e-4},
+    "lr 1e-3": {"train.lr": 1e-3},
+    "1/t weights (ELBO)": {"loss.weighting": "elbo"},
+    "no wrong tokens": {"noise.corrupt_rate": 0.0},
+    "M2T only": {"noise.corrupt_rate": 0.0, "loss.w_t2t": 0.0},
+    "complementary masks": {"noise.complementary": True},
+    "multi-turn": {"noise.turns": 2},
+    "CAP 0.1": {"loss.cap_weight": 0.1},
+    "distilled, 0.5": {"loss.distill": 0.5},
+    "distilled, 0.9": {"loss.distill": 0.9},
+    "the base's answers": {"text": "self"},
+    "half and half": {"text": "mix"},
+    "the base's answers, distilled, 0.5": {"text": "self", "loss.distill": 0.5},
+    "LoRA 16, lr 1e-3": LORA,
+    "LoRA 16, lr 3e-3": LORA | {"train.lr": 3e-3},
+    "LoRA 64, lr 1e-3": LORA | {"lora.rank": 64},
+    "LoRA 16, distilled, 0.5": LORA | {"loss.distill": 0.5},
+}
+
+
+def sources(text: str, questions: Path) -> list[dict[str, Any]]:
+    human = {"kind": "instruct", "path": str(questions), "into": ["train"]}
+    own = {"kind": "self", "path": str(questions), "into": ["train"], "max_documents": 512, "max_new_tokens": 200}
+    if text == "mix":
+        return [human | {"weight": 0.5, "max_documents": 512}, own | {"weight": 0.5}]
+    return [human if text == "human" else own]
+
+
+def overrides(recipe: dict[str, Any], out: Path, questions: Path, seed: int, tokens: int) -> list[str]:
+    steps = tokens // (ROW * ROWS)
+    text = recipe.get("text", "human")
+    keys: dict[str, Any] = {
+        "paths.data": str(out / f"data-{text}"),
+        "paths.runs": str(out / "runs"),
+        "data.sources": sources(text, questions),
+        "wsd.stable_steps": steps - steps * 3 // 10,
+        "wsd.decay_steps": steps * 3 // 10,
+        "train.seed": seed,
+        "train.lr_warmup_steps": 6,
+        "train.eval_every": 0,
+        "train.eval_rows": HELD_OUT_ROWS,
+        "train.save_every": 1000,
+        "train.keep_best": 0,
+        "train.keep_last": 1,
+    }
+    keys |= {key: value for key, value in recipe.items() if key != "text"}
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+
+
+def prepare(out: Path, questions: Path, text: str) -> None:
+    """Rows of a kind of text, once and with seed 0; held out are always people's answers to the same questions."""
+    folder = out / f"data-{text}"
+    if (folder / "ready").exists():
+        return
+    config = load_config(CONFIG, overrides({"text": text}, out, questions, 0, TOKENS))
+    prepare_data(config)
+    if text != "human":
+        prepare(out, questions, "human")
+        shutil.copyfile(out / "data-human" / "processed" / "eval.jsonl", folder / "processed" / "eval.jsonl")
+    tokenize_data(config, load_tokenizer(config.model))
+    (folder / "ready").touch()
+
+
+def measure(name: str, recipe: dict[str, Any], out: Path, questions: Path, seed: int, tokens: int) -> dict[str, Any]:
+    prepare(out, questions, recipe.get("text", "human"))
+    config = load_config(CONFIG, overrides(recipe, out, questions, seed, tokens))
+    run = f"{len(list(out.glob('runs/*')))}-{seed}"
+    began = time.perf_counter()
+    result = convert_wsd(config, run)
+    minutes = (time.perf_counter() - began) / 60
+    lines = (Path(result["run"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [json.loads(line)["tokens_per_second"] for line in lines]
+    shutil.rmtree(Path(result["run"]) / "checkpoints")
+    return {
+        "name": name,
+        "seed": seed,
+        "tokens": tokens,
+        "recipe": recipe,
+        "accuracy": result["eval_accuracy"],
+        "loss": result["eval_loss"],
+        "minutes": minutes,
+        "text_tokens": result["tokens_seen"],
+        "tokens_per_second": statistics.median(rates),
+        "machine": machine(),
+    }
+
+
+def add(result: dict[str, Any]) -> None:
+    """Into the file of results, whoever else is writing there, and the page anew."""
+    file = PAGE.with_suffix(".json")
+    with open(PAGE.parent / ".recipes.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json(file, [*known(), result])
+        write_page(known())
+
+
+def known() -> list[dict[str, Any]]:
+    file = PAGE.with_suffix(".json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def write_page(results: list[dict[str, Any]]) -> None:
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for one in results:
+        groups.setdefault((one["tokens"], one["name"]), []).append(one)
+    page = [
+        "# Learning from few tokens",
+        "",
+        "Made by [benchmarks/recipes.py](../../benchmarks/recipes.py): SmolLM2-135M-Instruct, GSM8K in rows of 256, four rows",
+        "a step, block size 4. Each recipe differs from *base* (full fine-tuning, `shifted`, blocks of 4 from the first step, learning",
+        "rate 3e-4, uniform weights, one in ten observed tokens wrong, people's answers) in what its name says. Accuracy and loss (nats): masked tokens",
+        f"of {HELD_OUT_ROWS} held-out rows of people's answers at mask rates 0.1 to 1.0, with noise that never changes. Several seeds: mean and range.",
+        "",
+        "The prototype, at 112,640 tokens: "
+        + ", ".join(f"{accuracy} and {loss} (`{name}`)" for name, (accuracy, loss) in PROTOTYPE.items())
+        + ".",
+    ]
+    for tokens in sorted({tokens for tokens, _ in groups}):
+        page += [
+            "",
+            f"## {tokens:,} tokens",
+            "",
+            "| recipe | accuracy | loss | seeds | text tokens/s | minutes |",
+            "|---|---|---|---|---|---|",
+        ]
+        rows = [(name, ones) for (n, name), ones in groups.items() if n == tokens]
+        for name, ones in sorted(rows, key=lambda row: -statistics.mean(one["accuracy"] for one in row[1])):
+            page.append(
+                f"| {name} | {spread(ones, 'accuracy', 3)} | {spread(ones, 'loss', 2)} | {', '.join(str(one['seed']) for one in ones)} "
+                f"| {statistics.median(one['tokens_per_second'] for one in ones):.0f} "
+                f"| {statistics.median(one['minutes'] for one in ones):.1f} |"
+            )
+    cards = [one["machine"] for one in results]
+    names = {
+        f"{one['cpu']} ({one['capability']}), {'bf16' if one['bf16'] else 'fp32'}, {one['threads']} threads"
+        for one in cards
+    }
+    page += ["", "Machines: " + "; ".join(sorted(names)) + ". Times are from machines that had other work."]
+    PAGE.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
+
+
+def spread(ones: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [one[key] for one in ones]
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gsm8k", type=Path, required=True, help="GSM8K's train.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    questions = args.out / "gsm8k.jsonl"
+    shutil.copyfile(args.gsm8k, questions)
+    for name in args.only:
+        for seed in args.seeds:
+            if any((one["name"], one["seed"], one["tokens"]) == (name, seed, args.tokens) for one in known()):
+                continue
+            result = measure(name, RECIPES[name], args.out, questions, seed, args.tokens)
+            add(result)
+            print(f"{name}, seed {seed}: accuracy {result['accuracy']:.3f}, loss {result['loss']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
