@@ -74,7 +74,7 @@ class Denoise:
             if recipe.turns == 2 and done == 1:
                 drafts = batch.input_ids.clone()
                 drafts[wanted] = found.predicted.best
-                todo.insert(0, (drafted_pass(batch, one, drafts, noise.draft_share, seed), 1, 0.0))
+                todo.insert(0, (drafted_pass(batch, one, drafts, noise.draft_share, seed, recipe.t_min), 1, 0.0))
 
     def wanted(self, batch: Batch, one: Pass) -> Tensor:
         """The positions that have a loss, [B, L] bool."""
