@@ -6,6 +6,7 @@ The state of a run is its step: data order and noise are functions of (seed, glo
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -16,13 +17,20 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from hildanext.checkpoint import load_tensors, optimizer_tensors, prune, restore_optimizer, save_checkpoint
+from hildanext.checkpoint import (
+    load_tensors,
+    optimizer_tensors,
+    prune,
+    restore_optimizer,
+    rewind_checkpoints,
+    save_checkpoint,
+)
 from hildanext.config import Config, TrainConfig
 from hildanext.denoiser import choose_attention
 from hildanext.errors import CheckpointError, NonFiniteLossError
 from hildanext.memory import MemoryShortError, checkpoint_activations, clear_cache, peak_memory_mb
 from hildanext.model import DiffusionLM, weights_of
-from hildanext.parallel import spread, whole, whole_weights
+from hildanext.parallel import gathered, spread, whole, whole_weights
 from hildanext.passes import Batch, Piece, Recipe
 from hildanext.plots import draw_curves
 from hildanext.policy import Policy
@@ -144,9 +152,9 @@ class Trainer:
         )
 
     def train_step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; returns its metrics. Out of memory, it is done again in smaller micro-batches.
+        """One optimizer step; returns its metrics. Forward or backward out of memory, it is done again in smaller micro-batches.
 
-        Raises NonFiniteLossError naming step and rows, MemoryShortError when a single row is too much.
+        Raises NonFiniteLossError naming step and rows, MemoryShortError when a single row is too much, or the optimizer.
         """
         while True:
             try:
@@ -158,6 +166,21 @@ class Trainer:
             # Outside the handler: the error holds the frames, and they the memory.
             self.make_room(step, line)
 
+    @contextlib.contextmanager
+    def only_once(self, step: int) -> Iterator[None]:
+        """What half done cannot be done again: out of memory within the block ends the run."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise self.memory_short(step, reason, in_optimizer=True) from None
+
+    def memory_short(self, step: int, reason: str, in_optimizer: bool = False) -> MemoryShortError:
+        processes = self.accelerator.num_processes
+        return MemoryShortError(self.config, self.micro_batch, step + 1, reason, processes, in_optimizer)
+
     def make_room(self, step: int, reason: str) -> None:
         """Smaller micro-batches, and more of them: the same effective batch. Raises MemoryShortError if there are none."""
         self.prepared.zero_grad(set_to_none=True)
@@ -165,7 +188,7 @@ class Trainer:
         rows = self.config.train.rows_per_step
         smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % size == 0), None)
         if smaller is None or self.accelerator.num_processes > 1:  # the other processes wait for this one's gradients
-            raise MemoryShortError(self.config, self.micro_batch, step + 1, reason)
+            raise self.memory_short(step, reason)
         say(
             f"step {step + 1}: out of memory; train.micro_batch {self.micro_batch} -> {smaller}, "
             f"{rows // smaller} forwards a step, the same {rows} rows"
@@ -189,16 +212,18 @@ class Trainer:
                 accelerator.backward(loss * accelerator.num_processes)
                 for key, value in found.items():
                     sums[key] = sums.get(key, torch.zeros((), device=self.lm.device)) + value.detach()
-        # 4. clip, 5. optimizer
-        grad_norm = whole(accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm))
-        if accelerator.scaler is None and not torch.isfinite(grad_norm):  # fp16's scaler skips such a step by itself
-            raise self.not_finite("gradient", grad_norm, step, [s for batch in batches for s in batch.samples])
-        for group in self.optimizer.param_groups:
-            group["lr"] = point.lr
-        self.prepared.step()
-        self.prepared.zero_grad(set_to_none=True)
-        # 6. log
-        totals = accelerator.reduce(torch.stack(list(sums.values()))).tolist()
+        with self.only_once(step):
+            # 4. clip, 5. optimizer
+            grad_norm = whole(accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm))
+            # fp16's scaler skips such a step by itself
+            if accelerator.scaler is None and not torch.isfinite(grad_norm):
+                raise self.not_finite("gradient", grad_norm, step, [s for batch in batches for s in batch.samples])
+            for group in self.optimizer.param_groups:
+                group["lr"] = point.lr
+            self.prepared.step()
+            self.prepared.zero_grad(set_to_none=True)
+            # 6. log
+            totals = accelerator.reduce(torch.stack(list(sums.values()))).tolist()
         norm = float(grad_norm) if torch.isfinite(grad_norm) else None  # None: the scaler skipped the step
         point_log = {"block_size": point.block_size, "phase": point.phase, "lr": point.lr}
         return {**task.metrics(dict(zip(sums, totals, strict=True))), **point_log, "grad_norm": norm, "tokens": tokens}
@@ -214,10 +239,9 @@ class Trainer:
         """Checkpoint weights, optimizer, generators, loss scaler and cursor; then prune. All processes call it, one writes."""
         train = self.config.train
         self.lm.block_size = self.job.eval_block
-        lm = self.lm
-        adapter = None if lm.adapter is None else {name: whole(value) for name, value in weights_of(lm).items()}
-        weights = whole_weights(lm.model) if adapter is None else adapter
-        tensors = optimizer_tensors(self.optimizer, self.names)
+        lm, keep = self.lm, self.is_main
+        weights = whole_weights(lm.model, keep) if lm.adapter is None else gathered(weights_of(lm), keep)
+        tensors = optimizer_tensors(self.optimizer, self.names, keep)
         if not self.is_main:
             return
         tensors["rng|cpu"] = torch.get_rng_state()
@@ -254,6 +278,8 @@ def train(trainer: Trainer, state: State) -> dict[str, Any]:
     job, run, train_config = trainer.job, trainer.run, trainer.config.train
     if trainer.is_main:
         run.rewind_metrics(state.step)
+        for path in rewind_checkpoints(run.checkpoints, state.step):
+            say(f"{path}: removed, since the run goes on from step {state.step}")
     tokens_before = trainer.lm.record["tokens_trained"] - state.tokens_seen
     history = run.read_metrics()
     stopped: str | None = None
