@@ -15,18 +15,24 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from hildanext.checkpoint import list_checkpoints
+from hildanext.checkpoint import list_checkpoints, optimizer_tensors
 from hildanext.config import Config, parse_config
 from hildanext.convert import convert_wsd
 from hildanext.dpo import dpo
+from hildanext.parallel import whole_weights
 from test_dpo import write_pairs
 from training import material
 
-# Rank 0 sends the launcher a signal before its third step. `launched.py ARGUMENTS` is the command line else.
+# Rank 0 sends the launcher a signal before its third step; more than a row is too much for rank 1, in the backward pass,
+# from row SHORT on. `launched.py ARGUMENTS` is the command line else.
 LAUNCHED = """
 import os, signal, sys
-from hildanext import cli, train
+import torch
+from hildanext import cli, denoiser, train
 
 if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
     step_of, calls = train.Trainer.train_step, []
@@ -38,6 +44,20 @@ if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
         return step_of(self, step)
 
     train.Trainer.train_step = train_step
+
+if (since := os.environ.get("SHORT")) and os.environ["RANK"] == "1":
+    forward = denoiser.Denoiser.forward
+
+    def short(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+
+    def narrow(self, batch, *rest):
+        found = forward(self, batch, *rest)
+        if torch.is_grad_enabled() and len(batch.samples) > 1 and min(batch.samples) >= int(since):
+            found.loss.total.register_hook(short)
+        return found
+
+    denoiser.Denoiser.forward = narrow
 sys.exit(cli.main(sys.argv[1:]))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # its options end with "--": it takes abbreviated ones
@@ -133,6 +153,27 @@ def test_four_processes_give_the_losses_of_one(bench: Bench, sharding: str) -> N
     assert_the_same(bench.run(f"four-{sharding}"), bench.run("one"))
 
 
+def test_all_processes_make_room_for_one(bench: Bench) -> None:
+    """One of two is out of memory in the first step's backward: both go on in smaller micro-batches, with the same numbers."""
+    done = bench.launch(torchrun(2), "short", "--set", "train.micro_batch=2", SHORT="0")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "out of memory" in line]
+    assert said == ["step 1: out of memory; train.micro_batch 2 -> 1, 4 forwards a step, the same 4 rows"]
+    assert_the_same(bench.run("short"), bench.run("one"))
+
+
+def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
+    """Gradients are under way then. The line names what --resume takes."""
+    done = bench.launch(torchrun(2), "late", "--set", "train.micro_batch=2", SHORT="12")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("hildanext convert-wsd:")]
+    assert line.startswith(
+        "hildanext convert-wsd: step 4: out of memory (CUDA out of memory. Tried to allocate 1.16 GiB.); lower "
+        "train.micro_batch (2) or set train.gradient_checkpointing or set train.sharding to 'fsdp2', and continue with --resume; or"
+    )
+    assert [step for step, _ in list_checkpoints(bench.run("late") / "checkpoints")] == [2]
+
+
 def test_two_processes_train_an_adapter_as_one_does(bench: Bench, tmp_path: Path) -> None:
     raw = bench.config.model_dump(mode="json")
     raw |= {"lora": {"rank": 4}, "wsd": raw["wsd"] | {"warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}}
@@ -220,6 +261,28 @@ def test_fsdp2_takes_up_a_checkpoint(bench: Bench, sharded: Path, saved_by: str)
     done = bench.launch(torchrun(2), f"{saved_by}-on", "--resume", "--set", "train.sharding=fsdp2")
     assert done.returncode == 0, done.stderr
     assert_the_same(bench.run(f"{saved_by}-on"), bench.run("one"))
+
+
+def test_only_who_writes_keeps_what_is_gathered() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        model[1].weight = model[0].weight
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        assert whole_weights(model, keep=False) == optimizer_tensors(optimizer, names, keep=False) == {}
+        found, moments = whole_weights(model, keep=True), optimizer_tensors(optimizer, names, keep=True)
+        assert not any(isinstance(value, DTensor) for value in (*found.values(), *moments.values()))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert found["0.weight"] is found["1.weight"]
+        assert {name.partition("|")[0] for name in moments} == set(names.values())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:

@@ -38,6 +38,10 @@ class MemoryShortError(HildaError):
         )
 
 
+class AllShortError(RuntimeError):
+    """Some process is out of memory, and all of them know."""
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory of this process in MB: the GPU's allocations, or resident memory on a CPU."""
     if device.type == "cuda":

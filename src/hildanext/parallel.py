@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hildanext.config import TrainConfig
 from hildanext.errors import ConfigError, UsageError
@@ -62,6 +63,8 @@ def spread(accelerator: Accelerator, module: nn.Module, layers: Sequence[str], s
     """
     if sharding == "none":
         wrapped: nn.Module = accelerator.prepare(module)
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.broadcast_buffers = False  # they never change, and a forward has nothing to tell other processes
         return wrapped
     if not torch.distributed.is_initialized():
         return module
@@ -78,6 +81,16 @@ def sync_gradients(accelerator: Accelerator, module: nn.Module, wanted: bool) ->
         module.set_requires_gradient_sync(wanted)
         return contextlib.nullcontext()
     return contextlib.nullcontext() if wanted else accelerator.no_sync(module)
+
+
+def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
+    """What DDP does in a backward, when all of them are over."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= accelerator.num_processes
 
 
 def whole(tensor: Tensor) -> Tensor:
