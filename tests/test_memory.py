@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hildanext.convert import convert_wsd
 from hildanext.denoiser import Denoiser
 from hildanext.memory import MemoryShortError
 from hildanext.passes import Batch
+from hildanext.runs import FREE_ON_RESUME
 from test_resume import outcome
 from training import material
 
@@ -97,9 +99,42 @@ def test_a_single_row_that_does_not_fit_says_what_helps(
     assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.endswith(
-        "set train.gradient_checkpointing, train.optimizer 'adafactor', lower data.seq_len (24) "
-        "('hildanext preflight' tells what each gains)"
+        "set train.gradient_checkpointing, and continue with --resume; or start a new run with train.optimizer 'adafactor' or "
+        "a lower data.seq_len (24) ('hildanext preflight' tells what each gains)"
     )
+
+
+def test_out_of_memory_in_the_optimizer_ends_the_run(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the weights have moved by then, and smaller micro-batches would not help: nothing is tried again."""
+    calls: list[int] = []
+
+    def short(self: torch.optim.AdamW, closure: Any = None) -> None:
+        calls.append(1)
+        raise torch.OutOfMemoryError(LINES["cuda"])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", short)
+    named = r"step 1: out of memory in the optimizer .*; start a new run with train\.optimizer 'adafactor' or a lora\.rank \("
+    with pytest.raises(MemoryShortError, match=named):
+        convert_wsd(config_for(tmp_path, tiny_base, 4))
+    assert len(calls) == 1
+
+
+def test_what_helps_may_be_done_as_it_says(tmp_path: Path, tiny_base: Path) -> None:
+    """Keys that are to be changed with --resume may be; the others may not."""
+    config = config_for(tmp_path, tiny_base, 4)
+    line = str(MemoryShortError(config, 4, 1, "full", processes=2))
+    resumed, anew = line.split("continue with --resume")
+    keys = re.compile(r"(train|data|lora)\.(\w+)")
+    assert set(keys.findall(resumed)) == {
+        ("train", "micro_batch"),
+        ("train", "gradient_checkpointing"),
+        ("train", "sharding"),
+    }
+    assert set(keys.findall(resumed)) <= FREE_ON_RESUME
+    assert set(keys.findall(anew)) == {("train", "optimizer"), ("data", "seq_len")}
+    assert not set(keys.findall(anew)) & FREE_ON_RESUME
 
 
 def test_what_makes_room_may_change_on_resume(tmp_path: Path, tiny_base: Path, room_for: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -15,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hildanext import cli
-from hildanext import merge as merge_module
 from hildanext.checkpoint import list_checkpoints
 from hildanext.config import Config, parse_config
 from hildanext.convert import convert_wsd, evaluate_checkpoint
-from hildanext.errors import CheckpointError, UsageError
+from hildanext.errors import CheckpointError, UsageError, WriteError
 from hildanext.merge import best_checkpoints, merge
 from hildanext.model import load_diffusion_lm
 from hildanext.runs import RunFolder
@@ -108,6 +106,21 @@ def test_too_few_or_none(trained: Trained, tmp_path: Path):
         merge([tmp_path / "nowhere"], tmp_path / "merged")
 
 
+def test_a_damaged_checkpoint_is_left_out(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = Path(shutil.copytree(trained.run.path, tmp_path / "run"))
+    best = best_checkpoints(run, 1)[0]
+    cut_weights(best)
+    capsys.readouterr()
+    found = best_checkpoints(run, 4)
+    assert [path.name for path in found] == [path.name for path in best_checkpoints(trained.run.path, 5)[1:]]
+    named, counted = capsys.readouterr().err.strip().splitlines()
+    assert named.startswith(f"{best / 'model.safetensors'} has ")
+    assert named.endswith("the checkpoint is damaged; left out of the merge")
+    assert counted == f"{run}: 1 of 5 checkpoints are damaged; the best of the others are merged"
+    with pytest.raises(UsageError, match=r"4 evaluated checkpoints \(1 more are damaged\), but 5 are to be merged"):
+        best_checkpoints(run, 5)
+
+
 def test_the_command_reports_and_evaluates(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "config.json"
     file.write_text(trained.config.model_dump_json())
@@ -192,6 +205,15 @@ def test_a_mismatch_is_refused_by_name(trained: Trained, tmp_path: Path, what: s
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
+def test_a_folder_of_chat_templates_goes_along(trained: Trained, tmp_path: Path):
+    folder = Path(shutil.copytree(trained.run.checkpoints / "step-1", tmp_path / "part"))
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
+    merge([folder, folder], tmp_path / "merged")
+    assert (tmp_path / "merged" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+
+
 def test_an_existing_folder_is_never_replaced(trained: Trained, tmp_path: Path):
     (tmp_path / "merged").mkdir()
     with pytest.raises(UsageError, match="exists; choose another --out"):
@@ -199,12 +221,10 @@ def test_an_existing_folder_is_never_replaced(trained: Trained, tmp_path: Path):
     assert not list((tmp_path / "merged").iterdir())
 
 
-def test_a_full_disk_leaves_nothing(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(merge_module, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        merge(best_checkpoints(trained.run.path, 2), tmp_path / "merged")
-    assert not list(tmp_path.iterdir())
+def test_a_full_disk_leaves_nothing(trained: Trained, make_disk: Callable[[int], Path]):
+    """The weights are larger than the disk."""
+    small_disk = make_disk(64)
+    with pytest.raises(WriteError, match=r"merged: cannot be written: .*No space left on device.*; make room"):
+        merge(best_checkpoints(trained.run.path, 2), small_disk / "merged")
+    assert not list(small_disk.iterdir())
     assert list_checkpoints(trained.run.checkpoints)

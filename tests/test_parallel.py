@@ -15,16 +15,24 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from hildanext.checkpoint import list_checkpoints
+from hildanext.checkpoint import list_checkpoints, optimizer_tensors
 from hildanext.config import Config, parse_config
 from hildanext.convert import convert_wsd
+from hildanext.dpo import dpo
+from hildanext.parallel import whole_weights
+from test_dpo import write_pairs
 from training import material
 
-# Rank 0 sends the launcher a signal before its third step. `launched.py ARGUMENTS` is the command line else.
+# Rank 0 sends the launcher a signal before its third step; more than a row is too much for rank 1, in the backward pass,
+# from row SHORT on. `launched.py ARGUMENTS` is the command line else.
 LAUNCHED = """
 import os, signal, sys
-from hildanext import cli, train
+import torch
+from hildanext import cli, denoiser, train
 
 if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
     step_of, calls = train.Trainer.train_step, []
@@ -36,6 +44,20 @@ if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
         return step_of(self, step)
 
     train.Trainer.train_step = train_step
+
+if (since := os.environ.get("SHORT")) and os.environ["RANK"] == "1":
+    forward = denoiser.Denoiser.forward
+
+    def short(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+
+    def narrow(self, batch, *rest):
+        found = forward(self, batch, *rest)
+        if torch.is_grad_enabled() and len(batch.samples) > 1 and min(batch.samples) >= int(since):
+            found.loss.total.register_hook(short)
+        return found
+
+    denoiser.Denoiser.forward = narrow
 sys.exit(cli.main(sys.argv[1:]))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # its options end with "--": it takes abbreviated ones
@@ -55,22 +77,14 @@ class Bench(NamedTuple):
     config: Config
     file: Path
     script: Path
+    name: str = "convert-wsd"  # the command
 
     def run(self, name: str) -> Path:
         return Path(self.config.paths.runs) / name
 
     def command(self, launcher: list[str], run: str, *options: str) -> list[str]:
-        return [
-            *launcher,
-            str(self.script),
-            "convert-wsd",
-            "--config",
-            str(self.file),
-            "--run",
-            run,
-            "--json",
-            *options,
-        ]
+        told = ["--config", str(self.file), "--run", run, "--json", *options]
+        return [*launcher, str(self.script), self.name, *told]
 
     def launch(self, launcher: list[str], run: str, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
         command = self.command(launcher, run, *options)
@@ -131,11 +145,80 @@ def torchrun(n: int) -> list[str]:
     return [*TORCHRUN, "--standalone", "--nproc-per-node", str(n), "--"]
 
 
-def test_four_processes_give_the_losses_of_one(bench: Bench) -> None:
-    done = bench.launch(torchrun(4), "four")
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_four_processes_give_the_losses_of_one(bench: Bench, sharding: str) -> None:
+    done = bench.launch(torchrun(4), f"four-{sharding}", "--set", f"train.sharding={sharding}")
     assert done.returncode == 0, done.stderr
     assert answer(done)["finished"]
-    assert_the_same(bench.run("four"), bench.run("one"))
+    assert_the_same(bench.run(f"four-{sharding}"), bench.run("one"))
+
+
+def test_all_processes_make_room_for_one(bench: Bench) -> None:
+    """One of two is out of memory in the first step's backward: both go on in smaller micro-batches, with the same numbers."""
+    done = bench.launch(torchrun(2), "short", "--set", "train.micro_batch=2", SHORT="0")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "out of memory" in line]
+    assert said == ["step 1: out of memory; train.micro_batch 2 -> 1, 4 forwards a step, the same 4 rows"]
+    assert_the_same(bench.run("short"), bench.run("one"))
+
+
+def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
+    """Gradients are under way then. The line names what --resume takes."""
+    done = bench.launch(torchrun(2), "late", "--set", "train.micro_batch=2", SHORT="12")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("hildanext convert-wsd:")]
+    assert line.startswith(
+        "hildanext convert-wsd: step 4: out of memory (CUDA out of memory. Tried to allocate 1.16 GiB.); lower "
+        "train.micro_batch (2) or set train.gradient_checkpointing or set train.sharding to 'fsdp2', and continue with --resume; or"
+    )
+    assert [step for step, _ in list_checkpoints(bench.run("late") / "checkpoints")] == [2]
+
+
+def test_two_processes_train_an_adapter_as_one_does(bench: Bench, tmp_path: Path) -> None:
+    raw = bench.config.model_dump(mode="json")
+    raw |= {"lora": {"rank": 4}, "wsd": raw["wsd"] | {"warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}}
+    adapted = Bench(parse_config(raw), tmp_path / "config.json", bench.script)
+    adapted.file.write_text(json.dumps(raw))
+    convert_wsd(adapted.config, "adapter-one")
+    done = adapted.launch(torchrun(2), "adapter-two")
+    assert done.returncode == 0, done.stderr
+    assert_the_same(adapted.run("adapter-two"), adapted.run("adapter-one"), steps=3)
+
+
+@pytest.fixture(scope="module")
+def preferring(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The same of `dpo`, from the checkpoint that one process made."""
+    folder = tmp_path_factory.mktemp("preferring")
+    raw = bench.config.model_dump(mode="json")
+    raw["model"]["base"] = str(bench.run("one") / "checkpoints" / "step-6")
+    raw["data"] |= {"seq_len": 56, "eval_share": 0.2}
+    raw |= {"lora": {"rank": 4}, "paths": raw["paths"] | {"runs": str(folder)}}
+    raw["dpo"] = {"pairs": str(write_pairs(folder / "pairs.jsonl")), "steps": 3, "lr": 0.01, "lr_warmup_steps": 0}
+    found = Bench(parse_config(raw), folder / "config.json", bench.script, "dpo")
+    found.file.write_text(json.dumps(raw))
+    dpo(found.config, "one")
+    return found
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_processes_learn_the_preferences_of_one(preferring: Bench, sharding: str) -> None:
+    """The reference too is gathered from shards, and the policy is back in them before the gradients are."""
+    done = preferring.launch(torchrun(2), sharding, "--set", f"train.sharding={sharding}")
+    assert done.returncode == 0, done.stderr
+    rows, others = metrics(preferring.run(sharding)), metrics(preferring.run("one"))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row, other in zip(rows, others, strict=True):
+        for key in ("loss", "reward_margin", "grad_norm", "eval_loss", "eval_margin"):
+            assert (key in row) == (key in other)
+            if key in other:
+                assert row[key] == pytest.approx(other[key], abs=1e-5, rel=1e-5), (row["step"], key)
+    assert rows[-1]["reward_margin"] != 0
+    one, two = (
+        load_file(preferring.run(run) / "checkpoints" / "step-3" / "adapter_model.safetensors")
+        for run in (sharding, "one")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-4)
 
 
 def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(bench: Bench) -> None:
@@ -148,8 +231,9 @@ def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(bench: Bench) ->
     assert_the_same(bench.resumed_here("two"), bench.run("one"))
 
 
-def test_fsdp2_under_accelerate_launch(bench: Bench) -> None:
-    """Sharded parameters, the same numbers; a checkpoint that one process takes up."""
+@pytest.fixture(scope="module")
+def sharded(bench: Bench) -> Path:
+    """A run of two processes that `accelerate launch` started, sharded."""
     launcher = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"),
         *("--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"),
@@ -157,12 +241,48 @@ def test_fsdp2_under_accelerate_launch(bench: Bench) -> None:
     done = bench.launch(launcher, "sharded", "--set", "train.sharding=fsdp2")
     assert done.returncode == 0, done.stderr
     assert answer(done)["finished"]
-    assert_the_same(bench.run("sharded"), bench.run("one"))
+    return bench.run("sharded")
+
+
+def test_fsdp2_under_accelerate_launch(bench: Bench, sharded: Path) -> None:
+    """Sharded parameters, the same numbers; a checkpoint that one process takes up."""
+    assert_the_same(sharded, bench.run("one"))
     bench.half_of("sharded", "unsharded")
     record = json.loads((bench.run("unsharded") / "config.json").read_text())
     changed = parse_config(record["config"])
     convert_wsd(changed, "unsharded", resume=True)  # FSDP2 in one process shards nothing
     assert_the_same(bench.run("unsharded"), bench.run("one"))
+
+
+@pytest.mark.parametrize("saved_by", ["one", "sharded"])
+def test_fsdp2_takes_up_a_checkpoint(bench: Bench, sharded: Path, saved_by: str) -> None:
+    """Weights and optimizer that one process or two sharded ones saved go into the shards of two."""
+    bench.half_of(saved_by, f"{saved_by}-on")
+    done = bench.launch(torchrun(2), f"{saved_by}-on", "--resume", "--set", "train.sharding=fsdp2")
+    assert done.returncode == 0, done.stderr
+    assert_the_same(bench.run(f"{saved_by}-on"), bench.run("one"))
+
+
+def test_only_who_writes_keeps_what_is_gathered() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        model[1].weight = model[0].weight
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        assert whole_weights(model, keep=False) == optimizer_tensors(optimizer, names, keep=False) == {}
+        found, moments = whole_weights(model, keep=True), optimizer_tensors(optimizer, names, keep=True)
+        assert not any(isinstance(value, DTensor) for value in (*found.values(), *moments.values()))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert found["0.weight"] is found["1.weight"]
+        assert {name.partition("|")[0] for name in moments} == set(names.values())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from hildanext import checkpoint, cli
-from hildanext.checkpoint import list_checkpoints
+from hildanext.checkpoint import list_checkpoints, newest_good
 from hildanext.config import Config
 from hildanext.convert import convert_wsd, sft
 from hildanext.errors import CheckpointError, UsageError
+from hildanext.merge import best_checkpoints
 from hildanext.runs import RunFolder
 from training import material
 
@@ -251,28 +253,107 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(make_run: MakeRun):
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
+# What of a checkpoint still fits on the disk when the second one is written, by what is written in turn.
+FITS = {
+    "the weights": ["config.json"],
+    "the tokenizer": ["config.json", "model.safetensors"],
+    "the optimizer": ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
+}
+
+
+@pytest.mark.parametrize("what", FITS)
 def test_a_full_disk_keeps_the_last_checkpoint(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_run: MakeRun,
+    make_disk: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
 ):
-    config, file = make_run()
+    disk = make_disk(4096)
+    config, file = make_run(paths={"runs": str(disk)})
+    checkpoints, save = disk / "convert" / "checkpoints", checkpoint.save_diffusion_lm
+
+    def almost_full(*arguments: Any) -> None:
+        if (first := checkpoints / "step-2").is_dir():
+            room = sum((first / name).stat().st_size for name in FITS[what]) + 8192
+            (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - room))
+        save(*arguments)
+
     with monkeypatch.context() as patch:
-        save, calls = checkpoint.save_file, []
-
-        def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-            calls.append(path)
-            if len(calls) == 2:
-                Path(path).write_bytes(b"half")
-                raise OSError(errno.ENOSPC, "No space left on device")
-            save(tensors, path)
-
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(checkpoint, "save_diffusion_lm", almost_full)
         assert cli.main(["convert-wsd", "--config", str(file)]) == 1
-    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
-    runs = Path(config.paths.runs)
-    assert os.listdir(runs / "convert" / "checkpoints") == ["step-2"]
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"hildanext convert-wsd: {checkpoints / 'step-4'}: cannot be written: ")
+    assert "No space left on device" in last
+    assert os.listdir(checkpoints) == ["step-2"]
+    (disk / "filler").unlink()
     convert_wsd(config, resume=True)
     convert_wsd(config, name="reference")
-    assert_undisturbed(runs / "convert", runs / "reference")
+    assert_undisturbed(disk / "convert", disk / "reference")
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(make_run: MakeRun, capsys: pytest.CaptureFixture[str]):
+    """The newest is damaged; the run goes on from the one before and is stopped early: what it saves is kept."""
+    config, file = make_run(train={"keep_last": 3})
+    convert_wsd(config)
+    checkpoints = Path(config.paths.runs) / "convert" / "checkpoints"
+    damage(checkpoints / "step-6" / "model.safetensors")
+    make_run(train={"keep_last": 1, "keep_best": 0})
+    stop = "train.Trainer.train_step = at(1, train.Trainer.train_step, lambda *_: os.kill(os.getpid(), signal.SIGTERM))"
+    stopped = child(stop, "convert-wsd", "--config", file, "--resume")
+    assert "SIGTERM: saved step 5 of 6" in stopped.stderr, stopped.stderr
+    assert f"{checkpoints / 'step-6'}: removed, since the run goes on from step 4" in stopped.stderr
+    assert [step for step, _ in list_checkpoints(checkpoints)] == [5]
+    checkpoint.verify(checkpoints / "step-5")
+
+
+def test_who_reads_a_run_in_training_removes_nothing(make_run: MakeRun):
+    """merge-topk while a checkpoint is being written."""
+    config, _ = make_run()
+    convert_wsd(config)
+    run = RunFolder(Path(config.paths.runs) / "convert")
+    (run.checkpoints / ".tmp-step-8").mkdir()
+    best_checkpoints(run.path, 1)
+    newest_good(run.checkpoints)
+    assert (run.checkpoints / ".tmp-step-8").is_dir()
+    convert_wsd(config, resume=True)
+    assert not (run.checkpoints / ".tmp-step-8").exists()
+
+
+STATES = {
+    "a moment": ("exp_avg", torch.zeros(4, 6), {}, "meta"),
+    "8 bits": ("state1", torch.zeros(4, 6, dtype=torch.uint8), {}, "meta"),
+    "scales of 8 bits": ("absmax1", torch.zeros(1), {}, "meta"),
+    "a table of 8 bits": ("qmap1", torch.zeros(256), {}, "meta"),
+    "a row's variance": ("row_var", torch.zeros(4, 1), {}, "meta"),
+    "a fused step": ("step", torch.zeros(()), {"fused": True}, "meta"),
+    "a captured step": ("step", torch.zeros(()), {"fused": None, "capturable": True}, "meta"),
+    "a step": ("step", torch.zeros(()), {"fused": None}, "cpu"),
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_optimizer_state_goes_to_the_parameters_device(what: str):
+    key, value, group, device = STATES[what]
+    parameter = torch.nn.Parameter(torch.empty(4, 6, device="meta"))
+    optimizer = torch.optim.SGD([{"params": [parameter], **group}], lr=0.1)
+    checkpoint.restore_optimizer(optimizer, {f"w|{key}": value}, {id(parameter): "w"})
+    found = optimizer.state[parameter][key]
+    assert (found.device.type, found.shape, found.dtype) == (device, value.shape, value.dtype)
+
+
+def test_a_folder_of_chat_templates_is_saved_and_checked(make_run: MakeRun, tmp_path: Path, tiny_base: Path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    config, _ = make_run(model={"base": str(base)})
+    path = Path(convert_wsd(config)["checkpoint"])
+    assert "additional_chat_templates/tools.jinja" in checkpoint.verify(path)["files"]
+    damage(path / "additional_chat_templates" / "tools.jinja")
+    with pytest.raises(CheckpointError, match=r"tools\.jinja has"):
+        checkpoint.verify(path)
 
 
 @pytest.mark.parametrize(("keep_last", "keep_best"), [(1, 0), (1, 2), (3, 1), (2, 3)])

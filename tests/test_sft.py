@@ -141,7 +141,7 @@ def step_loss(config: Config, lm: DiffusionLM, rows: list[dict[str, Tensor]], re
             shown = passes[0].masked[0] & (draws < config.noise.draft_share)
             assert shown.any()
             noisy_ids = torch.where(shown, drafts, passes[0].noisy_ids[0])
-            t = passes[0].t[0] * (1 - config.noise.draft_share)
+            t = (passes[0].t[0] * (1 - config.noise.draft_share)).clamp_min(recipe.t_min)
             still_masked = passes[0].masked[0] & ~shown
             total += row_loss(config, lm, ids, doc_ids, allowed, noisy_ids, still_masked, t, BLOCK, recipe.cap_weight)[
                 0
@@ -184,6 +184,16 @@ def test_a_wrong_draft_is_an_edit_to_learn_and_a_right_one_is_kept(tmp_path: Pat
     first, second = seen
     assert first.counts.corrupted == 0
     assert 0 < second.counts.corrupted <= first.counts.masked - second.counts.masked
+
+
+def test_no_weight_is_above_that_of_t_min(tmp_path: Path, tiny_base: Path):
+    """Drafts lower the noise level; 1/t stays clipped, in both turns."""
+    trainer, _ = trainer_for(material(tmp_path, tiny_base), job(Recipe(2, False, 0.3, 0.5, 0.0)), "sft_train")
+    levels: list[Tensor] = []
+    trainer.task.module.register_forward_hook(lambda module, inputs, found: levels.append(inputs[1].t))
+    batch = make_batch(trainer.lm, [0, 1], trainer.rows.batch([0, 1]))
+    assert len(list(trainer.task.losses(batch, 0, BLOCK, 10, True))) == 2
+    assert all(t.min() >= 0.3 for t in levels)
 
 
 def test_tuning_teaches_the_answers(tmp_path: Path, tiny_base: Path):

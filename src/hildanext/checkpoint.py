@@ -18,20 +18,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hildanext.errors import CheckpointError
-from hildanext.files import fsync_folder, write_json
+from hildanext.files import fsync_folder, fsync_tree, write_json, writing
 from hildanext.model import DiffusionLM, save_diffusion_lm
 from hildanext.parallel import like, whole
 
 STATE, TENSORS = "trainer.json", "trainer.safetensors"
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """Optimizer state as flat tensors `parameter|key`, counters as `parameter|int:key`. `names`: id(parameter) -> name."""
-    found = {}
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str], keep: bool = True) -> dict[str, Tensor]:
+    """Optimizer state as flat tensors `parameter|key`, counters as `parameter|int:key`. `names`: id(parameter) -> name.
+
+    Every process must call it; those that do not `keep` get nothing.
+    """
+    found: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                value = whole(value.detach()).cpu().contiguous()
+                value = whole(value.detach())
+                if not keep:
+                    continue
+                value = value.cpu().contiguous()
                 # bitsandbytes' parameters share their tables, which safetensors refuses.
                 found[f"{names[id(parameter)]}|{key}"] = value.clone() if key.startswith("qmap") else value
             elif isinstance(value, int):
@@ -41,26 +47,27 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]) -> None:
     """Put `optimizer_tensors` back. Raises CheckpointError when they do not match the model's parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     by_name: dict[str, dict[str, Tensor]] = {}
     for flat, value in tensors.items():
         name, _, key = flat.rpartition("|")
         by_name.setdefault(name, {})[key] = value
-    wanted = {names[id(p)] for p in parameters}
+    wanted = {names[id(p)] for p in groups}
     if by_name and set(by_name) != wanted:
         odd = sorted(set(by_name) ^ wanted)[0]
         raise CheckpointError(f"optimizer state does not match the model: '{odd}' is on one side only")
-    for parameter in parameters:
+    for parameter, group in groups.items():
         if state := by_name.get(names[id(parameter)]):
-            optimizer.state[parameter] = dict(_placed(key, value, parameter) for key, value in state.items())
+            optimizer.state[parameter] = dict(_placed(key, value, parameter, group) for key, value in state.items())
 
 
-def _placed(key: str, value: Tensor, parameter: Tensor) -> tuple[str, Tensor | int]:
-    """A piece of optimizer state where its optimizer wants it."""
+def _placed(key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> tuple[str, Tensor | int]:
+    """A piece of optimizer state where its optimizer wants it: with the parameter, whatever its shape."""
     if key.startswith("int:"):
         return key.removeprefix("int:"), int(value)
-    # AdamW keeps its step counter on the CPU; moments live with the parameter.
-    return key, like(value, parameter) if value.ndim and value.shape == parameter.shape else value
+    if key == "step":  # counted on the CPU unless a kernel reads it
+        return key, value.to(parameter.device) if group.get("fused") or group.get("capturable") else value
+    return key, like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def save_checkpoint(
@@ -71,19 +78,21 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `folder/step-N` atomically and return it. `state` is JSON (cursor, best list, ...), `tensors` the rest."""
+    """Write `folder/step-N` atomically and return it. `state` is JSON (cursor, best list, ...), `tensors` the rest.
+
+    Raises WriteError when the disk is full: nothing is left of the attempt, and older checkpoints are as they were.
+    """
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        save_diffusion_lm(lm, temporary, weights)
-        save_file(tensors, temporary / TENSORS)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        write_json(temporary / STATE, {"step": step, **state, "files": sizes})
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        fsync_folder(temporary)
+        with writing(final):
+            temporary.mkdir(parents=True)
+            save_diffusion_lm(lm, temporary, weights)
+            save_file(tensors, temporary / TENSORS)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+            write_json(temporary / STATE, {"step": step, **state, "files": sizes})
+            fsync_tree(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -102,14 +111,23 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint, oldest first; leftovers of killed writes are removed."""
-    if not folder.is_dir():
-        return []
-    for path in folder.iterdir():
-        if path.name.startswith((".tmp-step-", ".deleting-step-")):
-            shutil.rmtree(path, ignore_errors=True)
+    """(step, path) of every checkpoint, oldest first. Writes nothing: a training may be at work there."""
     found = [(int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*") if path.is_dir()]
     return sorted(found)
+
+
+def rewind_checkpoints(folder: Path, step: int) -> list[Path]:
+    """For the trainer alone: remove what killed writes left, and what is newer than `step`, from where a run goes on.
+
+    Newer ones are damaged, and `prune` would keep them as the newest in place of whole ones. Returns those.
+    """
+    for pattern in (".tmp-step-*", ".deleting-step-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    newer = [path for found, path in list_checkpoints(folder) if found > step]
+    for path in newer:
+        remove_checkpoint(path)
+    return newer
 
 
 def prune(folder: Path, keep_last: int, keep_best: int, eval_losses: Mapping[int, float]) -> None:

@@ -24,7 +24,7 @@ from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import UsageError
 from hildanext.evaluate.elbo import elbo
-from hildanext.files import atomic_open, write_json
+from hildanext.files import atomic_open, write_json, writing
 from hildanext.merge import best_checkpoints, merge
 from hildanext.model import DiffusionLM, load_diffusion_lm
 from hildanext.prepare import prepare_data
@@ -72,8 +72,9 @@ def make_base(config: Config, folder: Path) -> PreTrainedModel:
     base = folder / "base"
     tokenizer = story_tokenizer()
     model = tiny_llama(tokenizer, HIDDEN, LAYERS, context=512, seed=config.train.seed)
-    model.save_pretrained(base)  # the commands below need its tokenizer; the weights follow
-    tokenizer.save_pretrained(base)
+    with writing(base):
+        model.save_pretrained(base)  # the commands below need its tokenizer; the weights follow
+        tokenizer.save_pretrained(base)
     with atomic_open(folder / "instructions.jsonl") as file:
         file.writelines(json.dumps(one) + "\n" for one in synthetic_instructions(N_INSTRUCTIONS, seed=3))
     prepare_data(config)
@@ -82,7 +83,8 @@ def make_base(config: Config, folder: Path) -> PreTrainedModel:
     rows = open_rows(config, "train", lm)
     assert rows is not None
     train_ar(model, rows, steps=AR_STEPS, batch_rows=AR_ROWS, lr=AR_LR, seed=config.train.seed)
-    model.save_pretrained(base)
+    with writing(base):
+        model.save_pretrained(base)
     return model
 
 

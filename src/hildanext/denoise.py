@@ -81,7 +81,7 @@ class Denoise:
             if recipe.turns == 2 and done == 1:
                 drafts = batch.input_ids.clone()
                 drafts[wanted] = found.predicted.best
-                todo.insert(0, (drafted_pass(batch, one, drafts, noise.draft_share, seed), 1, 0.0))
+                todo.insert(0, (drafted_pass(batch, one, drafts, noise.draft_share, seed, recipe.t_min), 1, 0.0))
 
     def taught(self, batch: Batch) -> Tensor | None:
         """The parent's hidden states [B, L, H'], once for all passes of a micro-batch."""

@@ -29,5 +29,9 @@ class CheckpointError(HildaError):
     """A checkpoint is damaged, incomplete or does not belong to this run."""
 
 
+class WriteError(HildaError):
+    """A file or folder cannot be written. The message names it and the reason."""
+
+
 class NonFiniteLossError(HildaError):
     """The loss became NaN or infinite. The message names the step and the rows of the batch that did it."""

@@ -11,6 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
+from hildanext.errors import WriteError
+
 
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries (a rename, a new file) durable. A no-op where folders cannot be opened (Windows)."""
@@ -20,6 +24,30 @@ def fsync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make a folder with all it holds durable, folders within it included."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise WriteError, which names `path`, where weights or a tokenizer cannot be written: a full disk, no permission."""
+    try:
+        yield
+    except BaseException as error:
+        # safetensors has an exception of its own for a full disk, and tokenizers raises a bare Exception.
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise WriteError(f"{path}: cannot be written: {reason}; make room, or choose another folder") from None
+        raise
 
 
 @contextlib.contextmanager

@@ -13,19 +13,33 @@ from hildanext.errors import HildaError
 
 
 class MemoryShortError(HildaError):
-    """A training step does not fit. The message names the keys that make it smaller."""
+    """A training step does not fit. The message names the keys that make it smaller: those that a run may change when it is
+    resumed, then those that need a new run."""
 
-    def __init__(self, config: Config, micro_batch: int, step: int, reason: str) -> None:
-        train = config.train
-        remedies = [f"lower train.micro_batch ({micro_batch}) and continue with --resume"] if micro_batch > 1 else []
-        if not train.gradient_checkpointing:
-            remedies.append("set train.gradient_checkpointing")
+    def __init__(
+        self, config: Config, micro_batch: int, step: int, reason: str, processes: int, in_optimizer: bool = False
+    ) -> None:
+        """in_optimizer: it was the optimizer that found no room, when the activations were gone."""
+        train, resumed, anew = config.train, list[str](), list[str]()
+        if micro_batch > 1 and not in_optimizer:
+            resumed.append(f"lower train.micro_batch ({micro_batch})")
+        if not train.gradient_checkpointing and not in_optimizer:
+            resumed.append("set train.gradient_checkpointing")
+        if processes > 1 and (train.sharding, train.optimizer) == ("none", "adamw"):
+            resumed.append("set train.sharding to 'fsdp2'")
         if train.optimizer != "adafactor":
-            remedies.append("train.optimizer 'adafactor'")
-        remedies.append(f"lower data.seq_len ({config.data.seq_len})")
+            anew.append("train.optimizer 'adafactor'")
+        anew.append("a lora.rank" if in_optimizer else f"a lower data.seq_len ({config.data.seq_len})")
+        remedies = [f"{' or '.join(resumed)}, and continue with --resume"] if resumed else []
+        remedies.append(f"start a new run with {' or '.join(anew)}")
         super().__init__(
-            f"step {step}: out of memory ({reason}); {', '.join(remedies)} ('hildanext preflight' tells what each gains)"
+            f"step {step}: out of memory{' in the optimizer' if in_optimizer else ''} ({reason}); {'; or '.join(remedies)} "
+            "('hildanext preflight' tells what each gains)"
         )
+
+
+class AllShortError(RuntimeError):
+    """Some process is out of memory, and all of them know."""
 
 
 def peak_memory_mb(device: torch.device) -> float:

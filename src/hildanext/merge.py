@@ -19,26 +19,39 @@ from hildanext.adapter import SETTINGS, WEIGHTS, Adapter, Pair, read_adapter, wr
 from hildanext.checkpoint import STATE, TENSORS, list_checkpoints, verify
 from hildanext.config import ModelConfig
 from hildanext.errors import CheckpointError, UsageError
-from hildanext.files import fsync_folder, sha256_of, write_json
+from hildanext.files import fsync_folder, fsync_tree, sha256_of, write_json, writing
 from hildanext.model import load_diffusion_lm, save_diffusion_lm
+from hildanext.progress import say
 
 SAME_KEYS = ("architectures", "vocab_size", "mask_token_id", "block_size")
 
 
 def best_checkpoints(run: Path, k: int) -> list[Path]:
-    """The k checkpoints of a run with the lowest evaluation loss. Raises UsageError when there are fewer, or k < 1."""
+    """The k checkpoints of a run with the lowest evaluation loss; damaged ones are named and left out.
+
+    Raises UsageError when there are fewer, or k < 1.
+    """
     if k < 1:
         raise UsageError(f"--k {k}: at least one checkpoint is needed")
     found = list_checkpoints(run / "checkpoints")
     if not found:
         raise UsageError(f"{run}: no checkpoints to merge")
     losses: dict[int, float] = {}
-    for _, path in found:
-        losses |= {int(step): loss for step, loss in verify(path)["eval_losses"].items()}
-    ranked = sorted((losses[step], step, path) for step, path in found if step in losses)
+    whole = []
+    for step, path in found:
+        try:
+            losses |= {int(at): loss for at, loss in verify(path)["eval_losses"].items()}
+            whole.append((step, path))
+        except CheckpointError as error:
+            say(f"{error}; left out of the merge")
+    ranked = sorted((losses[step], step, path) for step, path in whole if step in losses)
+    n_damaged = len(found) - len(whole)
+    if n_damaged:
+        say(f"{run}: {n_damaged} of {len(found)} checkpoints are damaged; the best of the others are merged")
     if len(ranked) < k:
+        damaged = f" ({n_damaged} more are damaged)" if n_damaged else ""
         raise UsageError(
-            f"{run}: {len(ranked)} evaluated checkpoints, but {k} are to be merged; lower --k or raise train.keep_best"
+            f"{run}: {len(ranked)} evaluated checkpoints{damaged}, but {k} are to be merged; lower --k or raise train.keep_best"
         )
     return [path for _, _, path in ranked[:k]]
 
@@ -148,17 +161,19 @@ def _merge_adapters(
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that gets the name `out` once the block has filled it, and is removed if it does not."""
+    """A temporary folder that gets the name `out` once the block has filled it, and is removed if it does not.
+
+    Raises WriteError when the disk is full.
+    """
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, out)
-        fsync_folder(out.parent)
+        with writing(out):
+            temporary.mkdir(parents=True)
+            yield temporary
+            fsync_tree(temporary)
+            os.replace(temporary, out)
+            fsync_folder(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -166,9 +181,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def _copy_the_rest(first: Path, folder: Path, record: dict[str, Any]) -> None:
     """All but weights and what a resume needs; `record` goes into config.json."""
-    for path in first.iterdir():
+    for path in first.rglob("*"):  # a tokenizer may keep further chat templates in a folder
         if path.is_file() and path.suffix != ".safetensors" and path.name != STATE:
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(first)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     generation = folder / "generation_config.json"
     if generation.is_file():  # modes calibrated for the first checkpoint are not the mean's
         stored = json.loads(generation.read_text(encoding="utf-8"))

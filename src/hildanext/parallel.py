@@ -6,7 +6,7 @@ Started by `torchrun` or `accelerate launch`, which say through the environment 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hildanext.config import TrainConfig
 from hildanext.errors import ConfigError, UsageError
@@ -62,6 +63,8 @@ def spread(accelerator: Accelerator, module: nn.Module, layers: Sequence[str], s
     """
     if sharding == "none":
         wrapped: nn.Module = accelerator.prepare(module)
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.broadcast_buffers = False  # they never change, and a forward has nothing to tell other processes
         return wrapped
     if not torch.distributed.is_initialized():
         return module
@@ -80,21 +83,54 @@ def sync_gradients(accelerator: Accelerator, module: nn.Module, wanted: bool) ->
     return contextlib.nullcontext() if wanted else accelerator.no_sync(module)
 
 
+def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
+    """What DDP does in a backward, when all of them are over."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= accelerator.num_processes
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as one process would have it. Every process must call it, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state_dict as one process would have it; a weight with two names stays one tensor. Every process must call it."""
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Tensors as one process would have them. Sharded ones come to the CPU one by one: no device holds two of them whole.
+
+    Every process must call it; those that do not keep them get none.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())
+        if keep:
+            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
+    return found
+
+
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A model's state_dict, `gathered`; a weight with two names stays one tensor."""
     state = model.state_dict()  # first: it takes back what the last forward gathered
-    gathered = {id(parameter): whole(parameter.detach()) for parameter in model.parameters()}
-    named = {name: gathered[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return {name: named.get(name, value) for name, value in state.items()}
+    weights = gathered(dict(model.named_parameters()), keep)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name: weights[names[name]] if name in names else value for name, value in state.items()} if keep else {}
+
+
+def shard_again(module: nn.Module) -> None:
+    """Take back what the last forward gathered: FSDP2 keeps the outermost weights whole until a backward comes."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor of a parameter's shape, spread as the parameter is."""
+    """A whole tensor of a parameter's shape, spread as the parameter is; one that is spread stays as it is."""
+    if isinstance(value, DTensor):
+        return value
     if isinstance(parameter, DTensor):
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value.to(parameter.device)

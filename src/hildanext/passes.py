@@ -101,11 +101,11 @@ def left_visible(one: Pass, position_ids: Tensor, block_size: int) -> Tensor:
     return one.masked & (before == before.gather(1, opens))
 
 
-def drafted_pass(batch: Batch, first: Pass, predicted: Tensor, share: float, seed: int) -> Pass:
+def drafted_pass(batch: Batch, first: Pass, predicted: Tensor, share: float, seed: int, t_min: float) -> Pass:
     """Multi-turn forward (LLaDA2.1 section 3): some masked positions now hold the model's own draft.
 
     predicted [B, L] int64: the model's prediction at turn 0's masked positions. A share of those becomes observed; right
-    drafts are to be kept, wrong ones edited. The rest stays masked, at noise level t * (1 - share).
+    drafts are to be kept, wrong ones edited. The rest stays masked, at noise level t * (1 - share); as everywhere, no 1/t is above 1/t_min.
     """
     draws = torch.stack(
         [torch.rand(first.t.shape[1], generator=sample_generator(seed, s, "draft")) for s in batch.samples]
@@ -113,4 +113,4 @@ def drafted_pass(batch: Batch, first: Pass, predicted: Tensor, share: float, see
     drafted = first.masked & (draws.to(first.t.device) < share)
     noisy_ids = torch.where(drafted, predicted, first.noisy_ids)
     wrong = first.wrong | (drafted & (predicted != batch.input_ids))
-    return Pass(noisy_ids, first.masked & ~drafted, wrong, first.t * (1.0 - share))
+    return Pass(noisy_ids, first.masked & ~drafted, wrong, (first.t * (1.0 - share)).clamp_min(t_min))

@@ -26,7 +26,7 @@ from hildanext.model import DiffusionLM, set_adapter, weights_of
 from hildanext.noise import block_ids, sample_generator
 from hildanext.objective import predict, weighted_cross_entropy
 from hildanext.pairs import Pairs
-from hildanext.parallel import sync_gradients
+from hildanext.parallel import like, shard_again, sync_gradients
 from hildanext.passes import Batch, Pass, Piece, make_batch
 from hildanext.rows import RowSource
 
@@ -153,13 +153,17 @@ class Prefer:
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
         """Within the block the adapter is what it was at the start, without dropout."""
-        now = {name: parameter.detach().clone() for name, parameter in weights_of(self.lm).items()}
+        shard_again(self.module)
+        weights = weights_of(self.lm)
+        now = {name: parameter.detach().clone() for name, parameter in weights.items()}
+        self.reference = {name: like(value, weights[name]) for name, value in self.reference.items()}
         was_training = self.lm.model.training
         set_adapter(self.lm, self.reference)
         self.lm.model.eval()
         try:
             yield
         finally:
+            shard_again(self.module)  # into the shards, from which the next forward gathers again
             set_adapter(self.lm, now)
             self.lm.model.train(was_training)
 

@@ -10,6 +10,7 @@ from typing import Any
 from hildanext.config import Config, parse_config
 from hildanext.convert import convert_wsd, sft
 from hildanext.engines import Request, open_engine
+from hildanext.files import writing
 from hildanext.prepare import prepare_data
 from hildanext.pretrained import load_tokenizer
 from hildanext.synthetic import synthetic_instructions
@@ -47,8 +48,9 @@ def smoke_test(config: Config | None = None) -> dict[str, Any]:
         if config is None:
             tokenizer = story_tokenizer()
             base = str(folder / "base")
-            tiny_llama(tokenizer, hidden=32, layers=2, context=256, seed=0).save_pretrained(base)
-            tokenizer.save_pretrained(base)
+            with writing(Path(base)):
+                tiny_llama(tokenizer, hidden=32, layers=2, context=256, seed=0).save_pretrained(base)
+                tokenizer.save_pretrained(base)
         else:
             base = config.model.base
         lines = (json.dumps(conversation) + "\n" for conversation in synthetic_instructions(20, seed=2))

@@ -6,6 +6,7 @@ The state of a run is its step: data order and noise are functions of (seed, glo
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -15,14 +16,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from hildanext.checkpoint import load_tensors, optimizer_tensors, prune, restore_optimizer, save_checkpoint
+from hildanext.checkpoint import (
+    load_tensors,
+    optimizer_tensors,
+    prune,
+    restore_optimizer,
+    rewind_checkpoints,
+    save_checkpoint,
+)
 from hildanext.config import Config, TrainConfig
 from hildanext.denoiser import choose_attention
 from hildanext.errors import CheckpointError, NonFiniteLossError
-from hildanext.memory import MemoryShortError, checkpoint_activations, clear_cache, peak_memory_mb
+from hildanext.memory import AllShortError, MemoryShortError, checkpoint_activations, clear_cache, peak_memory_mb
 from hildanext.model import DiffusionLM, weights_of
-from hildanext.parallel import spread, whole, whole_weights
+from hildanext.parallel import average_gradients, gathered, spread, whole, whole_weights
 from hildanext.passes import Batch, Piece, Recipe
 from hildanext.plots import draw_curves
 from hildanext.policy import Policy
@@ -96,6 +105,10 @@ def make_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.o
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=fused)
 
 
+# Steps in which several processes find out whether a micro-batch fits all: the first has no optimizer state yet.
+TRIALS = 2
+
+
 class Trainer:
     """The pieces that live as long as a run."""
 
@@ -122,6 +135,7 @@ class Trainer:
         self.optimizer = make_optimizer(lm.model, config.train, policy.fused)
         self.prepared = accelerator.prepare(self.optimizer)
         self.micro_batch = config.train.micro_batch  # halved when memory is short
+        self.trials = TRIALS if isinstance(task.module, DistributedDataParallel) else 0
         self.names = {id(p): name for name, p in lm.model.named_parameters()}
         lm.model.train()
 
@@ -144,33 +158,55 @@ class Trainer:
         )
 
     def train_step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; returns its metrics. Out of memory, it is done again in smaller micro-batches.
+        """One optimizer step; returns its metrics. Forward or backward out of memory, it is done again in smaller micro-batches.
 
-        Raises NonFiniteLossError naming step and rows, MemoryShortError when a single row is too much.
+        Of several processes one cannot do so alone: the others would wait for its gradients. All do in the first steps.
+        Raises NonFiniteLossError naming step and rows, MemoryShortError when a single row is too much, or the optimizer.
         """
         while True:
             try:
-                return self.one_step(step)
+                found = self.one_step(step)
+                self.trials = max(self.trials - 1, 0)
+                return found
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                together = isinstance(error, AllShortError)
+                if not together and not should_reduce_batch_size(error):
                     raise
                 line = str(error).splitlines()[0]
             # Outside the handler: the error holds the frames, and they the memory.
+            if self.accelerator.num_processes > 1 and not together:
+                raise self.memory_short(step, line)
             self.make_room(step, line)
+
+    @contextlib.contextmanager
+    def only_once(self, step: int) -> Iterator[None]:
+        """What half done cannot be done again: out of memory within the block ends the run."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise self.memory_short(step, reason, in_optimizer=True) from None
+
+    def memory_short(self, step: int, reason: str, in_optimizer: bool = False) -> MemoryShortError:
+        processes = self.accelerator.num_processes
+        return MemoryShortError(self.config, self.micro_batch, step + 1, reason, processes, in_optimizer)
 
     def make_room(self, step: int, reason: str) -> None:
         """Smaller micro-batches, and more of them: the same effective batch. Raises MemoryShortError if there are none."""
         self.prepared.zero_grad(set_to_none=True)
         clear_cache(self.lm.device)
-        rows = self.config.train.rows_per_step
-        smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % size == 0), None)
-        if smaller is None or self.accelerator.num_processes > 1:  # the other processes wait for this one's gradients
-            raise MemoryShortError(self.config, self.micro_batch, step + 1, reason)
+        rows, world = self.config.train.rows_per_step, self.accelerator.num_processes
+        smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % (size * world) == 0), None)
+        if smaller is None:
+            raise self.memory_short(step, reason)
         say(
             f"step {step + 1}: out of memory; train.micro_batch {self.micro_batch} -> {smaller}, "
             f"{rows // smaller} forwards a step, the same {rows} rows"
         )
         self.micro_batch = smaller
+        self.trials = TRIALS if world > 1 else 0
 
     def one_step(self, step: int) -> dict[str, Any]:
         point, accelerator, task = self.job.point(step), self.accelerator, self.task
@@ -180,44 +216,70 @@ class Trainer:
         counts = torch.tensor(task.counts(batches), device=self.lm.device)
         count, tokens = accelerator.reduce(counts).tolist()
         # 3. noise, forward, backward
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            for loss, found, name in task.losses(batch, step, point.block_size, max(count, 1), i == len(batches) - 1):
-                if not torch.isfinite(loss):
-                    raise self.not_finite("loss", loss, step, batch.samples, name)
-                # DDP and FSDP average gradients over processes; the loss is already divided by the global count.
-                accelerator.backward(loss * accelerator.num_processes)
-                for key, value in found.items():
-                    sums[key] = sums.get(key, torch.zeros((), device=self.lm.device)) + value.detach()
-        # 4. clip, 5. optimizer
-        grad_norm = whole(accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm))
-        if accelerator.scaler is None and not torch.isfinite(grad_norm):  # fp16's scaler skips such a step by itself
-            raise self.not_finite("gradient", grad_norm, step, [s for batch in batches for s in batch.samples])
-        for group in self.optimizer.param_groups:
-            group["lr"] = point.lr
-        self.prepared.step()
-        self.prepared.zero_grad(set_to_none=True)
-        # 6. log
-        totals = accelerator.reduce(torch.stack(list(sums.values()))).tolist()
+        sums = self.try_gradients(step, batches, count) if self.trials else self.gradients(step, batches, count)
+        with self.only_once(step):
+            # 4. clip, 5. optimizer
+            grad_norm = whole(accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm))
+            # fp16's scaler skips such a step by itself
+            if accelerator.scaler is None and not torch.isfinite(grad_norm):
+                raise self.not_finite("gradient", grad_norm, step, [s for batch in batches for s in batch.samples])
+            for group in self.optimizer.param_groups:
+                group["lr"] = point.lr
+            self.prepared.step()
+            self.prepared.zero_grad(set_to_none=True)
+            # 6. log
+            totals = accelerator.reduce(torch.stack(list(sums.values()))).tolist()
         norm = float(grad_norm) if torch.isfinite(grad_norm) else None  # None: the scaler skipped the step
         point_log = {"block_size": point.block_size, "phase": point.phase, "lr": point.lr}
         return {**task.metrics(dict(zip(sums, totals, strict=True))), **point_log, "grad_norm": norm, "tokens": tokens}
 
-    def agreed(self, stopped: str | None) -> bool:
-        """Whether a signal reached any of the processes: all stop at the same step, or none."""
+    def gradients(self, step: int, batches: list[Batch], count: int, meet: bool = True) -> dict[str, Tensor]:
+        """Forward and backward of all micro-batches; returns the sums for the log. meet: with those of other processes."""
+        sums: dict[str, Tensor] = {}
+        block_size = self.job.point(step).block_size
+        for i, batch in enumerate(batches):
+            final = meet and i == len(batches) - 1
+            for loss, found, name in self.task.losses(batch, step, block_size, max(count, 1), final):
+                if not torch.isfinite(loss):
+                    raise self.not_finite("loss", loss, step, batch.samples, name)
+                # DDP and FSDP average gradients over processes; the loss is already divided by the global count.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+                for key, value in found.items():
+                    sums[key] = sums.get(key, torch.zeros((), device=self.lm.device)) + value.detach()
+        return sums
+
+    def try_gradients(self, step: int, batches: list[Batch], count: int) -> dict[str, Tensor]:
+        """The same, but gradients meet afterwards, once every process has told that its own were done.
+
+        Raises AllShortError in all of them when one is out of memory. Slower: nothing is sent while backward computes.
+        """
+        reason, sums = None, dict[str, Tensor]()
+        try:
+            sums = self.gradients(step, batches, count, meet=False)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Outside the handler, see train_step.
+        if self.agreed(reason):
+            raise AllShortError(reason or "another process is")
+        average_gradients(self.accelerator, self.lm.model)
+        return sums
+
+    def agreed(self, reason: str | None) -> bool:
+        """Whether any of the processes has a reason to stop: all do at the same step, or none."""
         if self.accelerator.num_processes == 1:
-            return stopped is not None
-        flag = torch.tensor(float(stopped is not None), device=self.lm.device)
+            return reason is not None
+        flag = torch.tensor(float(reason is not None), device=self.lm.device)
         return bool(self.accelerator.reduce(flag) > 0)
 
     def save(self, state: State) -> None:
         """Checkpoint weights, optimizer, generators, loss scaler and cursor; then prune. All processes call it, one writes."""
         train = self.config.train
         self.lm.block_size = self.job.eval_block
-        lm = self.lm
-        adapter = None if lm.adapter is None else {name: whole(value) for name, value in weights_of(lm).items()}
-        weights = whole_weights(lm.model) if adapter is None else adapter
-        tensors = optimizer_tensors(self.optimizer, self.names)
+        lm, keep = self.lm, self.is_main
+        weights = whole_weights(lm.model, keep) if lm.adapter is None else gathered(weights_of(lm), keep)
+        tensors = optimizer_tensors(self.optimizer, self.names, keep)
         if not self.is_main:
             return
         tensors["rng|cpu"] = torch.get_rng_state()
@@ -254,6 +316,8 @@ def train(trainer: Trainer, state: State) -> dict[str, Any]:
     job, run, train_config = trainer.job, trainer.run, trainer.config.train
     if trainer.is_main:
         run.rewind_metrics(state.step)
+        for path in rewind_checkpoints(run.checkpoints, state.step):
+            say(f"{path}: removed, since the run goes on from step {state.step}")
     tokens_before = trainer.lm.record["tokens_trained"] - state.tokens_seen
     history = run.read_metrics()
     stopped: str | None = None
