@@ -21,7 +21,7 @@ from hildanext.config import Config, ModelConfig, SourceConfig
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of, write_json
 from hildanext.policy import choose_policy
-from hildanext.pretrained import fingerprint_weights, load_causal_lm, read_record
+from hildanext.pretrained import fingerprint_weights, load_causal_lm, parent_of, read_record
 from hildanext.progress import progress, say
 from hildanext.sources.written import written_file
 
@@ -64,7 +64,7 @@ def _write(config: Config, source: SourceConfig) -> None:
 def _writer(model: ModelConfig) -> ModelConfig:
     """The AR model: `model.base` itself, or what a converted checkpoint was made of."""
     record = read_record(model)
-    return model if record is None else model.model_copy(update={"base": record["base_model"], "convention": None})
+    return model if record is None else parent_of(model, record["base_model"])
 
 
 class _Writing:

@@ -132,7 +132,9 @@ class OpenVinoRuntime:
     """
 
     name = "openvino"
-    torch_threads: int | None = 1  # the cores are OpenVINO's: torch's threads, which wait by spinning, would take them from it
+    torch_threads: int | None = (
+        1  # the cores are OpenVINO's: torch's threads, which wait by spinning, would take them from it
+    )
 
     def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
         self.model, self.weights = model.eval(), weights
