@@ -12,13 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hildanext.ar import ar_complete, ar_likelihood
-from hildanext.benchmark import benchmark, distinct_2, parent_log_likelihood
+from hildanext.benchmark import _continuations, benchmark, distinct_2, parent_log_likelihood
 from hildanext.config import Config
 from hildanext.convert import convert_wsd, open_rows
+from hildanext.decode import Preset
+from hildanext.engines import Completion, Request
+from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import UsageError
 from hildanext.model import load_diffusion_lm
 from hildanext.prepare import prepare_data
-from hildanext.pretrained import load_tokenizer
+from hildanext.pretrained import load_causal_lm, load_tokenizer, parent_of
 from hildanext.smoke import smoke_config
 from hildanext.synthetic import synthetic_instructions
 from hildanext.tiny import story_tokenizer, tiny_llama
@@ -108,6 +111,23 @@ def test_report(measured: Measured):
     assert report["peak_memory_mb"] > 0
     for name in report["continuation"]:
         assert name in report["stdout"]
+
+
+def test_calibrated_modes_are_what_is_measured(measured: Measured, monkeypatch: pytest.MonkeyPatch):
+    modes = {"Q_MODE": Preset(0.9, None, 2, 8), "S_MODE": Preset(0.1, 0.3, 3, 4)}
+    asked = []
+
+    class Engine(TransformersEngine):
+        def generate(self, request: Request) -> Completion:
+            asked.append(request.settings)
+            return super().generate(request)
+
+    lm, policy = load_diffusion_lm(measured.config.model)
+    lm.modes = {name: preset._asdict() for name, preset in modes.items()}
+    base, tokenizer = load_causal_lm(parent_of(measured.config.model, lm.name), policy, policy.compute)
+    _continuations(measured.config, Engine(measured.config, {}, lm), base.eval(), tokenizer)
+    found = {(one.mode, one.tau_mask, one.tau_edit, one.max_post_steps, one.block_size) for one in asked}
+    assert found == {("Q_MODE", 0.9, None, 2, 8), ("S_MODE", 0.1, 0.3, 3, 4), ("S_MODE", 0.1, None, 3, 4)}
 
 
 def test_parent_log_likelihood_by_hand(base: PreTrainedModel):

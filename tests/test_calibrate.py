@@ -1,21 +1,26 @@
 """`calibrate` on a tiny checkpoint: the choice by a brute-force rule, what is written, and what generate makes of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_tokenizer, random_llama
-from hildanext.calibrate import Point, calibrate, choose
+from hildanext.calibrate import Point, calibrate, choose, measure
 from hildanext.chat import read_prompts
 from hildanext.cli import main
 from hildanext.config import parse_config
 from hildanext.decode import Preset
 from hildanext.engines import Request, open_engine
 from hildanext.errors import DataError, UsageError
+from hildanext.evaluate.judge import parent_log_likelihood
 from hildanext.merge import merge
 from hildanext.model import load_diffusion_lm, save_diffusion_lm
+from hildanext.policy import choose_policy
+from hildanext.pretrained import load_causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,29 @@ def test_the_modes_are_measured_drawn_written_and_used(checkpoint, tmp_path):
     done = [engine.generate(Request(prompt, asked)) for prompt in read_prompts(prompts, engine.lm.tokenizer)[:3]]
     forwards = sum(one.stats.forwards for one in done)
     assert sum(len(one.token_ids) for one in done) / forwards == report["modes"]["S_MODE"]["tokens_per_forward"]
+
+
+def test_an_empty_answer_does_not_count(checkpoint, monkeypatch):
+    """Its log-likelihood is no number; where every answer is empty there is nothing to measure."""
+    engine = open_engine(config(checkpoint))
+    base = load_causal_lm(
+        parse_config({"model": {"base": str(checkpoint / "base")}}).model,
+        choose_policy("cpu", "float32"),
+        torch.float32,
+    )[0]
+    prompts = [[5, 6, 7], [8, 9]]
+    start = engine.settings(config(checkpoint))
+    real = engine.generate_batch
+    monkeypatch.setattr(
+        engine,
+        "generate_batch",
+        lambda requests: [replace(real(requests)[0], token_ids=[], text=""), *real(requests)[1:]],
+    )
+    found = measure(engine, base, prompts, start)
+    alone = real([Request(prompts[1], start)])[0]
+    assert found.quality == pytest.approx(parent_log_likelihood(base, prompts[1], alone.token_ids))
+    with pytest.raises(UsageError, match="every answer is empty"):
+        measure(engine, base, prompts[:1], start)
 
 
 def test_other_weights_do_not_inherit_the_modes(checkpoint, tmp_path):

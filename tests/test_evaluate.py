@@ -16,6 +16,8 @@ from hildanext.ar import ar_complete, ar_complete_batch
 from hildanext.cli import main
 from hildanext.config import Config, parse_config
 from hildanext.decode import Settings, edit_step, propose
+from hildanext.engines import Request
+from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import ConfigError, DataError, UsageError
 from hildanext.evaluate import command, gsm8k, humaneval, stories
 from hildanext.evaluate.answers import Models, Question, Way, answer, cost, sampling_seed, ways
@@ -122,6 +124,34 @@ def test_answers_are_those_of_the_request_alone_and_their_seconds_add_up(
         assert speed["tokens_per_forward"].value == 1
 
 
+def test_tokens_per_forward_are_those_of_every_completion(small: Config, models: Models) -> None:
+    """A prompt stored in chunks: `Stats` counts those apart, and so does the report."""
+    config = changed(small, engine={"slots": 2, "context": 64, "prefill_chunk": 4})
+    engine = TransformersEngine(config, {}, models.lm)
+    way, prompt = ways(small, models)[1], models.lm.tokenizer("Once upon a time there was a red kite")["input_ids"]
+    assert way.settings is not None
+    stats = engine.generate(Request(prompt, way.settings._replace(max_new_tokens=9))).stats
+    assert stats.prefill_forwards > 0
+    (one,) = answer(models._replace(engine=engine), way, [Question(prompt, 9)], "t")
+    assert len(one.token_ids) / one.forwards == stats.tokens_per_forward
+
+
+def test_ar_answers_of_different_budgets(models: Models) -> None:
+    prompts = [models.lm.tokenizer(text)["input_ids"] for text in ("Once upon", "Mia", "Leo")]
+    found = answer(models, Way("ar", None), [Question(p, n) for p, n in zip(prompts, (5, 5, 2), strict=True)], "t")
+    assert [one.token_ids for one in found] == [
+        ar_complete(models.base, models.lm.tokenizer, p, n).token_ids for p, n in zip(prompts, (5, 5, 2), strict=True)
+    ]
+
+
+def test_a_revision_is_the_converted_models_own(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = command.load_causal_lm
+    monkeypatch.setattr(command, "load_causal_lm", lambda model, *args: asked.append(model) or real(model, *args))
+    command.open_models(changed(small, model={"revision": "v2"}), None)
+    assert [model.revision for model in asked] == [None]
+
+
 def test_sampling_seeds_differ() -> None:
     assert len({sampling_seed(seed, item, sample) for seed in (0, 1) for item in range(5) for sample in range(5)}) == 50
 
@@ -130,18 +160,17 @@ def test_sampling_seeds_differ() -> None:
 
 
 def test_every_canonical_solution_of_humaneval_passes() -> None:
-    """The published problems through the sandbox: what is right passes, and an empty body passes none of them."""
+    """The published problems through the sandbox: what is right passes, and an empty body passes none of some."""
     try:
         path = humaneval.find(Config())
     except UsageError as error:
         pytest.skip(str(error))
     problems = read_records(path, humaneval.FIELDS, None)
     assert len(problems) == 164
-    some = problems[::16]
     limits = Limits(cpu_s=20, wall_s=120)
-    assert humaneval.judge(some, [one["canonical_solution"] for one in some], limits) == [
-        Verdict(True, "passed")
-    ] * len(some)
+    right = humaneval.judge(problems, [one["canonical_solution"] for one in problems], limits)
+    assert right == [Verdict(True, "passed")] * 164
+    some = problems[::16]
     wrong = humaneval.judge(some, ["    pass\n"] * len(some), limits)
     assert not any(verdict.passed for verdict in wrong)
 
@@ -390,6 +419,17 @@ def test_an_interrupted_evaluation_goes_on(small: Config, tmp_path: Path, monkey
     assert {name: after[name] for name in before} == before
     lines = (tmp_path / "samples" / "stories.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 * 5
+    # A task that needs a file of its own can be added; another file for what is done already cannot.
+    bare = changed(config, evaluate={"data": {"stories": config.evaluate.data["stories"]}})
+    item = [f"gsm8k={config.evaluate.data['gsm8k']}"]
+    calls.clear()
+    more = command.evaluate(bare, ["stories", "gsm8k"], item, None, tmp_path, allow_code=False, resume=True)
+    assert calls == []
+    assert list(more["tasks"]) == ["stories", "gsm8k"]
+    other = changed(config, evaluate={"data": {"stories": str(tmp_path / "other.jsonl")}})
+    (tmp_path / "other.jsonl").write_text('{"text": "Once upon a time."}\n' * 3, encoding="utf-8")
+    with pytest.raises(UsageError, match="made with another data file of stories;"):
+        command.evaluate(other, ["stories"], [], None, tmp_path, allow_code=False, resume=True)
 
 
 def test_humaneval_runs_what_was_written_only_when_allowed(small: Config, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra 'eval')")
 
 from hildanext.config import Config
+from hildanext.engines import Request
 from hildanext.errors import UsageError
 from hildanext.evaluate import command, harness
-from hildanext.evaluate.answers import Models, ways
+from hildanext.evaluate.answers import Models, Outcome, Way, ways
+from hildanext.evaluate.intervals import Figure, plain
+from hildanext.evaluate.report import averages
 from hildanext.model import load_diffusion_lm
 from test_evaluate import changed
 
@@ -69,7 +72,7 @@ def models(small: Config) -> Models:
 
 def outcomes(small: Config, models: Models, name: str) -> dict[str, Any]:
     (task,) = harness.open_tasks(name, small.evaluate.data[name])
-    plan = harness.ways_of(task, ways(small, models), 4)
+    plan = harness.ways_of(task, ways(small, models), [4])
     return {way.name: harness.evaluate(small, models, task, way, block) for way, block in plan}
 
 
@@ -114,7 +117,7 @@ def test_exact_likelihoods_are_hflms(models: Models, small: Config) -> None:
         requests, disable_tqdm=True
     )
     way = ways(small, models)[1]
-    lm = harness.DiffusionHarness(models, small.evaluate, way, None, greedy=True)
+    lm = harness.HarnessModel(models, small.evaluate, way, None, greedy=True)
     ours = lm.loglikelihood(requests, disable_tqdm=True)
     # HFLM cuts a long context one token shorter: it does not feed the last continuation token.
     for (a, greedy_a), (b, greedy_b) in zip(ours[:3], theirs[:3], strict=True):
@@ -143,7 +146,7 @@ def test_every_token_of_a_long_text_counts_once(models: Models, small: Config) -
     from lm_eval.api.instance import Instance
 
     seen: list[list[int]] = []
-    lm = harness.DiffusionHarness(models, small.evaluate, ways(small, models)[1], None, greedy=False)
+    lm = harness.HarnessModel(models, small.evaluate, ways(small, models)[1], None, greedy=False)
     lm._score = lambda pairs: (
         seen.extend(target for _, target in pairs)
         or [  # type: ignore[method-assign, func-returns-value]
@@ -156,21 +159,103 @@ def test_every_token_of_a_long_text_counts_once(models: Models, small: Config) -
     assert totals == [-1.0, -1.0, -float(len(seen) - 2)]
 
 
-def test_generation_goes_through_the_scheduler(small: Config, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All requests at once, with the task's stop strings; AR as HFLM does it."""
-    calls = []
-    real = models.engine.generate_batch
-    monkeypatch.setattr(
-        models.engine, "generate_batch", lambda requests, heard: calls.append(requests) or real(requests, heard)
-    )
+@pytest.fixture
+def asked(models: Models, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that the engine is given."""
+    found: list[Request] = []
+    submit = models.engine.submit
+    monkeypatch.setattr(models.engine, "submit", lambda request: found.append(request) or submit(request))
+    return found
+
+
+def test_generation_goes_through_the_scheduler(small: Config, models: Models, asked: list[Request]) -> None:
+    """All requests at once, with the task's stop strings; every way, AR among them, says what it cost."""
     found = outcomes(small, models, "local_gsm8k")
     assert list(found) == ["ar", "q_mode", "q_mode_no_edit", "s_mode", "s_mode_no_edit"]
-    assert [len(requests) for requests in calls] == [3] * 4
-    assert all(request.settings.stop == ("Question:",) for requests in calls for request in requests)
+    requests = [request for request in asked if request.settings.max_new_tokens > 1]  # the others are warm-ups
+    assert len(requests) == 3 * 4
+    assert all(request.settings.stop == ("Question:",) for request in requests)
     for outcome in found.values():
         assert {"exact_match (strict-match)", "exact_match (flexible-extract)"} <= set(outcome.figures)
+        assert outcome.figures["tokens_per_second"].value > 0
+        assert 0 < outcome.figures["tokens"].value <= 3 * 6
+    assert found["ar"].figures["tokens_per_forward"].value == 1
     shown = found["q_mode"].samples[0]["filtered_resps"]
     assert len(shown) == 1
+
+
+def test_completions_of_ar_are_hflms(small: Config, models: Models) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    how = {"until": ["dog"], "max_gen_toks": 6, "do_sample": False}
+    requests = [Instance("generate_until", {}, (text, how), 0) for text in ("Once upon a time", "Mia", "Leo found a")]
+    theirs = HFLM(pretrained=models.base, tokenizer=models.lm.tokenizer, max_length=32).generate_until(
+        requests, disable_tqdm=True
+    )
+    ours = harness.HarnessModel(models, small.evaluate, ways(small, models)[0], None, greedy=False)
+    assert ours.generate_until(requests) == theirs
+
+
+def test_likelihoods_at_every_block_size_asked_for(small: Config, models: Models) -> None:
+    config = changed(small, evaluate={"block_sizes": [2, 8], "limit": 1})
+    (task,) = harness.open_tasks("local_multiple_choice", small.evaluate.data["local_multiple_choice"])
+    by_way = command.runs(config, models, "local_multiple_choice", [task])["local_multiple_choice"]
+    assert list(by_way) == ["ar", "exact, block 1", "bound, block 2", "bound, block 8"]
+    plan = harness.ways_of(task, ways(config, models), [2, 8])
+    assert [size for _, size in plan] == [None, None, 2, 8]
+    assert [way.settings.block_size for way, size in plan if way.settings and size] == [2, 8]
+    assert by_way["bound, block 8"]().figures["monte_carlo_error"].value > 0
+
+
+def test_a_window_that_is_no_whole_number_of_blocks(small: Config, models: Models) -> None:
+    """Decoding needs whole blocks: 32 tokens are 30 in blocks of 5, and longer contexts are cut to that."""
+    from lm_eval.api.instance import Instance
+
+    settings = ways(small, models)[1].settings
+    assert settings is not None
+    way = Way("q", settings._replace(block_size=5))
+    lm = harness.HarnessModel(models, small.evaluate, way, 5, greedy=True)
+    assert lm.max_length == 32
+    long = list(range(5, 60))
+    assert len(lm._loglikelihood_tokens([(("", ""), long, [7])])) == 1
+    how = {"until": ["dog"], "max_gen_toks": 6, "do_sample": False}
+    assert len(lm.generate_until([Instance("generate_until", {}, ("a " * 60, how), 0)])) == 1
+
+
+def test_the_average_over_the_tasks_of_lm_eval(small: Config, tmp_path: Path) -> None:
+    tasks = ["local_multiple_choice", "local_gsm8k"]
+    config = changed(small, evaluate={"limit": 2})
+    found = command.evaluate(config, tasks, [], None, tmp_path, allow_code=False)
+    stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["lm_eval_average"]
+    assert stored == found["lm_eval_average"]
+    assert stored["ar"]["tasks"] == tasks
+    scores = [
+        found["tasks"][task]["ar"][name]["value"]
+        for task, name in zip(tasks, ("acc_norm", "exact_match (strict-match)"), strict=True)
+    ]
+    assert stored["ar"]["average"] == pytest.approx(sum(scores) / 2)
+    exact = stored["exact, block 1"]
+    assert (exact["tasks"], exact["ar"]) == (tasks[:1], pytest.approx(scores[0]))
+    assert "## Average over lm-eval's tasks" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "report.png").is_file()  # the generation task has a speed
+
+
+def score(value: float, **others: float) -> dict[str, Figure]:
+    return {name: plain(x, 10) for name, x in {"acc": value, **others}.items()}
+
+
+def test_averages_by_hand() -> None:
+    """acc_norm before acc, tasks of ours left out, the ratio over the tasks that both have."""
+    tasks = {
+        "a": [Outcome("ar", score(0.5, acc_norm=0.6), []), Outcome("q", score(0.9, acc_norm=0.3), [])],
+        "b": [Outcome("ar", score(0.2), [])],
+        "infilling": [Outcome("ar", {"exact_match": plain(1.0, 10)}, [])],
+    }
+    found = averages(tasks)
+    assert found["ar"] == {"tasks": ["a", "b"], "average": pytest.approx(0.4), "ar": pytest.approx(0.4), "ratio": 1}
+    assert found["q"] == {"tasks": ["a"], "average": 0.3, "ar": 0.6, "ratio": pytest.approx(0.5)}
+    assert averages({"stories": tasks["infilling"]}) == {}
 
 
 def test_greedy_is_what_decoding_gives(models: Models, small: Config) -> None:
@@ -178,8 +263,8 @@ def test_greedy_is_what_decoding_gives(models: Models, small: Config) -> None:
     way = ways(small, models)[1]
     assert way.settings is not None
     context = models.lm.tokenizer("Once upon a")["input_ids"]
-    done = models.engine.generate(harness.Request(context, way.settings._replace(max_new_tokens=3)))
-    lm = harness.DiffusionHarness(models, small.evaluate, way, 4, greedy=True)
+    done = models.engine.generate(Request(context, way.settings._replace(max_new_tokens=3)))
+    lm = harness.HarnessModel(models, small.evaluate, way, 4, greedy=True)
     other = [*done.token_ids[:-1], done.token_ids[-1] - 1]
     found = lm._loglikelihood_tokens([(("", ""), context, done.token_ids), (("", ""), context, other)])
     assert [greedy for _, greedy in found] == [True, False]
@@ -203,21 +288,17 @@ def test_a_yaml_of_the_users(small: Config, models: Models, tmp_path: Path, data
     assert len(list(task.test_docs())) == 1
 
 
-def test_the_chat_template_of_generation(small: Config, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chat_template_of_generation(
+    small: Config, models: Models, monkeypatch: pytest.MonkeyPatch, asked: list[Request]
+) -> None:
     (task,) = harness.open_tasks("local_gsm8k", small.evaluate.data["local_gsm8k"])
     config = changed(small, evaluate={"chat": True, "limit": 1})
-    asked: list[list[int]] = []
-    real = models.engine.generate_batch
-    monkeypatch.setattr(
-        models.engine,
-        "generate_batch",
-        lambda requests, heard: asked.extend(r.prompt_ids for r in requests) or real(requests, heard),
-    )
     harness.evaluate(config, models, task, ways(config, models)[1], None)
     expected = models.lm.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Question: 0+1?\nAnswer:"}], tokenize=False, add_generation_prompt=True
     )
-    assert models.lm.tokenizer.decode(asked[0]) == expected[-len(models.lm.tokenizer.decode(asked[0])) :]
+    shown = models.lm.tokenizer.decode(asked[-1].prompt_ids)
+    assert expected.endswith(shown)
     monkeypatch.setattr(models.lm.tokenizer, "chat_template", None)
     with pytest.raises(UsageError, match="has no chat template"):
         harness.evaluate(config, models, task, ways(config, models)[1], None)

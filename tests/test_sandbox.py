@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,7 +133,7 @@ def test_the_environment_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_nobody_without_privileges() -> None:
-    body = "assert os.getuid() == os.getgid() == os.geteuid() == 65534\nassert os.getgroups() in ([], [65534])\nos.setuid(0)"
+    body = "assert os.getuid() == os.getgid() == os.geteuid() >= 65534\nassert os.getgroups() in ([], [65534])\nos.setuid(0)"
     assert "PermissionError" in attempt(body).reason or "Invalid argument" in attempt(body).reason
     mount = "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/usr', b'tmpfs', 0, None) == 0"
     assert "AssertionError" in attempt(mount).reason
@@ -193,6 +195,21 @@ def test_a_fork_bomb_runs_into_the_limit() -> None:
     assert int(reason.split()[1]) < QUICK.processes
 
 
+def test_programs_side_by_side_have_limits_of_their_own() -> None:
+    """Process limits count per user: all of them as one user would take each other's places."""
+    if os.getuid() != 0:
+        pytest.skip("an ordinary user's namespace has a count of its own")
+    child = "if os.fork() == 0:\n    time.sleep(60)\n    os._exit(0)\n"
+    body = f"import time\n{child}time.sleep(1)\n{child}"
+    with ThreadPoolExecutor(4) as pool:
+        assert [found.reason for found in pool.map(attempt, [body] * 4)] == ["passed"] * 4
+
+
+def test_what_a_program_may_take_of_the_machine() -> None:
+    limits = Limits()
+    assert limits.processes * limits.memory_bytes <= 2 << 30
+
+
 def test_huge_allocations_and_files_fail() -> None:
     assert "MemoryError" in attempt("x = bytearray(2 << 30)").reason
     assert (
@@ -232,6 +249,37 @@ def test_a_daemon_does_not_survive() -> None:
     assert attempt(daemon).passed
     alive = [path for path in Path("/proc").glob("[0-9]*/cmdline") if marker.encode() in _read(path)]
     assert alive == []
+
+
+def test_nothing_outlives_an_evaluation_that_is_killed() -> None:
+    """kill -9 leaves no time to tidy up: the kernel ends what runs."""
+    marker = f"hildanext-orphan-{os.getpid()}"
+    code = "import time; time.sleep(300)"
+    body = f"import os, sys\ndef f():\n    os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', {code!r}, {marker!r}])\n"
+    script = (
+        "from hildanext.evaluate.sandbox import Limits, run_check\n"
+        f"run_check({body!r}, {CALL!r}, 'f', Limits(cpu_s=300, wall_s=300))\n"
+    )
+    environment = {"PYTHONPATH": str(Path(sandbox.__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as evaluation:
+        assert _soon(lambda: _running(marker))
+        evaluation.kill()
+    assert _soon(lambda: not _running(marker))
+
+
+def _running(marker: str) -> bool:
+    """Whether a program that was started with the marker runs. The evaluation itself has it inside a longer argument."""
+    wanted = b"\0" + marker.encode() + b"\0"
+    return any(_read(path).endswith(wanted) for path in Path("/proc").glob("[0-9]*/cmdline"))
+
+
+def _soon(happened: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _read(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from hildanext.errors import ConfigError, DataError, UsageError
 from hildanext.policy import choose_policy
 from hildanext.prepare import prepare_data
 from hildanext.pretrained import load_causal_lm, load_tokenizer
+from hildanext.sources.written import written_file
 from hildanext.written import write_answers
 
 PROMPTS = ["Tell a story about Mia.", "Leo has a kite.", "What is red?", "Mia", "Once upon a time", "Leo has a kite."]
@@ -39,7 +40,7 @@ def config(tmp_path, tiny_base):
 
 
 def written(config) -> Path:
-    return Path(config.paths.data) / "self" / "prompts.jsonl"
+    return written_file(config.paths.data, config.data.sources[0])
 
 
 def records(config) -> list[dict]:
@@ -134,11 +135,28 @@ def test_a_prompt_is_held_out_with_whatever_it_is_answered(config):
     assert not held_out & prompts("train")
 
 
-def test_another_setting_is_no_silent_mixture(config):
+def test_the_same_prompts_at_two_temperatures(config):
+    one = config()
+    (source,) = one.data.sources
+    warm = source.model_copy(update={"temperature": 1.5})
+    both = one.model_copy(update={"data": one.data.model_copy(update={"sources": [source, warm]})})
+    write_answers(both)
+    files = [written_file(one.paths.data, each) for each in (source, warm)]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    assert files[0].name.startswith("prompts-")
+    found = [place.path for each in find_sources(both, "train") for place in each.files]
+    assert found == [str(path) for path in files]
+
+
+def test_another_model_or_prompt_is_no_silent_mixture(config):
     write_answers(config())
-    with pytest.raises(DataError, match=r"prompts.jsonl: written with another temperature; delete it and prompts.json"):
-        write_answers(config(temperature=0.5))
     before = written(config()).read_bytes()
+    other = config()
+    other = other.model_copy(update={"train": other.train.model_copy(update={"seed": 7})})
+    with pytest.raises(
+        DataError, match=r"prompts-\w+.jsonl: written with another seed; delete it and prompts-\w+.json"
+    ):
+        write_answers(other)
     Path(config().data.sources[0].path).write_text("Another prompt\n")
     with pytest.raises(DataError, match="written with another prompts"):
         write_answers(config())

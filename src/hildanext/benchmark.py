@@ -27,7 +27,7 @@ from hildanext.evaluate.elbo import elbo
 from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
 from hildanext.model import load_diffusion_lm
-from hildanext.pretrained import load_causal_lm
+from hildanext.pretrained import load_causal_lm, parent_of
 from hildanext.progress import progress
 from hildanext.runs import git_revision, versions
 from hildanext.train import peak_memory_mb
@@ -100,7 +100,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = config.model.model_copy(update={"base": base_name or lm.name, "convention": None})
+    base_config = parent_of(config.model, base_name or lm.name)
     base, tokenizer = load_causal_lm(base_config, policy, policy.compute)
     base.eval()
     rows = open_rows(config, "eval", lm)
@@ -142,10 +142,13 @@ def _continuations(
     texts, problems = held_out_prompts(config, tokenizer), _code_prompts(config, tokenizer)
     budget, block, eos = config.decode.max_new_tokens, engine.trained_block, tokenizer.eos_token_id
     assert block is not None
+    changes: dict[str, dict[str, Any]] = {
+        "q_mode": {"mode": "Q_MODE"},
+        "s_mode": {"mode": "S_MODE"},
+        "s_mode_no_edit": {"mode": "S_MODE", "tau_edit": None},
+    }
     settings = {
-        "q_mode": resolve(config.decode.model_copy(update={"mode": "Q_MODE"}), block),
-        "s_mode": resolve(config.decode.model_copy(update={"mode": "S_MODE"}), block),
-        "s_mode_no_edit": resolve(config.decode.model_copy(update={"mode": "S_MODE", "tau_edit": None}), block),
+        name: resolve(config.decode.model_copy(update=some), block, engine.presets) for name, some in changes.items()
     }
     prose: dict[str, Any] = {}
     code: dict[str, Any] = {"problems": len(problems), "executed": False}

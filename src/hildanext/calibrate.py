@@ -23,7 +23,7 @@ from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
 from hildanext.model import load_diffusion_lm
 from hildanext.plots import draw_calibration
-from hildanext.pretrained import load_causal_lm
+from hildanext.pretrained import load_causal_lm, parent_of
 from hildanext.progress import progress
 from hildanext.runs import git_revision, versions
 
@@ -44,10 +44,12 @@ def measure(engine: TransformersEngine, base: PreTrainedModel, prompts: list[lis
     engine.scheduler.forget()  # no setting finds the prompts of the one before
     done = engine.generate_batch([Request(prompt, settings) for prompt in prompts])
     n_tokens = sum(len(one.token_ids) for one in done)
+    if n_tokens == 0:
+        raise UsageError("every answer is empty: a string of 'decode.stop' stands at its beginning; leave it out")
     scores = [parent_log_likelihood(base, prompt, one.token_ids) for prompt, one in zip(prompts, done, strict=True)]
     return Point(
         Preset(settings.tau_mask, settings.tau_edit, settings.max_post_steps, settings.block_size),
-        sum(score * len(one.token_ids) for score, one in zip(scores, done, strict=True)) / n_tokens,
+        sum(score * len(one.token_ids) for score, one in zip(scores, done, strict=True) if one.token_ids) / n_tokens,
         n_tokens / sum(one.stats.forwards for one in done),
         n_tokens / max(one.stats.seconds for one in done),
         distinct_2([one.token_ids for one in done]),
@@ -106,7 +108,7 @@ def calibrate(config: Config, prompts_file: str | None, base_name: str | None, o
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = config.model.model_copy(update={"base": base_name or lm.name, "convention": None})
+    base_config = parent_of(config.model, base_name or lm.name)
     base = load_causal_lm(base_config, policy, policy.compute)[0].eval()
     engine = TransformersEngine(config, {}, lm)
     try:

@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from hildanext.console import printable, write_text
 from hildanext.decode import Finished, Step
 from hildanext.progress import say
 from hildanext.settling import Cell, Settling, as_line
 
 REDRAW_S = 1 / 30
 MASK = " ▒▒▒"
-# C0 and C1: a model's text must not steer the terminal.
-CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if code not in (9, 10))
 
 
 def style_of(cell: Cell) -> str:
@@ -35,7 +34,7 @@ def draw_cells(cells: list[Cell]) -> Text:
         if cell.kind == "mask":
             text.append(MASK, style_of(cell))
         elif cell.kind not in ("cut", "prompt", "end"):
-            text.append(cell.text.translate(CONTROLS), style_of(cell))
+            text.append(printable(cell.text), style_of(cell))
     return text
 
 
@@ -48,7 +47,7 @@ def draw_line(step: Step, cells: list[Cell]) -> Text:
         elif cell.kind == "end":
             line.append(" ∎", style_of(cell))
         elif cell.kind != "cut":
-            line.append(cell.text.translate(CONTROLS).replace("\n", "⏎"), style_of(cell))
+            line.append(printable(cell.text).replace("\n", "⏎"), style_of(cell))
     return line
 
 
@@ -63,7 +62,7 @@ class PlainAnswer:
 
     def show(self, event: Step | Finished) -> None:
         if isinstance(event, Finished):
-            print(event.text, end="", flush=True)
+            write_text(event.text)
         elif self.trace:
             say(as_line(event, self.settling.cells(event)))
 
@@ -89,7 +88,7 @@ class LiveAnswer:
 
     def show(self, event: Step | Finished) -> None:
         if isinstance(event, Finished):
-            *final, self.paragraph = (self.paragraph + event.text.translate(CONTROLS)).split("\n")
+            *final, self.paragraph = (self.paragraph + printable(event.text)).split("\n")
             for paragraph in final:
                 self.console.print(Text(paragraph))
             self.cells = self.upcoming

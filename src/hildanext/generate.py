@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hildanext.config import Config
+from hildanext.console import checked, read_input, write_text
 from hildanext.decode import Finished, Step
 from hildanext.engines import Completion, Engine, Request, open_engine
 from hildanext.errors import UsageError
@@ -18,8 +19,8 @@ from hildanext.settling import Settling
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt itself, or stdin for '-'. Raises UsageError for an empty one."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    """The prompt itself, or stdin for '-'. Raises UsageError for an empty one, and for one that is not UTF-8."""
+    text = read_input() if prompt == "-" else checked(prompt)
     if not text.strip():
         raise UsageError("the prompt is empty; give some text")
     return text
@@ -77,7 +78,7 @@ def _consume(engine: Engine, request: Request, stream_text: bool) -> tuple[Compl
             steps.append(event)
         elif isinstance(event, Finished):
             if stream_text:
-                print(event.text, end="", flush=True)
+                write_text(event.text)
         else:
             return event, steps
     raise RuntimeError("an engine's stream ended without a completion")

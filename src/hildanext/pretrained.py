@@ -103,6 +103,11 @@ def read_record(config: ModelConfig) -> dict[str, Any] | None:
     return read_config_dict(config).get("hilda")
 
 
+def parent_of(config: ModelConfig, base: str) -> ModelConfig:
+    """The configuration of a converted model's AR base. A revision is the converted model's own: the base takes none."""
+    return config.model_copy(update={"base": base, "revision": None, "convention": None})
+
+
 def find_file(config: ModelConfig, name: str) -> Path | None:
     """A file of a model's folder or hub repository; None where there is none."""
     place, _ = locate(config.base)

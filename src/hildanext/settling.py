@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from hildanext.console import printable
 from hildanext.decode import Step
 from hildanext.engines import Engine, Request
 
@@ -83,7 +84,7 @@ def as_line(step: Step, cells: list[Cell]) -> str:
     """A pass in plain text: `_` is a mask, [word] was drafted in it, {word} edited, ∎ is the end."""
     words = []
     for cell in (cell for cell in cells if cell.kind != "cut"):
-        word = cell.text.strip() or {"mask": "_", "end": "∎"}.get(cell.kind, "")
+        word = printable(cell.text).strip() or {"mask": "_", "end": "∎"}.get(cell.kind, "")
         fresh = cell.kind == "edited" and cell.strength == 1.0
         words.append(f"[{word}]" if cell.kind == "drafted" else f"{{{word}}}" if fresh else word)
     return f"block {step.block} pass {step.step + 1}:  {' '.join(word for word in words if word)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hildanext.config import Config, parse_config
+from hildanext.console import NOT_UTF8, checked, input_lines
 from hildanext.decode import Finished, Step
 from hildanext.dialogue import Dialogue
 from hildanext.display import LiveAnswer, PlainAnswer, draw_line
@@ -94,14 +95,15 @@ class Chat:
     def lines(self) -> Iterator[str]:
         """What the user types, to the end of input."""
         if not self.interactive:
-            for line in sys.stdin:
-                yield line.rstrip("\n")
+            yield from input_lines()
             return
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives `input` a history and keys to edit with)
         while True:
             try:
-                yield input("> " if sys.stdout.isatty() else "")
+                yield checked(input("> " if sys.stdout.isatty() else ""))
+            except (UnicodeDecodeError, UsageError):
+                self.tell(NOT_UTF8)
             except EOFError:
                 if sys.stdout.isatty():
                     print()

@@ -21,16 +21,16 @@ from hildanext.config import Config, ModelConfig, SourceConfig
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of, write_json
 from hildanext.policy import choose_policy
-from hildanext.pretrained import fingerprint_weights, load_causal_lm, read_record
+from hildanext.pretrained import fingerprint_weights, load_causal_lm, parent_of, read_record
 from hildanext.progress import progress, say
-from hildanext.sources.written import written_file
+from hildanext.sources.written import ASKED, written_file
 
 
 def write_answers(config: Config) -> None:
     """Let the base answer the prompts of every 'self' source, into data/self; what stands there already is kept.
 
     A killed run goes on with the batch it was in, and ends with the file of an undisturbed one. Raises UsageError or
-    DataError for prompts that are not there or not usable, and for a file written by another model or with other settings.
+    DataError for prompts that are not there or not usable, and for a file written by another model or from other prompts.
     """
     for source in config.data.sources:
         if source.kind == "self":
@@ -47,7 +47,7 @@ def _write(config: Config, source: SourceConfig) -> None:
         "base": model.base,
         "weights": fingerprint_weights(model),
         "prompts": sha256_of(prompts_file),
-        **{key: getattr(source, key) for key in ("max_documents", "max_new_tokens", "temperature", "batch")},
+        **{key: getattr(source, key) for key in ASKED},
         "seed": config.train.seed,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def _write(config: Config, source: SourceConfig) -> None:
 def _writer(model: ModelConfig) -> ModelConfig:
     """The AR model: `model.base` itself, or what a converted checkpoint was made of."""
     record = read_record(model)
-    return model if record is None else model.model_copy(update={"base": record["base_model"], "convention": None})
+    return model if record is None else parent_of(model, record["base_model"])
 
 
 class _Writing:

@@ -52,7 +52,7 @@ def open_engine(config: Config) -> Engine:
 
 
 def n_threads() -> int:
-    """torch's threads now. Ask before an engine is open: OpenVINO leaves torch a single one."""
+    """torch's threads in the calling thread."""
     import torch
 
     return torch.get_num_threads()

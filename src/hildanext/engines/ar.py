@@ -14,7 +14,7 @@ from hildanext.decode import Finished, Settings, Step, check_request, resolve
 from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.errors import UsageError
 from hildanext.policy import choose_policy
-from hildanext.pretrained import load_causal_lm, locate, read_record
+from hildanext.pretrained import load_causal_lm, locate, parent_of, read_record
 from hildanext.probe import max_positions
 from hildanext.stopping import TextStream
 
@@ -24,7 +24,7 @@ def base_of(config: ModelConfig) -> ModelConfig:
     record = read_record(config)
     if record is None:
         raise UsageError(f"'{config.base}' is not a converted checkpoint; it has no AR base to stand beside it")
-    return config.model_copy(update={"base": str(record["base_model"]), "revision": None, "convention": None})
+    return parent_of(config, str(record["base_model"]))
 
 
 class ArEngine:

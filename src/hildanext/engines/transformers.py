@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
+
 from hildanext.chat import encode_prompt
 from hildanext.config import Config, EngineName
 from hildanext.decode import Settings, check_request, read_presets, resolve
@@ -85,7 +87,12 @@ class TransformersEngine:
 
     def step(self) -> list[tuple[Sequence, Event | HildaError]]:
         """One forward or two, and what they brought to whom."""
-        happened: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.runtime.torch_threads or threads)
+        try:
+            happened: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
+        finally:  # between steps the caller computes, too: an AR base, a judge
+            torch.set_num_threads(threads)
         ended = dict.fromkeys(sequence for sequence, _ in happened if sequence.finish_reason is not None)
         return happened + [(sequence, self._completion(sequence)) for sequence in ended]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -51,7 +53,7 @@ class Answer(NamedTuple):
     token_ids: list[int]
     ended: bool  # by an end-of-text token or a stop string, not by the budget
     seconds: float
-    forwards: int
+    forwards: int  # as `Stats` counts them: chunks of a long prompt apart
     edits: int
 
 
@@ -124,20 +126,27 @@ def _engine_answers(
             one.token_ids,
             one.finish_reason == "stop",
             seconds[index],
-            one.stats.forwards + one.stats.prefill_forwards,
+            one.stats.forwards,
             one.stats.edits,
         )
         for index, one in sorted(done.items())
     ]
 
 
+def _alike(questions: list[Question], most: int) -> Iterator[list[Question]]:
+    """Neighbours that one batch can answer."""
+    for _, alike in itertools.groupby(questions, lambda one: (one.max_new_tokens, one.stop, one.temperature)):
+        some = list(alike)
+        for start in range(0, len(some), most):
+            yield some[start : start + most]
+
+
 def _ar_answers(models: Models, questions: list[Question], advance: Any) -> list[Answer]:
     tokenizer, found = models.lm.tokenizer, list[Answer]()
-    for start in range(0, len(questions), models.engine.slots):
-        group = questions[start : start + models.engine.slots]
+    for group in _alike(questions, models.engine.slots):
         how: dict[str, Any] = {"stop": group[0].stop, "temperature": group[0].temperature, "seed": group[0].seed}
         prompts, budget = [one.prompt_ids for one in group], group[0].max_new_tokens
-        if start == 0:
+        if not found:
             ar_complete_batch(models.base, tokenizer, prompts[:1], 1, **how)
         for one in ar_complete_batch(models.base, tokenizer, prompts, budget, **how):
             found.append(Answer(one.text, one.token_ids, one.ended, one.seconds, max(len(one.token_ids), 1), 0))

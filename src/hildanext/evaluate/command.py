@@ -13,14 +13,13 @@ from hildanext.errors import UsageError
 from hildanext.evaluate import gsm8k, humaneval, infilling, stories
 from hildanext.evaluate.answers import Models, Outcome, ways
 from hildanext.evaluate.records import text_path, token_pieces
-from hildanext.evaluate.report import draw, hardware, markdown, read_outcomes, write_report
+from hildanext.evaluate.report import OURS, draw, hardware, markdown, read_outcomes, write_report
 from hildanext.evaluate.sandbox import require_sandbox
 from hildanext.model import load_diffusion_lm
-from hildanext.pretrained import load_causal_lm
+from hildanext.pretrained import load_causal_lm, parent_of
 from hildanext.progress import say
 from hildanext.runs import git_revision, versions
 
-OURS = (humaneval.NAME, gsm8k.NAME, stories.NAME, infilling.NAME)
 Run = Callable[[], Outcome]
 
 
@@ -92,11 +91,11 @@ def runs(config: Config, models: Models, name: str, material: Any) -> dict[str, 
     from hildanext.evaluate import harness
 
     assert models.lm.block_size is not None
-    size = config.decode.block_size or models.lm.block_size
+    bounds = how.block_sizes or [config.decode.block_size or models.lm.block_size]
     return {
         task.task_name: {
             way.name: partial(harness.evaluate, config, models, task, way, block)
-            for way, block in harness.ways_of(task, everyone, size)
+            for way, block in harness.ways_of(task, everyone, bounds)
         }
         for task in material
     }
@@ -107,7 +106,7 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = config.model.model_copy(update={"base": base_name or lm.name, "convention": None})
+    base_config = parent_of(config.model, base_name or lm.name)
     base = load_causal_lm(base_config, policy, policy.compute)[0].eval()
     engine = TransformersEngine(config, {}, lm)
     about = {
@@ -122,7 +121,7 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
         "runtime": engine.runtime.name,
         "slots": engine.slots,
         "seed": config.evaluate.seed,
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json", exclude={"data"}),
         "decode": config.decode.model_dump(mode="json"),
         "versions": versions(),
         "git": git_revision(),
@@ -148,6 +147,7 @@ def evaluate(
     config = with_data(config, data, tasks)
     found = materials(config, tasks, allow_code)
     models, about = open_models(config, base_name)
+    about["data"] = {name: config.evaluate.data.get(name) for name in (*tasks, "gsm8k_shots")}
     report: dict[str, Any] = {}
     done: dict[str, list[Outcome]] = {}
     try:

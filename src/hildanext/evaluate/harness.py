@@ -1,6 +1,6 @@
 """Models for EleutherAI's lm-evaluation-harness, and its tasks, from local files where the hub is out of reach.
 
-The AR base goes through the harness's own `HFLM`; the converted model through the class here. Needs the extra `eval`.
+Likelihoods of the AR base go through the harness's own `HFLM`; all else through the class here. Needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hildanext.config import Config, EvaluateConfig
-from hildanext.decode import Settings
-from hildanext.engines.protocol import Completion, Event, Request
 from hildanext.errors import DataError, UsageError
-from hildanext.evaluate.answers import Models, Outcome, Way
+from hildanext.evaluate.answers import Answer, Models, Outcome, Question, Way, answer, cost
 from hildanext.evaluate.intervals import Figure, mean, plain, ratio, share
 from hildanext.evaluate.likelihood import Pair, Score, score
-from hildanext.progress import progress
 
 SHIPPED = Path(__file__).parent / "tasks"
 # What a pair (log-likelihood, count) of a rolling task becomes; the interval goes the same way.
@@ -57,10 +54,10 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class DiffusionHarness(TemplateLM):
-    """A converted model as the harness sees it: likelihoods (a bound, or exact at block size 1) and completions.
+class HarnessModel(TemplateLM):
+    """A way as the harness sees it: the converted model's likelihoods (a bound, or exact at block size 1), anyone's completions.
 
-    `scores` keeps every likelihood with its standard error, in the order asked for.
+    `scores` keeps every likelihood with its standard error, `answers` every completion, in the order asked for.
     """
 
     def __init__(self, models: Models, how: EvaluateConfig, way: Way, block_size: int | None, greedy: bool) -> None:
@@ -70,6 +67,7 @@ class DiffusionHarness(TemplateLM):
         self.models, self.how, self.way, self.block_size, self.greedy = models, how, way, block_size, greedy
         self.tokenizer = models.lm.tokenizer
         self.scores: list[Score] = []
+        self.answers: list[Answer] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -116,21 +114,22 @@ class DiffusionHarness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Contexts are cut on the left to fit."""
+        """Contexts are cut on the left to fit; in whole blocks where they are decoded, too."""
+        is_decoded = self.greedy and self.block_size is not None
+        most = whole_blocks(self.max_length, self.block_size) if self.block_size and is_decoded else self.max_length
         pairs = []
         for (_, continuation), context, target in requests:
-            if len(target) >= self.max_length:
+            if len(target) >= most:
                 raise DataError(f"a continuation of {len(target)} tokens does not fit: {continuation[:40]!r}...")
-            pairs.append((context[-(self.max_length - len(target)) :], target))
+            pairs.append((context[-(most - len(target)) :], target))
         found = self._score(pairs)
-        decoded = self._decode(pairs) if self.greedy and self.block_size is not None else [False] * len(pairs)
+        decoded = self._decode(pairs) if is_decoded else [False] * len(pairs)
         return [(one.log_p, decoded[i] if one.is_greedy is None else one.is_greedy) for i, one in enumerate(found)]
 
     def _decode(self, pairs: list[Pair]) -> list[bool]:
         """Whether greedy decoding gives each continuation."""
-        settings = self._settings()._replace(temperature=0.0, stop=())
-        requests = [Request(context, settings._replace(max_new_tokens=len(target))) for context, target in pairs]
-        answers = self._complete(requests, "greedy continuations")
+        questions = [Question(context, len(target)) for context, target in pairs]
+        answers = answer(self.models, self.way, questions, "greedy continuations")
         return [one.token_ids == target for one, (_, target) in zip(answers, pairs, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -149,40 +148,34 @@ class DiffusionHarness(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """All at once through the scheduler. A prompt that does not fit is cut on its left."""
-        asked = []
+        """All at once, `engine.slots` side by side. A prompt that does not fit is cut on its left."""
+        block, questions = 1 if self.way.settings is None else self.way.settings.block_size, []
         for number, request in enumerate(requests):
             text, given = request.args
             how = normalize_gen_kwargs(given, default_max_gen_toks=self.how.answer_tokens)
-            settings = self._settings()._replace(
-                max_new_tokens=how["max_gen_toks"],
-                stop=tuple(stop for stop in how["until"] if stop),
-                temperature=float(how.get("temperature", 0.0)) if how["do_sample"] else 0.0,
-                seed=self.how.seed + number,
-            )
-            room = self.max_length - settings.max_new_tokens - settings.block_size
+            budget = how["max_gen_toks"]
+            room = whole_blocks(self.max_length, block) - budget
             if room < 1:
                 raise UsageError(
-                    f"'engine.context' of {self.max_length} leaves no room for {settings.max_new_tokens} new tokens; raise it"
+                    f"'engine.context' of {self.max_length} leaves no room for {budget} new tokens; raise it"
                 )
-            asked.append(Request(self.tok_encode(text)[-room:], settings))
-        return [one.text for one in self._complete(asked, f"completions, {self.way.name}")]
+            questions.append(
+                Question(
+                    self.tok_encode(text)[-room:],
+                    budget,
+                    tuple(stop for stop in how["until"] if stop),
+                    float(how.get("temperature", 0.0)) if how["do_sample"] else 0.0,
+                    self.how.seed + number,
+                )
+            )
+        found = answer(self.models, self.way, questions, "completions")
+        self.answers += found
+        return [one.text for one in found]
 
-    def _settings(self) -> Settings:
-        assert self.way.settings is not None
-        return self.way.settings
 
-    def _complete(self, requests: list[Request], title: str) -> list[Completion]:
-        done = 0
-        with progress(title, len(requests), "completions") as advance:
-
-            def heard(index: int, event: Event) -> None:
-                nonlocal done
-                if isinstance(event, Completion):
-                    done += 1
-                    advance(done)
-
-            return self.models.engine.generate_batch(requests, heard)
+def whole_blocks(n_tokens: int, block_size: int) -> int:
+    """The tokens of `n_tokens` that fill blocks: what decoding can use of a context."""
+    return n_tokens // block_size * block_size
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -255,13 +248,13 @@ def _load(manager: TaskManager, name: str, known: str, data: str | None) -> list
     return tasks
 
 
-def ways_of(task: Task, ways: list[Way], block_size: int) -> list[tuple[Way, int | None]]:
-    """Who does a task, and with which block size for likelihoods: completions in every mode, or AR, exact and bound."""
+def ways_of(task: Task, ways: list[Way], sizes: list[int]) -> list[tuple[Way, int | None]]:
+    """Who does a task, and with which block size for likelihoods: completions in every mode, or AR, exact and bounds."""
     if task.OUTPUT_TYPE == "generate_until":
         return [(way, None) for way in ways]
-    careful = next(way for way in ways if way.settings is not None)
-    names = [("exact, block 1", None), (f"bound, block {block_size}", block_size)]
-    return [(ways[0], None), *((careful._replace(name=name), size) for name, size in names)]
+    careful = next(way.settings for way in ways if way.settings is not None)
+    bounds = [(Way(f"bound, block {size}", careful._replace(block_size=size)), size) for size in sizes]
+    return [(ways[0], None), (Way("exact, block 1", careful), None), *bounds]
 
 
 @quiet()
@@ -274,10 +267,10 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
             f"task '{task.task_name}': '{config.model.base}' has no chat template; set evaluate.chat=false for plain prompts"
         )
     if task.OUTPUT_TYPE == "generate_until" and not BUDGETS & set(task.config.generation_kwargs):
-        # HFLM's default is its own: both sides get the same budget.
+        # The harness has a default of its own.
         task.set_config(key="generation_kwargs", value={"max_gen_toks": how.answer_tokens}, update=True)
     lm: Any
-    if way.settings is None:
+    if way.settings is None and task.OUTPUT_TYPE != "generate_until":
         lm = HFLM(
             pretrained=models.base,
             tokenizer=models.lm.tokenizer,
@@ -285,7 +278,7 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
             max_length=models.engine.scheduler.context,
         )
     else:
-        lm = DiffusionHarness(models, how, way, block_size, greedy=task.OUTPUT_TYPE == "loglikelihood")
+        lm = HarnessModel(models, how, way, block_size, greedy=task.OUTPUT_TYPE == "loglikelihood")
     found = harness_evaluate(
         lm=lm,
         task_dict={"tasks": {task.task_name: task}},
@@ -296,9 +289,11 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
     )
     records = found["samples"][task.task_name]
     figures = _figures(records, found["results"][task.task_name], how)
-    if isinstance(lm, DiffusionHarness) and lm.scores:
+    if isinstance(lm, HarnessModel) and lm.scores:
         errors = [one.standard_error for one in lm.scores]
         figures["monte_carlo_error"] = plain(sum(errors) / len(errors), len(errors))
+    if isinstance(lm, HarnessModel) and lm.answers:
+        figures |= cost(lm.answers, how.resamples, how.seed)
     kept = ("doc_id", "target", "filter", "filtered_resps")
     return Outcome(way.name, figures, [{key: record[key] for key in kept} for record in records])
 

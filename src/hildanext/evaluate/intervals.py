@@ -54,6 +54,47 @@ def mean(values: Sequence[float], resamples: int, seed: int) -> Figure:
     return ratio(values, [1.0] * len(values), resamples, seed)
 
 
+class Scored(NamedTuple):
+    """Answers to the same prompts, a value a prompt."""
+
+    log_p: Sequence[float]  # of all tokens of an answer
+    tokens: Sequence[float]
+    forwards: Sequence[float]
+
+
+def gain_at_equal_speed(one: Scored, curve: Sequence[Scored], resamples: int, seed: int) -> Figure:
+    """Log-likelihood a token of `one` less what the curve has at the same tokens per forward, straight lines between its points.
+
+    Percentile bootstrap over prompts, the same for all of them; the interval is of a draw's own curve. nan where `one` is
+    faster or slower than all of the curve.
+    """
+
+    def points(rows: Sequence[Scored], drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens per forward, log-likelihood a token), each [rows, draws]."""
+        log_p, tokens, forwards = (np.asarray(part, dtype=float)[:, drawn].sum(-1) for part in zip(*rows, strict=True))
+        return tokens / forwards, log_p / tokens
+
+    n = len(one.log_p)
+    whole = np.arange(n)[None]
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    found = []
+    for some in (whole, drawn):
+        (speed,), (quality,) = points([one], some)
+        speeds, qualities = points(curve, some)
+        order = speeds.argsort(0)
+        speeds, qualities = np.take_along_axis(speeds, order, 0), np.take_along_axis(qualities, order, 0)
+        beside = [
+            np.interp(x, xs, ys, left=np.nan, right=np.nan)
+            for x, xs, ys in zip(speed, speeds.T, qualities.T, strict=True)
+        ]
+        found.append(quality - np.array(beside))
+    value = float(found[0][0])
+    if math.isnan(value):
+        return plain(value, n)
+    low, high = np.nanpercentile(found[1], [2.5, 97.5])
+    return Figure(value, float(low), float(high), n, "bootstrap")
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples is right, from `right` of n: 1 - C(n-c, k) / C(n, k).
 

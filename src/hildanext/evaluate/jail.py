@@ -12,11 +12,13 @@ import json
 import os
 import re
 import resource
+import select
 import signal
 import sys
 
 REFUSED = 120  # exit code when this machine does not let a process shut itself in
 NOBODY = 65534
+FIRST_USER = 1 << 30  # with a process id added: no other user, no other run
 BOX = "/box"
 DEVICES = ("null", "zero", "urandom")
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
@@ -57,9 +59,21 @@ def _octal(escape: re.Match[bytes]) -> bytes:
     return bytes([int(escape[1], 8)])  # mountinfo writes a space as \040
 
 
+def die_with_parent() -> None:
+    """Be killed when the parent ends. A change of credentials takes this back: called again behind each of them."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def own_user() -> int:
+    """A user id for this run alone, as process limits count per user; nobody's where that many ids are not mapped."""
+    mine = FIRST_USER + os.getpid()
+    with open("/proc/self/uid_map") as lines:
+        ranges = [[int(part) for part in line.split()] for line in lines]
+    return mine if any(first <= mine < first + n for first, _, n in ranges) else NOBODY
+
+
 def leave_the_rest() -> None:
     """New namespaces. As root without a user namespace, so that it works where those are switched off."""
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the evaluation
     write("/proc/self/oom_score_adj", "1000")  # the first to go when memory is short
     user, group = os.getuid(), os.getgid()
     flags = NEWNS | NEWIPC | NEWPID | NEWNET
@@ -72,7 +86,7 @@ def leave_the_rest() -> None:
     write("/proc/self/gid_map", f"{NOBODY} {group} 1")
 
 
-def build_root(root: str, visible: list[str], disk_bytes: int) -> None:
+def build_root(root: str, visible: list[str], disk_bytes: int, user: int) -> None:
     """Make `root` (an empty folder) the root: the `visible` paths read only, three devices, and an empty BOX."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
@@ -96,7 +110,7 @@ def build_root(root: str, visible: list[str], disk_bytes: int) -> None:
         write(f"{root}/dev/{name}", "")
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
     os.mkdir(root + BOX)
-    options = f"size={disk_bytes},mode=700,uid={NOBODY},gid={NOBODY}"
+    options = f"size={disk_bytes},mode=700,uid={user},gid={user}"
     mount("tmpfs", root + BOX, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     mount("none", root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
@@ -105,11 +119,11 @@ def build_root(root: str, visible: list[str], disk_bytes: int) -> None:
     os.chdir(BOX)
 
 
-def drop_privileges() -> None:
+def drop_privileges(user: int) -> None:
     if os.getuid() == 0:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     call("capset", header, (ctypes.c_uint32 * 6)())
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -147,13 +161,24 @@ def main(spec: dict[str, object], limits: dict[str, int], visible: list[str]) ->
     """Three processes: this one waits outside; the second is process 1 inside, and all that is inside ends with it; the
     third is the code."""
     os.umask(0o022)
+    user = own_user() if os.getuid() == 0 else NOBODY
     leave_the_rest()
+    die_with_parent()
+    if os.getppid() != spec["parent"]:  # it ended before that
+        return REFUSED
+    alive, mine = os.pipe()
     inner = os.fork()
     if inner:
         return wait_for(inner)
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    build_root(str(spec["root"]), visible, limits["disk_bytes"])
-    drop_privileges()
+    os.close(mine)
+    build_root(str(spec["root"]), visible, limits["disk_bytes"], user)
+    drop_privileges(user)
+    die_with_parent()
+    if select.select([alive], [], [], 0)[
+        0
+    ]:  # closed by an end that came before that; process 1 has no parent to ask for
+        return REFUSED
+    os.close(alive)
     code = os.fork()
     if code:
         return wait_for(code)

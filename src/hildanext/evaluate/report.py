@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from hildanext.errors import UsageError
+from hildanext.evaluate import gsm8k, humaneval, infilling, stories
 from hildanext.evaluate.answers import Outcome
 from hildanext.evaluate.intervals import Figure
 from hildanext.files import atomic_open, write_json
 from hildanext.plots import draw_quality
 from hildanext.progress import say
 
+OURS = (humaneval.NAME, gsm8k.NAME, stories.NAME, infilling.NAME)  # the others are lm-eval's
+SCORES = ("acc_norm", "acc", "exact_match")  # a task's score is the first of these that it has
 INTERVALS = "95 % intervals: Wilson's for shares, the bootstrap over items (percentile, seeded) for the rest; none where none is shown."
 
 
@@ -38,6 +41,47 @@ def as_json(outcome: Outcome) -> dict[str, dict[str, Any]]:
         | {"value": _number(figure.value), "low": _number(figure.low), "high": _number(figure.high)}
         for name, figure in outcome.figures.items()
     }
+
+
+def _score(figures: dict[str, Figure]) -> float | None:
+    """The figure of an lm-eval task that counts in the average; of several filters the task's first one."""
+    named = ((metric, name) for metric in SCORES for name in figures if name.partition(" (")[0] == metric)
+    return next((figures[name].value for _, name in named), None)
+
+
+def averages(tasks: dict[str, list[Outcome]]) -> dict[str, dict[str, Any]]:
+    """The mean score over lm-eval's tasks, by way, beside the AR base's over the same tasks, and the ratio of the two."""
+    scores: dict[str, dict[str, float]] = {}
+    for task, outcomes in tasks.items():
+        for outcome in outcomes if task not in OURS else []:
+            value = _score(outcome.figures)
+            if value is not None and not math.isnan(value):
+                scores.setdefault(outcome.way, {})[task] = value
+    found = {}
+    for way, mine in scores.items():
+        parent = [scores["ar"][task] for task in mine if task in scores.get("ar", {})]
+        average = sum(mine.values()) / len(mine)
+        beside = sum(parent) / len(parent) if len(parent) == len(mine) else None
+        ratio = average / beside if beside else None
+        found[way] = {"tasks": list(mine), "average": average, "ar": beside, "ratio": ratio}
+    return found
+
+
+def _average_table(tasks: dict[str, list[Outcome]]) -> list[str]:
+    found = averages(tasks)
+    if not found:
+        return []
+    lines = [
+        "",
+        "## Average over lm-eval's tasks",
+        "",
+        "| | tasks | average | ar on the same | ratio |",
+        "|---" * 5 + "|",
+    ]
+    for way, one in found.items():
+        numbers = ["-" if one[key] is None else f"{one[key]:.3f}" for key in ("average", "ar", "ratio")]
+        lines.append(f"| {way} | {len(one['tasks'])} | " + " | ".join(numbers) + " |")
+    return lines
 
 
 def _cell(figure: Figure | None) -> str:
@@ -75,7 +119,7 @@ def markdown(about: dict[str, Any], tasks: dict[str, list[Outcome]]) -> str:
         for outcome in outcomes:
             cells = [_cell(outcome.figures.get(name)) for name in columns]
             lines.append(f"| {outcome.way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_average_table(tasks)]) + "\n"
 
 
 def _samples_file(out: Path, task: str) -> Path:
@@ -85,7 +129,8 @@ def _samples_file(out: Path, task: str) -> Path:
 def write_report(about: dict[str, Any], tasks: dict[str, list[Outcome]], out: Path) -> dict[str, Any]:
     """Write report.json, report.md and samples/TASK.jsonl into `out`. Returns what stands in report.json."""
     report = about | {
-        "tasks": {task: {outcome.way: as_json(outcome) for outcome in outcomes} for task, outcomes in tasks.items()}
+        "tasks": {task: {outcome.way: as_json(outcome) for outcome in outcomes} for task, outcomes in tasks.items()},
+        "lm_eval_average": averages(tasks),
     }
     for task, outcomes in tasks.items():
         with atomic_open(_samples_file(out, task)) as file:
@@ -109,7 +154,11 @@ def read_outcomes(about: dict[str, Any], out: Path) -> dict[tuple[str, str], Out
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
     tasks = stored.pop("tasks")
-    if differs := [key for key in about if key != "git" and stored.get(key) != json.loads(json.dumps(about[key]))]:
+    settled = json.loads(json.dumps(about))
+    differs = [key for key in settled if key not in ("git", "data") and stored.get(key) != settled[key]]
+    data = stored.get("data", {})  # of the tasks asked for then: others may be added
+    differs += [f"data file of {name}" for name, path in settled["data"].items() if data.get(name, path) != path]
+    if differs:
         raise UsageError(f"{path}: made with another {', '.join(differs)}; leave out --resume, or give another --out")
     found = {}
     for task, by_way in tasks.items():

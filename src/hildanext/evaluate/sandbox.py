@@ -46,14 +46,14 @@ MOST_VERDICT = 4096
 
 
 class Limits(NamedTuple):
-    """What a program may use."""
+    """What a program may use. Memory is each process's own: together they may take `processes` times as much."""
 
     cpu_s: int = 5
     wall_s: float = 20.0  # of everything, the shutting in included
-    memory_bytes: int = 512 << 20
+    memory_bytes: int = 320 << 20
     file_bytes: int = 4 << 20
     disk_bytes: int = 16 << 20
-    processes: int = 16
+    processes: int = 6  # process 1, the program, and what it starts, threads too
     open_files: int = 64
 
 
@@ -89,6 +89,7 @@ def run_check(program: str, test: str, entry_point: str, limits: Limits | None =
     read_end, write_end = os.pipe()
     with tempfile.TemporaryDirectory(prefix="hildanext-code-") as root, open(read_end, "rb") as verdict:
         spec = {"root": os.path.realpath(root), "executable": executable, "driver": DRIVER, "verdict": write_end}
+        spec["parent"] = os.getpid()
         line = {"spec": spec, "limits": limits._asdict(), "visible": visible_paths(executable)}
         try:
             process = subprocess.Popen(

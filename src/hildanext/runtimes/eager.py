@@ -16,6 +16,7 @@ class EagerRuntime:
     """Any model that the loader accepts, on any device."""
 
     name = "eager"
+    torch_threads: int | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()

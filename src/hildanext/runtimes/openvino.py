@@ -132,6 +132,9 @@ class OpenVinoRuntime:
     """
 
     name = "openvino"
+    torch_threads: int | None = (
+        1  # the cores are OpenVINO's: torch's threads, which wait by spinning, would take them from it
+    )
 
     def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
         self.model, self.weights = model.eval(), weights
@@ -151,8 +154,6 @@ class OpenVinoRuntime:
         self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
         expected = self._truth()
         cast(Any, model).to(before)
-        # The cores are OpenVINO's now: torch's threads, which wait by spinning, would take them from it until `close`.
-        torch.set_num_threads(1)
         self.slots, self.context, self.room = 0, 0, 0
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
         self.bound: dict[int, tuple[int, ...]] = {}
@@ -317,7 +318,10 @@ class OpenVinoRuntime:
             states[[one, other], :, :length] = states[[other, one], :, :length]
 
     def close(self) -> None:
-        torch.set_num_threads(self.threads)
+        """Free the memory."""
+        self.memory, self.room = torch.empty(0), 0
+        self.bound.clear()
+        self.outputs.clear()
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:

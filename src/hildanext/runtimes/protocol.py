@@ -35,6 +35,7 @@ class Runtime(Protocol):
     """
 
     name: str
+    torch_threads: int | None  # what torch computes with during a step; None: with all it has
 
     def allocate(self, slots: int, context: int) -> None:
         """Make room for `slots` sequences of `context` tokens; what was stored is gone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +13,15 @@ from hildanext.errors import DataError
 from hildanext.sources.lines import read_json_lines
 from hildanext.sources.opening import File
 
+ASKED = ("max_documents", "max_new_tokens", "temperature", "batch")  # what answers depend on, beside the prompts
+
 
 def written_file(data: str, source: SourceConfig) -> Path:
-    """Where the answers to a source's prompts are kept."""
+    """Where the answers to a source's prompts are kept: a file for each way to ask them."""
     assert source.path is not None
-    return Path(data) / "self" / f"{Path(source.path).stem}.jsonl"
+    asked = json.dumps([source.path, *(getattr(source, key) for key in ASKED)])
+    digest = hashlib.blake2b(asked.encode(), digest_size=4).hexdigest()
+    return Path(data) / "self" / f"{Path(source.path).stem}-{digest}.jsonl"
 
 
 def find(path: Path) -> list[File]:
