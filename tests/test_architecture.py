@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "hildanext"
 FILES = sorted(SOURCE.rglob("*.py"))
 PURE = ["noise", "masks", "objective"]
 # Where the environment, exits and broad exceptions may live.
-EDGE = {"cli", "server", "server.worker"}
+EDGE = {"cli", "server", "server.guard", "server.worker"}
 
 
 def room(path: Path) -> str:

@@ -19,7 +19,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import serving
-from hildanext.config import Config, JobsConfig
+from hildanext.config import Config, JobsConfig, parse_config
 from hildanext.jobs import child, store, watcher
 from hildanext.jobs.store import ENDED, Job, Store, new_id
 from hildanext.jobs.watcher import Jobs
@@ -189,6 +189,7 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
         ({"kind": "sft", "config": {"model": {"base": "/etc"}}}, "/etc lies outside the workspace"),
         ({"kind": "sft", "config": {"model": {"base": "../x"}}}, "../x lies outside the workspace"),
         ({"kind": "sft", "config": {"model": {"base": "link/x"}}}, "link/x lies outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "a\0b"}}}, "lies outside the workspace"),
         (
             {"kind": "prepare-data", "config": {"data": {"sources": [{"kind": "instruct", "path": "/etc/passwd"}]}}},
             "outside the workspace",
@@ -214,6 +215,22 @@ def test_what_a_job_may_not_ask(client: TestClient, body: dict[str, Any], line: 
     assert answer.status_code in (400, 422)
     assert line in answer.json()["detail"]
     assert client.get("/jobs").json()["jobs"] == []
+
+
+def test_secrets_stay_with_the_server(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HILDANEXT_API_KEYS", "hushed")
+    scripted(monkeypatch, "import json, os\nprint(json.dumps(dict(os.environ)))")
+    known = config.model_copy(update={"jobs": JobsConfig(database="sqlite:///runs/hushed.sqlite")})
+    with serving.client(known, jobs=open_jobs(known)) as client:
+        half = json.dumps({"kind": "tokenize", "config": {"model": {"base": "\ud800"}}})
+        refused = client.post("/jobs", content=half, headers={"Content-Type": "application/json"})
+        assert refused.status_code == 400
+        job = start(client, "convert-wsd", config={"train": {"lr": 2e-4}})
+        seen = ended(client, job)["result"]
+        assert "PATH" in seen
+    written = (Path(config.paths.runs) / ".jobs" / job["id"] / "config.json").read_text()
+    assert parse_config(json.loads(written)).train.lr == 2e-4
+    assert not [text for text in (refused.text, json.dumps(seen), written) if "hushed" in text]
 
 
 # --- Faults

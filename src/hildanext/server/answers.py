@@ -46,11 +46,11 @@ MEANINGS = {
     403: "The Host or Origin header is another site's.",
     404: "There is no such thing.",
     409: "Not possible in the present state.",
-    411: "POST without Content-Length.",
+    411: "POST without Content-Length, or with a Transfer-Encoding.",
     413: "The body is too long.",
     422: "The body does not fit the schema.",
     429: "The queue is full; Retry-After says when to come again.",
-    500: "The engine failed.",
+    500: "The engine failed, or the server.",
     503: "The model is loading, the server is stopping, or the jobs' database or disk cannot be written.",
     504: "The deadline passed.",
 }

@@ -114,6 +114,9 @@ def _methods(app: FastAPI, request: Request) -> set[str]:
 
 
 def _refuse(path: str, status: int, line: str, headers: dict[str, str], param: str | None = None) -> Response:
+    # A line names what was sent: half of a surrogate pair, which JSON can spell, cannot be sent back.
+    line = line.encode(errors="replace").decode()
+    param = param and param.encode(errors="replace").decode()
     if path.startswith("/v1/"):
         return openai_problem(status, line, param, headers)
     return problem(status, line, headers)
@@ -122,5 +125,7 @@ def _refuse(path: str, status: int, line: str, headers: dict[str, str], param: s
 def _validation_line(error: RequestValidationError) -> tuple[str, str | None]:
     """First problem of a body as one line, and its key. The input is not echoed: it may be long, and NaN has no JSON."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][1:])
+    # JSON decoding says at which byte; that is no key.
+    named = () if first["type"] == "json_invalid" else first["loc"][1:]
+    key = ".".join(str(part) for part in named)
     return f"'{key or 'body'}': {first['msg'].removeprefix('Value error, ')}", key or None

@@ -145,7 +145,7 @@ def _add_views(router: APIRouter, jobs: Jobs) -> None:
 def _add_controls(router: APIRouter, jobs: Jobs) -> None:
     store = jobs.store
 
-    @router.post("/{job_id}/cancel", responses={**USUAL, **problems(409)})
+    @router.post("/{job_id}/cancel", responses={**USUAL, **problems(409, 411, 413)})
     def cancel(job_id: str) -> dict[str, Any]:
         """A queued job ends at once; a running one is asked to stop, and killed if it does not in jobs.cancel_s."""
         job = store.get(job_id)
@@ -158,7 +158,7 @@ def _add_controls(router: APIRouter, jobs: Jobs) -> None:
         jobs.wake()
         return _shown(jobs, store.get(job_id))
 
-    @router.post("/{job_id}/resume", responses={**USUAL, **problems(409)})
+    @router.post("/{job_id}/resume", responses={**USUAL, **problems(409, 411, 413)})
     def resume(job_id: str) -> dict[str, Any]:
         """Queue an interrupted, failed or cancelled job once more; training goes on from its last checkpoint."""
         job = store.get(job_id)

@@ -100,12 +100,12 @@ def _add_views(
             "version": __version__,
         }
 
-    @router.get("/health/live")
+    @router.get("/health/live", responses=problems(403))
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "live"}
 
-    @router.get("/health/ready", responses=problems(503))
+    @router.get("/health/ready", responses=problems(403, 503))
     async def ready() -> Response:
         """The model answers: it did once when it was opened, and did not fail at the last pass."""
         if worker.state != "ready":

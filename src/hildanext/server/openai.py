@@ -18,7 +18,16 @@ from hildanext.config import Config, DecodeConfig, Mode
 from hildanext.decode import Finished
 from hildanext.engines import Completion, Event
 from hildanext.errors import HildaError
-from hildanext.server.answers import chained, completed, event_stream, sse, status_of, streams, unless_gone, with_retry
+from hildanext.server.answers import (
+    chained,
+    completed,
+    event_stream,
+    sse,
+    status_of,
+    streams,
+    unless_gone,
+    with_retry,
+)
 from hildanext.server.bodies import Body, Share, Stop, Text, with_settings
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import Ticket, Worker
