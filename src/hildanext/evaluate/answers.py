@@ -133,8 +133,9 @@ def _engine_answers(
 
 def _ar_answers(models: Models, questions: list[Question], advance: Any) -> list[Answer]:
     tokenizer, found = models.lm.tokenizer, list[Answer]()
-    for start in range(0, len(questions), models.engine.slots):
-        group = questions[start : start + models.engine.slots]
+    slots = models.engine.slots  # as they are now: fewer once memory runs out
+    for start in range(0, len(questions), slots):
+        group = questions[start : start + slots]
         how: dict[str, Any] = {"stop": group[0].stop, "temperature": group[0].temperature, "seed": group[0].seed}
         prompts, budget = [one.prompt_ids for one in group], group[0].max_new_tokens
         if start == 0:

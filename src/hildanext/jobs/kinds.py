@@ -78,7 +78,7 @@ def job_config(base: Config, overrides: dict[str, Any], workspace: Path) -> Conf
         raise ConfigError("'config.model.trust_remote_code': a job may not run code from elsewhere")
     named: dict[str, str | None] = {"data.source_tokenizer": config.data.source_tokenizer}
     named |= {f"data.sources.{index}.path": source.path for index, source in enumerate(config.data.sources)}
-    if "model" in overrides:  # what the server was started with may lie anywhere
+    if "base" in overrides.get("model", {}):  # what the server was started with may lie anywhere
         named["model.base"] = config.model.base
     known = {source.path for source in base.data.sources}
     for index, source in enumerate(config.data.sources):

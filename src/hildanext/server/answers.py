@@ -98,6 +98,16 @@ async def _gone(request: Request) -> None:
         pass
 
 
+async def together(works: list[Awaitable[T]]) -> list[T]:
+    """All results; when one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def completed(events: AsyncIterator[list[Event]]) -> tuple[Completion, list[Step]]:
     """Run a request to its end: the completion and every step."""
     steps: list[Step] = []
@@ -117,6 +127,11 @@ async def chained(first: list[Event], rest: AsyncIterator[list[Event]]) -> Async
 def event_stream(chunks: AsyncIterator[str]) -> StreamingResponse:
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+
+
+def note_failure(request: Request, error: HildaError) -> None:
+    """For the log and /metrics: an answer that had begun, so that its status is 200, ends with an error."""
+    request.state.facts = {"error": type(error).__name__}
 
 
 def sse(data: Any, event: str | None = None) -> str:

@@ -23,7 +23,7 @@ from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
 from hildanext.server.native import native_routes
-from hildanext.server.openai import OpenAIProblem, openai_problem, openai_routes
+from hildanext.server.openai import OpenAIProblem, code_of, openai_problem, openai_routes
 from hildanext.server.page import page_routes
 from hildanext.server.parent import Parent, parent_routes
 from hildanext.server.worker import Worker
@@ -99,7 +99,7 @@ def _answer_errors(app: FastAPI, meters: Meters) -> None:
     @app.exception_handler(HildaError)
     async def refused(request: Request, error: HildaError) -> Response:
         meters.errors.labels(type(error).__name__).inc()
-        return _refuse(request.url.path, status_of(error), str(error), {})
+        return _refuse(request.url.path, status_of(error), str(error), {}, code=code_of(error))
 
     @app.exception_handler(OSError)
     async def no_disk(request: Request, error: OSError) -> Response:
@@ -113,12 +113,19 @@ def _methods(app: FastAPI, request: Request) -> set[str]:
     return {method for route in matching if isinstance(route, Route) for method in route.methods or ()}
 
 
-def _refuse(path: str, status: int, line: str, headers: dict[str, str], param: str | None = None) -> Response:
+def _refuse(
+    path: str,
+    status: int,
+    line: str,
+    headers: dict[str, str],
+    param: str | None = None,
+    code: str | None = None,
+) -> Response:
     # A line names what was sent: half of a surrogate pair, which JSON can spell, cannot be sent back.
     line = line.encode(errors="replace").decode()
     param = param and param.encode(errors="replace").decode()
     if path.startswith("/v1/"):
-        return openai_problem(status, line, param, headers)
+        return openai_problem(status, line, param, headers, code)
     return problem(status, line, headers)
 
 

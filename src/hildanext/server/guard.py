@@ -118,6 +118,8 @@ class Guard:
         self.meters.answers.labels(path, status).inc()
         self.meters.seconds.labels(path).observe(seconds)
         facts = scope["state"].get("facts", {})
+        if "error" in facts:
+            self.meters.errors.labels(facts["error"]).inc()
         log(
             "request",
             id=request_id,
