@@ -104,7 +104,7 @@ def converted(model: str | None, folder: Path) -> str:
 
 @contextlib.contextmanager
 def serving(model: str, args: argparse.Namespace, folder: Path) -> Iterator[Server]:
-    """A server with the defaults of `hildanext serve`, once it is ready; SIGTERM at the end."""
+    """`hildanext serve` with this runtime and dtype, all else as it comes, once it is ready; SIGTERM at the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     raw = {

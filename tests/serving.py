@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
+import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
@@ -32,19 +33,37 @@ def running(
     jobs: Jobs | None = None,
 ) -> Iterator[tuple[str, Worker]]:
     """(URL, worker) of a server whose engine is open; stopped as SIGTERM would when the block ends."""
+    with stoppable(config, opener, keys, jobs) as (url, worker, _):
+        yield url, worker
+
+
+@contextlib.contextmanager
+def stoppable(
+    config: Config,
+    opener: Callable[[Config], Engine] = open_engine,
+    keys: list[bytes] | None = None,
+    jobs: Jobs | None = None,
+) -> Iterator[tuple[str, Worker, uvicorn.Server]]:
+    """As `running`, with the server, whose `should_exit` does what SIGTERM would; it has `server.drain_s`."""
     app = make_app(config, opener, keys or [], jobs)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a slow reader is soon felt
-        settings = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=10)
+        settings = uvicorn.Config(
+            app, log_level="error", access_log=False, timeout_graceful_shutdown=config.server.drain_s
+        )
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         worker: Worker = app.state.worker
         try:
-            while (worker.state == "loading" or not server.started) and thread.is_alive():
+            for _ in range(30_000):
+                if (worker.state != "loading" and server.started) or not thread.is_alive():
+                    break
                 thread.join(0.01)
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}", worker
+            else:
+                pytest.fail("the engine was not open within 5 minutes")
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}", worker, server
         finally:
             server.should_exit = True
             thread.join()
@@ -57,8 +76,12 @@ def client(
     """A client that calls the application without a socket, once its engine is open."""
     app = make_app(config, lambda config: engine or open_engine(config), keys or [], jobs)
     with TestClient(app, base_url="http://127.0.0.1:8000") as found:
-        while app.state.worker.state == "loading":
-            time.sleep(0.001)
+        for _ in range(30_000):
+            if app.state.worker.state != "loading":
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("the engine was not open within 5 minutes")
         yield found
 
 
@@ -87,12 +110,14 @@ def process(
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx2.Client(base_url=url) as client:
-            for _ in range(1200):
+            for _ in range(6_000):
                 assert server.poll() is None, (folder / "log.txt").read_text()
                 with contextlib.suppress(httpx2.TransportError):
                     if client.get("/health/ready").status_code == 200:
                         break
                 time.sleep(0.05)
+            else:
+                pytest.fail(f"the server was not ready within 5 minutes:\n{(folder / 'log.txt').read_text()}")
         yield url, server
     finally:
         server.kill()

@@ -63,14 +63,30 @@ def test_percentiles_and_slope(serve: Any) -> None:
 def test_the_whole_of_it(tmp_path: Path) -> None:
     """Tiny numbers, more clients than slots and queue: 429 and all."""
     results, page = tmp_path / "results.json", tmp_path / "page" / "serve.md"
-    sizes = ["--clients", "3", "80", "--requests", "4", "--each", "1", "--tokens", "16", "--rounds", "1", "--soak", "3"]
+    sizes = [
+        "--clients",
+        "3",
+        "128",
+        "--requests",
+        "4",
+        "--each",
+        "1",
+        "--tokens",
+        "16",
+        "--rounds",
+        "1",
+        "--soak",
+        "8",
+    ]
     command = [sys.executable, str(BENCHMARKS / "serve.py"), *sizes, "--results", str(results), "--page", str(page)]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     parts = json.loads(results.read_text())["tiny"]
     rows = parts["levels"]["levels"]
-    assert [(row["clients"], row["errors"], row["exactly_once"]) for row in rows] == [(n, [], True) for n in (1, 3, 80)]
-    assert [row["requests"] for row in rows] == [12, 4, 80]  # one client ran before and after each of the others
+    assert [(row["clients"], row["errors"], row["exactly_once"]) for row in rows] == [
+        (n, [], True) for n in (1, 3, 128)
+    ]
+    assert [row["requests"] for row in rows] == [12, 4, 128]  # one client ran before and after each of the others
     assert [row["same_text"] for row in rows] == [1.0] * 3
     assert rows[2]["refused"] > 0
     for row in rows:
@@ -81,5 +97,5 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     assert soak["errors"] == []
     assert len(soak["samples"]) >= 2
     text = page.read_text()
-    assert "| 80 |" in text
+    assert "| 128 |" in text
     assert (page.parent / "serve_soak_tiny.png").read_bytes().startswith(b"\x89PNG")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +57,15 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> Config:
 # --- A signal in the middle of an answer
 
 
+def is_refused(port: int) -> bool:
+    """Whether nobody listens there any more."""
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def ask(n_tokens: int) -> dict[str, Any]:
     """A request that takes a pass a token."""
     return {"prompt": "Once upon", "max_new_tokens": n_tokens, "tau_mask": 1.0, "tau_edit": None, "stream": True}
@@ -73,15 +84,31 @@ def test_kill_9_and_then_sigterm_in_the_middle_of_a_stream(talkative: Config, tm
         server.wait(60)
         assert server.returncode == -signal.SIGKILL
         assert "event: done" not in seen
-    with serving.process(talkative, tmp_path, port=port) as (url, server):  # nothing it left behind is in the way
-        with httpx2.stream("POST", f"{url}/generate", json=ask(40), timeout=60) as answer:
+    patient = talkative.model_copy(update={"server": talkative.server.model_copy(update={"drain_s": 600})})
+    with serving.process(patient, tmp_path, port=port) as (url, server):  # nothing it left behind is in the way
+        with httpx2.stream("POST", f"{url}/generate", json=ask(2000), timeout=60) as answer:
             pieces = answer.iter_text()
             seen = next(pieces)
             server.send_signal(signal.SIGTERM)
+            until(lambda: is_refused(port))  # it is stopping, and nothing more of the answer was taken yet
             seen += "".join(pieces)
         server.wait(60)
         assert server.returncode == 0
         assert seen.count("event: done") == 1  # what runs is finished
+
+
+def test_what_is_not_finished_in_time_is_cut_and_the_end_is_good(talkative: Config, tmp_path: Path) -> None:
+    hasty = talkative.model_copy(update={"server": talkative.server.model_copy(update={"drain_s": 0})})
+    with serving.process(hasty, tmp_path) as (url, server):
+        with httpx2.stream("POST", f"{url}/generate", json=ask(4000), timeout=60) as answer:
+            pieces = answer.iter_text()
+            seen = next(pieces)
+            server.send_signal(signal.SIGTERM)
+            with contextlib.suppress(httpx2.TransportError):
+                seen += "".join(pieces)
+        server.wait(60)
+        assert server.returncode == 0
+        assert "event: done" not in seen
 
 
 # --- Jobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -19,11 +20,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 import serving
-from hildanext.config import Config, JobsConfig
-from hildanext.jobs import child, store, watcher
+from hildanext.cli import build_parser
+from hildanext.config import Config, JobsConfig, parse_config
+from hildanext.engines.dummy import DummyEngine
+from hildanext.jobs import child, kinds, store, watcher
 from hildanext.jobs.store import ENDED, Job, Store, new_id
 from hildanext.jobs.watcher import Jobs
-from hildanext.server import open_jobs
+from hildanext.server import open_jobs, tail
 from training import material
 
 FOREVER = "import time\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
@@ -189,6 +192,7 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
         ({"kind": "sft", "config": {"model": {"base": "/etc"}}}, "/etc lies outside the workspace"),
         ({"kind": "sft", "config": {"model": {"base": "../x"}}}, "../x lies outside the workspace"),
         ({"kind": "sft", "config": {"model": {"base": "link/x"}}}, "link/x lies outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "a\0b"}}}, "lies outside the workspace"),
         (
             {"kind": "prepare-data", "config": {"data": {"sources": [{"kind": "instruct", "path": "/etc/passwd"}]}}},
             "outside the workspace",
@@ -216,7 +220,171 @@ def test_what_a_job_may_not_ask(client: TestClient, body: dict[str, Any], line: 
     assert client.get("/jobs").json()["jobs"] == []
 
 
+def test_secrets_stay_with_the_server(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HILDANEXT_API_KEYS", "hushed")
+    scripted(monkeypatch, "import json, os\nprint(json.dumps(dict(os.environ)))")
+    known = config.model_copy(update={"jobs": JobsConfig(database="sqlite:///runs/hushed.sqlite")})
+    with serving.client(known, jobs=open_jobs(known)) as client:
+        half = json.dumps({"kind": "tokenize", "config": {"model": {"base": "\ud800"}}})
+        refused = client.post("/jobs", content=half, headers={"Content-Type": "application/json"})
+        assert refused.status_code == 400
+        job = start(client, "convert-wsd", config={"train": {"lr": 2e-4}})
+        seen = ended(client, job)["result"]
+        assert "PATH" in seen
+    written = (Path(config.paths.runs) / ".jobs" / job["id"] / "config.json").read_text()
+    assert parse_config(json.loads(written)).train.lr == 2e-4
+    assert not [text for text in (refused.text, json.dumps(seen), written) if "hushed" in text]
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_the_command_line_takes_what_a_job_is_started_with(kind: kinds.Kind, tmp_path: Path) -> None:
+    given = {"run": "r", "k": 2, "split": "eval"}
+    options = kinds.check_options(kind, {name: given[name] for name in kinds.TAKES.get(kind, ())})
+    for resume in (False, True):
+        python, dash, module, *words = kinds.command("python", kind, options, "id", tmp_path, resume=resume)
+        assert (python, dash, module) == ("python", "-m", "hildanext.cli")
+        taken = vars(build_parser().parse_args(words))
+        assert (taken["command"], taken["json"], taken["config"]) == (kind, True, str(tmp_path / "config.json"))
+        for name, value in options:
+            assert value is None or taken[name] == value
+        if kind in kinds.TRAINING:
+            assert taken["resume"] is resume
+
+
+# --- Logs and metrics
+
+
+def test_a_log_is_followed_while_it_grows(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = "while not os.path.exists('go'): time.sleep(0.01)"
+    scripted(monkeypatch, f"import os, sys, time\nprint('one', file=sys.stderr, flush=True)\n{wait}\nsys.exit('two')")
+    with (
+        serving.running(config, jobs=open_jobs(config)) as (url, _),
+        httpx2.Client(base_url=url, timeout=120) as client,
+    ):
+        job = client.post("/jobs", json={"kind": "tokenize"}).json()["id"]
+        with client.stream("GET", f"/jobs/{job}/logs?follow=true") as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            assert next(lines) == 'data: "one"'  # and the job still runs
+            Path("go").touch()
+            assert list(lines) == ['data: "two"', "event: end", 'data: {"state": "failed"}']
+
+
+def test_of_what_is_long_the_end_is_shown(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "print('{}')")
+    job = start(client, "convert-wsd")
+    ended(client, job)
+    log, metrics = Path("runs") / ".jobs" / job["id"] / "log.txt", Path(job["run"]) / "metrics.jsonl"
+    metrics.parent.mkdir(exist_ok=True)
+    log.write_text("".join(f"line {n}\n" for n in range(100_000)))
+    metrics.write_text('{"step": 1}\n{"step": 2, "loss": NaN}\nnonsense\n{"step": 3}\n{"st')
+    path = f"/jobs/{job['id']}"
+    answer = client.get(f"{path}/logs?tail=22")
+    assert answer.text == "line 99998\nline 99999\n"
+    assert int(answer.headers["X-Skipped-Bytes"]) == log.stat().st_size - 22
+    assert client.get(f"{path}/logs?tail=23").text == answer.text  # whole lines only
+    assert len(client.get(f"{path}/logs").content) <= 1_000_000
+    rows = [{"step": 1}, {"step": 2, "loss": None}, {"step": 3}]
+    assert client.get(f"{path}/metrics").json() == {"rows": rows, "skipped_bytes": 0}
+    streamed = client.get(f"{path}/metrics?follow=true").text
+    assert [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith('data: {"step"')] == rows
+    followed = client.get(f"{path}/logs?follow=true").text
+    assert followed.count('data: "line ') == 100_000  # in several pieces
+    assert client.get(f"{path}/logs?tail=0").status_code == 422
+
+
+# --- What jobs may not share
+
+
+def test_a_run_is_one_training_s(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, FOREVER)
+    body, key = {"kind": "convert-wsd", "options": {"run": "r"}}, {"Idempotency-Key": "k"}
+    first = client.post("/jobs", json=body, headers=key).json()
+    assert client.post("/jobs", json=body, headers=key).status_code == 200  # the same one
+    for kind in ("convert-wsd", "sft"):
+        answer = client.post("/jobs", json={"kind": kind, "options": {"run": "r"}})
+        assert answer.status_code == 409
+        assert f"run 'r' belongs to job {first['id']}" in answer.json()["detail"]
+    post(client, first, "cancel")
+    ended(client, first)
+    second = client.post("/jobs", json=body).json()
+    assert post(client, first, "resume").status_code == 409
+    post(client, second, "cancel")
+    ended(client, second)
+    assert post(client, first, "resume").status_code == 200
+
+
+def test_one_gpu_is_not_fought_for(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "print('{}')")
+    engine = DummyEngine(config, {})
+    engine.device = "cuda:0"
+    plain = {"kind": "convert-wsd", "config": {"model": {"device": "auto"}}}
+    jobs = open_jobs(config)
+    with serving.client(config, engine, jobs=jobs) as client:
+        answer = client.post("/jobs", json=plain)
+        assert (answer.status_code, "jobs.share_gpu" in answer.json()["detail"]) == (409, True)
+        on_cpu = start(client, config={"model": {"device": "cpu"}})
+        assert ended(client, on_cpu)["state"] == "done"
+        early = queued(jobs)  # as one that came while the model was loading
+        (jobs.path(early.id) / "config.json").write_text(json.dumps({"model": {"device": "auto"}}))
+        later = start(client, "tokenize")
+        assert ended(client, later)["state"] == "done"  # it did not wait for that one
+        shown = client.get(f"/jobs/{early.id}").json()
+        assert (shown["state"], "on the GPU" in shown["waits_because"]) == ("queued", True)
+        engine.device = "cpu"
+        assert ended(client, {"id": early.id})["state"] == "done"
+        assert jobs.store.move(jobs.store.get(early.id), "failed")
+        engine.device = "cuda:0"
+        assert post(client, {"id": early.id}, "resume").status_code == 409
+    shared = config.model_copy(update={"jobs": JobsConfig(share_gpu=True)})
+    with serving.client(shared, engine, jobs=open_jobs(shared)) as client:
+        assert ended(client, start(client, config={"model": {"device": "auto"}}))["state"] == "done"
+
+
 # --- Faults
+
+
+def test_a_stream_of_a_job_that_is_deleted_ends_with_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = open_jobs(config)
+    job = queued(jobs)
+    (jobs.path(job.id) / "log.txt").write_text("one\n")
+
+    async def all_of_it() -> tuple[str, str]:
+        events = tail.follow(jobs, job.id, jobs.path(job.id) / "log.txt")
+        first = await anext(events)
+        get, looks = jobs.store.get, []
+
+        def locked_once(job_id: str) -> Job:
+            looks.append(job_id)
+            if len(looks) == 1:
+                raise store.StoreError("locked")
+            return get(job_id)
+
+        jobs.store.move(job, "cancelled")
+        jobs.store.delete(job.id)
+        monkeypatch.setattr(jobs.store, "get", locked_once)
+        return first, await anext(events)
+
+    first, second = asyncio.run(all_of_it())
+    assert (first, second) == (
+        'data: "one"\n\n',
+        'event: error\ndata: {"detail": "there is no such job", "status": 404}\n\n',
+    )
+
+
+def test_a_look_that_fails_in_a_way_nobody_foresaw_is_shown(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, "print('{}')")
+
+    def broken(text: str) -> None:
+        raise OSError("nobody reads it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watcher, "say", broken)
+        patch.setattr(watcher.Store, "counts", lambda self: {}["nothing"])
+        until(lambda: client.get("/health").json()["jobs"]["trouble"] == "KeyError: 'nothing'")
+    until(lambda: client.get("/health").json()["jobs"]["trouble"] is None)
+    assert ended(client, start(client, "tokenize"))["state"] == "done"
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -10,7 +12,10 @@ import pytest
 import serving
 from hildanext.config import Config, parse_config
 from hildanext.engines import Request, open_engine
+from hildanext.errors import UsageError
+from test_serving import passed, stepping, until
 
+MODEL = parse_config({}).model.base
 PROMPT = "Once upon a time"
 
 
@@ -135,12 +140,25 @@ def test_bad_requests(client: openai.OpenAI, changes, param, line) -> None:
         client.completions.create(**({"model": "model", "prompt": PROMPT} | changes))
     assert (caught.value.type, caught.value.param) == ("invalid_request_error", param)
     assert line in caught.value.message
+    assert caught.value.code == ("context_length_exceeded" if "context" in line else None)
+
+
+def test_what_is_no_json_has_no_param(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="JSON decode error") as caught:
+        client.post(
+            "/completions",
+            cast_to=object,
+            content=b'{"a": }',
+            options={"headers": {"Content-Type": "application/json"}},
+        )
+    assert caught.value.param is None
 
 
 def test_other_models_are_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "Hi"}])
     assert (caught.value.type, caught.value.param) == ("not_found_error", "model")
+    assert caught.value.code == "model_not_found"
 
 
 def test_keys() -> None:
@@ -150,15 +168,52 @@ def test_keys() -> None:
         assert "hello" in right.completions.create(model="smollm2-135m", prompt="hello").choices[0].text
         with pytest.raises(openai.AuthenticationError) as caught:
             wrong.models.list()
-        assert caught.value.type == "authentication_error"
+        assert (caught.value.type, caught.value.code) == ("authentication_error", "invalid_api_key")
 
 
-def test_a_full_queue_is_a_rate_limit_that_the_client_understands(converted: Config) -> None:
-    config = converted.model_copy(update={"server": converted.server.model_copy(update={"queue": 0})})
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": 1})})
-    with serving.running(config) as (url, _):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.RateLimitError) as caught:  # two prompts, one place
-            client.completions.create(model="model", prompt=[PROMPT, PROMPT], max_tokens=40)
+def asking(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_full_queue_is_a_rate_limit_that_the_client_understands() -> None:
+    with stepping(held=True, queue=0) as (url, worker, engine):
+        with pytest.raises(openai.RateLimitError) as caught:  # three prompts, two places
+            asking(url).completions.create(model=MODEL, prompt=["a", "b", "c"], max_tokens=4)
         assert caught.value.response.headers["Retry-After"] == "1"
-        assert client.completions.create(model="model", prompt=PROMPT, max_tokens=4).choices[0].text
+        assert caught.value.code == "rate_limit_exceeded"
+        engine.held = False
+        engine.go.release()
+        until(worker, lambda: not worker.accepted)
+        assert asking(url).completions.create(model=MODEL, prompt="x", max_tokens=2).choices[0].text == "xAA"
+
+
+def test_one_of_several_prompts_that_fails_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stepping() as (url, worker, engine):
+        submit = engine.submit
+
+        def fail(request: Request) -> object:
+            if request.prompt_ids == list(b"bad"):
+                raise UsageError("not this one")
+            return submit(request)
+
+        monkeypatch.setattr(engine, "submit", fail)
+        with pytest.raises(openai.BadRequestError, match="not this one"):
+            asking(url).completions.create(model=MODEL, prompt=["good", "bad", "good"], max_tokens=10**9)
+        until(worker, lambda: not worker.accepted)
+        names = lambda: {task.get_coro().__name__ for task in asyncio.all_tasks(worker.loop)}  # noqa: E731
+        until(worker, lambda: "completed" not in names())
+        until(worker, lambda: not engine.waiting)
+
+
+def test_an_error_in_a_stream_is_one_that_the_client_understands() -> None:
+    with stepping(held=True) as (url, worker, engine), ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(
+            lambda: list(asking(url).completions.create(model=MODEL, prompt="x", max_tokens=9, stream=True))
+        )
+        until(worker, lambda: engine.waiting)
+        passed(worker)
+        engine.go.release()
+        with pytest.raises(openai.APIError, match="the deadline passed") as caught:
+            stream.result()
+        error = {"type": "server_error", "param": None, "code": None}
+        assert caught.value.body == {"message": caught.value.message, **error}

@@ -195,6 +195,7 @@ def test_out_of_memory_shrinks_the_batch_once_says_so_and_loses_no_request(lm, c
     engine.scheduler.runtime = starved = Starved(engine.runtime, {14})
     assert [done.token_ids for done in engine.generate_batch(requests)] == expected
     assert starved.allocated == [6, 3]
+    assert engine.slots == 3
     assert capsys.readouterr().err.count("out of memory with 6 slots: going on with 3") == 1
     engine.scheduler.runtime = Starved(engine.runtime, {3})
     with pytest.raises(ModelError, match=r"out of memory with 3 slots of 64 tokens: lower engine.slots"):

@@ -22,7 +22,7 @@ from hildanext.engines import Engine, Event, Request, open_engine
 from hildanext.engines.dummy import NOTICE, DummyEngine
 from hildanext.errors import ConfigError, ModelError
 from hildanext.server import keys as server_keys
-from hildanext.server import make_app, serve
+from hildanext.server import make_app, meters, openai, serve
 from hildanext.server.keys import is_authorized, is_loopback, is_own_page, read_keys
 
 
@@ -128,6 +128,28 @@ def test_bad_bodies_get_422_and_one_line(client: TestClient, body: str, line: st
     assert answer.status_code == 422
     assert line in answer.json()["detail"]
     assert "\n" not in answer.json()["detail"]
+
+
+def test_what_nobody_foresaw_is_500_with_an_id_and_a_log(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(meters, "generate_latest", fail)
+    monkeypatch.setattr(openai, "model_id", fail)
+    for path, where in (
+        ("/metrics", lambda body: body["detail"]),
+        ("/v1/models", lambda body: body["error"]["message"]),
+    ):
+        answer = client.get(path, headers={"X-Request-Id": "mine"})
+        assert answer.status_code == 500
+        assert where(answer.json()) == "the server failed: RuntimeError; its log has more under mine"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        assert [(line["event"], line["id"]) for line in lines] == [("failed", "mine"), ("request", "mine")]
+        assert lines[1]["status"] == 500
+        assert 'raise RuntimeError("secret")' in lines[0]["traceback"]
 
 
 @pytest.mark.parametrize("body", [{"prompt": ""}, {"messages": []}, {"messages": [{"role": "user", "content": ""}]}])
@@ -312,6 +334,8 @@ def test_keys_of_the_environment_count_too(key_file: str) -> None:
         ("evil.example:8000", "", False),
         ("evil.example:8000", "http://evil.example:8000", False),
         ("", "", False),
+        ("[", "", False),
+        ("localhost:8000", "http://[", False),
     ],
 )
 def test_without_keys_other_sites_are_refused(host: str, origin: str, own: bool) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -24,7 +25,9 @@ from hildanext.config import Config, ServerConfig, parse_config
 from hildanext.decode import Finished, Step
 from hildanext.engines import Completion, Event, Request, Stats
 from hildanext.engines.dummy import DummyEngine
-from hildanext.server import guard
+from hildanext.jobs.watcher import Jobs
+from hildanext.server import guard, make_app, open_jobs
+from hildanext.server import worker as server_worker
 from hildanext.server.worker import Worker
 
 
@@ -37,6 +40,7 @@ class Stepping(DummyEngine):
         super().__init__(config, {})
         self.go = threading.Semaphore(0)
         self.held = False
+        self.server: Any = None  # the one that it is in
         self.waiting: list[list[Any]] = []
         self.submitted = self.cancelled = self.passes = 0
 
@@ -48,10 +52,6 @@ class Stepping(DummyEngine):
     def cancel(self, handle: object) -> None:
         self.cancelled += 1
         self.waiting = [one for one in self.waiting if one[2] is not handle]
-
-    @property
-    def n_running(self) -> int:
-        return min(self.slots, len(self.waiting))
 
     def step(self) -> list[tuple[object, Event]]:
         if self.held:
@@ -77,10 +77,11 @@ class Stepping(DummyEngine):
 
 
 @contextlib.contextmanager
-def stepping(*, held: bool = False, **settings: Any) -> Iterator[tuple[str, Worker, Stepping]]:
+def stepping(*, held: bool = False, with_jobs: bool = False, **settings: Any) -> Iterator[tuple[str, Worker, Stepping]]:
     config = parse_config({"engine": {"order": ["dummy"]}, "server": settings})
     engine = Stepping(config)
-    with serving.running(config, lambda config: engine) as (url, worker):
+    jobs = open_jobs(config) if with_jobs else None
+    with serving.stoppable(config, lambda config: engine, jobs=jobs) as (url, worker, engine.server):
         engine.held = held
         try:
             yield url, worker, engine
@@ -119,19 +120,36 @@ def test_beyond_slots_and_queue_there_is_429_and_every_accepted_request_is_answe
         assert post(url).status_code == 200
 
 
+def passed(worker: Worker) -> None:
+    """Let the deadline of all that runs and waits have passed."""
+    for ticket in list(worker.accepted):
+        ticket.deadline = 0.0
+
+
+def late_stream(pool: ThreadPoolExecutor, url: str, worker: Worker, engine: Stepping) -> httpx2.Response:
+    """A stream whose deadline passes in its first pass."""
+    engine.held = True
+    until(worker, lambda: not engine.go.acquire(blocking=False))
+    future = pool.submit(post, url, stream=True, max_new_tokens=100)
+    until(worker, lambda: engine.waiting)
+    passed(worker)
+    engine.go.release(100)
+    answer = future.result()
+    assert 'event: error\ndata: {"detail": "the deadline passed' in answer.text
+    return answer
+
+
 def test_a_deadline_ends_a_request_that_runs_and_one_that_waits() -> None:
     with stepping(held=True) as (url, worker, engine), ThreadPoolExecutor(4) as pool:
-        late = [pool.submit(post, url, deadline_s=1e-6) for _ in range(3)]
+        late = [pool.submit(post, url) for _ in range(3)]
         until(worker, lambda: len(worker.accepted) == 3)
+        passed(worker)
         in_time = pool.submit(post, url)
         until(worker, lambda: len(worker.accepted) == 4)
         engine.go.release(100)
         assert [future.result().status_code for future in late] == [504] * 3
         assert in_time.result().json()["text"] == "xAAA"
-        stream = post(url, stream=True, max_new_tokens=100, deadline_s=1e-6)
-        # The first pass ran before anybody looked at the clock: the stream had begun.
-        assert stream.status_code == 200
-        assert 'event: error\ndata: {"detail": "the deadline passed' in stream.text
+        assert late_stream(pool, url, worker, engine).status_code == 200  # it had begun
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -195,25 +213,35 @@ def test_a_client_that_takes_nothing_is_dropped(
 
 
 def test_a_storm_of_clients_that_give_up() -> None:
-    with stepping() as (url, worker, engine):
-
-        async def one(client: httpx2.AsyncClient, rng: random.Random) -> None:
-            body = {"prompt": "x", "max_new_tokens": 5000, "stream": rng.random() < 0.5}
-            with contextlib.suppress(httpx2.TimeoutException):
-                await client.post(f"{url}/generate", json=body, timeout=rng.uniform(0.01, 0.2))
+    with stepping(held=True) as (url, worker, engine):
 
         async def storm() -> None:
-            async with httpx2.AsyncClient() as client:
-                await asyncio.gather(*[one(client, random.Random(seed)) for seed in range(100)])
+            rng = random.Random(0)
+            async with httpx2.AsyncClient(timeout=300, limits=httpx2.Limits(max_connections=None)) as client:
+                bodies = [{"prompt": "x", "max_new_tokens": 5000, "stream": rng.random() < 0.5} for _ in range(100)]
+                asking = [asyncio.create_task(client.post(f"{url}/generate", json=body)) for body in bodies]
+                await asyncio.to_thread(until, worker, lambda: len(worker.accepted) == 66)
+                for task in rng.sample(asking, len(asking)):
+                    task.cancel()
+                    await asyncio.sleep(0)
+                await asyncio.gather(*asking, return_exceptions=True)
 
         asyncio.run(storm())
-        until(worker, lambda: not worker.accepted and not engine.waiting)
+        until(worker, lambda: not worker.accepted)
+        engine.held = False
+        engine.go.release()
+        until(worker, lambda: not engine.waiting)
+        assert engine.cancelled == engine.submitted > 0
         assert post(url).json()["text"] == "xAAA"
 
 
-def mangled(rng: random.Random) -> bytes:
+GOOD: dict[str, Any] = {"prompt": "x", "max_new_tokens": 2, "tau_mask": 0.5, "stop": ["a"], "stream": False, "seed": 1}
+GOOD_JOB = {"kind": "tokenize", "config": {"data": {"seq_len": 64}, "model": {"base": "x"}}, "options": {}}
+
+
+def mangled(rng: random.Random, good: dict[str, Any]) -> bytes:
     """A body that is nearly right."""
-    good = {"prompt": "x", "max_new_tokens": 2, "tau_mask": 0.5, "stop": ["a"], "stream": False, "seed": 1}
+    good = json.loads(json.dumps(good))
     kind = rng.randrange(4)
     if kind == 0:
         text = bytearray(json.dumps(good).encode())
@@ -226,31 +254,182 @@ def mangled(rng: random.Random) -> bytes:
         text = json.dumps(good)
         return text[: rng.randrange(len(text))].encode()
     junk = [None, -1, 1e400, 10**400, "", [], {}, [[[[]]]], "\ud800", True, float("nan"), "[" * 5000]
-    good[rng.choice(list(good))] = rng.choice(junk)
+    section = rng.choice([good, *(value for value in good.values() if isinstance(value, dict) and value)])
+    section[rng.choice([*section, "a\0", "\ud800"])] = rng.choice(junk)
     return (json.dumps(good) if rng.random() < 0.9 else "[" * 100_000).encode("utf-8", "surrogatepass")
 
 
-def test_a_thousand_malformed_bodies() -> None:
+def test_a_thousand_malformed_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Jobs, "tick", lambda self: None)  # what is taken all the same waits
     rng, seen = random.Random(0), set()
-    with stepping() as (url, worker, _), httpx2.Client() as client:
+    with stepping(with_jobs=True) as (url, worker, _), httpx2.Client() as client:
         for number in range(1000):
-            path = rng.choice(["/generate", "/v1/completions", "/v1/chat/completions"])
+            path = rng.choice(["/generate", "/v1/completions", "/v1/chat/completions", "/jobs"])
             headers = {"Content-Type": rng.choice(["application/json"] * 8 + ["text/plain", "application/xml"])}
-            answer = client.post(url + path, content=mangled(rng), headers=headers, timeout=60)
-            assert answer.status_code in (200, 400, 404, 422), (number, answer.text)
+            answer = client.post(
+                url + path, content=mangled(rng, GOOD_JOB if path == "/jobs" else GOOD), headers=headers, timeout=60
+            )
+            assert answer.status_code in (200, 201, 400, 404, 422), (number, answer.text)
             answer.json()
             seen.add(answer.status_code)
-        assert seen >= {200, 400, 422}
+        assert seen >= {200, 201, 400, 422}
         assert client.get(f"{url}/health").json()["status"] == "ok"
         assert not worker.accepted
 
 
+def test_a_body_that_says_two_lengths_is_not_read() -> None:
+    with stepping() as (url, _, _):
+        host, port = url.removeprefix("http://").split(":")
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        head += "Content-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=60) as client:
+            client.sendall(head.encode())  # and no body: the answer does not wait for one
+            assert b" 411 " in client.recv(1000).split(b"\r\n")[0]
+        assert post(url).status_code == 200
+
+
+def is_refused(url: str) -> bool:
+    """Whether nobody listens there any more."""
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_stopping_finishes_what_runs() -> None:
-    with ThreadPoolExecutor(2) as pool:
-        with stepping(held=True) as (url, worker, _):
-            running = [pool.submit(post, url, max_new_tokens=50) for _ in range(2)]
-            until(worker, lambda: len(worker.accepted) == 2)
+    with stepping(held=True, drain_s=600) as (url, worker, engine), ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(post, url, max_new_tokens=50) for _ in range(2)]
+        until(worker, lambda: len(worker.accepted) == 2)
+        engine.server.should_exit = True
+        until(worker, lambda: is_refused(url))
+        assert not any(future.done() for future in running)
+        engine.go.release(1000)
         assert [future.result().json()["text"] for future in running] == ["x" + "A" * 50] * 2
+
+
+def test_what_does_not_finish_in_time_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_worker, "STOP_S", 0.1)
+    with ThreadPoolExecutor(1) as pool, stepping(held=True, drain_s=0) as (url, worker, engine):
+        running = pool.submit(post, url)
+        until(worker, lambda: worker.accepted)
+        engine.server.should_exit = True
+        with contextlib.suppress(httpx2.TransportError):
+            assert running.result().status_code >= 500
+        until(worker, lambda: is_refused(url))
+
+
+def test_a_server_that_stops_does_not_wait_for_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_worker, "STOP_S", 0.1)
+    config, go = parse_config({"engine": {"order": ["dummy"]}}), threading.Event()
+
+    def slow(config: Config) -> DummyEngine:
+        go.wait()
+        return DummyEngine(config, {})
+
+    async def all_of_it() -> None:
+        app = make_app(config, slow, [])
+        async with app.router.lifespan_context(app):
+            assert app.state.worker.state == "loading"
+
+    asyncio.run(all_of_it())
+    go.set()
+
+
+# --- An engine that fails
+
+
+def test_an_engine_that_cannot_go_on_tells_everybody() -> None:
+    with stepping(held=True) as (url, worker, engine), ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(post, url, stream=stream) for stream in (False, True, False)]
+        until(worker, lambda: len(worker.accepted) == 3)
+
+        def broken(*_: object) -> Any:
+            raise RuntimeError("secret")
+
+        engine.cancel = engine._done = broken  # type: ignore[method-assign]
+        engine.go.release(100)
+        for future in waiting:
+            answer = future.result()
+            assert answer.status_code == 500 or "event: error" in answer.text
+            assert "the engine failed: RuntimeError" in answer.text
+        until(worker, lambda: worker.state == "stopped")
+        assert httpx2.get(f"{url}/health/ready").status_code == 503
+        assert httpx2.get(f"{url}/health").json()["status"] == "stopped"
+        refused = post(url)
+        assert (refused.status_code, refused.json()) == (503, {"detail": "the server is stopped"})
+        assert not worker.accepted
+
+
+def test_a_request_that_the_engine_cannot_take_harms_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stepping() as (url, worker, engine):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "submit", lambda request: 1 // 0)
+            assert post(url).status_code == 500
+        assert post(url).status_code == 200
+        assert worker.state == "ready"
+
+
+# --- Prompts that take long to read
+
+
+def test_prompts_that_are_being_read_have_a_place_a_deadline_and_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = threading.Semaphore(0)
+    with stepping(queue=1) as (url, worker, engine), ThreadPoolExecutor(4) as pool:
+        encode = engine.encode
+        monkeypatch.setattr(engine, "encode", lambda prompt: read.acquire() and encode(prompt))
+        try:
+            first = pool.submit(post, url, prompt="first")
+            until(worker, lambda: len(worker.accepted) == 1)
+            assert post(url, deadline_s=0.01).status_code == 504
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(f"{url}/generate", json={"prompt": "gone"}, timeout=httpx2.Timeout(60, read=0.01))
+            until(worker, lambda: len(worker.accepted) == 1)
+            others = [pool.submit(post, url) for _ in range(2)]
+            until(worker, lambda: len(worker.accepted) == 3)
+            refused = post(url)
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+            assert engine.submitted == 0
+        finally:
+            read.release(100)
+        assert [future.result().status_code for future in (first, *others)] == [200] * 3
+        assert engine.submitted == 3
+
+
+# --- What /metrics says
+
+
+def test_what_the_metrics_say_of_passes_and_of_errors_in_a_stream() -> None:
+    def found(url: str) -> dict[str, float]:
+        lines = httpx2.get(f"{url}/metrics").text.splitlines()
+        pairs = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+        return {name.removeprefix("hildanext_"): float(value) for name, _, value in pairs}
+
+    with stepping() as (url, worker, engine):
+        assert post(url, max_new_tokens=3).status_code == 200
+        seen = found(url)
+        assert (seen["batch_size_count"], seen["batch_size_sum"]) == (
+            3,
+            3,
+        )  # one request in each pass, the last one too
+        assert (seen["tokens_per_forward_count"], seen["tokens_per_forward_sum"]) == (1, 1.0)
+        assert (seen["tokens_per_second_count"], seen["tokens_per_second_sum"]) == (1, 3.0)
+        assert (seen["tokens_total"], seen["forwards_total"], seen["time_to_first_block_seconds_count"]) == (3, 3, 1)
+        engine.held = True
+        with ThreadPoolExecutor(3) as pool:
+            three = [pool.submit(post, url, max_new_tokens=2) for _ in range(3)]
+            until(worker, lambda: len(worker.accepted) == 3)
+            engine.go.release(100)
+            assert [future.result().status_code for future in three] == [200] * 3
+            late_stream(pool, url, worker, engine)
+        until(worker, lambda: found(url).get('errors_total{kind="DeadlineError"}') == 1)
+        more = found(url)
+        assert more["batch_size_sum"] - seen["batch_size_sum"] == 7  # 3 requests of 2 passes, however they met, and one
+
+
+# --- Connections
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system has no such limit")

@@ -101,7 +101,9 @@ def _one_line(error: ValidationError, origin: str) -> str:
     if first["type"] == "extra_forbidden":
         return f"{origin}: unknown key '{key}'; remove it or see 'hildanext init' for the known keys{more}"
     message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+    # Sections, and text that is no JSON, are not shown: secrets may be among them.
+    is_whole = not first["loc"] or isinstance(first["input"], dict)
+    value = "" if is_whole else f", got {first['input']!r}"
     return f"{origin}: '{key}': {message[0].lower()}{message[1:]}{value}{more}"
 
 

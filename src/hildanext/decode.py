@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hildanext.config import DecodeConfig, Mode
-from hildanext.errors import ModelError, UsageError
+from hildanext.errors import ContextError, ModelError, UsageError
 
 
 class Preset(NamedTuple):
@@ -182,12 +182,12 @@ def tokens_needed(n_prompt: int, settings: Settings) -> int:
 
 
 def check_request(prompt_ids: list[int], settings: Settings, context_length: int | None) -> None:
-    """Raise UsageError for an empty prompt or one that does not fit the context with its budget."""
+    """Raise UsageError for an empty prompt, ContextError for one that does not fit the context with its budget."""
     if not prompt_ids:
         raise UsageError("the prompt is empty; give at least one token")
     needed = tokens_needed(len(prompt_ids), settings)
     if context_length is not None and needed > context_length:
-        raise UsageError(
+        raise ContextError(
             f"prompt ({len(prompt_ids)} tokens) plus max_new_tokens ({settings.max_new_tokens}), in whole blocks {needed}, "
             f"exceed the model's context of {context_length}; shorten one of them"
         )

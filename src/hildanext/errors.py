@@ -9,6 +9,10 @@ class UsageError(HildaError):
     """The request itself is wrong: configuration, arguments, a missing input (exit code 2)."""
 
 
+class ContextError(UsageError):
+    """A prompt and its answer do not fit the model's context together."""
+
+
 class ConfigError(UsageError):
     """A configuration key is unknown, of the wrong type or impossible. The message names the key."""
 

@@ -104,7 +104,9 @@ class RunFolder:
     def begin(self, config: Config, command: str) -> None:
         """Write what the run is made of: command, seed, resolved configuration, versions, git revision."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, "seed": config.train.seed, "config": config.model_dump(mode="json")}
+        # What no training reads, and which may hold a database's password, is left out.
+        made_of = config.model_dump(mode="json", exclude={"server", "jobs"})
+        record = {"command": command, "seed": config.train.seed, "config": made_of}
         write_json(self.record, record | {"versions": versions(), "git": git_revision()})
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -63,11 +63,15 @@ class Engine(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def slots(self) -> int:
+        """Requests decoded side by side; fewer once memory ran out."""
+        ...
+
     reasons: dict[str, str]  # why the engines before this one cannot serve
     trained_block: int | None  # block size the model was trained for
     device: str | None  # where the model runs
     dtype: str | None  # what it computes in
-    slots: int  # requests decoded side by side
     mask_token_id: int | None  # what stands in a Step's tokens for text to be drafted
     eos_token_id: int | None
     context: int | None  # tokens of a prompt and its answer together; None: no limit
@@ -106,9 +110,6 @@ class Steps(Protocol):
         """What one pass brought; a request's last event is its Completion, or the error that ended it."""
         ...
 
-    @property
-    def n_running(self) -> int: ...
-
 
 class OneByOne:
     """`Steps` for an engine that answers one request at a time: a step is the next event of the oldest request."""
@@ -134,10 +135,6 @@ class OneByOne:
         if isinstance(what, (Completion, HildaError)):
             del self.waiting[handle]
         return [(handle, what)]
-
-    @property
-    def n_running(self) -> int:
-        return min(1, len(self.waiting))
 
 
 def as_steps(engine: Engine) -> Steps:

@@ -46,7 +46,6 @@ class TransformersEngine:
         self.runtime = open_runtime(config.engine, self.lm, self.settings(config).block_size)
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
         self.context: int | None = context
-        self.slots = config.engine.slots
         self.mask_token_id: int | None = self.lm.mask_token_id
         self.eos_token_id: int | None = self.vocabulary.eos_token_id
         self.listeners: dict[Sequence, list[Event]] = {}  # what `events` and `generate_batch` have not handed on yet
@@ -82,8 +81,8 @@ class TransformersEngine:
         self.listeners.pop(sequence, None)
 
     @property
-    def n_running(self) -> int:
-        return len(self.scheduler.running)
+    def slots(self) -> int:
+        return self.scheduler.slots
 
     def step(self) -> list[tuple[Sequence, Event | HildaError]]:
         """One forward or two, and what they brought to whom."""

@@ -66,16 +66,19 @@ def check_options(kind: Kind, raw: dict[str, Any]) -> Options:
 
 
 def job_config(base: Config, overrides: dict[str, Any], workspace: Path) -> Config:
-    """The server's configuration with a job's overrides. Raises ConfigError, naming the key."""
+    """The server's configuration with a job's overrides. Raises ConfigError, naming the key.
+
+    No command of a job reads the sections server and jobs, which hold the database's password: they are left out.
+    """
     for section in overrides:
         if section not in SECTIONS:
             raise ConfigError(f"'config.{section}': a job may set {', '.join(SECTIONS)}")
-    config = parse_config(_merged(base.model_dump(mode="json"), overrides), "config")
+    config = parse_config(_merged(base.model_dump(mode="json", exclude={"server", "jobs"}), overrides), "config")
     if config.model.trust_remote_code:
         raise ConfigError("'config.model.trust_remote_code': a job may not run code from elsewhere")
     named: dict[str, str | None] = {"data.source_tokenizer": config.data.source_tokenizer}
     named |= {f"data.sources.{index}.path": source.path for index, source in enumerate(config.data.sources)}
-    if "model" in overrides:  # what the server was started with may lie anywhere
+    if "base" in overrides.get("model", {}):  # what the server was started with may lie anywhere
         named["model.base"] = config.model.base
     known = {source.path for source in base.data.sources}
     for index, source in enumerate(config.data.sources):
@@ -98,7 +101,10 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _is_inside(path: str, workspace: Path) -> bool:
     """Links are followed. A hub name (owner/name) reads as a path inside, which does no harm."""
-    return (workspace / path).resolve().is_relative_to(workspace.resolve())
+    try:
+        return (workspace / path).resolve().is_relative_to(workspace.resolve())
+    except (ValueError, OSError):  # a NUL byte, a name that is too long, links in a circle
+        return False
 
 
 def command(python: str, kind: str, options: Options, job_id: str, folder: Path, *, resume: bool) -> list[str]:

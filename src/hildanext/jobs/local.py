@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from hildanext.config import JobsConfig
@@ -22,8 +23,9 @@ from hildanext.jobs.store import Job
 class LocalBackend:
     every_s = 0.2
 
-    def __init__(self, config: JobsConfig) -> None:
-        self.config = config
+    def __init__(self, config: JobsConfig, environ: Mapping[str, str]) -> None:
+        """`environ`: what the jobs' processes are given of the environment."""
+        self.config, self.environ = config, environ
         self.python = sys.executable
         self.processes: dict[tuple[str, int], subprocess.Popen[bytes]] = {}  # children of this very process
         self.told: dict[tuple[str, int], float] = {}  # when a cancelled attempt was sent SIGTERM
@@ -37,7 +39,11 @@ class LocalBackend:
     def start(self, job: Job, folder: Path, command: list[str]) -> None:
         # A session of its own: what stops the server does not stop its jobs.
         self.processes[job.id, job.attempt] = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env=self.environ,
         )
 
     def look(self, job: Job, folder: Path) -> Look:

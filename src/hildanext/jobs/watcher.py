@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hildanext.config import JobsConfig
@@ -24,6 +27,8 @@ class Jobs:
         self.store, self.runs, self.config, self.backend = store, runs, config, backend
         self.counts = dict.fromkeys(STATES, 0)
         self.trouble: str | None = None
+        self.why_not: Callable[[Job], str | None] = lambda job: None  # why a queued job must not start now
+        self.one_by_one = threading.Lock()  # held while it is seen whose a run is, and taken
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._watch, name="jobs")
@@ -60,14 +65,17 @@ class Jobs:
                 self._tell(None)
             except (StoreError, BackendError, OSError) as error:  # for now: the next look sees it all again
                 self._tell(str(error))
+            except Exception as error:  # noqa: BLE001  (nobody foresaw it; a thread that dies would start no job any more)
+                self._tell(f"{type(error).__name__}: {error}")
             self._wake.wait(self.backend.every_s)
             self._wake.clear()
 
     def _tell(self, trouble: str | None) -> None:
         """Say what is wrong once, and once that it is over."""
-        if trouble != self.trouble:
-            say(f"jobs: {trouble}; trying again" if trouble else "jobs: all is well again")
-        self.trouble = trouble
+        before, self.trouble = self.trouble, trouble
+        if trouble != before:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+                say(f"jobs: {trouble}; trying again" if trouble else "jobs: all is well again")
 
     def tick(self) -> None:
         """One look at everything. Raises StoreError, BackendError, OSError; what was seen before it is noted."""
@@ -93,7 +101,8 @@ class Jobs:
             self.counts = self.store.counts()
 
     def _start_waiting(self, free: int) -> None:
-        for job in self.store.list(("queued",))[: max(0, free)]:
+        may = (job for job in self.store.list(("queued",)) if self.why_not(job) is None)
+        for job in itertools.islice(may, max(0, free)):
             # The claim names what the backend is about to hear: a server killed in between finds it again.
             if self.store.move(job, "running", started=time.time(), backend_id=self.backend.backend_id(job)):
                 self._start(self.store.get(job.id))

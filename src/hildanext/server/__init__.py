@@ -25,7 +25,7 @@ from hildanext.jobs.watcher import Jobs
 from hildanext.progress import say
 from hildanext.server.app import make_app
 from hildanext.server.guard import STALL_S
-from hildanext.server.keys import read_keys
+from hildanext.server.keys import KEYS_VARIABLE, read_keys
 from hildanext.signals import stop_on_signals
 
 __all__ = ["make_app", "serve"]
@@ -62,7 +62,7 @@ def open_engine(config: Config) -> engines.Engine:
 def open_backend(config: Config, environ: Mapping[str, str]) -> Backend:
     """Where jobs run. Raises ConfigError where it cannot be as configured."""
     if config.jobs.backend == "local":
-        return LocalBackend(config.jobs)
+        return LocalBackend(config.jobs, {name: value for name, value in environ.items() if name != KEYS_VARIABLE})
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("'jobs.backend': ray is not installed; pip install 'hildanext[ray]', or use 'local'")
     for name in (

@@ -46,11 +46,11 @@ MEANINGS = {
     403: "The Host or Origin header is another site's.",
     404: "There is no such thing.",
     409: "Not possible in the present state.",
-    411: "POST without Content-Length.",
+    411: "POST without Content-Length, or with a Transfer-Encoding.",
     413: "The body is too long.",
     422: "The body does not fit the schema.",
     429: "The queue is full; Retry-After says when to come again.",
-    500: "The engine failed.",
+    500: "The engine failed, or the server.",
     503: "The model is loading, the server is stopping, or the jobs' database or disk cannot be written.",
     504: "The deadline passed.",
 }
@@ -98,6 +98,16 @@ async def _gone(request: Request) -> None:
         pass
 
 
+async def together(works: list[Awaitable[T]]) -> list[T]:
+    """All results; when one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def completed(events: AsyncIterator[list[Event]]) -> tuple[Completion, list[Step]]:
     """Run a request to its end: the completion and every step."""
     steps: list[Step] = []
@@ -117,6 +127,11 @@ async def chained(first: list[Event], rest: AsyncIterator[list[Event]]) -> Async
 def event_stream(chunks: AsyncIterator[str]) -> StreamingResponse:
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+
+
+def note_failure(request: Request, error: HildaError) -> None:
+    """For the log and /metrics: an answer that had begun, so that its status is 200, ends with an error."""
+    request.state.facts = {"error": type(error).__name__}
 
 
 def sse(data: Any, event: str | None = None) -> str:

@@ -23,7 +23,7 @@ from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
 from hildanext.server.native import native_routes
-from hildanext.server.openai import OpenAIProblem, openai_problem, openai_routes
+from hildanext.server.openai import OpenAIProblem, code_of, openai_problem, openai_routes
 from hildanext.server.page import page_routes
 from hildanext.server.parent import Parent, parent_routes
 from hildanext.server.worker import Worker
@@ -99,7 +99,7 @@ def _answer_errors(app: FastAPI, meters: Meters) -> None:
     @app.exception_handler(HildaError)
     async def refused(request: Request, error: HildaError) -> Response:
         meters.errors.labels(type(error).__name__).inc()
-        return _refuse(request.url.path, status_of(error), str(error), {})
+        return _refuse(request.url.path, status_of(error), str(error), {}, code=code_of(error))
 
     @app.exception_handler(OSError)
     async def no_disk(request: Request, error: OSError) -> Response:
@@ -113,14 +113,26 @@ def _methods(app: FastAPI, request: Request) -> set[str]:
     return {method for route in matching if isinstance(route, Route) for method in route.methods or ()}
 
 
-def _refuse(path: str, status: int, line: str, headers: dict[str, str], param: str | None = None) -> Response:
+def _refuse(
+    path: str,
+    status: int,
+    line: str,
+    headers: dict[str, str],
+    param: str | None = None,
+    code: str | None = None,
+) -> Response:
+    # A line names what was sent: half of a surrogate pair, which JSON can spell, cannot be sent back.
+    line = line.encode(errors="replace").decode()
+    param = param and param.encode(errors="replace").decode()
     if path.startswith("/v1/"):
-        return openai_problem(status, line, param, headers)
+        return openai_problem(status, line, param, headers, code)
     return problem(status, line, headers)
 
 
 def _validation_line(error: RequestValidationError) -> tuple[str, str | None]:
     """First problem of a body as one line, and its key. The input is not echoed: it may be long, and NaN has no JSON."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][1:])
+    # JSON decoding says at which byte; that is no key.
+    named = () if first["type"] == "json_invalid" else first["loc"][1:]
+    key = ".".join(str(part) for part in named)
     return f"'{key or 'body'}': {first['msg'].removeprefix('Value error, ')}", key or None

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -73,11 +74,18 @@ class Guard:
             except asyncio.TimeoutError:  # another class on Python 3.10
                 raise Stalled from None
 
-        refusal = self._refusal(scope, headers)
         try:
+            refusal = self._refusal(scope, headers)
             await (self.app if refusal is None else refusal)(scope, receive, send_on)
         except Stalled:
             log("stalled", id=request_id)
+        except Exception as error:  # nobody foresaw it: the whole of it for the log, one line for the client
+            self.meters.errors.labels(type(error).__name__).inc()
+            log("failed", id=request_id, traceback=traceback.format_exc())
+            if status:  # too late to say so: the connection is cut
+                raise
+            line = f"the server failed: {type(error).__name__}; its log has more under {request_id}"
+            await self.refuse(scope["path"], 500, line, {})(scope, receive, send_on)
         finally:
             self._record(scope, status, time.monotonic() - began, request_id)
 
@@ -93,6 +101,8 @@ class Guard:
         if self.keys and not is_open and not is_authorized(headers.get("authorization", ""), self.keys):
             return refused(401, "this server needs 'Authorization: Bearer KEY'", {"WWW-Authenticate": "Bearer"})
         if method in ("POST", "PUT", "PATCH"):
+            if "transfer-encoding" in headers:  # it would win over Content-Length
+                return refused(411, "the request has a Transfer-Encoding; send Content-Length alone")
             length = headers.get("content-length", "")
             if not (length.isascii() and length.isdecimal() and len(length) < 20):
                 return refused(411, "the request has no Content-Length")
@@ -108,6 +118,8 @@ class Guard:
         self.meters.answers.labels(path, status).inc()
         self.meters.seconds.labels(path).observe(seconds)
         facts = scope["state"].get("facts", {})
+        if "error" in facts:
+            self.meters.errors.labels(facts["error"]).inc()
         log(
             "request",
             id=request_id,

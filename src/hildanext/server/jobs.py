@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,6 @@ from hildanext.config import Config, schema
 from hildanext.errors import HildaError
 from hildanext.files import write_json
 from hildanext.jobs.kinds import (
-    GPU_KINDS,
     KINDS,
     SECTIONS,
     TAKES,
@@ -30,11 +29,15 @@ from hildanext.jobs.kinds import (
 )
 from hildanext.jobs.store import ENDED, STATES, ConflictError, Job, State, new_id
 from hildanext.jobs.watcher import Jobs
-from hildanext.server.answers import event_stream, problems, sse, streams
+from hildanext.server.answers import event_stream, problems, streams
 from hildanext.server.bodies import Body
+from hildanext.server.sharing import check_run, gpu_trouble, job_trouble
+from hildanext.server.tail import follow as follow_file
+from hildanext.server.tail import last_lines, rows_of
 from hildanext.server.worker import Worker
 
-FOLLOW_S = 0.25
+MOST_TAIL = 16_000_000
+Tail = Annotated[int, Query(ge=1, le=MOST_TAIL)]
 USUAL = problems(401, 403, 404, 503)
 
 
@@ -52,21 +55,13 @@ def job_routes(config: Config, worker: Worker, jobs: Jobs) -> APIRouter:
     _add_start(router, config, worker, jobs)
     _add_schema(router, config)
     _add_views(router, jobs)
-    _add_controls(router, jobs)
+    _add_controls(router, config, worker, jobs)
+    jobs.why_not = partial(job_trouble, config, worker, jobs)
     return router
 
 
 def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: Jobs) -> None:
     workspace = Path.cwd()
-
-    def check_gpu(kind: str, job: Config) -> None:
-        served = (worker.engine.device if worker.engine is not None else None) or ""
-        wants = kind in GPU_KINDS and job.model.device != "cpu"
-        # Ray hands out the GPUs that it was started with.
-        if config.jobs.backend == "local" and wants and served.startswith("cuda") and not config.jobs.share_gpu:
-            raise ConflictError(
-                "the served model is on the GPU; set jobs.share_gpu, or model.device 'cpu' for this job"
-            )
 
     replayed: dict[int | str, dict[str, Any]] = {200: {"description": "The job that this key made before."}}
 
@@ -77,12 +72,16 @@ def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: Jobs) ->
         """Queue a job. With an Idempotency-Key the same request again gives the same job."""
         options = check_options(body.kind, body.options)
         merged = job_config(config, body.config, workspace)
-        check_gpu(body.kind, merged)
+        # While the model loads nobody knows where it will be: the job waits.
+        if worker.state != "loading" and (why := gpu_trouble(config, worker, body.kind, merged.model.device)):
+            raise ConflictError(why)
         request, job_id = {"config": body.config, "options": options.model_dump()}, new_id()
         # All that the job's process reads is on the disk before the job is there.
         try:
             write_json(jobs.path(job_id) / "config.json", merged.model_dump(mode="json"))
-            job, is_new = jobs.store.add(job_id, body.kind, request, idempotency_key)
+            with jobs.one_by_one:
+                check_run(jobs, body.kind, options.run or job_id, but_key=idempotency_key)
+                job, is_new = jobs.store.add(job_id, body.kind, request, idempotency_key)
         except (HildaError, OSError):
             shutil.rmtree(jobs.path(job_id), ignore_errors=True)
             raise
@@ -124,32 +123,39 @@ def _add_views(router: APIRouter, jobs: Jobs) -> None:
         return _shown(jobs, job) | {"result": _result(jobs, job)}
 
     @router.get("/{job_id}/logs", response_class=Response, responses={200: streams("text/plain"), **USUAL})
-    def logs(job_id: str, follow: bool = False) -> Response:
-        """What the command wrote to stderr; `follow` streams it (server-sent events, a line each) to the job's end."""
+    def logs(job_id: str, follow: bool = False, tail: Tail = 1_000_000) -> Response:
+        """What the command wrote to stderr, the last `tail` bytes of it; X-Skipped-Bytes says how many came before.
+
+        `follow` streams all of it (server-sent events, a line each) to the job's end.
+        """
         path = jobs.path(store.get(job_id).id) / "log.txt"
         if follow:
-            return event_stream(_follow(jobs, job_id, path))
-        return PlainTextResponse(path.read_bytes().decode(errors="replace") if path.is_file() else "")
+            return event_stream(follow_file(jobs, job_id, path))
+        text, skipped = last_lines(path, tail)
+        return PlainTextResponse(text.decode(errors="replace"), headers={"X-Skipped-Bytes": str(skipped)})
 
     @router.get("/{job_id}/metrics", responses={200: streams("application/json"), **USUAL})
-    def metrics(job_id: str, follow: bool = False) -> Response:
-        """The rows of the run's metrics.jsonl; `follow` streams them to the job's end, with 'reset' when it was rewound."""
+    def metrics(job_id: str, follow: bool = False, tail: Tail = MOST_TAIL) -> Response:
+        """The rows in the last `tail` bytes of the run's metrics.jsonl, after `skipped_bytes`; what is no number is null.
+
+        `follow` streams all of them to the job's end, with 'reset' when it was rewound.
+        """
         job = store.get(job_id)
         path = jobs.run(job) / "metrics.jsonl"
         if follow:
-            return event_stream(_follow(jobs, job_id, path))
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return JSONResponse({"rows": [json.loads(line) for line in lines]})
+            return event_stream(follow_file(jobs, job_id, path))
+        text, skipped = last_lines(path, tail)
+        return JSONResponse({"rows": rows_of(text), "skipped_bytes": skipped})
 
 
-def _add_controls(router: APIRouter, jobs: Jobs) -> None:
+def _add_controls(router: APIRouter, config: Config, worker: Worker, jobs: Jobs) -> None:
     store = jobs.store
 
-    @router.post("/{job_id}/cancel", responses={**USUAL, **problems(409)})
+    @router.post("/{job_id}/cancel", responses={**USUAL, **problems(409, 411, 413)})
     def cancel(job_id: str) -> dict[str, Any]:
         """A queued job ends at once; a running one is asked to stop, and killed if it does not in jobs.cancel_s."""
         job = store.get(job_id)
-        if job.state == "queued" and not store.move(job, "cancelled"):
+        if job.state == "queued" and not store.move(job, "cancelled", ended=time.time()):
             job = store.get(job_id)
         if job.state == "running":
             store.move(job, "running", cancel_requested=True)
@@ -158,7 +164,7 @@ def _add_controls(router: APIRouter, jobs: Jobs) -> None:
         jobs.wake()
         return _shown(jobs, store.get(job_id))
 
-    @router.post("/{job_id}/resume", responses={**USUAL, **problems(409)})
+    @router.post("/{job_id}/resume", responses={**USUAL, **problems(409, 411, 413)})
     def resume(job_id: str) -> dict[str, Any]:
         """Queue an interrupted, failed or cancelled job once more; training goes on from its last checkpoint."""
         job = store.get(job_id)
@@ -166,9 +172,13 @@ def _add_controls(router: APIRouter, jobs: Jobs) -> None:
             raise ConflictError(
                 f"job {job_id} is {job.state}; only what was interrupted, failed or cancelled can go on"
             )
+        if worker.state != "loading" and (why := job_trouble(config, worker, jobs, job)):
+            raise ConflictError(why)
         again = {"attempt": job.attempt + 1, "cancel_requested": False, "exit_code": None, "note": None}
-        if not store.move(job, "queued", **again, started=None, ended=None):
-            raise ConflictError(f"job {job_id} was changed by another request")
+        with jobs.one_by_one:
+            check_run(jobs, job.kind, jobs.run(job).name, but_id=job_id)
+            if not store.move(job, "queued", **again, started=None, ended=None):
+                raise ConflictError(f"job {job_id} was changed by another request")
         jobs.wake()
         return _shown(jobs, store.get(job_id))
 
@@ -181,35 +191,13 @@ def _add_controls(router: APIRouter, jobs: Jobs) -> None:
 
 
 def _shown(jobs: Jobs, job: Job) -> dict[str, Any]:
-    return job.as_dict() | ({"run": str(jobs.run(job))} if job.kind in (*TRAINING, "merge-topk") else {})
+    waits = {"waits_because": jobs.why_not(job)} if job.state == "queued" else {}
+    return job.as_dict() | waits | ({"run": str(jobs.run(job))} if job.kind in (*TRAINING, "merge-topk") else {})
 
 
 def _result(jobs: Jobs, job: Job) -> Any:
+    path = jobs.path(job.id) / f"stdout-{job.attempt}.json"
     try:
-        return json.loads((jobs.path(job.id) / f"stdout-{job.attempt}.json").read_text())
+        return json.loads(path.read_bytes()) if path.stat().st_size <= MOST_TAIL else None
     except (OSError, ValueError):
         return None
-
-
-async def _follow(jobs: Jobs, job_id: str, path: Path) -> AsyncIterator[str]:
-    """Whole lines of a growing file, to the end of the job. A file that was replaced is read again from its start."""
-    offset, inode = 0, None
-    while True:
-        job = await asyncio.to_thread(jobs.store.get, job_id)
-        if path.is_file():
-            status = path.stat()
-            if inode is not None and (status.st_ino != inode or status.st_size < offset):
-                offset = 0
-                yield sse({}, "reset")
-            inode = status.st_ino
-            with open(path, "rb") as file:
-                file.seek(offset)
-                new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            offset += len(whole)
-            for line in whole.decode(errors="replace").splitlines():
-                yield sse(json.loads(line) if path.suffix == ".jsonl" else line)
-        if job.state in ENDED:
-            yield sse({"state": job.state}, "end")
-            return
-        await asyncio.sleep(FOLLOW_S)

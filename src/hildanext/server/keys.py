@@ -57,5 +57,8 @@ def is_own_page(host: str, origin: str) -> bool:
 
     A page elsewhere could otherwise reach this server through its visitor's browser (DNS rebinding, cross-site posts).
     """
-    name = urlsplit(f"//{host}").hostname or ""
-    return is_loopback(name) and (not origin or urlsplit(origin).netloc == host)
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return is_loopback(name) and (not origin or urlsplit(origin).netloc == host)
+    except ValueError:  # half of an IPv6 address
+        return False

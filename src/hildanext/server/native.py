@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from hildanext import __version__, engines
+from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
 from hildanext.decode import Finished, Step
 from hildanext.engines import Completion, Event
@@ -21,6 +21,7 @@ from hildanext.server.answers import (
     completed,
     event_stream,
     make_show_step,
+    note_failure,
     problem,
     problems,
     sse,
@@ -54,9 +55,9 @@ async def submit(
     if n_chars(prompt) > limit:
         raise UsageError(f"the prompt has {n_chars(prompt)} characters; server.max_prompt_chars is {limit}")
     settings = worker.opened().settings(config.model_copy(update={"decode": decode}))
-    request = engines.Request(await worker.encode(prompt), settings)
     most = config.server.deadline_s
-    return worker.accept(request, min(deadline_s or most, most), wants_steps=wants_steps)
+    deadline_s = most if deadline_s is None else min(deadline_s, most)
+    return await worker.accept(prompt, settings, deadline_s, wants_steps=wants_steps)
 
 
 def native_routes(
@@ -100,12 +101,12 @@ def _add_views(
             "version": __version__,
         }
 
-    @router.get("/health/live")
+    @router.get("/health/live", responses=problems(403))
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "live"}
 
-    @router.get("/health/ready", responses=problems(503))
+    @router.get("/health/ready", responses=problems(403, 503))
     async def ready() -> Response:
         """The model answers: it did once when it was opened, and did not fail at the last pass."""
         if worker.state != "ready":
@@ -131,7 +132,9 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Complete a prompt; streamed, with every denoising step as it happens."""
         decode, wants_steps = body.decode_config(config.decode), body.stream or body.trace
-        ticket = await submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps)
+        ticket = await unless_gone(
+            request, submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps)
+        )
         events, show = worker.events(ticket), make_show_step(worker.opened())
         if body.stream:
             # Waiting for the first event lets what is wrong with the request be a status.
@@ -174,4 +177,5 @@ async def _stream(
         async for news in events:  # one write: each takes the interpreter from the engine's thread for a moment
             yield "".join(map(written, news))
     except HildaError as error:
+        note_failure(request, error)
         yield sse({"detail": str(error), "status": status_of(error)}, "error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,14 +16,27 @@ from pydantic import Field, model_validator
 from hildanext.config import Config, DecodeConfig, Mode
 from hildanext.decode import Finished
 from hildanext.engines import Completion, Event
-from hildanext.errors import HildaError
-from hildanext.server.answers import chained, completed, event_stream, sse, status_of, streams, unless_gone, with_retry
+from hildanext.errors import ContextError, HildaError
+from hildanext.server.answers import (
+    chained,
+    completed,
+    event_stream,
+    note_failure,
+    sse,
+    status_of,
+    streams,
+    together,
+    unless_gone,
+    with_retry,
+)
 from hildanext.server.bodies import Body, Share, Stop, Text, with_settings
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import Ticket, Worker
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 KINDS |= {411: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 class OpenAIProblemInner(Body):
@@ -38,12 +50,27 @@ class OpenAIProblem(Body):
     error: OpenAIProblemInner
 
 
-def openai_problem(status: int, line: str, param: str | None = None, headers: dict[str, str] | None = None) -> Response:
-    """An error as OpenAI's clients expect it. What does not fit the schema is 400 there."""
-    status = 400 if status == 422 else status
+def error_body(status: int, line: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    error = {"message": line, "type": kind, "param": param, "code": None}
-    return JSONResponse({"error": error}, status, with_retry(status, headers))
+    return {"error": {"message": line, "type": kind, "param": param, "code": code or CODES.get(status)}}
+
+
+def openai_problem(
+    status: int,
+    line: str,
+    param: str | None = None,
+    headers: dict[str, str] | None = None,
+    code: str | None = None,
+) -> Response:
+    """What does not fit the schema is 400 there."""
+    status = 400 if status == 422 else status
+    return JSONResponse(error_body(status, line, param, code), status, with_retry(status, headers))
+
+
+def code_of(error: HildaError) -> str | None:
+    """The word of OpenAI's that says more than the status."""
+    return "context_length_exceeded" if isinstance(error, ContextError) else None
 
 
 class StreamOptions(Body):
@@ -192,14 +219,14 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
         tickets: list[Ticket] = []
         try:
             for prompt in prompts:
-                tickets.append(await submit(worker, config, prompt, decode))
+                tickets.append(await unless_gone(request, submit(worker, config, prompt, decode)))
             if body.stream:
                 events = worker.events(tickets[0])
                 first = await unless_gone(request, anext(events))
                 return event_stream(
                     _stream(request, config, body, prompts[0], tickets[0], chained(first, events), form)
                 )
-            found = await unless_gone(request, asyncio.gather(*[completed(worker.events(t)) for t in tickets]))
+            found = await unless_gone(request, together([completed(worker.events(t)) for t in tickets]))
         except BaseException:
             for ticket in tickets:
                 worker.drop(ticket)
@@ -223,7 +250,8 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
 
 
 def unknown_model(name: str) -> Response:
-    return openai_problem(404, f"the model '{name}' is not served here; GET /v1/models lists what is", "model")
+    line = f"the model '{name}' is not served here; GET /v1/models lists what is"
+    return openai_problem(404, line, "model", code="model_not_found")
 
 
 async def _stream(
@@ -254,6 +282,6 @@ async def _stream(
             if text := "".join(map(written, news)):
                 yield text
     except HildaError as error:
-        status = status_of(error)
-        yield sse({"error": {"message": str(error), "type": KINDS.get(status, "server_error"), "code": None}})
+        note_failure(request, error)
+        yield sse(error_body(status_of(error), str(error), code=code_of(error)))
     yield "data: [DONE]\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from hildanext.server.answers import (
     chained,
     completed,
     event_stream,
+    note_failure,
     problems,
     sse,
     status_of,
@@ -70,9 +72,11 @@ def parent_routes(config: Config, parent: Parent) -> APIRouter:
     router = APIRouter()
 
     async def begin(body: BaseBody) -> tuple[Worker, Ticket]:
+        began, most = time.monotonic(), config.server.deadline_s
         worker = await parent.opened(body.deadline_s)
+        left = min(body.deadline_s or most, most) - (time.monotonic() - began)
         decode = body.decode_config(config.decode)
-        return worker, await submit(worker, config, body.text, decode, body.deadline_s, wants_steps=body.stream)
+        return worker, await submit(worker, config, body.text, decode, left, wants_steps=body.stream)
 
     @router.post(
         "/generate/base",
@@ -117,4 +121,5 @@ async def _stream(
             if text := "".join(map(written, news)):
                 yield text
     except HildaError as error:
+        note_failure(request, error)
         yield sse({"detail": str(error), "status": status_of(error)}, "error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -12,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from hildanext.config import Config
-from hildanext.decode import Finished, Step
+from hildanext.decode import Finished, Settings, Step
 from hildanext.engines import Completion, Engine, Event, Request, Steps, as_steps
 from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
 
+STOP_S = 5.0
 State = Literal["loading", "ready", "failing", "stopping", "stopped"]
 
 
@@ -37,10 +39,10 @@ class DeadlineError(HildaError):
 
 
 class Ticket:
-    """A request that was accepted, and what has happened to it and was not fetched yet."""
+    """A request that has a place, and what has happened to it and was not fetched yet."""
 
-    def __init__(self, request: Request, deadline_s: float, *, wants_steps: bool) -> None:
-        self.request, self.began, self.wants_steps = request, time.monotonic(), wants_steps
+    def __init__(self, settings: Settings, deadline_s: float, *, wants_steps: bool) -> None:
+        self.request, self.began, self.wants_steps = Request([], settings), time.monotonic(), wants_steps
         self.deadline = self.began + deadline_s
         self.news: list[Event | HildaError] = []
         self.has_news = asyncio.Event()
@@ -60,7 +62,7 @@ class Worker:
         self.accepted: set[Ticket] = set()  # the event loop's
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._thread = threading.Thread(target=self._run, name="engine")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         meters.queued.set_function(lambda: self.n_queued)
         meters.running.set_function(lambda: len(self.accepted) - self.n_queued)
         self._under_way: dict[Any, Ticket] = {}  # the thread's
@@ -72,10 +74,13 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Drop what runs, close the engine and wait for the thread. Called outside the event loop, which must still run."""
+        """Drop what runs and close the engine. Called outside the event loop, which must still run.
+
+        A loading or a pass that takes longer than STOP_S is left behind, to end with the process.
+        """
         self._inbox.put(("stop", None))
-        self._thread.join()
-        self._encoder.shutdown()
+        self._thread.join(STOP_S)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
 
     # --- The event loop's side
 
@@ -85,20 +90,35 @@ class Worker:
             raise Unready(f"the server is {self.state}")
         return self.engine
 
-    async def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Token ids, made in a thread of its own: a long prompt takes a while."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, self.opened().encode, prompt)
-
     @property
     def n_queued(self) -> int:
         return max(0, len(self.accepted) - (self.engine.slots if self.engine else 0))
 
-    def accept(self, request: Request, deadline_s: float, *, wants_steps: bool) -> Ticket:
-        """Raises Overloaded when the queue is full, Unready while nothing can be answered."""
-        if len(self.accepted) >= self.opened().slots + self.config.server.queue:
+    async def accept(
+        self, prompt: str | list[dict[str, str]], settings: Settings, deadline_s: float, *, wants_steps: bool
+    ) -> Ticket:
+        """Give a prompt a place, and its tokens to the engine.
+
+        Raises Overloaded when the queue is full, Unready while nothing can be answered, DeadlineError, and what is wrong
+        with the prompt.
+        """
+        engine = self.opened()
+        if len(self.accepted) >= engine.slots + self.config.server.queue:
             raise Overloaded(f"{len(self.accepted)} requests are waiting or running (server.queue); try again later")
-        ticket = Ticket(request, deadline_s, wants_steps=wants_steps)
+        ticket = Ticket(settings, deadline_s, wants_steps=wants_steps)
         self.accepted.add(ticket)
+        # In a thread of its own, since a long prompt takes a while; no more wait for it than have a place.
+        encoding = self.loop.run_in_executor(self._encoder, engine.encode, prompt)
+        try:
+            await asyncio.wait({encoding}, timeout=deadline_s)
+            if not encoding.done():
+                raise DeadlineError("the deadline passed before the prompt was read")
+            ticket.request = Request(encoding.result(), settings)
+            self.opened()  # still
+        except BaseException:
+            encoding.cancel()
+            self.accepted.discard(ticket)
+            raise
         self._inbox.put(("submit", ticket))
         return ticket
 
@@ -139,6 +159,12 @@ class Worker:
             if isinstance(what, (Completion, HildaError)):
                 self.accepted.discard(ticket)
 
+    def _end(self, error: HildaError) -> None:
+        """The engine is no more: nobody waits for it any longer. In the event loop, so that no request slips through."""
+        self._deliver([(ticket, error) for ticket in self.accepted])
+        if self.failure is not None:
+            self.on_failure()
+
     # --- The thread's side
 
     def _run(self) -> None:
@@ -147,19 +173,32 @@ class Worker:
             settings = engine.settings(self.config)._replace(max_new_tokens=1)
             engine.generate(Request(engine.encode("Hello"), settings))  # ready means: it has answered
         except Exception as error:  # noqa: BLE001  (the loader may fail in any way)
-            self.failure = error if isinstance(error, HildaError) else _failure(error)
+            self.failure = _failure(error)
             self.state = "stopped"
-            self.loop.call_soon_threadsafe(self.on_failure)
-            self.loop.call_soon_threadsafe(self.is_open.set)
+            self._call(self.on_failure)
+            self._call(self.is_open.set)
             return
         self.engine, self.state = engine, "ready"
-        self.loop.call_soon_threadsafe(self.is_open.set)
-        steps = as_steps(engine)
-        while self._take_in(steps):
-            self._move_on(steps)
-        self._fail(steps, Unready("the server is stopping"))
-        engine.close()
+        self._call(self.is_open.set)
+        end: HildaError = Unready("the server is stopping")
+        try:
+            self._serve(as_steps(engine))
+        except Exception as error:  # noqa: BLE001  (an engine that cannot even forget its requests is lost)
+            end = self.failure = _failure(error)
         self.state = "stopped"
+        self._call(self._end, end)
+        engine.close()
+
+    def _serve(self, steps: Steps) -> None:
+        """Answer until told to stop. When a pass fails, so do the requests under way; the next ones have their chance."""
+        while True:
+            try:
+                if not self._take_in(steps):
+                    return
+                self._move_on(steps)
+            except Exception as error:  # noqa: BLE001
+                self.state = "failing"
+                self._fail(steps, _failure(error))
 
     def _take_in(self, steps: Steps) -> bool:
         """Hand new requests to the engine and take dropped ones from it; wait if there is nothing else to do."""
@@ -173,21 +212,19 @@ class Worker:
                 continue
             try:
                 ticket.handle = steps.submit(ticket.request)
+            except Exception as error:  # noqa: BLE001  (this request fails, the others do not)
+                self._tell([(ticket, _failure(error))])
+            else:
                 self._under_way[ticket.handle] = ticket
-            except HildaError as error:
-                self._tell([(ticket, error)])
         return True
 
     def _move_on(self, steps: Steps) -> None:
         """One pass of everything that runs."""
-        try:
-            happened = steps.step()
-        except Exception as error:  # noqa: BLE001  (these requests fail, the next ones have their chance)
-            self.state = "failing"
-            self._fail(steps, error if isinstance(error, HildaError) else _failure(error))
-            return
+        assert self.engine is not None
+        n_running = min(self.engine.slots, len(self._under_way))  # before the pass: after it, some have ended
+        happened = steps.step()
         self.state = "ready"
-        self.meters.batch.observe(steps.n_running)
+        self.meters.batch.observe(n_running)
         mine = [(self._under_way[handle], what) for handle, what in happened if handle in self._under_way]
         # To wake the event loop costs more than the rule of a pass: not for what nobody looks at.
         news = [(ticket, what) for ticket, what in mine if ticket.wants_steps or not isinstance(what, Step)]
@@ -195,24 +232,32 @@ class Worker:
             if isinstance(what, (Completion, HildaError)):
                 del self._under_way[ticket.handle]
         now = time.monotonic()
-        for ticket in [ticket for ticket in self._under_way.values() if now > ticket.deadline]:
-            steps.cancel(ticket.handle)
-            del self._under_way[ticket.handle]
-            news.append((ticket, DeadlineError("the deadline passed before the answer was complete")))
+        late = [ticket for ticket in self._under_way.values() if now > ticket.deadline]
+        news += [(ticket, DeadlineError("the deadline passed before the answer was complete")) for ticket in late]
         self._tell(news)
+        for ticket in late:
+            del self._under_way[ticket.handle]
+            steps.cancel(ticket.handle)
 
     def _fail(self, steps: Steps, error: HildaError) -> None:
-        for handle in self._under_way:
+        """Told first: to cancel after a failure may fail too."""
+        failed, self._under_way = self._under_way, {}
+        self._tell([(ticket, error) for ticket in failed.values()])
+        for handle in failed:
             steps.cancel(handle)
-        self._tell([(ticket, error) for ticket in self._under_way.values()])
-        self._under_way.clear()
 
     def _tell(self, news: list[tuple[Ticket, Event | HildaError]]) -> None:
         if news:
-            self.loop.call_soon_threadsafe(self._deliver, news)
+            self._call(self._deliver, news)
+
+    def _call(self, what: Callable[..., object], *given: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
+            self.loop.call_soon_threadsafe(what, *given)
 
 
-def _failure(error: Exception) -> ModelError:
-    """An error that nobody foresaw: the whole of it for the log, one line for the client."""
+def _failure(error: Exception) -> HildaError:
+    """Of an error that nobody foresaw the whole goes to the log, one line to the client."""
+    if isinstance(error, HildaError):
+        return error
     traceback.print_exception(error)
     return ModelError(f"the engine failed: {type(error).__name__}; the server's log has more")
