@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -321,8 +322,9 @@ def test_missing_files(name: str, file: str | None, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_names_of_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: dict[str, str]) -> None:
-    """A name that nobody knows; a task whose data is on a hub out of reach; the same task with a local file."""
+@pytest.fixture
+def hubby(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A task 'hubby' in the harness's index, its data on the hub."""
     # lm-eval's index is some 13,000 files: a few of the same form stand for it.
     (tmp_path / "hubby.yaml").write_text(
         (harness.SHIPPED / "local_multiple_choice.yaml")
@@ -337,11 +339,43 @@ def test_names_of_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, d
         "TaskManager",
         lambda include_path, include_defaults: real(include_path=[*include_path, tmp_path], include_defaults=False),
     )
+
+
+def set_offline(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
     import datasets
     import huggingface_hub
 
     for module in (datasets.config, huggingface_hub.constants):
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", value)
+
+
+@pytest.mark.parametrize("dead", ["names", "connections"])
+def test_a_dead_network_is_one_line(monkeypatch: pytest.MonkeyPatch, hubby: None, dead: str) -> None:
+    """Nothing says that the hub is out of reach: asking shows it."""
+    set_offline(monkeypatch, False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the libraries' tries
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise (
+            socket.gaierror(-3, "Temporary failure in name resolution")
+            if dead == "names"
+            else OSError(101, "Network is unreachable")
+        )
+
+    if dead == "names":
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    else:
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 443))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(UsageError, match=r"task 'hubby' cannot be opened: .*--data hubby=FILE") as caught:
+        harness.open_tasks("hubby", None)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_the_harness(monkeypatch: pytest.MonkeyPatch, hubby: None, data: dict[str, str]) -> None:
+    """A name that nobody knows; a task whose data is on a hub out of reach; the same task with a local file."""
+    set_offline(monkeypatch, True)
     with pytest.raises(UsageError, match="unknown task 'nonsense'; there are humaneval") as caught:
         harness.open_tasks("nonsense", None)
     assert "\n" not in str(caught.value)

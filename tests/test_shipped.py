@@ -1,11 +1,14 @@
 """The model that comes with the package: what its folder holds, and that it is what generate, chat and serve take."""
 
 import importlib.util
+import io
 import json
 import socket
+import sys
 
 import pytest
 
+import serving
 from hildanext import cli
 from hildanext.config import SHIPPED_MODEL, load_config
 from hildanext.decode import read_presets
@@ -46,12 +49,38 @@ def test_it_is_the_base_only_where_none_is_named(tmp_path):
         load_config(file, [], SHIPPED_MODEL)
 
 
-@needs_base
-def test_generate_answers_with_it_and_no_network(monkeypatch, capsys):
-    def refuse(*_):
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
         raise OSError("no network in this test")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@needs_base
+def test_chat_answers_with_it_and_no_network(no_network, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tell me a short story about a shy fox.\nAnd then?\n"))
+    assert cli.main(["chat", "--set", "decode.max_new_tokens=16"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.split()) > 8
+    assert captured.err.count("[16 tokens") == 2
+
+
+@needs_base
+def test_serve_answers_with_it_and_no_network(no_network):
+    config = load_config(None, ["decode.max_new_tokens=16"], SHIPPED_MODEL)
+    with serving.client(config) as client:
+        health = client.get("/health").json()
+        assert (health["status"], health["model"]) == ("ok", SHIPPED_MODEL)
+        answer = client.post("/generate", json={"prompt": "Tell me a short story about a shy fox."})
+    assert answer.status_code == 200
+    assert len(answer.json()["token_ids"]) == 16
+
+
+@needs_base
+def test_generate_answers_with_it_and_no_network(no_network, capsys):
     prompt = "Tell me a short story about a shy fox who learns to share."
     assert cli.main(["generate", prompt, "--json", "--set", "decode.max_new_tokens=24"]) == 0
     answer = json.loads(capsys.readouterr().out)
