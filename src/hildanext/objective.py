@@ -230,11 +230,7 @@ def _slope(
     With p = softmax(logits), the cross-entropy's is p - onehot, KL(q || p)'s p - q, the entropy's -p (log p + H).
     """
     p = logits.to(torch.float32, copy=True)
-    rows = q = across = None
-    if soft is not None:
-        rows = soft.share.nonzero()[:, 0]
-        q = soft.logits(soft.hidden[rows]).softmax(-1)
-        across = p[rows, labels[rows]] - (q * p[rows]).sum(-1)  # CE(q, p) - CE(label, p)
+    taught = None if soft is None else _teach(p, labels, soft)
     one, z = _predict(p, labels, mask_token_id)
     value = (weight * one.ce).sum()
     if cap is None:
@@ -246,9 +242,18 @@ def _slope(
         entropy = -p_log_p.sum(-1, keepdim=True)
         value = value + (cap * entropy).sum()
         slope = p.mul_(weight[:, None] - cap * entropy).sub_(p_log_p.mul_(cap))
-    if soft is None:
-        return value, one, slope.scatter_add_(-1, labels[:, None], -weight[:, None])
-    part = weight[rows] * soft.share[rows]
-    value = value + (part * (across + torch.xlogy(q, q).sum(-1))).sum()
-    slope[rows] -= part[:, None] * q
-    return value, one, slope.scatter_add_(-1, labels[:, None], -(weight * (1.0 - soft.share))[:, None])
+    hard = weight
+    if soft is not None and taught is not None:
+        rows, q, gap = taught
+        hard, part = weight * (1.0 - soft.share), weight[rows] * soft.share[rows]
+        value = value + (part * gap).sum()
+        slope[rows] -= part[:, None] * q
+    return value, one, slope.scatter_add_(-1, labels[:, None], -hard[:, None])
+
+
+def _teach(logits: Tensor, labels: Tensor, soft: Soft) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that have a share [m], the teacher's q there [m, V], and KL(q || p) - CE [m], float32."""
+    rows = soft.share.nonzero()[:, 0]
+    q = soft.logits(soft.hidden[rows]).softmax(-1)
+    own = logits[rows]
+    return rows, q, own.gather(-1, labels[rows, None])[:, 0] - (q * own).sum(-1) + torch.xlogy(q, q).sum(-1)
