@@ -131,7 +131,8 @@ def test_one_at_a_time_in_order(client: TestClient, monkeypatch: pytest.MonkeyPa
     scripted(monkeypatch, OBEDIENT)
     first, second, third = (start(client) for _ in range(3))
     until(lambda: client.get(f"/jobs/{first['id']}").json()["state"] == "running")
-    assert post(client, second, "cancel").json()["state"] == "cancelled"  # it never began
+    never = post(client, second, "cancel").json()  # it never began
+    assert (never["state"], never["started"], never["ended"] is not None) == ("cancelled", None, True)
     until(lambda: client.get(f"/jobs/{first['id']}").json()["result"])
     assert post(client, first, "cancel").status_code == 200
     until(lambda: client.get(f"/jobs/{third['id']}").json()["state"] == "running")

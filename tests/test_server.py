@@ -201,7 +201,9 @@ def test_an_engine_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
     heard: list[Exception] = []
     app = make_app(dummy(), broken, [], on_failure=heard.append)
     with TestClient(app, base_url="http://localhost:1") as client:
-        while app.state.worker.state == "loading" or not heard:
+        for _ in range(60_000):
+            if app.state.worker.state != "loading" and heard:
+                break
             time.sleep(0.001)
         assert client.get("/health").json()["status"] == "stopped"
         assert client.get("/health/live").status_code == 200
@@ -456,13 +458,15 @@ def test_the_command_answers_and_stops_with_0(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(tmp_path / "c.json")]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        while True:
+        for _ in range(3_000):
             try:
                 ask(f"http://127.0.0.1:{port}/health/ready")
                 break
             except urllib.error.URLError:  # not there yet, or 503
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.1)
+        else:
+            pytest.fail("the server was not ready within 5 minutes")
         assert ask(f"http://127.0.0.1:{port}/health")["engine"] == "dummy"
         assert ask(f"http://127.0.0.1:{port}/generate", {"prompt": "hi"})["text"] == NOTICE + "hi"
         process.send_signal(signal.SIGTERM)

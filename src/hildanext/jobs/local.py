@@ -23,9 +23,9 @@ from hildanext.jobs.store import Job
 class LocalBackend:
     every_s = 0.2
 
-    def __init__(self, config: JobsConfig, environ: Mapping[str, str]) -> None:
-        """`environ`: what the jobs' processes are given of the environment."""
-        self.config, self.environment = config, environ
+    def __init__(self, config: JobsConfig, environment: Mapping[str, str]) -> None:
+        """`environment`: what the jobs' processes are given of the server's."""
+        self.config, self.environment = config, environment
         self.python = sys.executable
         self.processes: dict[tuple[str, int], subprocess.Popen[bytes]] = {}  # children of this very process
         self.told: dict[tuple[str, int], float] = {}  # when a cancelled attempt was sent SIGTERM
