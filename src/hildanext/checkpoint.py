@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from hildanext.errors import CheckpointError
 from hildanext.files import fsync_folder, write_json
 from hildanext.model import DiffusionLM, save_diffusion_lm
 from hildanext.parallel import like, whole
+from hildanext.zero import Zero
 
 STATE, TENSORS = "trainer.json", "trainer.safetensors"
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer | Zero, names: dict[int, str]) -> dict[str, Tensor]:
     """Optimizer state as flat tensors `parameter|key`, counters as `parameter|int:key`. `names`: id(parameter) -> name."""
     found = {}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in optimizer.state() if isinstance(optimizer, Zero) else optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 value = whole(value.detach()).cpu().contiguous()
@@ -39,9 +40,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
     return found
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer | Zero, tensors: dict[str, Tensor], names: dict[int, str]
+) -> None:
     """Put `optimizer_tensors` back. Raises CheckpointError when they do not match the model's parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    put: Callable[[Tensor, dict[str, Any]], None]
+    if isinstance(optimizer, Zero):
+        parameters, put = optimizer.parameters, optimizer.put
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        put = optimizer.state.__setitem__
     by_name: dict[str, dict[str, Tensor]] = {}
     for flat, value in tensors.items():
         name, _, key = flat.rpartition("|")
@@ -52,7 +60,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         raise CheckpointError(f"optimizer state does not match the model: '{odd}' is on one side only")
     for parameter in parameters:
         if state := by_name.get(names[id(parameter)]):
-            optimizer.state[parameter] = dict(_placed(key, value, parameter) for key, value in state.items())
+            put(parameter, dict(_placed(key, value, parameter) for key, value in state.items()))
 
 
 def _placed(key: str, value: Tensor, parameter: Tensor) -> tuple[str, Tensor | int]:

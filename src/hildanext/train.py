@@ -33,6 +33,7 @@ from hildanext.rows import RowSource
 from hildanext.runs import RunFolder
 from hildanext.schedule import Point
 from hildanext.signals import stop_on_signals
+from hildanext.zero import Zero, launched
 
 
 class Job(NamedTuple):
@@ -112,15 +113,19 @@ class Trainer:
         self.config, self.lm, self.job, self.rows, self.run = config, lm, job, task.rows, run
         self.accelerator, self.is_main = accelerator, accelerator.is_main_process
         torch.manual_seed(config.train.seed)
-        with accelerator.autocast():
+        with policy.autocast():
             self.attention = choose_attention(lm, config.train.attention, policy)
         if config.train.gradient_checkpointing:
             checkpoint_activations(lm.model)
         layers = lm.model._no_split_modules or []
         self.task = task
         task.module = spread(accelerator, task.module, list(layers), config.train.sharding)
-        self.optimizer = make_optimizer(lm.model, config.train, policy.fused)
-        self.prepared = accelerator.prepare(self.optimizer)
+        optimizer = make_optimizer(lm.model, config.train, policy.fused)
+        self.optimizer: torch.optim.Optimizer | Zero = optimizer
+        if launched():  # by DeepSpeed, which wants module and optimizer together
+            self.optimizer = zero = Zero(accelerator, task.module, optimizer, policy)
+            task.module = zero.engine
+        self.prepared = self.optimizer if launched() else accelerator.prepare(optimizer)
         self.micro_batch = config.train.micro_batch  # halved when memory is short
         self.names = {id(p): name for name, p in lm.model.named_parameters()}
         lm.model.train()
@@ -164,7 +169,8 @@ class Trainer:
         clear_cache(self.lm.device)
         rows = self.config.train.rows_per_step
         smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % size == 0), None)
-        if smaller is None or self.accelerator.num_processes > 1:  # the other processes wait for this one's gradients
+        # The other processes wait for this one's gradients; DeepSpeed keeps half a step's.
+        if smaller is None or self.accelerator.num_processes > 1 or isinstance(self.optimizer, Zero):
             raise MemoryShortError(self.config, self.micro_batch, step + 1, reason)
         say(
             f"step {step + 1}: out of memory; train.micro_batch {self.micro_batch} -> {smaller}, "
