@@ -61,7 +61,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
 """
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--dynamo_backend=no"]
 needs_deepspeed = pytest.mark.skipif(
-    not is_deepspeed_available(), reason="deepspeed is not installed (extra 'deepspeed')"
+    not is_deepspeed_available(), reason="deepspeed is not installed; see make test-deepspeed"
 )
 
 
