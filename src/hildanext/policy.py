@@ -5,7 +5,9 @@ Pascal (sm_6x) gets fp16 with a loss scaler or fp32, SDPA in pieces, no Triton a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,6 +35,13 @@ class Policy(NamedTuple):
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
         """accelerate's name: fp16 brings a loss scaler."""
         return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.compute]  # type: ignore[return-value]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Within it a training's forward computes in `compute`, as within `Accelerator.autocast`."""
+        if self.compute == torch.float32:
+            return contextlib.nullcontext()
+        # A forward uses a weight once: keeping its cast form until the end is memory for nothing.
+        return torch.autocast(self.device.type, self.compute, cache_enabled=False)
 
     def as_dict(self) -> dict[str, object]:
         """For people and for /health."""

@@ -42,6 +42,7 @@ from hildanext.rows import RowSource
 from hildanext.runs import RunFolder
 from hildanext.schedule import Point
 from hildanext.signals import stop_on_signals
+from hildanext.zero import Zero, launched
 
 
 class Job(NamedTuple):
@@ -125,15 +126,19 @@ class Trainer:
         self.config, self.lm, self.job, self.rows, self.run = config, lm, job, task.rows, run
         self.accelerator, self.is_main = accelerator, accelerator.is_main_process
         torch.manual_seed(config.train.seed)
-        with accelerator.autocast():
+        with policy.autocast():
             self.attention = choose_attention(lm, config.train.attention, policy)
         if config.train.gradient_checkpointing:
             checkpoint_activations(lm.model)
         layers = lm.model._no_split_modules or []
         self.task = task
         task.module = spread(accelerator, task.module, list(layers), config.train.sharding)
-        self.optimizer = make_optimizer(lm.model, config.train, policy.fused)
-        self.prepared = accelerator.prepare(self.optimizer)
+        optimizer = make_optimizer(lm.model, config.train, policy.fused)
+        self.optimizer: torch.optim.Optimizer | Zero = optimizer
+        if launched():  # by DeepSpeed, which wants module and optimizer together
+            self.optimizer = zero = Zero(accelerator, task.module, optimizer, policy)
+            task.module = zero.engine
+        self.prepared = self.optimizer if launched() else accelerator.prepare(optimizer)
         self.micro_batch = config.train.micro_batch  # halved when memory is short
         self.trials = TRIALS if isinstance(task.module, DistributedDataParallel) else 0
         self.names = {id(p): name for name, p in lm.model.named_parameters()}
@@ -199,7 +204,7 @@ class Trainer:
         clear_cache(self.lm.device)
         rows, world = self.config.train.rows_per_step, self.accelerator.num_processes
         smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % (size * world) == 0), None)
-        if smaller is None:
+        if smaller is None or isinstance(self.optimizer, Zero):  # DeepSpeed keeps half a step's gradients
             raise self.memory_short(step, reason)
         say(
             f"step {step + 1}: out of memory; train.micro_batch {self.micro_batch} -> {smaller}, "
