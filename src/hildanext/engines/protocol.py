@@ -67,6 +67,9 @@ class Engine(Protocol):
     trained_block: int | None  # block size the model was trained for
     device: str | None  # where the model runs
     dtype: str | None  # what it computes in
+    policy: (
+        dict[str, object] | None
+    )  # what this machine gets and why (`Policy.as_dict`); None where the engine chooses itself
     slots: int  # requests decoded side by side
     mask_token_id: int | None  # what stands in a Step's tokens for text to be drafted
     eos_token_id: int | None
