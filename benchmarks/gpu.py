@@ -64,7 +64,7 @@ def step_seconds(config: Config, shape: PreTrainedConfig, kind: str, steps: int 
     for _ in range(steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        forward_backward(model, rows, config, policy, 0.0)
+        forward_backward(model, rows, config, policy, "convert-wsd")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()

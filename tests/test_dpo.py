@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from torch import Tensor
 from hildanext import cli, parallel
 from hildanext.config import Config, LoraConfig
 from hildanext.convert import convert_wsd
-from hildanext.documents import Rejects
+from hildanext.documents import Encoded, Rejects
 from hildanext.dpo import dpo, open_pairs, reference
 from hildanext.errors import CheckpointError, ConfigError, DataError, UsageError
 from hildanext.model import DiffusionLM, load_diffusion_lm, set_adapter, weights_of
-from hildanext.pairs import encode_pairs, read_pairs
+from hildanext.pairs import Pair, Pairs, encode_pairs, read_pairs
 from hildanext.passes import Batch, Pass
 from hildanext.prefer import ElboModule, Prefer, Preference, draw_noise
 from hildanext.runs import RunFolder
@@ -416,6 +417,21 @@ def test_the_demo_pairs_are_read(shared: Callable[[str], Path]):
     answers = list(read_pairs(str(shared("instruct/dpo_en_demo.json")), rejects))
     assert len(answers) + rejects.total == 300
     assert rejects.total <= 3, str(rejects)
+
+
+def test_rows_of_pairs_have_few_widths():
+    """Of pairs of every length: a kernel is compiled for each width."""
+
+    def side(n: int) -> Encoded:
+        return Encoded(np.full(n, 7, dtype=np.int32), np.ones(n, dtype=bool))
+
+    pairs = [Pair(side(n), side(max(n // 2, 1))) for n in range(1, 1001)]
+    rows = Pairs(pairs, story_tokenizer(300), 0, seq_len=1000)
+    widths = {rows.batch([sample])["input_ids"].shape[1] for sample in range(1000)}
+    assert widths == {128, 256, 384, 512, 640, 768, 896, 1000}
+    found = rows.of([199])
+    assert (found["doc_ids"] >= 0).sum(1).tolist() == [200, 100]
+    assert found["loss_mask"].sum(1).tolist() == [200, 100]
 
 
 def test_what_dpo_cannot_do_without(tmp_path: Path, tiny_base: Path, shifted: Path):

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hildanext import shards
 from hildanext.errors import DataError
 from hildanext.packing import Row, pack
 from hildanext.rows import RowOrder, Rows, write_meta
@@ -70,10 +72,42 @@ def test_a_broken_header_is_named_when_the_shard_is_read(tmp_path: Path) -> None
     path.write_bytes(b"\xff" * path.stat().st_size)
     rows = Rows.open(tmp_path / "x.rows")
     rows.batch([0])
-    with pytest.raises(DataError, match=r"shard-00001\.safetensors: cannot be read"):
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors: other contents than were written"):
         rows.batch([len(rows) - 1])
 
 
+def test_a_flipped_bit_is_named_before_a_row_of_its_shard_is_given(tmp_path: Path) -> None:
+    """The size is the same, and so is the header: only the checksum can tell."""
+    write(tmp_path / "x.rows", [5, 9, 30])
+    path = tmp_path / "x.rows/shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    rows = Rows.open(tmp_path / "x.rows")
+    rows.batch([0])
+    line = r"shard-00001\.safetensors: other contents than were written \(SHA-256 differs\); run 'hildanext tokenize --verify'"
+    with pytest.raises(DataError, match=line):
+        rows.batch([len(rows) - 1])
+
+
+def test_a_shard_is_read_once_for_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is opened, until it changes."""
+    write(tmp_path / "x.rows", [5, 9, 30])
+    read: list[Path] = []
+    sha256_of = shards.sha256_of
+    monkeypatch.setattr(shards, "sha256_of", lambda path: read.append(path) or sha256_of(path))
+    for _ in range(2):
+        rows = Rows.open(tmp_path / "x.rows")
+        for _ in range(2):
+            rows.batch(range(len(rows)))
+    assert len(read) == 2
+    path = tmp_path / "x.rows/shard-00000.safetensors"
+    os.utime(path, ns=(1, 1))
+    Rows.open(tmp_path / "x.rows").batch([0])
+    assert read[2:] == [path]
+
+
+@settings(deadline=None)  # of a busy machine
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.integers(0, 70_000)), max_size=30),
     st.integers(8, 17),
@@ -106,12 +140,14 @@ def test_a_broken_meta_is_named(tmp_path: Path, text: str | None) -> None:
         Rows.open(tmp_path / "x.rows")
 
 
+@settings(deadline=None)  # of a busy machine
 @given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 3))
 def test_each_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
     order = RowOrder(n, seed)
     assert sorted(order.row(epoch * n + i) for i in range(n)) == list(range(n))
 
 
+@settings(deadline=None)  # of a busy machine
 @given(st.integers(20, 300), st.integers(0, 1000))
 def test_epochs_and_seeds_differ_and_runs_agree(n: int, seed: int) -> None:
     first, again, other = RowOrder(n, seed), RowOrder(n, seed), RowOrder(n, seed + 1)

@@ -21,6 +21,7 @@ from hildanext.config import Config, parse_config
 from hildanext.engines import Engine, Event, Request, open_engine
 from hildanext.engines.dummy import NOTICE, DummyEngine
 from hildanext.errors import ConfigError, ModelError
+from hildanext.policy import choose_policy
 from hildanext.server import keys as server_keys
 from hildanext.server import make_app, meters, openai, serve
 from hildanext.server.keys import is_authorized, is_loopback, is_own_page, read_keys
@@ -47,6 +48,7 @@ def test_health_of_the_dummy_says_so(client: TestClient) -> None:
         "block_size": 32,
         "device": None,
         "dtype": None,
+        "policy": None,
         "slots": 1,
         "running": 0,
         "queue": 0,
@@ -225,6 +227,7 @@ def test_a_converted_checkpoint_is_served(converted: Config) -> None:
         health = client.get("/health").json()
         assert (health["engine"], health["block_size"], health["device"]) == ("transformers", 4, "cpu")
         assert (health["dtype"], health["slots"]) == ("float32", 8)
+        assert health["policy"] == choose_policy(converted.model.device, converted.model.dtype).as_dict()
         assert list(health["engine_reasons"]) == ["dinfer"]
         answer = client.post("/generate", json={"prompt": "Once upon", "seed": 1, "tau_edit": None}).json()
         chat = client.post("/generate", json={"messages": [{"role": "user", "content": "Hi"}]})

@@ -6,6 +6,8 @@ import gzip
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import pairwise
@@ -272,3 +274,45 @@ def test_a_killed_training_on_a_stream_resumes_bit_for_bit(tmp_path: Path, tiny_
         json.loads(path.read_text())["rows"] for path in (tmp_path / "runs/killed").rglob("step-4/trainer.json")
     ]
     assert saved["first"] > 0
+
+
+# One pass over a source, in windows of 0.5 MB; the peak of the process before and after, in KB.
+READER = """
+import json, resource, sys
+from hildanext.config import parse_config
+from hildanext.stream import RowStream
+from hildanext.tiny import story_tokenizer
+from hildanext.tokenization import make_job
+source = {"kind": "dolma", "path": sys.argv[1]}
+config = parse_config({"data": {"sources": [source], "mode": "stream", "seq_len": 256, "shard_mb": 0.5, "workers": 1}})
+stream = RowStream(config, "train", make_job(config, "train", story_tokenizer(300)))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+stream.batch([0])
+before, sample = peak(), 0
+while stream.window.start.number == 0:
+    stream.batch([sample])
+    sample = stream.window.end.first
+print(json.dumps({"before": before, "after": peak(), "windows": stream.window.start.window}))
+stream.close()
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Peak resident memory over a whole pass, of a process that streams a corpus and of one that streams ten times as much."""
+    text = "the cat saw a dog and the dog saw the cat in a garden of the house " * 60  # 4 KB
+
+    def read(n_files: int) -> dict[str, int]:
+        folder = tmp_path / str(n_files)
+        folder.mkdir()
+        for number in range(n_files):
+            lines = [json.dumps({"text": f"{number} {i} {text}"}) for i in range(75)]
+            (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+        done = subprocess.run([sys.executable, "-c", READER, str(folder)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    small, large = read(5), read(50)  # 1.5 and 15 MB
+    assert large["windows"] > 8 * small["windows"] > 8
+    more = 1024 * ((large["after"] - large["before"]) - (small["after"] - small["before"]))
+    assert more < 6e6, (small, large)  # of 13.5 MB more text, which as ids alone takes more

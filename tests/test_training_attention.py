@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import random_llama
 from hildanext import training_attention
 from hildanext.config import ModelConfig
 from hildanext.denoiser import choose_attention
-from hildanext.errors import ConfigError
+from hildanext.errors import ConfigError, ModelError
 from hildanext.masks import Pieces, document_mask, training_mask, training_pieces
 from hildanext.memory import checkpoint_activations
 from hildanext.model import DiffusionLM, load_diffusion_lm
@@ -104,6 +105,26 @@ def test_flex_masks_say_the_same(batch: tuple[torch.Tensor, torch.Tensor, int]) 
     expected = dense(docs, positions, size)
     rows, width = torch.arange(len(docs))[:, None, None], torch.arange(expected.shape[1])
     assert torch.equal(mask.mask_mod(rows, torch.tensor(0), width[None, :, None], width[None, None]), expected)
+
+
+def test_more_shapes_than_kernels_is_an_error_and_not_slow_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(training_attention, "SHAPES", 2)
+
+    def attend(length: int) -> None:
+        docs, positions = torch.zeros(1, length, dtype=torch.int64), torch.arange(length)[None]
+        x = torch.randn(1, 1, 2 * length, 8)
+        run(x, x, x, block_mask=visible_keys("flex", docs, positions, 8, torch.float32, 1))
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        run = training_attention.compiled_flex.__wrapped__()
+        for length in (32, 64, 32):
+            attend(length)
+        with pytest.raises(ModelError, match=r"a kernel for each of 2 shapes of rows and met another; set train\.att"):
+            attend(96)
+    torch._dynamo.reset()
 
 
 def test_short_rows_keep_the_dense_mask_and_long_ones_do_not() -> None:

@@ -282,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
         "preflight", _preflight, "Predict the peak memory of a training step; say what to change to make it fit."
     )
     fits.add_argument(
-        "--for", dest="command_for", choices=["convert-wsd", "sft"], default="convert-wsd", help="which training"
+        "--for", dest="command_for", choices=["convert-wsd", "sft", "dpo"], default="convert-wsd", help="which training"
     )
     fits.add_argument("--card", metavar="sm_XY", help="a GPU that is not here, by its compute capability (sm_61)")
     fits.add_argument("--memory", type=float, metavar="GB", help="memory to fit into (default: what is here)")

@@ -77,7 +77,7 @@ def open_pairs(config: Config, lm: DiffusionLM, block_size: int) -> tuple[Pairs,
             f"dpo: data.seq_len {length} cuts {n_cut} of {2 * n_pairs} answers and leaves out {n_left_out} pairs whose prompt "
             "is longer; raise it to keep more"
         )
-    found = [Pairs(part.pairs, lm.tokenizer, config.train.seed) for part in fitted]
+    found = [Pairs(part.pairs, lm.tokenizer, config.train.seed, length) for part in fitted]
     if not found[0]:
         raise DataError(f"{config.dpo.pairs}: no preference pairs to train on")
     if not found[1]:

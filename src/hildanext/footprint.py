@@ -16,22 +16,25 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hildanext import objective
 from hildanext.config import Config, ModelConfig
+from hildanext.errors import ConfigError
 from hildanext.lora import inject
+from hildanext.masks import Pieces
 from hildanext.memory import checkpoint_activations, peak_memory_mb
-from hildanext.objective import denoising_loss
 from hildanext.policy import Policy
 from hildanext.pretrained import locate
 from hildanext.probe import body
 from hildanext.train import make_optimizer
 from hildanext.training_attention import Kind, Visible, use_training_attention, visible_keys
 
-Command = Literal["convert-wsd", "sft"]
+Command = Literal["convert-wsd", "sft", "dpo"]
 # Beside tensors: on a CPU what the first step loads, and what libraries and the C library's allocator hold between
 # tensors, as a share of all that a step makes (with checkpointing: of what it would keep without it); measured on
 # SmolLM2's shape. An adapter's small tensors lie between the large ones, and hold more. On a GPU the context and cuBLAS's workspaces, and a share for the caching
@@ -99,7 +102,10 @@ def shape_of(model: ModelConfig) -> PreTrainedConfig:
 
 
 class Rows(NamedTuple):
-    """A micro-batch as it costs most: every row one document, every token of it noised and supervised."""
+    """A micro-batch as it costs most: every row one document, every token of it noised and supervised.
+
+    Of preferences B is the rows of all pairs: two answers each, in every draw of the noise.
+    """
 
     ids: Tensor  # [B, W] int64: x_t, or [x_t ; x_0]
     position_ids: Tensor  # [B, W] int64
@@ -109,21 +115,33 @@ class Rows(NamedTuple):
     mask_bytes: int
 
 
+def kind_of(config: Config, policy: Policy) -> Kind:
+    """How attention is computed, as `denoiser.choose_attention` takes it where the model allows it."""
+    asked = config.train.attention
+    if asked == "dense" or config.model.attention != "sdpa":
+        return "dense"
+    kind = policy.attention if asked == "auto" else asked
+    if kind == "flex" and policy.device.type == "cpu":
+        raise ConfigError("'train.attention': 'flex' has no backward on a CPU; use 'auto'")
+    return kind
+
+
 def rows_of(config: Config, command: Command, policy: Policy, shape: PreTrainedConfig, device: torch.device) -> Rows:
     """Rows of `data.seq_len`; real tensors, small ones."""
-    length, micro_batch, block_size = config.data.seq_len, config.train.micro_batch, block_of(config, command)
+    length, n_rows, block_size = config.data.seq_len, config.train.micro_batch, block_of(config, command)
+    if command == "dpo":
+        n_rows *= 2 * config.dpo.draws * (2 if config.dpo.complementary else 1)
     text = shape.get_text_config()
     heads: int = text.num_attention_heads
     groups = heads // (text.to_dict().get("num_key_value_heads") or heads)
-    doc_ids = torch.zeros(micro_batch, length, dtype=torch.int64, device=device)
-    position_ids = torch.arange(length, device=device).expand(micro_batch, length).contiguous()
-    kind: Kind = "dense" if config.train.attention == "dense" or config.model.attention != "sdpa" else "pieces"
-    visible = visible_keys(kind, doc_ids, position_ids, block_size, policy.compute, groups)
-    masks = [visible] if isinstance(visible, Tensor) else list(visible.masks)  # type: ignore[union-attr]
+    doc_ids = torch.zeros(n_rows, length, dtype=torch.int64, device=device)
+    position_ids = torch.arange(length, device=device).expand(n_rows, length).contiguous()
+    visible = visible_keys(kind_of(config, policy), doc_ids, position_ids, block_size, policy.compute, groups)
+    masks = [visible] if isinstance(visible, Tensor) else visible.masks if isinstance(visible, Pieces) else []
     streams = 1 if block_size >= length else 2
     wanted = position_ids > 0
     row, column = wanted.nonzero(as_tuple=True)
-    ids = (torch.arange(length, device=device) % text.vocab_size).expand(micro_batch, length)
+    ids = (torch.arange(length, device=device) % text.vocab_size).expand(n_rows, length)
     return Rows(
         ids.repeat(1, streams),
         position_ids.repeat(1, streams),
@@ -168,13 +186,12 @@ def make_fake(model: PreTrainedModel) -> None:
             module.register_parameter(name, made[id(parameter)])
 
 
-def forward_backward(model: PreTrainedModel, rows: Rows, config: Config, policy: Policy, cap_weight: float) -> None:
+def forward_backward(model: PreTrainedModel, rows: Rows, config: Config, policy: Policy, command: Command) -> None:
     """What a micro-batch costs: `DiffusionLM.forward` and the loss, with indices made beforehand."""
     autocast: AbstractContextManager[object] = nullcontext()
     if policy.compute != torch.float32:
         autocast = torch.autocast(model.device.type, dtype=policy.compute, cache_enabled=False)
     dense = isinstance(rows.visible, Tensor)
-    n = len(rows.labels)
     with autocast:
         embeds = model.get_input_embeddings()(rows.ids)
         hidden = body(
@@ -184,20 +201,64 @@ def forward_backward(model: PreTrainedModel, rows: Rows, config: Config, policy:
             position_ids=rows.position_ids,
             **({} if dense else {"visible": rows.visible}),
         )[rows.places]
-        head = model.get_output_embeddings()
-        assert isinstance(head, nn.Module)
-        loss, _, _ = denoising_loss(
-            hidden,
-            head,
-            rows.labels,
-            torch.ones(n, device=hidden.device),
-            torch.ones(n, dtype=torch.bool, device=hidden.device),
-            torch.zeros(n, dtype=torch.bool, device=hidden.device),
-            n,
-            mask_token_id=0,
-            cap_weight=cap_weight,
-        )
-    loss.total.backward()
+        total = _loss(hidden, cast(nn.Module, model.get_output_embeddings()), rows.labels, config, command)
+    total.backward()
+
+
+def _loss(hidden: Tensor, head: nn.Module, labels: Tensor, config: Config, command: Command) -> Tensor:
+    n = len(labels)
+    ones = torch.ones(n, device=hidden.device)
+    if command == "dpo":
+        objective.predict(hidden.detach(), head, labels)
+        return objective.weighted_cross_entropy(hidden, head, labels, ones)
+    masked = torch.ones(n, dtype=torch.bool, device=hidden.device)
+    cap = config.sft.cap_weight if command == "sft" else 0.0
+    loss, _, _ = objective.denoising_loss(
+        hidden, head, labels, ones, masked, ~masked, n, mask_token_id=0, cap_weight=cap
+    )
+    return loss.total
+
+
+def backwards(config: Config, command: Command) -> int:
+    """2 for a step of several backward passes, of which the later ones run beside the gradients of the first; else 1."""
+    passes = {
+        "convert-wsd": config.noise.turns,
+        "sft": config.sft.turns + config.sft.complementary,
+        "dpo": 1,
+    }[command]
+    return 2 if passes > 1 or config.train.rows_per_step > config.train.micro_batch else 1
+
+
+class _FlexBytes(torch.autograd.Function):
+    """What FlexAttention keeps for its backward pass and makes in it; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, sums = ctx.saved_tensors
+        made = [torch.empty_like(tensor) for tensor in (query, key, value, sums)]
+        return made[0], made[1], made[2]
+
+
+def _flex_bytes(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    output: Tensor = _FlexBytes.apply(query, key, value)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def use_fake_attention(model: PreTrainedModel, visible: Visible) -> None:
+    """Training attention for fake tensors: FlexAttention, which runs on GPUs only, is replaced by what it keeps."""
+    if isinstance(visible, BlockMask):
+        AttentionInterface.register("hildanext_flex_bytes", cast(Any, _flex_bytes))
+        model.set_attn_implementation("hildanext_flex_bytes")
+    else:
+        use_training_attention(model)
 
 
 def optimizer_bytes(model: PreTrainedModel, name: str) -> tuple[int, int]:
@@ -229,7 +290,6 @@ def predict(config: Config, command: Command, policy: Policy, shape: PreTrainedC
 
 def _tensors(config: Config, command: Command, policy: Policy, shape: PreTrainedConfig) -> Peak:
     """What tensors take; the rest of the peak is 0 here."""
-    cap = config.sft.cap_weight if command == "sft" else 0.0
     rows = rows_of(config, command, policy, shape, torch.device("cpu"))
     with torch.device("meta"):
         model = bare(shape, config, policy)
@@ -239,16 +299,17 @@ def _tensors(config: Config, command: Command, policy: Policy, shape: PreTrained
     model = prepared(model, config)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         make_fake(model)
-        use_training_attention(model)
+        use_fake_attention(model, rows.visible)
         before = live.live
-        # More than one micro-batch a step: the later ones run beside the gradients of the first.
-        for _ in range(2 if config.train.rows_per_step > config.train.micro_batch else 1):
+        for _ in range(backwards(config, command)):
             live.peak = live.live
-            forward_backward(model, rows, config, policy, cap)
+            forward_backward(model, rows, config, policy, command)
         gradients = live.live - before
         highest = live.peak - before - gradients + rows.mask_bytes
         state, temporary = optimizer_bytes(model, config.train.optimizer)
         weights = sum(p.nbytes for p in model.parameters()) - saved_by_quantization(model, config)
+        if command == "dpo":  # the reference: the adapter as it was
+            weights += sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return Peak(0, weights, gradients, state, max(highest, temporary), 0)
 
 
@@ -264,8 +325,9 @@ def saved_by_quantization(model: PreTrainedModel, config: Config) -> int:
 def block_of(config: Config, command: Command) -> int:
     """A block size below the row: [x_t ; x_0], twice as long, is what costs most in any schedule that meets it."""
     blocks = [config.wsd.final_block, config.wsd.start_block]
-    if command == "sft":
-        blocks = [config.sft.block_size or config.wsd.final_block]
+    if command != "convert-wsd":
+        tune = config.sft if command == "sft" else config.dpo
+        blocks = [tune.block_size or config.wsd.final_block]
     return min(blocks)
 
 
@@ -278,10 +340,9 @@ def measure(config: Config, command: Command, policy: Policy, shape: PreTrainedC
     cast(nn.Module, model).to(device)
     use_training_attention(model)
     optimizer = make_optimizer(model, config.train, policy.fused)
-    cap = config.sft.cap_weight if command == "sft" else 0.0
     for _ in range(3):  # the second one has the optimizer's state, the third what the allocator kept
-        for _ in range(2 if config.train.rows_per_step > config.train.micro_batch else 1):
-            forward_backward(model, rows, config, policy, cap)
+        for _ in range(backwards(config, command)):
+            forward_backward(model, rows, config, policy, command)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return outside + peak_of(device)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+WIDTHS = 128  # rows are as wide as a multiple of this: kernels are compiled for each width
+
+
 class Answers(NamedTuple):
     """Two conversations that differ in their last turn."""
 
@@ -124,16 +127,18 @@ def encode_pairs(
 class Pairs:
     """A row source (`rows.RowSource`) whose sample is a pair: two rows, the chosen answer first."""
 
-    def __init__(self, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    def __init__(self, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, seed: int, seq_len: int) -> None:
         self.pairs, self.order, self.pad = pairs, RowOrder(max(len(pairs), 1), seed), pad_id(tokenizer)
+        self.seq_len = seq_len  # no answer is longer
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def of(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The rows of pairs, [2P, L] each (see `rows.to_batch`), padded to the longest of them."""
+        """The rows of pairs, [2P, L] each (see `rows.to_batch`), padded to the longest of them, or a little beyond."""
         sides = [side for index in indices for side in self.pairs[index]]
-        length, rows = max(len(side.input_ids) for side in sides), []
+        longest, rows = max(len(side.input_ids) for side in sides), []
+        length = min(-(-longest // WIDTHS) * WIDTHS, self.seq_len)
         for ids, mask in sides:
             missing = length - len(ids)
             docs = np.pad(np.zeros(len(ids), np.int32), (0, missing), constant_values=-1)

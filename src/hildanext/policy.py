@@ -17,7 +17,6 @@ from hildanext.errors import ConfigError
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TRITON_FROM = (7, 0)  # the oldest compute capability that Triton compiles for
 FLEX_FROM = (8, 0)  # FlexAttention's kernels want the shared memory and bf16 of Ampere
 
 
@@ -28,7 +27,6 @@ class Policy(NamedTuple):
     compute: torch.dtype
     reason: str
     attention: Literal["flex", "pieces"] = "pieces"  # in training: see `training_attention`
-    compile: bool = False  # whether torch.compile has a compiler for the device that pays
     fused: bool = False  # whether the optimizer's step is one kernel
 
     @property
@@ -42,6 +40,11 @@ class Policy(NamedTuple):
             return contextlib.nullcontext()
         # A forward uses a weight once: keeping its cast form until the end is memory for nothing.
         return torch.autocast(self.device.type, self.compute, cache_enabled=False)
+
+    @property
+    def compile(self) -> bool:
+        """Whether a training compiles anything: FlexAttention alone, which uncompiled computes and keeps every score."""
+        return self.attention == "flex"
 
     def as_dict(self) -> dict[str, object]:
         """For people and for /health."""
@@ -72,11 +75,8 @@ def policy_for(
     device: torch.device, capability: tuple[int, int] | None, compute: torch.dtype, reason: str, has_triton: bool
 ) -> Policy:
     """The rest of the policy, from device, compute capability (CUDA only) and compute type. Looks at no machine."""
-    triton = capability is not None and has_triton and capability >= TRITON_FROM
-    flex = triton and capability is not None and capability >= FLEX_FROM and compute != torch.float32
-    return Policy(
-        device, compute, reason, "flex" if flex else "pieces", compile=triton, fused=device.type in ("cpu", "cuda")
-    )
+    flex = capability is not None and capability >= FLEX_FROM and has_triton and compute != torch.float32
+    return Policy(device, compute, reason, "flex" if flex else "pieces", fused=device.type in ("cpu", "cuda"))
 
 
 def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:

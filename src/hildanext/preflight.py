@@ -111,6 +111,8 @@ def preflight(
     """
     if measured and card is not None:
         raise ConfigError("--measure runs here: it does not go with --card")
+    if command == "dpo" and config.lora.rank is None:
+        raise ConfigError("'lora.rank': dpo trains an adapter; set a rank")
     policy, shape = policy_of(config.model, card), shape_of(config.model)
     peak = predict(config, command, policy, shape)
     there = memory_there(policy, card) if memory_gb is None else round(memory_gb * GB)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Rows:
-    """Packed rows of a `.rows` folder, memory-mapped: opening reads nothing but `meta.json`; or rows held in memory."""
+    """Packed rows of a `.rows` folder, memory-mapped: opening reads nothing but `meta.json`, and a shard is checked against its
+    SHA-256 when its first row is asked for; or rows held in memory."""
 
     def __init__(self, meta: dict[str, Any], shards: Sequence[Shard | StoredShard]) -> None:
         self.meta, self.shards = meta, shards
@@ -34,12 +35,12 @@ class Rows:
         folder = Path(folder)
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            counts = [int(shard["rows"]) for shard in meta["shards"]]
+            shards = [(int(shard["rows"]), str(shard["sha256"])) for shard in meta["shards"]]
             int(meta["seq_len"])
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"{folder / 'meta.json'}: missing or broken; run 'hildanext tokenize' again") from None
         check_sizes(folder, meta["shards"])
-        return cls(meta, [StoredShard(shard_path(folder, number), count) for number, count in enumerate(counts)])
+        return cls(meta, [StoredShard(shard_path(folder, number), *shard) for number, shard in enumerate(shards)])
 
     @classmethod
     def of(cls, rows: Iterable[Row], seq_len: int) -> Rows:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,14 +66,17 @@ def compact(rows: Iterable[Row], seq_len: int) -> Shard:
 
 
 class StoredShard:
-    """A shard's file, memory-mapped when the first row is asked for."""
+    """A shard's file, checked and memory-mapped when the first row is asked for."""
 
-    def __init__(self, path: Path, n_rows: int) -> None:
-        self.path, self.n_rows = path, n_rows
+    def __init__(self, path: Path, n_rows: int, sha256: str) -> None:
+        self.path, self.n_rows, self.sha256 = path, n_rows, sha256
 
     @cached_property
     def slices(self) -> dict[str, Any]:
         try:
+            about = self.path.stat()
+            if digest(self.path, about.st_size, about.st_mtime_ns) != self.sha256:
+                raise DataError(f"{self.path}: other contents than were written (SHA-256 differs); {AGAIN}")
             file = safe_open(self.path, framework="numpy")
             return {name: file.get_slice(name) for name in Shard._fields}
         except (OSError, SafetensorError) as error:
@@ -82,6 +85,12 @@ class StoredShard:
     def row(self, index: int) -> Row:
         """A row as it was packed, read from the file."""
         return Shard(**{name: one[index : index + 1] for name, one in self.slices.items()}).row(0)
+
+
+@cache
+def digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, computed once in a process while it stays as it is (size, time of its last change)."""
+    return sha256_of(path)
 
 
 def shard_path(folder: Path, number: int) -> Path:

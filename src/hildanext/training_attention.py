@@ -25,6 +25,8 @@ Kind = Literal["dense", "pieces", "flex"]
 Visible = Tensor | Pieces | BlockMask
 # Pieces are slower than the dense mask unless they save this much: measured on rows of 64 to 1,024 tokens.
 WORTH = 0.75
+# Kernels of FlexAttention in a process: rows of a training have a few shapes, with and without gradients.
+SHAPES = 64
 CHUNK = 128  # queries in a piece: the fastest of 32 to 512 on a CPU
 
 
@@ -106,7 +108,23 @@ def training_attention(
 
 @functools.cache
 def compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    """FlexAttention as one kernel for each shape of rows. Raises ModelError for more than SHAPES of them: torch would go on,
+    without a word, with attention that computes and keeps every score."""
+    from torch._dynamo import config, exc  # slow to import
+
+    config.recompile_limit = max(config.recompile_limit, SHAPES)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except exc.FailOnRecompileLimitHit:
+            raise ModelError(
+                f"FlexAttention has a kernel for each of {SHAPES} shapes of rows and met another; set train.attention to "
+                "'pieces', or data.seq_len lower"
+            ) from None
+
+    return run
 
 
 def in_pieces(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scaling: float | None) -> Tensor:

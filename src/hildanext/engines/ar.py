@@ -47,6 +47,7 @@ class ArEngine:
         self.context = max_positions(self.model)
         self.device: str | None = str(self.model.device)
         self.dtype: str | None = str(self.model.dtype).removeprefix("torch.")
+        self.policy: dict[str, object] | None = policy.as_dict()
 
     @staticmethod
     def can_serve(config: Config) -> str | None:

@@ -61,6 +61,7 @@ class DInferEngine:
     trained_block: int | None = DEFAULT_BLOCK
     device: str | None = "cuda"
     dtype: str | None = None  # dInfer's own choice
+    policy: dict[str, object] | None = None
     slots = 1
     mask_token_id: int | None = None  # it shows no steps
 

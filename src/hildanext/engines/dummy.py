@@ -18,6 +18,7 @@ class DummyEngine:
     trained_block: int | None = None
     device: str | None = None
     dtype: str | None = None
+    policy: dict[str, object] | None = None
     slots = 1
     mask_token_id: int | None = None
     eos_token_id: int | None = None

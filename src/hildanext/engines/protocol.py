@@ -72,6 +72,7 @@ class Engine(Protocol):
     trained_block: int | None  # block size the model was trained for
     device: str | None  # where the model runs
     dtype: str | None  # what it computes in
+    policy: dict[str, object] | None  # what this machine gets and why (`Policy.as_dict`); None: the engine chooses
     mask_token_id: int | None  # what stands in a Step's tokens for text to be drafted
     eos_token_id: int | None
     context: int | None  # tokens of a prompt and its answer together; None: no limit

@@ -12,6 +12,7 @@ from hildanext.decode import Settings, check_request, read_presets, resolve
 from hildanext.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.errors import HildaError, UsageError
 from hildanext.model import DiffusionLM, load_diffusion_lm
+from hildanext.policy import choose_policy
 from hildanext.pretrained import read_record
 from hildanext.probe import max_positions
 from hildanext.runtimes import open_runtime
@@ -32,6 +33,7 @@ class TransformersEngine:
         self.trained_block = self.lm.block_size
         self.device: str | None = str(self.lm.device)
         self.dtype: str | None = str(self.lm.model.dtype).removeprefix("torch.")
+        self.policy: dict[str, object] | None = choose_policy(config.model.device, config.model.dtype).as_dict()
         self.vocabulary = Vocabulary(
             self.lm.vocab_size,
             self.lm.mask_token_id,

@@ -91,6 +91,7 @@ def _add_views(
             "block_size": engine.settings(config).block_size if engine else None,
             "device": engine.device if engine else None,
             "dtype": engine.dtype if engine else None,
+            "policy": engine.policy if engine else None,
             "slots": engine.slots if engine else None,
             "running": len(worker.accepted) - worker.n_queued,
             "queue": worker.n_queued,
