@@ -17,7 +17,7 @@ demo: $(RUNTIME)
 	$(BIN)/hildanext demo $(ARGS)
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # In a folder of its own: where DeepSpeed is installed plainly, every process that saves a model imports it, for seconds.
 test-deepspeed: $(DEV)

@@ -212,7 +212,7 @@ def _loss(hidden: Tensor, head: nn.Module, labels: Tensor, config: Config, comma
         objective.predict(hidden.detach(), head, labels)
         return objective.weighted_cross_entropy(hidden, head, labels, ones)
     masked = torch.ones(n, dtype=torch.bool, device=hidden.device)
-    cap = config.sft.cap_weight if command == "sft" else 0.0
+    cap = config.sft.cap_weight if command == "sft" else config.loss.cap_weight
     loss, _, _ = objective.denoising_loss(
         hidden, head, labels, ones, masked, ~masked, n, mask_token_id=0, cap_weight=cap
     )
@@ -222,7 +222,7 @@ def _loss(hidden: Tensor, head: nn.Module, labels: Tensor, config: Config, comma
 def backwards(config: Config, command: Command) -> int:
     """2 for a step of several backward passes, of which the later ones run beside the gradients of the first; else 1."""
     passes = {
-        "convert-wsd": config.noise.turns,
+        "convert-wsd": config.noise.turns + config.noise.complementary,
         "sft": config.sft.turns + config.sft.complementary,
         "dpo": 1,
     }[command]
@@ -310,6 +310,8 @@ def _tensors(config: Config, command: Command, policy: Policy, shape: PreTrained
         weights = sum(p.nbytes for p in model.parameters()) - saved_by_quantization(model, config)
         if command == "dpo":  # the reference: the adapter as it was
             weights += sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        elif config.loss.distill and config.lora.rank is None:  # the parent, frozen beside
+            weights += sum(p.numel() for p in model.parameters()) * policy.compute.itemsize
     return Peak(0, weights, gradients, state, max(highest, temporary), 0)
 
 
