@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from hildanext.files import write_json
-from hildanext.runs import git_revision, versions
+from hildanext.runs import versions
 
 
 def cpu_name() -> str:
@@ -42,7 +42,6 @@ def machine() -> dict[str, Any]:
         "memory": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions(),
-        "git": git_revision(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],

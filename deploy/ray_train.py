@@ -37,6 +37,8 @@ def main() -> None:
     arguments = sys.argv[split + 1 :]
     if not arguments:
         parser.error("give the hildanext command after --")
+    # Workers import torch, from shared storage when cold: after Ray's own minute it would begin with them again, without end.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     trainer = TorchTrainer(
         worker,
         train_loop_config={"arguments": arguments, "folder": str(Path.cwd())},

@@ -17,6 +17,7 @@ from hildanext.documents import fingerprint, pad_id
 from hildanext.errors import ConfigError
 from hildanext.footprint import LiveBytes, predict
 from hildanext.packing import pack
+from hildanext.policy import choose_policy
 from hildanext.preflight import advice, policy_of, preflight
 from hildanext.rows import write_meta
 from hildanext.shards import compact, write_shard
@@ -66,6 +67,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_prediction_is_within_15_percent_of_the_measured_peak(base, tmp_path, name):
     """In a process of its own, whose peak resident memory is the truth."""
+    if name == "bf16" and choose_policy("cpu").compute != torch.bfloat16:
+        pytest.skip("this CPU has no bf16 instructions: the steps would take many minutes")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(raw(base, **CASES[name])))
     done = subprocess.run(
