@@ -401,26 +401,37 @@ class Terminal:
         if self.pid == 0:
             os.execve(sys.executable, command, os.environ | {"TERM": term})
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.seen = ""
+        self.seen, self.at = "", 0
 
     def wait(self, wanted: str) -> str:
-        """Read until it appears; what came, colours and all."""
-        begin, deadline = len(self.seen), time.monotonic() + 120
+        """Read until it appears after what was waited for before; what came till then, colours and all."""
+        begin, deadline = self.at, time.monotonic() + 300
         while wanted not in self.seen[begin:]:
             assert time.monotonic() < deadline, self.seen
-            if select.select([self.fd], [], [], 1)[0]:
-                self.seen += os.read(self.fd, 65536).decode(errors="replace")
-        return self.seen[begin:]
+            self.read()
+        self.at = self.seen.index(wanted, begin) + len(wanted)
+        return self.seen[begin : self.at]
+
+    def read(self) -> bool:
+        """Whether there may be more to come; waits a second at most."""
+        if not select.select([self.fd], [], [], 1)[0]:
+            return True
+        try:
+            piece = os.read(self.fd, 65536)
+        except OSError:  # Linux's way to say that the other side is closed
+            return False
+        self.seen += piece.decode(errors="replace")
+        return bool(piece)
 
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
     def end(self) -> int:
-        try:
-            while piece := os.read(self.fd, 65536):
-                self.seen += piece.decode(errors="replace")
-        except OSError:  # Linux's way to say that the other side is closed
-            pass
+        deadline = time.monotonic() + 300
+        while self.read():
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(self.seen)
         os.close(self.fd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -434,14 +445,18 @@ def test_on_a_terminal(folder: Path, tmp_path: Path):
     for _ in range(3):
         terminal.wait("\x1b[2K")  # redrawn: a pass and what it drafted
     terminal.type("\x03")
-    stopped = terminal.wait("> ")  # the prompt again: only there does the next Ctrl-C mean what it does below
+    stopped = terminal.wait("tokens]")
     assert 0 < int(re.findall(r"stopped after (\d+) tokens\]", stopped)[0]) < 3500
-    terminal.type("\x03")  # at the prompt it only says how to leave
+    terminal.wait("> ")  # the prompt again: only there do Ctrl-C and Ctrl-D mean what they do below
+    terminal.type("\x03")  # it only says how to leave
     terminal.wait("Ctrl-D or /quit leaves")
+    terminal.wait("> ")
     terminal.type("/tau 2\n")
     assert "tau_mask must lie in [0, 1]" in terminal.wait("got 2")
+    terminal.wait("> ")
     terminal.type(f"/save {tmp_path / 'talk.json'}\n")
     terminal.wait("2 messages written")
+    terminal.wait("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
     messages = json.loads((tmp_path / "talk.json").read_text())

@@ -112,7 +112,7 @@ def test_openvino_too(monkeypatch, lm):
 
     compare()
     engine.close()
-    assert sum(n >= 8 for n in reused) > 10  # else nothing was compared
+    assert sum(n >= 8 for n in reused) > 3  # else nothing was compared
 
 
 def common(one, other):
