@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -62,7 +62,7 @@ class Denoise:
         n_tokens *= n_passes
         hidden_size = self.lm.model.config.get_text_config().hidden_size
         todo = [(one, number, std) for number, one in enumerate(firsts)]
-        taught = self.taught(batch)
+        taught = self.taught(batch, block_size)
         done = 0
         while todo:
             one, turn, std = todo.pop(0)
@@ -70,9 +70,7 @@ class Denoise:
             drawn = embedding_noise(hidden_size, batch, one.masked, std, seed)
             wanted = self.wanted(batch, one)
             with sync_gradients(self.accelerator, self.module, final and done == n_passes):
-                soft = None
-                if self.parent is not None and taught is not None:
-                    soft = self.parent.soft(taught, batch, one, wanted, block_size)
+                soft = taught and taught(one, wanted)
                 found = self.one_pass(batch, one, wanted, block_size, n_tokens, drawn, soft)
                 # Accuracy on masks: turn 0, comparable across recipes.
                 logged = (found.loss._asdict() | found.counts._asdict()).items()
@@ -83,12 +81,14 @@ class Denoise:
                 drafts[wanted] = found.predicted.best
                 todo.insert(0, (drafted_pass(batch, one, drafts, noise.draft_share, seed, recipe.t_min), 1, 0.0))
 
-    def taught(self, batch: Batch) -> Tensor | None:
-        """The parent's hidden states [B, L, H'], once for all passes of a micro-batch."""
-        if self.parent is None:
+    def taught(self, batch: Batch, block_size: int) -> Callable[[Pass, Tensor], Soft] | None:
+        """What the parent says of a pass at the wanted positions; it reads a micro-batch once for all passes."""
+        parent = self.parent
+        if parent is None:
             return None
         with self.accelerator.autocast():
-            return self.parent.states(batch)
+            states = parent.states(batch)
+        return lambda one, wanted: parent.soft(states, batch, one, wanted, block_size)
 
     def wanted(self, batch: Batch, one: Pass) -> Tensor:
         """The positions that have a loss, [B, L] bool."""

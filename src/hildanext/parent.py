@@ -20,7 +20,7 @@ from hildanext.model import DiffusionLM, compute_dtype
 from hildanext.objective import Soft
 from hildanext.passes import Batch, Pass, left_visible
 from hildanext.policy import Policy
-from hildanext.pretrained import load_causal_lm, read_record
+from hildanext.pretrained import load_causal_lm, parent_of, read_record
 from hildanext.probe import body
 
 
@@ -30,10 +30,9 @@ class Parent:
     def __init__(self, lm: DiffusionLM, config: Config, policy: Policy) -> None:
         self.lm, self.share = lm, config.loss.distill
         self.beside: PreTrainedModel | None = None
-        base = config.model.model_copy(update={"convention": None, "revision": None})
         adapted = lm.record["adapter"]["base"] if lm.adapter is not None else None
-        if adapted is None or read_record(base.model_copy(update={"base": adapted})) is not None:
-            self.beside, _ = load_causal_lm(base.model_copy(update={"base": lm.name}), policy, policy.compute)
+        if adapted is None or read_record(parent_of(config.model, adapted)) is not None:
+            self.beside, _ = load_causal_lm(parent_of(config.model, lm.name), policy, policy.compute)
             self.beside.eval().requires_grad_(False)
         head = (self.beside or lm.model).get_output_embeddings()
         self.head = head.base if isinstance(head, AdaptedHead) else head

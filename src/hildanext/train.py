@@ -136,9 +136,10 @@ class Trainer:
         optimizer = make_optimizer(lm.model, config.train, policy.fused)
         self.optimizer: torch.optim.Optimizer | Zero = optimizer
         if launched():  # by DeepSpeed, which wants module and optimizer together
-            self.optimizer = zero = Zero(accelerator, task.module, optimizer, policy)
+            self.optimizer = self.prepared = zero = Zero(accelerator, task.module, optimizer, policy)
             task.module = zero.engine
-        self.prepared = self.optimizer if launched() else accelerator.prepare(optimizer)
+        else:
+            self.prepared = accelerator.prepare(optimizer)
         self.micro_batch = config.train.micro_batch  # halved when memory is short
         self.trials = TRIALS if isinstance(task.module, DistributedDataParallel) else 0
         self.names = {id(p): name for name, p in lm.model.named_parameters()}
