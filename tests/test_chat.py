@@ -403,12 +403,20 @@ class Terminal:
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.seen, self.at = "", 0
 
-    def wait(self, wanted: str) -> str:
-        """Read until it appears after what was waited for before; what came till then, colours and all."""
-        begin, deadline = self.at, time.monotonic() + 300
+    def wait(self, wanted: str, again: str = "") -> str:
+        """Read until it appears after what was waited for before; what came till then, colours and all.
+
+        `again` is typed whenever ten reads one after the other brought nothing.
+        """
+        begin, deadline, silent = self.at, time.monotonic() + 300, 0
         while wanted not in self.seen[begin:]:
             assert time.monotonic() < deadline, self.seen
+            before = len(self.seen)
             self.read()
+            silent = silent + 1 if len(self.seen) == before else 0
+            if silent == 10:
+                self.type(again)
+                silent = 0
         self.at = self.seen.index(wanted, begin) + len(wanted)
         return self.seen[begin : self.at]
 
@@ -425,20 +433,6 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
-
-    def interrupt_prompt(self, wanted: str) -> str:
-        """Ctrl-C at the prompt. Python misses one that comes after the prompt is shown and before it waits for a key: then again."""
-        begin, presses = self.at, 0
-        while wanted not in self.seen[begin:]:
-            assert presses < 30, self.seen
-            self.type("\x03")
-            presses += 1
-            silent = 0
-            while wanted not in self.seen[begin:] and silent < 10:
-                before = len(self.seen)
-                self.read()
-                silent = silent + 1 if len(self.seen) == before else 0
-        return self.wait(wanted)
 
     def end(self) -> int:
         deadline = time.monotonic() + 300
@@ -462,7 +456,8 @@ def test_on_a_terminal(folder: Path, tmp_path: Path):
     stopped = terminal.wait("tokens]")
     assert 0 < int(re.findall(r"stopped after (\d+) tokens\]", stopped)[0]) < 3500
     terminal.wait("> ")  # the prompt again: only there do Ctrl-C and Ctrl-D mean what they do below
-    terminal.interrupt_prompt("Ctrl-D or /quit leaves")  # it only says how to leave
+    terminal.type("\x03")  # it only says how to leave; Python misses one that comes before it waits for a key
+    terminal.wait("Ctrl-D or /quit leaves", again="\x03")
     terminal.wait("> ")
     terminal.type("/tau 2\n")
     assert "tau_mask must lie in [0, 1]" in terminal.wait("got 2")
