@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,16 @@ def test_the_card_says_what_it_is():
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     for word in ("Apache-2.0", "SmolLM2-135M-Instruct", "Q_MODE", "S_MODE", "distinct-2", "tokens per forward"):
         assert word in card
+
+
+def test_its_recipe_makes_such_a_model():
+    recipe = Path(__file__).parents[1] / "recipes" / SHIPPED_MODEL / "config.json"
+    made = load_config(recipe, [])
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    adapter = json.loads((FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (made.model.base, made.model.convention) == (config["hilda"]["base_model"], config["hilda"]["convention"])
+    assert made.wsd.final_block == config["block_size"]
+    assert made.lora.rank == adapter["r"]
 
 
 def test_it_is_the_base_only_where_none_is_named(tmp_path):

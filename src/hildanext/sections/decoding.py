@@ -102,7 +102,7 @@ class CalibrateConfig(Section):
         description="Values of tau_edit to try; null is editing off.",
     )
     max_post_steps: list[Annotated[int, Field(ge=0)]] = Field(
-        default_factory=lambda: [1, 4, 16], min_length=1, description="Values of max_post_steps to try."
+        default_factory=lambda: [0, 1, 4, 16], min_length=1, description="Values of max_post_steps to try."
     )
     block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, min_length=1, description="Block sizes to try; null is half, once and twice the checkpoint's."
