@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import random_llama
-from hildanext import training_attention
+from hildanext import memory, training_attention
 from hildanext.config import ModelConfig
 from hildanext.denoiser import choose_attention
 from hildanext.errors import ConfigError, ModelError
@@ -194,6 +194,19 @@ def test_a_model_trains_the_same(lm: DiffusionLM, block_size: int, checkpointing
     assert found == pytest.approx(expected, abs=1e-5)
     for one, other in zip(others, slopes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_gives_memory_back_before_each_layer(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each forward of a layer, of which the backward pass runs another."""
+    calls: list[int] = []
+    monkeypatch.setattr(memory, "trimmer", lambda: calls.append)
+    checkpoint_activations(lm.model)
+    lm.model.train()
+    loss = lm(*rows(lm), 32).square().sum()
+    n_layers = lm.model.config.num_hidden_layers
+    assert len(calls) == n_layers
+    loss.backward()
+    assert len(calls) == 2 * n_layers
 
 
 def test_a_kind_that_gives_something_else_is_not_taken(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:

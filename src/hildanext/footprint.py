@@ -27,7 +27,7 @@ from hildanext.config import Config, ModelConfig
 from hildanext.errors import ConfigError
 from hildanext.lora import inject
 from hildanext.masks import Pieces
-from hildanext.memory import checkpoint_activations, peak_memory_mb
+from hildanext.memory import checkpoint_activations, peak_memory_mb, trimmer
 from hildanext.policy import Policy
 from hildanext.pretrained import locate
 from hildanext.probe import body
@@ -36,10 +36,12 @@ from hildanext.training_attention import Kind, Visible, use_training_attention, 
 
 Command = Literal["convert-wsd", "sft", "dpo"]
 # Beside tensors: on a CPU what the first step loads, and what libraries and the C library's allocator hold between
-# tensors, as a share of all that a step makes (with checkpointing: of what it would keep without it); measured on
-# SmolLM2's shape. An adapter's small tensors lie between the large ones, and hold more. On a GPU the context and cuBLAS's workspaces, and a share for the caching
-# allocator (assumed: not measured on a card yet).
+# tensors, as a share of all that a step makes; measured on SmolLM2's shape. An adapter's small tensors lie between the
+# large ones, and hold more. With checkpointing memory goes back before each layer (`memory.given_back`), and the share
+# is of what one layer makes. On a GPU the context and cuBLAS's workspaces, and a share for the caching allocator
+# (assumed: not measured on a card yet).
 LOADED, FRAGMENTS, FRAGMENTS_LORA = 50_000_000, 0.29, 0.6
+OF_A_LAYER, OF_A_LAYER_LORA = 0.4, 2.0
 CONTEXT, CACHED = 450_000_000, 0.05
 # Bytes a weight in bitsandbytes' formats, their scales included.
 EIGHT_BIT_FROM = 4096  # numbers in a tensor, for bitsandbytes to keep its moments in 8 bits
@@ -261,8 +263,12 @@ def use_fake_attention(model: PreTrainedModel, visible: Visible) -> None:
         use_training_attention(model)
 
 
-def optimizer_bytes(model: PreTrainedModel, name: str) -> tuple[int, int]:
-    """(state, temporaries of a step) of the optimizer over what is trained."""
+def optimizer_bytes(model: PreTrainedModel, name: str, device: str) -> tuple[int, int]:
+    """(state, temporaries of a step) of the optimizer over what is trained.
+
+    One kernel does a step on a GPU. On a CPU bitsandbytes holds, of one tensor at a time and in fp32, both moments, the
+    gradient and what it divides by, with its root.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     if name == "adafactor":
         factors = sum(
@@ -270,7 +276,8 @@ def optimizer_bytes(model: PreTrainedModel, name: str) -> tuple[int, int]:
         )
         return 4 * factors, 4 * max(p.numel() for p in trained)
     if name == "adamw8bit":
-        return sum((2 if p.numel() >= EIGHT_BIT_FROM else 8) * p.numel() for p in trained), 0
+        temporary = 5 * 4 * max(p.numel() for p in trained) if device == "cpu" else 0
+        return sum((2 if p.numel() >= EIGHT_BIT_FROM else 8) * p.numel() for p in trained), temporary
     return 8 * sum(p.numel() for p in trained), 0
 
 
@@ -279,12 +286,15 @@ def predict(config: Config, command: Command, policy: Policy, shape: PreTrainedC
     peak = _tensors(config, command, policy, shape)
     if policy.device.type != "cpu":
         return peak._replace(process=CONTEXT, allocator=round(CACHED * peak.activations))
-    made = peak.activations
+    is_full = config.lora.rank is None
+    made, share = peak.activations, FRAGMENTS if is_full else FRAGMENTS_LORA
     if config.train.gradient_checkpointing:
         train = config.train.model_copy(update={"gradient_checkpointing": False})
         made = _tensors(config.model_copy(update={"train": train}), command, policy, shape).activations
+        if trimmer() is not None:
+            layers: int = shape.get_text_config().num_hidden_layers
+            share = min(share, (OF_A_LAYER if is_full else OF_A_LAYER_LORA) / layers)
     process = psutil.Process().memory_info().rss + LOADED
-    share = FRAGMENTS if config.lora.rank is None else FRAGMENTS_LORA
     return peak._replace(process=process, allocator=round(share * made))
 
 
@@ -306,7 +316,7 @@ def _tensors(config: Config, command: Command, policy: Policy, shape: PreTrained
             forward_backward(model, rows, config, policy, command)
         gradients = live.live - before
         highest = live.peak - before - gradients + rows.mask_bytes
-        state, temporary = optimizer_bytes(model, config.train.optimizer)
+        state, temporary = optimizer_bytes(model, config.train.optimizer, policy.device.type)
         weights = sum(p.nbytes for p in model.parameters()) - saved_by_quantization(model, config)
         if command == "dpo":  # the reference: the adapter as it was
             weights += sum(p.nbytes for p in model.parameters() if p.requires_grad)
