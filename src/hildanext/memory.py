@@ -71,7 +71,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def trimmer() -> Callable[[int], int] | None:
     """What makes the C library give free pages back to the system; None where it cannot (only glibc can)."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return library.malloc_trim if hasattr(library, "malloc_trim") else None
 
 
 @contextlib.contextmanager
