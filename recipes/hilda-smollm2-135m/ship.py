@@ -1,0 +1,55 @@
+"""Put a merged and calibrated adapter into the package, with the record of the runs that made it.
+
+python recipes/hilda-smollm2-135m/ship.py --merged runs/merged --runs runs/convert runs/sft
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hildanext.config import SHIPPED_MODEL
+from hildanext.files import write_json
+from hildanext.pretrained import MODELS
+
+KEPT = ("model", "data", "noise", "loss", "lora", "train")  # of a run's configuration, besides its own section
+CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy")
+
+
+def record(run: Path) -> dict[str, Any]:
+    """What a run was made of, and its held-out curve."""
+    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config, command = about["config"], about["command"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    own = "wsd" if command == "convert-wsd" else command
+    return {
+        "command": command,
+        "seed": about["seed"],
+        "config": {key: config[key] for key in (*KEPT, own)},
+        "versions": about["versions"],
+        "git": about["git"],
+        "steps": rows[-1]["step"],
+        "curve": [{key: row[key] for key in CURVE} for row in rows if "eval_loss" in row],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--merged", type=Path, required=True, help="what merge-topk wrote and calibrate worked on")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="the runs that led there, in order")
+    parser.add_argument("--out", type=Path, default=MODELS / SHIPPED_MODEL)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(args.merged.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, args.out / path.name)
+    write_json(args.out / "training.json", {"runs": [record(run) for run in args.runs]})
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {size / 1e6:.1f} MB; now bring its README.md up to date")
+
+
+if __name__ == "__main__":
+    main()
