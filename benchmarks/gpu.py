@@ -56,7 +56,7 @@ def step_seconds(config: Config, shape: PreTrainedConfig, kind: str, steps: int 
     groups = shape.num_attention_heads // shape.num_key_value_heads
     visible = visible_keys(kind, docs, positions, 32, policy.compute, groups)  # type: ignore[arg-type]
     rows = rows._replace(visible=visible)
-    model = build(shape, config, policy).cuda()
+    model = build(shape, config, policy)
     if kind != "dense":
         use_training_attention(model)
     optimizer = make_optimizer(model, config.train, policy.fused)

@@ -14,16 +14,17 @@ from typing import Any
 from hildanext.config import SHIPPED_MODEL
 from hildanext.files import write_json
 from hildanext.pretrained import MODELS
+from hildanext.runs import RunFolder
 
 KEPT = ("model", "data", "noise", "loss", "lora", "train")  # of a run's configuration, besides its own section
 CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy")
 
 
-def record(run: Path) -> dict[str, Any]:
+def record(run: RunFolder) -> dict[str, Any]:
     """What a run was made of, and its held-out curve."""
-    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    about = json.loads(run.record.read_text(encoding="utf-8"))
     config, command = about["config"], about["command"]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = run.read_metrics()
     own = "wsd" if command == "convert-wsd" else command
     return {
         "command": command,
@@ -46,7 +47,7 @@ def main() -> None:
     for path in sorted(args.merged.iterdir()):
         if path.is_file():
             shutil.copyfile(path, args.out / path.name)
-    write_json(args.out / "training.json", {"runs": [record(run) for run in args.runs]})
+    write_json(args.out / "training.json", {"runs": [record(RunFolder(run)) for run in args.runs]})
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.1f} MB; now bring its README.md up to date")
 

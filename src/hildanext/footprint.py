@@ -173,8 +173,10 @@ def prepared(model: PreTrainedModel, config: Config) -> PreTrainedModel:
 
 
 def build(shape: PreTrainedConfig, config: Config, policy: Policy) -> PreTrainedModel:
-    """A real model to measure with."""
-    return prepared(bare(shape, config, policy), config)
+    """A real model to measure with, on the policy's device."""
+    model = bare(shape, config, policy)
+    cast(nn.Module, model).to(policy.device)
+    return prepared(model, config)
 
 
 def make_fake(model: PreTrainedModel) -> None:
@@ -349,7 +351,6 @@ def measure(config: Config, command: Command, policy: Policy, shape: PreTrainedC
     rows = rows_of(config, command, policy, shape, device)
     outside = start_peak(device)
     model = build(shape, config, policy)
-    cast(nn.Module, model).to(device)
     use_training_attention(model)
     optimizer = make_optimizer(model, config.train, policy.fused)
     for _ in range(3):  # the second one has the optimizer's state, the third what the allocator kept

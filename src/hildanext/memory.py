@@ -61,7 +61,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """
     how: dict[str, Any] = {"use_reentrant": False}
     trim = trimmer()
-    if trim is not None and model.device.type != "cuda":
+    if trim is not None and model.device.type in ("cpu", "meta"):  # meta: a prediction
         how["context_fn"] = lambda: (given_back(trim), given_back(trim))  # in the forward, and when computed again
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(how)
