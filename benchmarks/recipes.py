@@ -34,23 +34,26 @@ HELD_OUT_ROWS = 40
 PROTOTYPE = {"in_place": (0.389, 3.08), "shifted": (0.445, 2.77)}  # full, block 4, 112,640 tokens
 
 LORA = {"lora.rank": 16, "train.lr": 1e-3}
+LADDER = {
+    "wsd.shape": "ladder",
+    "wsd.warmup_ladder": [1, 2],
+    "wsd.decay_ladder": [4],
+    "wsd.warmup_steps": 8,
+    "wsd.stable_steps": 18,
+}
+M2T = {"noise.corrupt_rate": 0.0, "loss.w_t2t": 0.0}
+FASTER, ELBO = {"train.lr": 6e-4}, {"loss.weighting": "elbo"}
 # Name -> what differs from the first: full fine-tuning, `shifted`, blocks of 4 from the start, people's answers.
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
     "in_place": {"model.convention": "in_place"},
-    "block ladder 1, 2, 4": {
-        "wsd.shape": "ladder",
-        "wsd.warmup_ladder": [1, 2],
-        "wsd.decay_ladder": [4],
-        "wsd.warmup_steps": 8,
-        "wsd.stable_steps": 18,
-    },
+    "block ladder 1, 2, 4": LADDER,
     "lr 1e-4": {"train.lr": 1e-4},
-    "lr 6e-4": {"train.lr": 6e-4},
+    "lr 6e-4": FASTER,
     "lr 1e-3": {"train.lr": 1e-3},
-    "1/t weights (ELBO)": {"loss.weighting": "elbo"},
+    "1/t weights (ELBO)": ELBO,
     "no wrong tokens": {"noise.corrupt_rate": 0.0},
-    "M2T only": {"noise.corrupt_rate": 0.0, "loss.w_t2t": 0.0},
+    "M2T only": M2T,
     "complementary masks": {"noise.complementary": True},
     "multi-turn": {"noise.turns": 2},
     "CAP 0.1": {"loss.cap_weight": 0.1},
@@ -61,8 +64,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "the base's answers, distilled, 0.5": {"text": "self", "loss.distill": 0.5},
     "LoRA 16, lr 1e-3": LORA,
     "LoRA 16, lr 3e-3": LORA | {"train.lr": 3e-3},
+    "LoRA 16, lr 6e-3": LORA | {"train.lr": 6e-3},
     "LoRA 64, lr 1e-3": LORA | {"lora.rank": 64},
     "LoRA 16, distilled, 0.5": LORA | {"loss.distill": 0.5},
+    "LoRA 16, lr 3e-3, distilled, 0.5": LORA | {"train.lr": 3e-3, "loss.distill": 0.5},
+    "LoRA 16, lr 3e-3, ladder": LORA | {"train.lr": 3e-3} | LADDER,
+    "lr 6e-4, M2T only": FASTER | M2T,
+    "lr 6e-4, ladder": FASTER | LADDER,
+    "lr 6e-4, ELBO": FASTER | ELBO,
+    "lr 6e-4, ladder, ELBO": FASTER | LADDER | ELBO,
 }
 
 

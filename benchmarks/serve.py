@@ -45,6 +45,7 @@ BLOCK = 8
 PROMPTS = 16
 WARMUP_SHARE = 0.1  # of a soak, before memory is judged
 FOREVER = 10**9
+START = 600.0  # seconds for a server to load its model
 
 
 class Server(NamedTuple):
@@ -121,8 +122,9 @@ def serving(model: str, args: argparse.Namespace, folder: Path) -> Iterator[Serv
         process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=environment)
     server = Server(process, port, log)
     try:
+        deadline = time.monotonic() + START
         while True:
-            if process.poll() is not None:
+            if process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
             with contextlib.suppress(OSError):
                 server.get("/health/ready")

@@ -124,7 +124,7 @@ def test_calibrated_modes_are_what_is_measured(measured: Measured, monkeypatch: 
 
     lm, policy = load_diffusion_lm(measured.config.model)
     lm.modes = {name: preset._asdict() for name, preset in modes.items()}
-    base, tokenizer = load_causal_lm(parent_of(measured.config.model, lm.name), policy, policy.compute)
+    base, tokenizer = load_causal_lm(parent_of(measured.config.model, lm.record), policy, policy.compute)
     _continuations(measured.config, Engine(measured.config, {}, lm), base.eval(), tokenizer)
     found = {(one.mode, one.tau_mask, one.tau_edit, one.max_post_steps, one.block_size) for one in asked}
     assert found == {("Q_MODE", 0.9, None, 2, 8), ("S_MODE", 0.1, 0.3, 3, 4), ("S_MODE", 0.1, None, 3, 4)}

@@ -36,7 +36,7 @@ from hildanext.model import (
     save_diffusion_lm,
     special_ids,
 )
-from hildanext.pretrained import read_record
+from hildanext.pretrained import parent_of, read_record
 from hildanext.probe import n_embeddings
 from hildanext.runtimes.eager import EagerRuntime
 from hildanext.runtimes.protocol import pad_batch
@@ -340,11 +340,25 @@ def checkpoint(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
+def test_a_parent_is_found_at_the_revision_that_was_converted(base: Path, tmp_path: Path) -> None:
+    lm = load(base, revision="v1")
+    lm.block_size = 8
+    save_diffusion_lm(lm, tmp_path / "checkpoint")
+    converted = ModelConfig(base=str(tmp_path / "checkpoint"), revision="mine")
+    record = read_record(converted)
+    assert record is not None
+    parent = parent_of(converted, record)
+    assert (parent.base, parent.revision, parent.convention) == (str(base), "v1", None)
+    assert parent_of(converted, record, "another").revision is None
+    del record["base_revision"]  # of an older version
+    assert parent_of(converted, record).revision is None
+
+
 def test_config_json(base: Path, checkpoint: Path) -> None:
     stored = json.loads((checkpoint / "config.json").read_text())
     assert (stored["block_size"], stored["mask_token_id"]) == (8, 300)
     expected = {"version": __version__, "convention": "in_place", "base_model": str(base), "tokens_trained": 12345}
-    expected |= {"tokenizer": fingerprint(make_tokenizer())}
+    expected |= {"tokenizer": fingerprint(make_tokenizer()), "base_revision": None}
     assert stored["hilda"] == expected
     assert read_record(ModelConfig(base=str(checkpoint))) == expected
     assert read_record(ModelConfig(base=str(base))) is None

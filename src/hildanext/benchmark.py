@@ -100,7 +100,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = parent_of(config.model, base_name or lm.name)
+    base_config = parent_of(config.model, lm.record, base_name)
     base, tokenizer = load_causal_lm(base_config, policy, policy.compute)
     base.eval()
     rows = open_rows(config, "eval", lm)

@@ -108,7 +108,7 @@ def calibrate(config: Config, prompts_file: str | None, base_name: str | None, o
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = parent_of(config.model, base_name or lm.name)
+    base_config = parent_of(config.model, lm.record, base_name)
     base = load_causal_lm(base_config, policy, policy.compute)[0].eval()
     engine = TransformersEngine(config, {}, lm)
     try:

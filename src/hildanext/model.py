@@ -241,7 +241,12 @@ def load_diffusion_lm(
     probe(model)
     if record is None:
         mask_id = add_mask_token(model, tokenizer, seed)
-        record = {"base_model": config.base, "convention": config.convention or "shifted", "tokens_trained": 0}
+        record = {
+            "base_model": config.base,
+            "base_revision": config.revision,
+            "convention": config.convention or "shifted",
+            "tokens_trained": 0,
+        }
         lm = _assemble(model, tokenizer, mask_id, None, record)
     else:
         if part is not None:
@@ -271,12 +276,17 @@ def _check_tokenizer(
         )
 
 
+def adapted(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
+    """The configuration of the model that an adapter belongs to. part: `hilda.adapter` of its config.json."""
+    return config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
+
+
 def base_of(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
-    """The model that an adapter belongs to. part: `hilda.adapter` of its config.json.
+    """`adapted`, once it is found to be what it was.
 
     Raises UsageError when the base is not there, ModelError when its weights are not those the adapter was trained on.
     """
-    source = config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
+    source = adapted(config, part)
     try:
         found = fingerprint_weights(source)
     except UsageError as error:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hildanext.config import Config
 from hildanext.lora import AdaptedHead, trained_parameters
 from hildanext.masks import additive, document_mask
-from hildanext.model import DiffusionLM, compute_dtype
+from hildanext.model import DiffusionLM, adapted, compute_dtype
 from hildanext.objective import Soft
 from hildanext.passes import Batch, Pass, left_visible
 from hildanext.policy import Policy
@@ -30,9 +30,8 @@ class Parent:
     def __init__(self, lm: DiffusionLM, config: Config, policy: Policy) -> None:
         self.lm, self.share = lm, config.loss.distill
         self.beside: PreTrainedModel | None = None
-        adapted = lm.record["adapter"]["base"] if lm.adapter is not None else None
-        if adapted is None or read_record(parent_of(config.model, adapted)) is not None:
-            self.beside, _ = load_causal_lm(parent_of(config.model, lm.name), policy, policy.compute)
+        if lm.adapter is None or read_record(adapted(config.model, lm.record["adapter"])) is not None:
+            self.beside, _ = load_causal_lm(parent_of(config.model, lm.record), policy, policy.compute)
             self.beside.eval().requires_grad_(False)
         head = (self.beside or lm.model).get_output_embeddings()
         self.head = head.base if isinstance(head, AdaptedHead) else head

@@ -103,9 +103,13 @@ def read_record(config: ModelConfig) -> dict[str, Any] | None:
     return read_config_dict(config).get("hilda")
 
 
-def parent_of(config: ModelConfig, base: str) -> ModelConfig:
-    """The configuration of a converted model's AR base. A revision is the converted model's own: the base takes none."""
-    return config.model_copy(update={"base": base, "revision": None, "convention": None})
+def parent_of(config: ModelConfig, record: dict[str, Any], named: str | None = None) -> ModelConfig:
+    """The configuration of a converted model's AR base, at the revision it was made of; or of the base that is named.
+
+    record: the converted model's, as in config.json. `config.revision` is the converted model's own.
+    """
+    base, revision = (named, None) if named else (str(record["base_model"]), record.get("base_revision"))
+    return config.model_copy(update={"base": base, "revision": revision, "convention": None})
 
 
 def find_file(config: ModelConfig, name: str) -> Path | None:

@@ -64,7 +64,7 @@ def _write(config: Config, source: SourceConfig) -> None:
 def _writer(model: ModelConfig) -> ModelConfig:
     """The AR model: `model.base` itself, or what a converted checkpoint was made of."""
     record = read_record(model)
-    return model if record is None else parent_of(model, record["base_model"])
+    return model if record is None else parent_of(model, record)
 
 
 class _Writing:

@@ -24,7 +24,7 @@ def base_of(config: ModelConfig) -> ModelConfig:
     record = read_record(config)
     if record is None:
         raise UsageError(f"'{config.base}' is not a converted checkpoint; it has no AR base to stand beside it")
-    return parent_of(config, str(record["base_model"]))
+    return parent_of(config, record)
 
 
 class ArEngine:
