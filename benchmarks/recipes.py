@@ -68,11 +68,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "LoRA 64, lr 1e-3": LORA | {"lora.rank": 64},
     "LoRA 16, distilled, 0.5": LORA | {"loss.distill": 0.5},
     "LoRA 16, lr 3e-3, distilled, 0.5": LORA | {"train.lr": 3e-3, "loss.distill": 0.5},
-    "LoRA 16, lr 3e-3, ladder": LORA | {"train.lr": 3e-3} | LADDER,
     "lr 6e-4, M2T only": FASTER | M2T,
     "lr 6e-4, ladder": FASTER | LADDER,
     "lr 6e-4, ELBO": FASTER | ELBO,
-    "lr 6e-4, ladder, ELBO": FASTER | LADDER | ELBO,
 }
 
 
