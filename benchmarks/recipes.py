@@ -176,22 +176,21 @@ def write_page(results: list[dict[str, Any]]) -> None:
             "",
             f"## {tokens:,} tokens",
             "",
-            "| recipe | accuracy | loss | seeds | text tokens/s | minutes |",
-            "|---|---|---|---|---|---|",
+            "| recipe | accuracy | loss | seeds | text tokens/s |",
+            "|---|---|---|---|---|",
         ]
         rows = [(name, ones) for (n, name), ones in groups.items() if n == tokens]
         for name, ones in sorted(rows, key=lambda row: -statistics.mean(one["accuracy"] for one in row[1])):
             page.append(
                 f"| {name} | {spread(ones, 'accuracy', 3)} | {spread(ones, 'loss', 2)} | {', '.join(str(one['seed']) for one in ones)} "
-                f"| {statistics.median(one['tokens_per_second'] for one in ones):.0f} "
-                f"| {statistics.median(one['minutes'] for one in ones):.1f} |"
+                f"| {statistics.median(one['tokens_per_second'] for one in ones):.0f} |"
             )
     cards = [one["machine"] for one in results]
     names = {
         f"{one['cpu']} ({one['capability']}), {'bf16' if one['bf16'] else 'fp32'}, {one['threads']} threads"
         for one in cards
     }
-    page += ["", "Machines: " + "; ".join(sorted(names)) + ". Times are from machines that had other work."]
+    page += ["", "Machines: " + "; ".join(sorted(names)) + ". Tokens per second: from machines that had other work."]
     PAGE.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
