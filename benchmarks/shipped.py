@@ -26,12 +26,11 @@ from hildanext.ar import ar_complete
 from hildanext.chat import read_prompts
 from hildanext.config import SHIPPED_MODEL, Config, load_config
 from hildanext.decode import Settings, resolve
-from hildanext.documents import distinct_2
 from hildanext.engines import Request
 from hildanext.evaluate.answers import Answer, Models, Question, Way, answer
 from hildanext.evaluate.command import open_models
 from hildanext.evaluate.intervals import Scored, gain_at_equal_speed, ratio
-from hildanext.evaluate.judge import parent_log_likelihood
+from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
 from hildanext.runs import git_revision, versions
 

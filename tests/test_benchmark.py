@@ -12,11 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hildanext.ar import ar_complete, ar_likelihood
-from hildanext.benchmark import _continuations, benchmark, parent_log_likelihood
+from hildanext.benchmark import _continuations, benchmark, distinct_2, parent_log_likelihood
 from hildanext.config import Config
 from hildanext.convert import convert_wsd, open_rows
 from hildanext.decode import Preset
-from hildanext.documents import distinct_2
 from hildanext.engines import Completion, Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import UsageError

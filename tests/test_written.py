@@ -99,22 +99,6 @@ def test_repeated_and_empty_answers_are_left_out(config, monkeypatch, capsys):
     assert "3 of 5" in capsys.readouterr().err
 
 
-def test_answers_that_go_round_in_circles_are_left_out_and_counted(config, monkeypatch, capsys):
-    given = iter([[5, 6, 5, 6, 5], [5], [5, 6, 7, 8], [5, 5, 5, 6], [9, 9]])  # shares 0.5, none, 1, 2/3, 1
-
-    def answer(base, tokenizer, prompts, max_new_tokens, **how):
-        return [ArCompletion(f"text {ids}", ids, 0.0, False) for ids in (next(given) for _ in prompts)]
-
-    monkeypatch.setattr("hildanext.written.ar_complete_batch", answer)
-    manifest = prepare_data(config(min_distinct=0.6))
-    assert manifest["documents"]["train"] == 4
-    assert "1 of 5 answers repeat themselves and are left out" in capsys.readouterr().err
-    manifest = prepare_data(config(min_distinct=0.7))  # of the same file: nothing is asked again
-    assert manifest["documents"]["train"] == 3
-    assert "2 of 5 answers repeat themselves" in capsys.readouterr().err
-    assert manifest["rejects"]["total"] == 0
-
-
 def test_documents_supervise_the_answer_in_sft(config):
     one = config()
     manifest = prepare_data(one)

@@ -19,12 +19,12 @@ from hildanext.chat import encode_prompt
 from hildanext.config import Config
 from hildanext.convert import open_rows
 from hildanext.decode import resolve
-from hildanext.documents import distinct_2, encode_document, read_documents
+from hildanext.documents import encode_document, read_documents
 from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.elbo import elbo
-from hildanext.evaluate.judge import parent_log_likelihood
+from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
 from hildanext.model import load_diffusion_lm
 from hildanext.pretrained import load_causal_lm, parent_of

@@ -16,11 +16,10 @@ from hildanext.benchmark import held_out_prompts
 from hildanext.chat import read_prompts
 from hildanext.config import CalibrateConfig, Config, Mode
 from hildanext.decode import Preset, Settings, resolve
-from hildanext.documents import distinct_2
 from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import UsageError
-from hildanext.evaluate.judge import parent_log_likelihood
+from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
 from hildanext.model import load_diffusion_lm
 from hildanext.plots import draw_calibration

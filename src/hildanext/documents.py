@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,12 +52,6 @@ class Document:
         fields = {name: value for name, value in self.__dict__.items() if value is not None}
         # Only an id made from a file name that is no UTF-8 has anything to replace.
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-
-def distinct_2(texts: Iterable[Sequence[int]]) -> float:
-    """Share of different bigrams among all bigrams of the texts (as token ids); 0 where there is none."""
-    bigrams = [pair for ids in texts for pair in itertools.pairwise(ids)]
-    return len(set(bigrams)) / max(len(bigrams), 1)
 
 
 class Rejects:

@@ -23,7 +23,7 @@ from hildanext.files import sha256_of, write_json
 from hildanext.policy import choose_policy
 from hildanext.pretrained import fingerprint_weights, load_causal_lm, parent_of, read_record
 from hildanext.progress import progress, say
-from hildanext.sources.written import ASKED, repeats_itself, written_file
+from hildanext.sources.written import ASKED, written_file
 
 
 def write_answers(config: Config) -> None:
@@ -73,7 +73,7 @@ class _Writing:
     def __init__(self, config: Config, source: SourceConfig, model: ModelConfig, file: IO[bytes]) -> None:
         self.config, self.source, self.model, self.file = config, source, model, file
         self.seen: set[bytes] = set()  # hashes of the answers so far
-        self.tokens = self.duplicates = self.circular = 0
+        self.tokens = self.duplicates = 0
 
     def run(self) -> None:
         policy = choose_policy(self.config.model.device, self.config.model.dtype)
@@ -92,8 +92,6 @@ class _Writing:
                 advance(start + len(batch), f"{self.tokens} tokens")
         if self.duplicates:
             say(f"{self.file.name}: {self.duplicates} of {len(prompts)} answers stood there already and are left out")
-        if self.circular:
-            say(f"{self.file.name}: {self.circular} of {len(prompts)} answers repeat themselves and are left out")
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[int, ...], str]:
         """Each prompt once, the shortest first (those of like length are padded less side by side), with what was asked."""
@@ -123,7 +121,7 @@ class _Writing:
             record: dict[str, Any] = {"id": f"self:{number}"}
             if self._is_new(text):
                 record |= {"n_prompt": len(prompt), "input_ids": prompt + ids, "asked": said, "text": text}
-                self._count(ids)
+                self.tokens += len(ids)
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.write("".join(lines).encode("utf-8"))
         self.file.flush()
@@ -139,10 +137,6 @@ class _Writing:
         self.seen.add(digest)
         return True
 
-    def _count(self, answer: list[int]) -> None:
-        self.tokens += len(answer)
-        self.circular += repeats_itself(answer, self.source.min_distinct)
-
     def _resume(self, n_prompts: int) -> int:
         """How many prompts are done: whole batches only; what a kill left of one is cut off."""
         self.file.seek(0)
@@ -155,7 +149,7 @@ class _Writing:
             record = json.loads(line)
             if "text" in record:
                 self._is_new(record["text"])
-                self._count(record["input_ids"][record["n_prompt"] :])
+                self.tokens += len(record["input_ids"]) - record["n_prompt"]
             else:
                 self.duplicates += 1
         return done

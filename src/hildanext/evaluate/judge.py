@@ -1,7 +1,8 @@
-"""What the AR base says of a text."""
+"""What the AR base says of a text, and how much a text repeats itself."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,3 +25,9 @@ def parent_log_likelihood(model: PreTrainedModel, prompt_ids: list[int], new_ids
         )
     log_p = model(ids).logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(-1)
     return log_p.gather(1, ids[0, len(prompt_ids) :, None]).mean().item()
+
+
+def distinct_2(texts: list[list[int]]) -> float:
+    """Share of different bigrams among all bigrams of the texts (as token ids)."""
+    bigrams = [pair for ids in texts for pair in itertools.pairwise(ids)]
+    return len(set(bigrams)) / max(len(bigrams), 1)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from hildanext.config import Config
-from hildanext.documents import distinct_2
 from hildanext.evaluate.answers import Models, Outcome, Question, Way, answer, cost
 from hildanext.evaluate.intervals import plain, ratio, share
-from hildanext.evaluate.judge import parent_log_likelihood
+from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 
 NAME = "stories"
 

@@ -37,12 +37,6 @@ class SourceConfig(Section):
     dtype: Literal["uint16", "uint32"] = Field("uint16", description="Integer type of pretokenized .npy shards.")
     max_new_tokens: int = Field(256, ge=1, description="self: tokens of an answer at most.")
     temperature: float = Field(0.0, ge=0.0, description="self: 0 is greedy, which a small model learns from fastest.")
-    min_distinct: float = Field(
-        0.0,
-        ge=0.0,
-        le=1.0,
-        description="self: least share of different pairs of neighbours among an answer's tokens; one that goes round in circles is left out.",
-    )
     batch: int = Field(32, ge=1, description="self: prompts answered side by side.")
 
     @model_validator(mode="after")

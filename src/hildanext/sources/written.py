@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hildanext.config import SourceConfig
-from hildanext.documents import Document, Rejects, check_ids, distinct_2
+from hildanext.documents import Document, Rejects, check_ids
 from hildanext.errors import DataError
 from hildanext.sources.lines import read_json_lines
 from hildanext.sources.opening import File
@@ -31,8 +31,8 @@ def find(path: Path) -> list[File]:
     return [File(str(path), path.stat().st_size)]
 
 
-def read(path: str, min_distinct: float, rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    """(line, document) of a file; lines of answers that stood there before hold none, and those that repeat themselves."""
+def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(line, document) of a file; lines of answers that stood there before hold none."""
     for number, record in read_json_lines(path, rejects):
         if "input_ids" not in record:
             continue
@@ -43,12 +43,5 @@ def read(path: str, min_distinct: float, rejects: Rejects) -> Iterator[tuple[int
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
-        if repeats_itself(ids[n_prompt:], min_distinct):
-            continue
         asked = str(record["asked"]) if "asked" in record else None
         yield number, Document(str(record.get("id")), "self", input_ids=ids, n_prompt=n_prompt, asked=asked)
-
-
-def repeats_itself(answer: list[int], min_distinct: float) -> bool:
-    """Whether less than `min_distinct` of an answer's bigrams are different; a single token has none."""
-    return len(answer) > 1 and distinct_2([answer]) < min_distinct
