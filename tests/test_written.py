@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hildanext.ar import ArCompletion
 from hildanext.chat import encode_prompt
@@ -15,7 +17,7 @@ from hildanext.errors import ConfigError, DataError, UsageError
 from hildanext.policy import choose_policy
 from hildanext.prepare import prepare_data
 from hildanext.pretrained import load_causal_lm, load_tokenizer
-from hildanext.sources.written import written_file
+from hildanext.sources.written import until_repeat, written_file
 from hildanext.written import write_answers
 
 PROMPTS = ["Tell a story about Mia.", "Leo has a kite.", "What is red?", "Mia", "Once upon a time", "Leo has a kite."]
@@ -97,6 +99,34 @@ def test_repeated_and_empty_answers_are_left_out(config, monkeypatch, capsys):
     assert "3 of 5 answers stood there already and are left out" in capsys.readouterr().err
     prepare_data(one)  # and again: what is read back is counted alike
     assert "3 of 5" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(2, 5))
+def test_an_answer_is_cut_where_it_first_repeats_itself(ids, n):
+    def repeats(k):  # whether the run that begins at k stood there before
+        return len(ids[k : k + n]) == n and any(ids[j : j + n] == ids[k : k + n] for j in range(k))
+
+    assert until_repeat(ids, n) == next((k for k in range(len(ids)) if repeats(k)), len(ids))
+    assert until_repeat(ids, None) == len(ids)
+
+
+def test_repetitions_are_left_out_and_counted(config, monkeypatch, capsys):
+    said = iter([[5, 6, 5, 6, 5], [5], [5, 6, 7, 8], [5, 5, 5, 6], [9, 9]])
+
+    def answer(base, tokenizer, prompts, max_new_tokens, **how):
+        return [ArCompletion(f"text {ids}", ids, 0.0, False) for ids in (next(said) for _ in prompts)]
+
+    monkeypatch.setattr("hildanext.written.ar_complete_batch", answer)
+    for n, kept, told in (
+        (2, [[5, 6], [5], [5, 6, 7, 8], [5], [9, 9]], 6),
+        (3, [[5, 6], [5], [5, 6, 7, 8], [5, 5, 5, 6], [9, 9]], 3),
+    ):
+        one = config(cut_repeats=n)  # of the same file: nothing is asked again
+        manifest = prepare_data(one)
+        assert f"{told} of 16 tokens repeat what stands before them and are left out" in capsys.readouterr().err
+        assert manifest["rejects"]["total"] == 0
+        found = read_documents(Path(one.paths.data) / "processed" / "train.jsonl")
+        assert sorted(doc.input_ids[doc.n_prompt :] for doc in found) == sorted(kept)
 
 
 def test_documents_supervise_the_answer_in_sft(config):

@@ -23,7 +23,7 @@ from hildanext.files import sha256_of, write_json
 from hildanext.policy import choose_policy
 from hildanext.pretrained import fingerprint_weights, load_causal_lm, parent_of, read_record
 from hildanext.progress import progress, say
-from hildanext.sources.written import ASKED, written_file
+from hildanext.sources.written import ASKED, until_repeat, written_file
 
 
 def write_answers(config: Config) -> None:
@@ -73,7 +73,7 @@ class _Writing:
     def __init__(self, config: Config, source: SourceConfig, model: ModelConfig, file: IO[bytes]) -> None:
         self.config, self.source, self.model, self.file = config, source, model, file
         self.seen: set[bytes] = set()  # hashes of the answers so far
-        self.tokens = self.duplicates = 0
+        self.tokens = self.duplicates = self.repeated = 0
 
     def run(self) -> None:
         policy = choose_policy(self.config.model.device, self.config.model.dtype)
@@ -92,6 +92,10 @@ class _Writing:
                 advance(start + len(batch), f"{self.tokens} tokens")
         if self.duplicates:
             say(f"{self.file.name}: {self.duplicates} of {len(prompts)} answers stood there already and are left out")
+        if self.repeated:
+            say(
+                f"{self.file.name}: {self.repeated} of {self.tokens} tokens repeat what stands before them and are left out"
+            )
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[int, ...], str]:
         """Each prompt once, the shortest first (those of like length are padded less side by side), with what was asked."""
@@ -121,7 +125,7 @@ class _Writing:
             record: dict[str, Any] = {"id": f"self:{number}"}
             if self._is_new(text):
                 record |= {"n_prompt": len(prompt), "input_ids": prompt + ids, "asked": said, "text": text}
-                self.tokens += len(ids)
+                self._count(ids)
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.write("".join(lines).encode("utf-8"))
         self.file.flush()
@@ -137,6 +141,10 @@ class _Writing:
         self.seen.add(digest)
         return True
 
+    def _count(self, answer: list[int]) -> None:
+        self.tokens += len(answer)
+        self.repeated += len(answer) - until_repeat(answer, self.source.cut_repeats)
+
     def _resume(self, n_prompts: int) -> int:
         """How many prompts are done: whole batches only; what a kill left of one is cut off."""
         self.file.seek(0)
@@ -149,7 +157,7 @@ class _Writing:
             record = json.loads(line)
             if "text" in record:
                 self._is_new(record["text"])
-                self.tokens += len(record["input_ids"]) - record["n_prompt"]
+                self._count(record["input_ids"][record["n_prompt"] :])
             else:
                 self.duplicates += 1
         return done

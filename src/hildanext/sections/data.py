@@ -37,6 +37,11 @@ class SourceConfig(Section):
     dtype: Literal["uint16", "uint32"] = Field("uint16", description="Integer type of pretokenized .npy shards.")
     max_new_tokens: int = Field(256, ge=1, description="self: tokens of an answer at most.")
     temperature: float = Field(0.0, ge=0.0, description="self: 0 is greedy, which a small model learns from fastest.")
+    cut_repeats: int | None = Field(
+        None,
+        ge=2,
+        description="self: cut an answer where it begins to say as many tokens again as it has said before; greedy models go round in circles.",
+    )
     batch: int = Field(32, ge=1, description="self: prompts answered side by side.")
 
     @model_validator(mode="after")

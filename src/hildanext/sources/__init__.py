@@ -42,7 +42,7 @@ def read_file(source: SourceConfig, path: str, seed: int, rejects: Rejects) -> I
     if source.kind == "instruct":
         return instruct.read(path, rejects)
     if source.kind == "self":
-        return written.read(path, rejects)
+        return written.read(path, source.cut_repeats, rejects)
     return tinystories.read(path, rejects)
 
 

@@ -31,8 +31,8 @@ def find(path: Path) -> list[File]:
     return [File(str(path), path.stat().st_size)]
 
 
-def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    """(line, document) of a file; lines of answers that stood there before hold none."""
+def read(path: str, cut_repeats: int | None, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(line, document) of a file, answers cut where they repeat themselves; lines of those that stood there before hold none."""
     for number, record in read_json_lines(path, rejects):
         if "input_ids" not in record:
             continue
@@ -43,5 +43,19 @@ def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
+        ids = ids[: n_prompt + until_repeat(ids[n_prompt:], cut_repeats)]
         asked = str(record["asked"]) if "asked" in record else None
         yield number, Document(str(record.get("id")), "self", input_ids=ids, n_prompt=n_prompt, asked=asked)
+
+
+def until_repeat(ids: list[int], n: int | None) -> int:
+    """How many tokens come before the first run of `n` that stood there before; all of them for None."""
+    if n is None:
+        return len(ids)
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(ids) - n + 1):
+        run = tuple(ids[start : start + n])
+        if run in seen:
+            return start
+        seen.add(run)
+    return len(ids)
