@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -18,6 +19,8 @@ from hildanext.config import Config, LoraConfig, ModelConfig, parse_config
 from hildanext.convert import convert_wsd, evaluate_checkpoint, sft
 from hildanext.errors import ConfigError, HildaError, ModelError, UsageError
 from hildanext.generate import generate
+from hildanext.lora import one_matrix
+from hildanext.lowrank import OneMatrix
 from hildanext.model import DiffusionLM, load_diffusion_lm, save_diffusion_lm
 from hildanext.tiny import story_tokenizer
 from test_train import CONVERT, MULTI_TURN, assert_same, job
@@ -161,6 +164,49 @@ def test_gradients_are_those_of_the_whole_matrices_by_the_chain_rule(tmp_path: P
         grad = whole[re.split(r"\.low_rank|\.lora_A", name)[0] + ".weight"]
         assert_near(a.grad, 1.5 * b.detach().T @ grad)
         assert_near(b.grad, 1.5 * grad @ a.detach().T)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_matrix_is_what_peft_computes(compute: torch.dtype, bias: bool):
+    """Output and all gradients of an adapted layer, against peft's own forward; in bf16 against it in fp32, to bf16's rounding."""
+    import peft
+
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias)).requires_grad_(False)
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=3, lora_alpha=4, target_modules=["0"]), copy.deepcopy(layer)
+    )
+    settings = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["0"])
+    settings._register_custom_module({torch.nn.Linear: OneMatrix})
+    ours = peft.inject_adapter_in_model(settings, layer.to(compute))
+    assert type(ours[0]) is OneMatrix
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape))
+                ours.get_parameter(name).data = parameter.detach().clone()
+    slope, found = torch.randn(2, 5, 40), []
+    x = torch.randn(2, 5, 24)
+    for model, autocast in ((theirs, False), (ours, compute != torch.float32)):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = model(leaf)
+        assert y.dtype == (compute if autocast else torch.float32)
+        y.backward(slope.to(y.dtype))
+        factors = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        found.append({"y": y.detach().float(), "x": leaf.grad, **factors})
+    for name, expected in found[0].items():
+        assert found[1][name].dtype == torch.float32
+        off = (found[1][name] - expected).abs().max() / expected.abs().max()
+        assert off <= (1e-5 if compute == torch.float32 else 2e-2), name
+
+
+def test_what_is_quantized_or_dropped_out_is_left_to_peft():
+    assert one_matrix(RANK)
+    assert not one_matrix(LoraConfig(rank=4, dropout=0.1))
+    assert not one_matrix(LoraConfig(rank=4, base="nf4"))
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_base: Path):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from hildanext.masks import additive, document_mask
-from hildanext.model import compute_dtype
+from hildanext.policy import compute_dtype
 from hildanext.probe import body
 from hildanext.progress import progress
 from hildanext.rows import RowOrder, Rows

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from hildanext import objective
 from hildanext.config import Config, ModelConfig
 from hildanext.errors import ConfigError
-from hildanext.lora import inject
+from hildanext.lora import inject, one_matrix
 from hildanext.masks import Pieces
 from hildanext.memory import checkpoint_activations, peak_memory_mb, trimmer
 from hildanext.policy import Policy
@@ -36,10 +36,11 @@ from hildanext.training_attention import Kind, Visible, use_training_attention, 
 
 Command = Literal["convert-wsd", "sft", "dpo"]
 # Beside tensors: on a CPU what the first step loads, and what libraries and the C library's allocator hold between
-# tensors, as a share of all that a step makes; measured on SmolLM2's shape. An adapter's small tensors lie between the
-# large ones, and hold more. With checkpointing memory goes back before each layer (`memory.given_back`), and the share
-# is of what one layer makes. On a GPU the context and cuBLAS's workspaces, and a share for the caching allocator
-# (assumed: not measured on a card yet).
+# tensors, as a share of all that a step makes; measured on SmolLM2's shape. Where peft computes an adapter
+# (`lora.one_matrix`), its small tensors lie between the large ones, and hold more. With checkpointing memory goes back
+# before each layer (`memory.given_back`), and the share is of what one layer makes; an adapter's gradients lie between
+# those. On a GPU the context and cuBLAS's workspaces, and a share for the caching allocator (assumed: not measured on a
+# card yet).
 LOADED, FRAGMENTS, FRAGMENTS_LORA = 50_000_000, 0.29, 0.6
 OF_A_LAYER, OF_A_LAYER_LORA = 0.4, 2.0
 CONTEXT, CACHED = 450_000_000, 0.05
@@ -289,7 +290,7 @@ def predict(config: Config, command: Command, policy: Policy, shape: PreTrainedC
     if policy.device.type != "cpu":
         return peak._replace(process=CONTEXT, allocator=round(CACHED * peak.activations))
     is_full = config.lora.rank is None
-    made, share = peak.activations, FRAGMENTS if is_full else FRAGMENTS_LORA
+    made, share = peak.activations, FRAGMENTS if is_full or one_matrix(config.lora) else FRAGMENTS_LORA
     if config.train.gradient_checkpointing:
         train = config.train.model_copy(update={"gradient_checkpointing": False})
         made = _tensors(config.model_copy(update={"train": train}), command, policy, shape).activations

@@ -1,9 +1,9 @@
 """Low-rank adapters in training (LoRA, Hu et al. 2021, arXiv 2106.09685): the base is frozen, small matrices beside it learn.
 
-peft puts them beside the linear layers, quantized ones too. Three things are done here. The mask token's row is new to the
-base, so it is trained whole: peft's own way copies the whole embedding, and the head with it, in every forward. The head
-gets a low-rank change. Where head and embedding are one matrix that change is the matrix's, as in full training: tied
-heads stay tied, and a merged model is no larger than its base.
+peft puts them beside the linear layers, quantized ones too; `lowrank` computes the others. Three things are done here. The
+mask token's row is new to the base, so it is trained whole: peft's own way copies the whole embedding, and the head with it,
+in every forward. The head gets a low-rank change. Where head and embedding are one matrix that change is the matrix's, as in
+full training: tied heads stay tied, and a merged model is no larger than its base.
 """
 
 from __future__ import annotations
@@ -111,6 +111,11 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def one_matrix(config: LoraConfig) -> bool:
+    """Whether an adapted layer is computed as one matrix; the others are computed by peft, the change beside the layer."""
+    return config.rank is not None and config.base == "native" and not config.dropout
+
+
 def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed: int) -> list[str]:
     """Freeze a model and put a fresh adapter of `config.rank` into it, which changes nothing yet. The model stays what it is.
 
@@ -138,6 +143,10 @@ def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed:
         exclude_modules=[names.head],
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in layers),
     )
+    if one_matrix(config):
+        from hildanext.lowrank import OneMatrix
+
+        settings._register_custom_module({nn.Linear: OneMatrix})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2 has both kinds of layers
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from hildanext.documents import fingerprint
 from hildanext.errors import ModelError, UsageError
 from hildanext.files import write_json
 from hildanext.lora import collect, inject, peft_settings, trained_parameters, values_of
-from hildanext.policy import Policy, choose_policy
+from hildanext.policy import Policy, choose_policy, compute_dtype
 from hildanext.pretrained import (
     find_file,
     fingerprint_weights,
@@ -158,12 +158,6 @@ def query_groups(model: PreTrainedModel) -> int:
         return 1
     groups: int = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
     return groups
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type attention will compute in: autocast's where it is on, else the tensor's."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from hildanext.config import Config
 from hildanext.lora import AdaptedHead, trained_parameters
 from hildanext.masks import additive, document_mask
-from hildanext.model import DiffusionLM, adapted, compute_dtype
+from hildanext.model import DiffusionLM, adapted
 from hildanext.objective import Soft
 from hildanext.passes import Batch, Pass, left_visible
-from hildanext.policy import Policy
+from hildanext.policy import Policy, compute_dtype
 from hildanext.pretrained import load_causal_lm, parent_of, read_record
 from hildanext.probe import body
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hildanext.errors import ConfigError
 
@@ -128,3 +129,9 @@ def check_build(capability: tuple[int, int], architectures: list[str]) -> None:
         f"'model.device': this torch ({torch.__version__}) has no kernels for sm_{major}{minor}; install a build that has "
         "(CUDA 12.6 wheels are the last ones for Pascal and Volta), or set model.device to 'cpu'"
     )
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type attention will compute in: autocast's where it is on, else the tensor's."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
