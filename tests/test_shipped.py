@@ -11,7 +11,7 @@ import pytest
 
 import serving
 from hildanext import cli
-from hildanext.config import SHIPPED_MODEL, load_config
+from hildanext.config import SHIPPED_MODEL, load_config, parse_config
 from hildanext.decode import read_presets
 from hildanext.errors import ConfigError
 from hildanext.pretrained import MODELS
@@ -32,6 +32,18 @@ def test_the_folder_is_an_adapter_of_at_most_16_mb_with_its_record():
     assert set(presets) == {"S_MODE", "Q_MODE"}
 
 
+def test_its_training_is_on_record():
+    """How it was trained, with curves that get better; what was trained before is in `tokens_trained` alone."""
+    runs = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))["runs"]
+    trained = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["hilda"]["tokens_trained"]
+    assert 0 < sum(run["tokens"] for run in runs) <= trained
+    for run in runs:
+        assert run["curve"][-1]["tokens_seen"] <= run["tokens"]
+        assert run["config"]["data"]["sources"]
+        assert parse_config(run["config"]).lora.rank == json.loads((FOLDER / "adapter_config.json").read_text())["r"]
+    assert runs[-1]["curve"][-1]["eval_loss"] == min(point["eval_loss"] for run in runs for point in run["curve"])
+
+
 def test_the_card_says_what_it_is():
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     for word in ("Apache-2.0", "SmolLM2-135M-Instruct", "Q_MODE", "S_MODE", "distinct-2", "tokens per forward"):
@@ -39,12 +51,13 @@ def test_the_card_says_what_it_is():
 
 
 def test_its_recipe_makes_such_a_model():
-    recipe = Path(__file__).parents[1] / "recipes" / SHIPPED_MODEL / "config.json"
-    made = load_config(recipe, [])
+    recipe = Path(__file__).parents[1] / "recipes" / SHIPPED_MODEL
+    begun, made = (load_config(recipe / name, []) for name in ("config.json", "more.json"))
+    assert (begun.model, begun.lora) == (made.model, made.lora)
     config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
     assert (made.model.base, made.model.convention) == (config["hilda"]["base_model"], config["hilda"]["convention"])
-    assert made.wsd.final_block == config["block_size"]
+    assert made.sft.block_size == config["block_size"]
     assert made.lora.rank == adapter["r"]
 
 

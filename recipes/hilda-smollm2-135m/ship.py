@@ -33,6 +33,7 @@ def record(run: RunFolder) -> dict[str, Any]:
         "versions": about["versions"],
         "git": about["git"],
         "steps": rows[-1]["step"],
+        "tokens": rows[-1]["tokens_seen"],
         "curve": [{key: row[key] for key in CURVE} for row in rows if "eval_loss" in row],
     }
 
