@@ -59,6 +59,8 @@ def test_the_merge_is_the_float32_mean(trained: Trained, tmp_path: Path):
     assert record["weights"] == [1 / 3] * 3
     hilda = json.loads((tmp_path / "merged" / "config.json").read_text())["hilda"]
     assert hilda["merged"] == record["merged"]
+    trained_for = [json.loads((f / "config.json").read_text())["hilda"]["tokens_trained"] for f in folders]
+    assert hilda["tokens_trained"] == max(trained_for) > min(trained_for)
     assert hilda["weights"] == record["weights"]
     assert not list(tmp_path.glob(".*"))
 

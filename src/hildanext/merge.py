@@ -71,6 +71,12 @@ def _weights(folder: Path) -> dict[str, Path]:
     return where
 
 
+def _tokens_trained(folder: Path) -> int:
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokens: int = stored.get("hilda", {}).get("tokens_trained", 0)
+    return tokens
+
+
 def _check_same(first: Path, other: Path) -> None:
     """Raise CheckpointError, naming what differs, unless both folders hold the same model."""
     one, two = (json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (first, other))
@@ -121,6 +127,7 @@ def merge(
         _check_same(folders[0], folder)
     record: dict[str, Any] = {"merged": [str(folder) for folder in folders]}
     record["weights"] = [1 / len(folders)] * len(folders)
+    record["tokens_trained"] = max(_tokens_trained(folder) for folder in folders)
     if kinds[0]:
         return {"out": str(out), **_merge_adapters(folders, out, record, rank, half, full)}
     if rank is not None or half or full is not None:
