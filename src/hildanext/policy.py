@@ -132,6 +132,6 @@ def check_build(capability: tuple[int, int], architectures: list[str]) -> None:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type attention will compute in: autocast's where it is on, else the tensor's."""
+    """The type that is computed in with a tensor: autocast's where it is on, else the tensor's."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
