@@ -89,10 +89,11 @@ def test_the_modes_are_measured_drawn_written_and_used(checkpoint, tmp_path):
     assert report["prompts"] == 3
     assert (tmp_path / "out" / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "calibration.json").read_text())["modes"] == report["modes"]
-    # Every threshold pair, and around the choices the other passes and block sizes.
+    # Every threshold pair, and around the choices the other passes, block sizes and editable blocks.
     tried = {(p["tau_mask"], p["tau_edit"]) for p in report["points"]}
     assert tried == {(mask, edit) for mask in (0.0, 0.01, 0.9) for edit in (None, 0.0)}
     assert {p["block_size"] for p in report["points"]} == {2, 4, 8}
+    assert all(p["edit_blocks"] == 0 for p in report["points"] if p["tau_edit"] is None)
     written = json.loads((checkpoint / "converted" / "generation_config.json").read_text())["hilda"]
     for mode in ("S_MODE", "Q_MODE"):
         assert written[mode] == {name: report["modes"][mode][name] for name in Preset._fields}
@@ -100,10 +101,27 @@ def test_the_modes_are_measured_drawn_written_and_used(checkpoint, tmp_path):
     # What generate and serve resolve is what was written, and it gives the speed that was measured.
     engine = open_engine(config(checkpoint))
     asked = engine.settings(parse_config({"decode": {"mode": "S_MODE", "max_new_tokens": 12}}))
-    assert asked[1:5] == tuple(written["S_MODE"].values())
+    assert {name: asked._asdict()[name] for name in Preset._fields} == written["S_MODE"]
     done = [engine.generate(Request(prompt, asked)) for prompt in read_prompts(prompts, engine.lm.tokenizer)[:3]]
     forwards = sum(one.stats.forwards for one in done)
     assert sum(len(one.token_ids) for one in done) / forwards == report["modes"]["S_MODE"]["tokens_per_forward"]
+
+
+def test_editable_blocks_are_tried_where_editing_is_on(checkpoint, tmp_path):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("the cat\nonce upon a time\n")
+    changed = config(
+        checkpoint, tau_mask=[0.01], tau_edit=[0.0], max_post_steps=[0], block_sizes=[4], edit_blocks=[1, 3]
+    )
+    report = calibrate(changed, str(prompts), None, tmp_path / "out")
+    assert {p["edit_blocks"] for p in report["points"]} == {0, 1, 3}
+    # What was measured is what decoding with that setting gives.
+    engine = open_engine(changed)
+    for found in report["points"]:
+        asked = engine.settings(parse_config({"decode": {"max_new_tokens": 12}}))
+        asked = asked._replace(**{name: found[name] for name in Preset._fields})
+        done = engine.generate_batch([Request(p, asked) for p in read_prompts(prompts, engine.lm.tokenizer)])
+        assert sum(one.stats.edits for one in done) == found["edits"]
 
 
 def test_an_empty_answer_does_not_count(checkpoint, monkeypatch):

@@ -144,17 +144,14 @@ def test_presets_and_overrides():
 
 
 def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
-    modes = read_presets({"S_MODE": {"tau_mask": 0.3, "tau_edit": None, "max_post_steps": 2, "block_size": 4}})
-    assert modes == {"S_MODE": Preset(0.3, None, 2, 4)}
+    stored = {"tau_mask": 0.3, "tau_edit": None, "max_post_steps": 2, "block_size": 4}
+    assert read_presets({"S_MODE": stored}) == {"S_MODE": Preset(0.3, None, 2, 4, 0)}
+    modes = read_presets({"S_MODE": stored | {"edit_blocks": 2}})
     calibrated = resolve(DecodeConfig(mode="S_MODE"), 8, modes)
-    assert (calibrated.tau_mask, calibrated.tau_edit, calibrated.max_post_steps, calibrated.block_size) == (
-        0.3,
-        None,
-        2,
-        4,
-    )
-    asked = resolve(DecodeConfig(mode="S_MODE", tau_edit=0.9, max_post_steps=0, block_size=16), 8, modes)
-    assert (asked.tau_mask, asked.tau_edit, asked.max_post_steps, asked.block_size) == (0.3, 0.9, 0, 16)
+    assert {name: calibrated._asdict()[name] for name in Preset._fields} == stored | {"edit_blocks": 2}
+    changes = {"tau_edit": 0.9, "max_post_steps": 0, "block_size": 16, "edit_blocks": 0}
+    asked = resolve(DecodeConfig(mode="S_MODE", **changes), 8, modes)
+    assert {name: asked._asdict()[name] for name in Preset._fields} == {"tau_mask": 0.3, **changes}
     assert resolve(DecodeConfig(mode="Q_MODE"), 8, modes) == resolve(DecodeConfig(mode="Q_MODE"), 8)
     with pytest.raises(ModelError, match=r"'hilda' does not hold modes: .*speed"):
         read_presets({"S_MODE": {"speed": 1}})

@@ -213,11 +213,12 @@ def test_answer_of_also_takes_an_output_that_kept_and_padded(dinfer: DInfer) -> 
 
 def test_dinfer_names_what_it_ignores(dinfer: DInfer) -> None:
     engine = dinfer.open(tau_mask=0.8)
-    asked = engine.settings(dinfer.config(tau_mask=0.6, tau_edit=0.5, temperature=0.5, seed=3))
+    asked = engine.settings(dinfer.config(tau_mask=0.6, tau_edit=0.5, edit_blocks=2, temperature=0.5, seed=3))
     done = engine.generate(Request([50], asked))
     assert done.ignored == [
         "tau_edit 0.5: dInfer has no editing",
         "max_post_steps 16: dInfer has no correction passes",
+        "edit_blocks 2: dInfer has no editing",
         "tau_mask 0.6: the workers were started with 0.8 and keep it",
         "temperature 0.5: the workers were started with 0 and keep it",
         "seed 3: dInfer takes none",

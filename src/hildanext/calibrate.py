@@ -1,7 +1,8 @@
 """`calibrate`: find S_MODE and Q_MODE for a checkpoint on the user's own prompts, and write them into it.
 
 Quality is the mean log-likelihood that the AR base gives the text, speed is tokens per forward: both are the same at every
-run, unlike seconds. Thresholds are swept together; then, for the two settings chosen, correction passes and block size.
+run, unlike seconds. Thresholds are swept together; then, for the two settings chosen, correction passes, block size and how many
+finished blocks stay editable.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def measure(engine: TransformersEngine, base: PreTrainedModel, prompts: list[lis
         raise UsageError("every answer is empty: a string of 'decode.stop' stands at its beginning; leave it out")
     scores = [parent_log_likelihood(base, prompt, one.token_ids) for prompt, one in zip(prompts, done, strict=True)]
     return Point(
-        Preset(settings.tau_mask, settings.tau_edit, settings.max_post_steps, settings.block_size),
+        Preset(*(getattr(settings, name) for name in Preset._fields)),
         sum(score * len(one.token_ids) for score, one in zip(scores, done, strict=True) if one.token_ids) / n_tokens,
         n_tokens / sum(one.stats.forwards for one in done),
         n_tokens / max(one.stats.seconds for one in done),
@@ -78,7 +79,13 @@ def sweep(
     grid = [(mask, edit) for mask in how.tau_mask for edit in how.tau_edit]
     loss: dict[Mode, float] = {"Q_MODE": how.q_loss, "S_MODE": how.s_loss}
     points: dict[Preset, Point] = {}
-    with progress("calibrate", len(grid) + len(loss) * (len(how.max_post_steps) + len(sizes)), "settings") as advance:
+    others: dict[str, list[int]] = {
+        "max_post_steps": how.max_post_steps,
+        "block_size": sizes,
+        "edit_blocks": how.edit_blocks,
+    }
+    n_settings = len(grid) + len(loss) * sum(map(len, others.values()))
+    with progress("calibrate", n_settings, "settings") as advance:
         done = 0
 
         def try_out(preset: Preset) -> None:
@@ -91,11 +98,12 @@ def sweep(
         for mask, edit in grid:
             try_out(Preset(mask, edit, max(how.max_post_steps), block))
         for name in loss:
-            # Correction passes, then the block size, each from where the choice stands by then.
-            for steps in how.max_post_steps:
-                try_out(choose([*points.values()], loss[name], how.least_variety).preset._replace(max_post_steps=steps))
-            for size in sizes:
-                try_out(choose([*points.values()], loss[name], how.least_variety).preset._replace(block_size=size))
+            # One after the other, each from where the choice stands by then.
+            for key, values in others.items():
+                for value in values:
+                    now = choose([*points.values()], loss[name], how.least_variety).preset
+                    without_effect = key == "edit_blocks" and now.tau_edit is None
+                    try_out(now if without_effect else now._replace(**{key: value}))
     everything = list(points.values())
     return everything, {mode: choose(everything, loss[mode], how.least_variety) for mode in loss}
 
@@ -149,13 +157,13 @@ def _flat(point: Point) -> dict[str, Any]:
 def summary(chosen: dict[Mode, Point], files: dict[str, str]) -> str:
     """The modes as a table, and where everything went."""
     lines = [
-        f"{'':8}{'tau_mask':>10}{'tau_edit':>10}{'post':>6}{'block':>7}{'nats/token':>12}{'TPF':>7}{'tokens/s':>10}"
+        f"{'':8}{'tau_mask':>10}{'tau_edit':>10}{'post':>6}{'block':>7}{'behind':>8}{'nats/token':>12}{'TPF':>7}{'tokens/s':>10}"
     ]
     for mode, point in chosen.items():
         preset = point.preset
         edit = "off" if preset.tau_edit is None else f"{preset.tau_edit:g}"
         lines.append(
-            f"{mode:8}{preset.tau_mask:10g}{edit:>10}{preset.max_post_steps:6d}{preset.block_size or 0:7d}"
+            f"{mode:8}{preset.tau_mask:10g}{edit:>10}{preset.max_post_steps:6d}{preset.block_size or 0:7d}{preset.edit_blocks:8d}"
             f"{point.quality:12.3f}{point.tokens_per_forward:7.2f}{point.tokens_per_second:10.1f}"
         )
     return "\n".join([*lines, f"written to {files['written']}; {files['plot']}"])

@@ -18,6 +18,7 @@ class Preset(NamedTuple):
     tau_edit: float | None
     max_post_steps: int = 16
     block_size: int | None = None  # None: the checkpoint's
+    edit_blocks: int = 0
 
 
 # Until calibrated: the thresholds that SGLang and diffusers document.
@@ -87,7 +88,7 @@ def resolve(config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset
         top_k=config.top_k,
         top_p=config.top_p,
         repetition_penalty=config.repetition_penalty,
-        edit_blocks=config.edit_blocks,
+        edit_blocks=preset.edit_blocks if config.edit_blocks == "preset" else config.edit_blocks,
         stop=tuple(config.stop),
     )
 

@@ -202,12 +202,16 @@ class Chat:
     def thresholds(self) -> str:
         settings = self.engine.settings(self.config)
         edit = "off" if settings.tau_edit is None else f"{settings.tau_edit:g}"
-        return f"{settings.mode}: tau_mask {settings.tau_mask:g}, tau_edit {edit}"
+        behind = (
+            f", edit_blocks {settings.edit_blocks}" if settings.edit_blocks and settings.tau_edit is not None else ""
+        )
+        return f"{settings.mode}: tau_mask {settings.tau_mask:g}, tau_edit {edit}{behind}"
 
     def set_mode(self, rest: str) -> None:
         if rest:
             mode = {"S": "S_MODE", "Q": "Q_MODE"}.get(rest.upper(), rest.upper())
-            self.change(mode=mode, tau_mask="preset", tau_edit="preset", max_post_steps="preset")
+            presets = dict.fromkeys(("tau_mask", "tau_edit", "max_post_steps", "edit_blocks"), "preset")
+            self.change(mode=mode, **presets)
         self.tell(self.thresholds())
 
     def set_tau(self, rest: str) -> None:

@@ -160,6 +160,8 @@ class DInferEngine:
         if settings.tau_edit is not None:
             lines.append(f"tau_edit {settings.tau_edit:g}: dInfer has no editing")
             lines.append(f"max_post_steps {settings.max_post_steps}: dInfer has no correction passes")
+            if settings.edit_blocks:
+                lines.append(f"edit_blocks {settings.edit_blocks}: dInfer has no editing")
         for name in ("tau_mask", "temperature"):
             asked, running = settings._asdict()[name], self.started._asdict()[name]
             if asked != running:

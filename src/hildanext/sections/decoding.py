@@ -29,10 +29,8 @@ class DecodeConfig(Section):
     block_size: int | None = Field(
         None, ge=1, description="Decoding block size; null is the mode's if calibrated, else the checkpoint's."
     )
-    edit_blocks: int = Field(
-        0,
-        ge=0,
-        le=64,
+    edit_blocks: Annotated[int, Field(ge=0, le=64)] | Threshold = Field(
+        "preset",
         description="Finished blocks before the current one that stay editable (multiple block editing).",
     )
     max_new_tokens: int = Field(128, ge=1, description="Token budget of a completion.")
@@ -106,6 +104,9 @@ class CalibrateConfig(Section):
     )
     block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, min_length=1, description="Block sizes to try; null is half, once and twice the checkpoint's."
+    )
+    edit_blocks: list[Annotated[int, Field(ge=0, le=64)]] = Field(
+        default_factory=lambda: [0, 1, 2], min_length=1, description="Values of edit_blocks to try."
     )
     q_loss: float = Field(
         0.05,
