@@ -34,19 +34,7 @@ from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
 from hildanext.runs import git_revision, versions
 
-SWEEP = (
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    0.95,
-)  # tau_mask with editing off: the curve to compare with
+SWEEP = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)  # tau_mask with editing off: the curve to compare with
 MODES = ("Q_MODE", "S_MODE")
 
 

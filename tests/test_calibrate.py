@@ -114,7 +114,7 @@ def test_editable_blocks_are_tried_where_editing_is_on(checkpoint, tmp_path):
         checkpoint, tau_mask=[0.01], tau_edit=[0.0], max_post_steps=[0], block_sizes=[4], edit_blocks=[1, 3]
     )
     report = calibrate(changed, str(prompts), None, tmp_path / "out")
-    assert {p["edit_blocks"] for p in report["points"]} == {0, 1, 3}
+    assert {p["edit_blocks"] for p in report["points"]} == {1, 3}
     # What was measured is what decoding with that setting gives.
     engine = open_engine(changed)
     for found in report["points"]:

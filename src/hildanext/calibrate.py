@@ -96,7 +96,8 @@ def sweep(
             advance(done, f"best {max(point.quality for point in points.values()):.2f} nats a token")
 
         for mask, edit in grid:
-            try_out(Preset(mask, edit, max(how.max_post_steps), block))
+            behind = 0 if edit is None else max(how.edit_blocks)
+            try_out(Preset(mask, edit, max(how.max_post_steps), block, behind))
         for name in loss:
             # One after the other, each from where the choice stands by then.
             for key, values in others.items():
