@@ -90,21 +90,21 @@ def sweep(
 
         def try_out(preset: Preset) -> None:
             nonlocal done
+            if preset.tau_edit is None:  # no block is edited, however many could be
+                preset = preset._replace(edit_blocks=0)
             if preset not in points:
                 points[preset] = measure(engine, base, prompts, start._replace(**preset._asdict()))
             done += 1
             advance(done, f"best {max(point.quality for point in points.values()):.2f} nats a token")
 
         for mask, edit in grid:
-            behind = 0 if edit is None else max(how.edit_blocks)
-            try_out(Preset(mask, edit, max(how.max_post_steps), block, behind))
+            try_out(Preset(mask, edit, max(how.max_post_steps), block, max(how.edit_blocks)))
         for name in loss:
             # One after the other, each from where the choice stands by then.
             for key, values in others.items():
                 for value in values:
                     now = choose([*points.values()], loss[name], how.least_variety).preset
-                    without_effect = key == "edit_blocks" and now.tau_edit is None
-                    try_out(now if without_effect else now._replace(**{key: value}))
+                    try_out(now._replace(**{key: value}))
     everything = list(points.values())
     return everything, {mode: choose(everything, loss[mode], how.least_variety) for mode in loss}
 

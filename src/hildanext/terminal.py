@@ -210,8 +210,7 @@ class Chat:
     def set_mode(self, rest: str) -> None:
         if rest:
             mode = {"S": "S_MODE", "Q": "Q_MODE"}.get(rest.upper(), rest.upper())
-            presets = dict.fromkeys(("tau_mask", "tau_edit", "max_post_steps", "edit_blocks"), "preset")
-            self.change(mode=mode, **presets)
+            self.change(mode=mode, tau_mask="preset", tau_edit="preset", max_post_steps="preset", edit_blocks="preset")
         self.tell(self.thresholds())
 
     def set_tau(self, rest: str) -> None:

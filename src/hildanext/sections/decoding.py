@@ -10,6 +10,7 @@ from hildanext.sections.section import Section
 
 Mode = Literal["S_MODE", "Q_MODE"]
 Threshold = Literal["preset"]
+EditBlocks = Annotated[int, Field(ge=0, le=64)]
 
 
 class DecodeConfig(Section):
@@ -29,7 +30,7 @@ class DecodeConfig(Section):
     block_size: int | None = Field(
         None, ge=1, description="Decoding block size; null is the mode's if calibrated, else the checkpoint's."
     )
-    edit_blocks: Annotated[int, Field(ge=0, le=64)] | Threshold = Field(
+    edit_blocks: EditBlocks | Threshold = Field(
         "preset",
         description="Finished blocks before the current one that stay editable (multiple block editing).",
     )
@@ -105,7 +106,7 @@ class CalibrateConfig(Section):
     block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, min_length=1, description="Block sizes to try; null is half, once and twice the checkpoint's."
     )
-    edit_blocks: list[Annotated[int, Field(ge=0, le=64)]] = Field(
+    edit_blocks: list[EditBlocks] = Field(
         default_factory=lambda: [0, 1, 2], min_length=1, description="Values of edit_blocks to try."
     )
     q_loss: float = Field(
