@@ -145,7 +145,7 @@ def test_ar_answers_of_different_budgets(models: Models) -> None:
 
 
 def test_a_revision_is_the_converted_models_own(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[str] = []
     real = command.load_causal_lm
     monkeypatch.setattr(command, "load_causal_lm", lambda model, *args: asked.append(model) or real(model, *args))
     command.open_models(changed(small, model={"revision": "v2"}), None)
@@ -446,8 +446,9 @@ def test_humaneval_from_the_prompt_to_the_verdict(
 ) -> None:
     """What the model writes is replaced by right and wrong bodies: prompt and completion are joined, tested and counted."""
     problems = read_records(PROBLEMS, humaneval.FIELDS, 4)
-    bodies = [one["canonical_solution"] for one in problems[:3]] + ["    return None\n"]
-    monkeypatch.setattr(humaneval, "encode_prompt", lambda tokenizer, prompt: [5, 6, 7])
+    bodies = ["\n" + one["canonical_solution"] for one in problems[:3]] + ["\n    return None\n"]
+    asked: list[str] = []
+    monkeypatch.setattr(humaneval, "encode_prompt", lambda tokenizer, prompt: asked.append(prompt) or [5, 6, 7])
     real = humaneval.answer
 
     def written(*args: Any) -> Any:
@@ -461,6 +462,7 @@ def test_humaneval_from_the_prompt_to_the_verdict(
     assert [one["passed"] for one in outcome.samples] == [True, True, True, False]
     assert outcome.figures["pass@1"].value == 0.75
     assert outcome.samples[0]["task_id"] == "HildaNext/0"
+    assert asked == [one["prompt"].rstrip("\n") for one in problems]  # a line break alone is no token to go on from
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -40,8 +40,13 @@ def read(config: Config) -> list[dict[str, Any]]:
 
 
 def evaluate(config: Config, models: Models, problems: list[dict[str, Any]], way: Way) -> Outcome:
-    """Complete each problem as plain text, `evaluate.samples` times, and run the tests."""
+    """Complete each problem as plain text, `evaluate.samples` times, and run the tests.
+
+    Without the line break that ends it: tokenizers join one with the indent behind it, and after a token of its own a
+    model sees nothing that it learned to go on from.
+    """
     how = config.evaluate
+    problems = [problem | {"prompt": problem["prompt"].rstrip()} for problem in problems]
     questions = [
         Question(
             encode_prompt(models.lm.tokenizer, problem["prompt"]),
