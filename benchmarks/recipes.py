@@ -34,6 +34,7 @@ HELD_OUT_ROWS = 40
 PROTOTYPE = {"in_place": (0.389, 3.08), "shifted": (0.445, 2.77)}  # full, block 4, 112,640 tokens
 
 LORA = {"lora.rank": 16, "train.lr": 1e-3}
+LORA_64 = LORA | {"lora.rank": 64}
 LADDER = {
     "wsd.shape": "ladder",
     "wsd.warmup_ladder": [1, 2],
@@ -43,6 +44,7 @@ LADDER = {
 }
 M2T = {"noise.corrupt_rate": 0.0, "loss.w_t2t": 0.0}
 FASTER, ELBO = {"train.lr": 6e-4}, {"loss.weighting": "elbo"}
+TWO_ROWS, ONE_ROW = {"train.rows_per_step": 2}, {"train.rows_per_step": 1}
 # Name -> what differs from the first: full fine-tuning, `shifted`, blocks of 4 from the start, people's answers.
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
@@ -51,6 +53,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lr 1e-4": {"train.lr": 1e-4},
     "lr 6e-4": FASTER,
     "lr 1e-3": {"train.lr": 1e-3},
+    "2 rows a step": TWO_ROWS,
+    "1 row a step": ONE_ROW,
     "1/t weights (ELBO)": ELBO,
     "no wrong tokens": {"noise.corrupt_rate": 0.0},
     "M2T only": M2T,
@@ -65,7 +69,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "LoRA 16, lr 1e-3": LORA,
     "LoRA 16, lr 3e-3": LORA | {"train.lr": 3e-3},
     "LoRA 16, lr 6e-3": LORA | {"train.lr": 6e-3},
-    "LoRA 64, lr 1e-3": LORA | {"lora.rank": 64},
+    "LoRA 64, lr 1e-3": LORA_64,
+    "LoRA 64, lr 2e-3": LORA_64 | {"train.lr": 2e-3},
+    "LoRA 64, distilled, 0.5": LORA_64 | {"loss.distill": 0.5},
+    "LoRA 64, half and half": LORA_64 | {"text": "mix"},
+    "LoRA 64, half and half, distilled, 0.5": LORA_64 | {"text": "mix", "loss.distill": 0.5},
     "LoRA 16, distilled, 0.5": LORA | {"loss.distill": 0.5},
     "LoRA 16, lr 3e-3, distilled, 0.5": LORA | {"train.lr": 3e-3, "loss.distill": 0.5},
     "lr 6e-4, M2T only": FASTER | M2T,
@@ -83,7 +91,8 @@ def sources(text: str, questions: Path) -> list[dict[str, Any]]:
 
 
 def overrides(recipe: dict[str, Any], out: Path, questions: Path, seed: int, tokens: int) -> list[str]:
-    steps = tokens // (ROW * ROWS)
+    rows = recipe.get("train.rows_per_step", ROWS)
+    steps = tokens // (ROW * rows)
     text = recipe.get("text", "human")
     keys: dict[str, Any] = {
         "paths.data": str(out / f"data-{text}"),
@@ -92,7 +101,8 @@ def overrides(recipe: dict[str, Any], out: Path, questions: Path, seed: int, tok
         "wsd.stable_steps": steps - steps * 3 // 10,
         "wsd.decay_steps": steps * 3 // 10,
         "train.seed": seed,
-        "train.lr_warmup_steps": 6,
+        "train.micro_batch": rows,
+        "train.lr_warmup_steps": 6 * ROWS // rows,
         "train.eval_every": 0,
         "train.eval_rows": HELD_OUT_ROWS,
         "train.save_every": 1000,

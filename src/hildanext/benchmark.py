@@ -66,9 +66,8 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
 def _code_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     path = Path(config.paths.data) / "processed" / "humaneval_dummy.jsonl"
     problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    prompts = [
-        problem["prompt"].rstrip() for problem in problems
-    ]  # tokenizers join a line break with the indent behind it
+    # Tokenizers join the line break that ends a prompt with the indent behind it.
+    prompts = [problem["prompt"].rstrip() for problem in problems]
     return [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
 
 
