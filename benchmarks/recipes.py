@@ -44,7 +44,6 @@ LADDER = {
 }
 M2T = {"noise.corrupt_rate": 0.0, "loss.w_t2t": 0.0}
 FASTER, ELBO = {"train.lr": 6e-4}, {"loss.weighting": "elbo"}
-TWO_ROWS, ONE_ROW = {"train.rows_per_step": 2}, {"train.rows_per_step": 1}
 # Name -> what differs from the first: full fine-tuning, `shifted`, blocks of 4 from the start, people's answers.
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
@@ -53,8 +52,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lr 1e-4": {"train.lr": 1e-4},
     "lr 6e-4": FASTER,
     "lr 1e-3": {"train.lr": 1e-3},
-    "2 rows a step": TWO_ROWS,
-    "1 row a step": ONE_ROW,
+    "2 rows a step": {"train.rows_per_step": 2},
+    "1 row a step": {"train.rows_per_step": 1},
     "1/t weights (ELBO)": ELBO,
     "no wrong tokens": {"noise.corrupt_rate": 0.0},
     "M2T only": M2T,

@@ -145,7 +145,7 @@ def test_ar_answers_of_different_budgets(models: Models) -> None:
 
 
 def test_a_revision_is_the_converted_models_own(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    asked = []
     real = command.load_causal_lm
     monkeypatch.setattr(command, "load_causal_lm", lambda model, *args: asked.append(model) or real(model, *args))
     command.open_models(changed(small, model={"revision": "v2"}), None)
