@@ -47,8 +47,13 @@ class Settings(NamedTuple):
     top_k: int | None = None
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    edit_blocks: int = 0  # finished blocks before the current one that stay editable
+    edit_blocks: int = 0  # finished blocks before the current one that stay editable; see editable_blocks
     stop: tuple[str, ...] = ()
+
+    @property
+    def editable_blocks(self) -> int:
+        """`edit_blocks` where anything is edited, else 0."""
+        return 0 if self.tau_edit is None else self.edit_blocks
 
 
 class Step(NamedTuple):

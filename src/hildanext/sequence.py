@@ -69,11 +69,8 @@ class Sequence:
     def _open_block(self) -> None:
         size = self.settings.block_size
         self.tokens += [self.vocabulary.mask_token_id] * ((self.block + 1) * size - len(self.tokens))
-        self.window = max(self.first_block, self.block - self._editable_blocks()) * size
+        self.window = max(self.first_block, self.block - self.settings.editable_blocks) * size
         self.step = self.post_steps = 0
-
-    def _editable_blocks(self) -> int:
-        return 0 if self.settings.tau_edit is None else self.settings.edit_blocks
 
     def shared_with(self, other: Sequence) -> int:
         """Positions at the beginning of the prompt whose keys and values `other` has stored: whole blocks of equal tokens.
@@ -201,7 +198,7 @@ class Sequence:
         self.mask_ratio.append(ratio)
         if not self._is_done(was_clean=ratio == 0, edited=bool(edited)):
             return [step]
-        if not drafted and not edited and self._editable_blocks() == 0:
+        if not drafted and not edited and self.settings.editable_blocks == 0:
             # What lies in the cache is the block as it stays. With editable blocks it is not: they see what comes after
             # them, a stored block does not. Those are stored when they leave the window.
             self._store(span, len(self.tokens), hidden)

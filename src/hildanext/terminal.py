@@ -202,9 +202,7 @@ class Chat:
     def thresholds(self) -> str:
         settings = self.engine.settings(self.config)
         edit = "off" if settings.tau_edit is None else f"{settings.tau_edit:g}"
-        behind = (
-            f", edit_blocks {settings.edit_blocks}" if settings.edit_blocks and settings.tau_edit is not None else ""
-        )
+        behind = f", edit_blocks {settings.editable_blocks}" if settings.editable_blocks else ""
         return f"{settings.mode}: tau_mask {settings.tau_mask:g}, tau_edit {edit}{behind}"
 
     def set_mode(self, rest: str) -> None:
