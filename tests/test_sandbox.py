@@ -148,7 +148,18 @@ def listener() -> Iterator[socket.socket]:
         yield server
 
 
-def test_no_network(listener: socket.socket, tmp_path: Path) -> None:
+@pytest.fixture
+def without_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """System calls as they are: what is left is the namespaces."""
+    text = Path(str(sandbox.jail.__file__)).read_text(encoding="utf-8")
+    open_jail = tmp_path / "jail.py"
+    open_jail.write_text(text.replace("    forbid_calls()\n    die", "    die"))
+    assert open_jail.read_text() != text
+    monkeypatch.setattr(sandbox.jail, "__file__", str(open_jail))
+
+
+@pytest.mark.usefixtures("without_filter")
+def test_no_network(listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     connect = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)"
     assert "OSError" in attempt(connect).reason
@@ -159,6 +170,7 @@ def test_no_network(listener: socket.socket, tmp_path: Path) -> None:
         listener.accept()
 
 
+@pytest.mark.usefixtures("without_filter")
 def test_no_unix_sockets_of_this_machine(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as in_folder, socket.socket(socket.AF_UNIX) as abstract:
         name = f"hildanext-{os.getpid()}"
@@ -168,6 +180,49 @@ def test_no_unix_sockets_of_this_machine(tmp_path: Path) -> None:
             server.listen()
             found = attempt(f"import socket\nsocket.socket(socket.AF_UNIX).connect({address})")
             assert "FileNotFoundError" in found.reason or "ConnectionRefusedError" in found.reason, found
+
+
+def test_no_sockets_at_all() -> None:
+    for family in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_VSOCK"):
+        assert attempt(f"import socket\nsocket.socket(socket.{family})").reason.startswith("PermissionError"), family
+
+
+LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "shmget(0, 1 << 20, 0o1600)",
+        "semget(0, 1, 0o1600)",
+        "msgget(0, 0o1600)",
+        "mq_open(b'/queue', 0o102, 0o600, None)",
+        "memfd_create(b'memory', 0)",
+        "unshare(0x10000000)",
+    ],
+)
+def test_calls_that_limits_do_not_count_are_forbidden(call: str) -> None:
+    """System V memory that nobody is attached to counts towards no process; a user namespace may mount more memory."""
+    assert attempt(f"{LIBC}raise ValueError((libc.{call}, ctypes.get_errno()))").reason == "ValueError: (-1, 1)"
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86_64")
+def test_no_way_round_the_filter() -> None:
+    new_user = f"{LIBC}raise ValueError((libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0), ctypes.get_errno()))"
+    assert attempt(new_user).reason == "ValueError: (-1, 1)"  # clone
+    assert "(-1, 38)" in attempt(new_user.replace("syscall(56, ", "syscall(435, ")).reason  # clone3: there is none
+    assert "SIGSYS" in attempt(f"{LIBC}libc.syscall(0x40000000 | 41, 1, 1, 0)").reason  # socket, by its x32 number
+
+
+def test_empty_files_are_counted() -> None:
+    assert "No space left" in attempt("for i in range(2000):\n    open(f'{i}', 'w')").reason
+
+
+def test_an_exit_code_is_nothing_but_a_failure() -> None:
+    """120 is the jail's own, from 129 on they stand for signals where there is one."""
+    reasons = [attempt(f"os._exit({code})").reason for code in (0, 120, 129, 200, 255)]
+    ended = ("exit code 0", "exit code 120", "signal SIGHUP", "exit code 200", "exit code 255")
+    assert reasons == [f"ended by {how} before the tests did" for how in ended]
 
 
 # --- taking too much ------------------------------------------------------------------------------------------------
@@ -307,6 +362,15 @@ def test_without_namespaces_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(UsageError, match="cannot be shut in on this machine") as caught:
         require_sandbox()
     assert "\n" not in str(caught.value)
+
+
+def test_a_machine_without_a_list_of_calls_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "jail.py"
+    text = Path(str(sandbox.jail.__file__)).read_text(encoding="utf-8")
+    other.write_text(text.replace("os.uname().machine", "'riscv64'"))
+    monkeypatch.setattr(sandbox.jail, "__file__", str(other))
+    with pytest.raises(UsageError, match="no list of system calls for riscv64"):
+        require_sandbox()
 
 
 def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,11 @@
 """Prompts of a small world, short stories and simple instructions: the same for the same seed, a line each.
 
-python prompts.py 1344 > prompts.txt             # what the model was trained on
-python prompts.py 64 --skip 1600 > heldout.txt   # later ones: no prompt comes twice
+python prompts.py 1344 > prompts.txt                      # what the model was trained on
+python prompts.py 48 --skip 5000 > heldout.txt            # later ones: no prompt comes twice, but every subject has been seen
+python prompts.py 48 --unseen story > unseen.txt          # of words that no other prompt has
+python prompts.py 48 --unseen instruction > unseen.txt
+
+There are 290 instructions, so that late prompts are stories only.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, product, zip_longest
 
 FORMS: dict[str, list[str]] = {
     "story": [
@@ -187,6 +191,74 @@ WORDS: dict[str, list[str]] = {
         "types of fish",
     ],
 }
+UNSEEN: dict[str, list[str]] = {
+    "who": [
+        "a nervous penguin",
+        "a retired clown",
+        "a girl named Nora",
+        "a forgetful squirrel",
+        "a boy named Otto",
+        "a stubborn donkey",
+        "a young astronaut",
+        "a gentle elephant",
+        "a tailor named Hugo",
+        "a noisy parrot",
+        "a paper boat",
+        "a hedgehog named Pim",
+    ],
+    "what": [
+        "who opens a tiny restaurant",
+        "who loses a shoe in the snow",
+        "who writes a letter to the rain",
+        "who learns to play the drums",
+        "who must cross a wide river",
+        "who breaks a precious vase",
+        "who adopts a stray cloud",
+        "who is late for a wedding",
+        "who teaches a snowman to dance",
+        "who finds a broken radio",
+    ],
+    "where": [
+        "in a train station",
+        "behind a waterfall",
+        "at the market",
+        "in a lighthouse",
+        "in an empty theater",
+        "on a frozen lake",
+    ],
+    "thing": [
+        "a mirror",
+        "fire",
+        "a spider",
+        "cheese",
+        "an airplane",
+        "a school",
+        "a doctor",
+        "lightning",
+        "a camera",
+        "kindness",
+        "a candle",
+        "a calendar",
+    ],
+    "do": [
+        "grow tomatoes",
+        "find a job",
+        "wake up early",
+        "make tea",
+        "wash a car",
+        "learn to draw",
+        "choose a gift",
+        "stop being late",
+    ],
+    "kind": [
+        "insects",
+        "desserts",
+        "capital cities",
+        "board games",
+        "pieces of furniture",
+        "things to take to the beach",
+    ],
+}
 STORIES = 0.6  # their share
 
 
@@ -201,10 +273,23 @@ def prompts(seed: int = 0) -> Iterator[str]:
             yield text
 
 
+def unseen(kind: str, seed: int = 0) -> list[str]:
+    """All prompts of one kind about what the others never name: the forms in turn, their words in a random order."""
+    rng, by_form = random.Random(seed), []
+    for form in FORMS[kind]:
+        names = [name for name in UNSEEN if f"{{{name}}}" in form]
+        every = product(*(UNSEEN[name] for name in names))
+        texts = [form.format(**dict(zip(names, words, strict=True))) for words in every]
+        by_form.append(rng.sample(texts, len(texts)))
+    return [text for texts in zip_longest(*by_form) for text in texts if text is not None]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int)
     parser.add_argument("--skip", type=int, default=0, help="leave out so many before")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unseen", choices=sorted(FORMS), help="of this kind, about what no other prompt names")
     args = parser.parse_args()
-    print("\n".join(islice(prompts(args.seed), args.skip, args.skip + args.count)))
+    source = unseen(args.unseen, args.seed) if args.unseen else prompts(args.seed)
+    print("\n".join(islice(source, args.skip, args.skip + args.count)))

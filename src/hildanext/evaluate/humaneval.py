@@ -59,7 +59,11 @@ def evaluate(config: Config, models: Models, problems: list[dict[str, Any]], way
         for item, problem in enumerate(problems)
     ]
     answers = answer(models, way, questions, NAME)
-    verdicts = judge(problems, [one.text for one in answers], Limits(cpu_s=how.code_seconds))
+    verdicts = judge(
+        problems,
+        [one.text for one in answers],
+        Limits(cpu_s=how.code_seconds, wall_s=max(20.0, 4.0 * how.code_seconds)),
+    )
     samples = [
         {"task_id": problem["task_id"], "completion": one.text, "passed": verdict.passed, "reason": verdict.reason}
         for problem, one, verdict in zip(problems * how.samples, answers, verdicts, strict=True)

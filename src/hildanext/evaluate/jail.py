@@ -2,25 +2,29 @@
 
 New mount, process, network and IPC namespaces (and a user namespace where it is not root); a root folder in which only
 the interpreter and the system's libraries exist, read only; an empty folder in memory to work in; no privileges and no
-way to new ones (namespaces(7), pivot_root(2), capabilities(7), prctl(2)). What cannot be done is said, nothing is skipped.
+way to new ones; no system calls that open a network, memory that no limit counts, or namespaces of its own
+(namespaces(7), pivot_root(2), capabilities(7), prctl(2), seccomp(2)). What cannot be done is said, nothing is skipped.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
 import resource
 import select
 import signal
+import struct
 import sys
 
-REFUSED = 120  # exit code when this machine does not let a process shut itself in
+REFUSED = 120  # exit code, with a reason on stderr, when this machine does not let a process shut itself in
 NOBODY = 65534
 FIRST_USER = 1 << 30  # with a process id added: no other user, no other run
 BOX = "/box"
 DEVICES = ("null", "zero", "urandom")
+MOST_FILES = 1000  # an empty file takes memory, too
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
     1,
@@ -33,8 +37,33 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
     1 << 18,
 )
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 CAPABILITY_VERSION_3 = 0x20080522
+# Of the machines that the filter knows: the kernel's name for their calls (linux/audit.h), and a column of FORBIDDEN.
+MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+FORBIDDEN = {
+    "shmget": (29, 194),  # System V and POSIX messages, anonymous files: memory that counts towards no process
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "socket": (41, 198),  # AF_VSOCK leads out of every network namespace
+    "io_uring_setup": (425, 425),  # makes sockets without the call above
+    "unshare": (272, 97),  # in a user namespace of its own a process mounts what it likes
+    "setns": (308, 268),
+    "bpf": (321, 280),  # where kernels have had most of their holes
+    "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241),
+}
+CLONE, CLONE3 = (56, 220), (435, 435)
+X32 = 0x40000000  # the same calls once more, numbered from here
+BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+SECCOMP_MODE_FILTER, SECCOMP_KILL, SECCOMP_ERROR, SECCOMP_ALLOW = 2, 0x80000000, 0x00050000, 0x7FFF0000
+SECCOMP_NUMBER, SECCOMP_MACHINE, SECCOMP_ARGUMENT = 0, 4, 16  # where a filter finds them
 
 
 def call(name: str, *arguments: object) -> None:
@@ -110,7 +139,7 @@ def build_root(root: str, visible: list[str], disk_bytes: int, user: int) -> Non
         write(f"{root}/dev/{name}", "")
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
     os.mkdir(root + BOX)
-    options = f"size={disk_bytes},mode=700,uid={user},gid={user}"
+    options = f"size={disk_bytes},nr_inodes={MOST_FILES},mode=700,uid={user},gid={user}"
     mount("tmpfs", root + BOX, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     mount("none", root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
@@ -127,6 +156,37 @@ def drop_privileges(user: int) -> None:
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     call("capset", header, (ctypes.c_uint32 * 6)())
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def forbid_calls() -> None:
+    """A seccomp filter for this process and all it starts: FORBIDDEN fails, another machine's calls end the process."""
+    machine = os.uname().machine
+    if machine not in MACHINES:
+        raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
+    name, column = MACHINES[machine]
+    fails = SECCOMP_ERROR | errno.EPERM
+    program = [
+        (BPF_LOAD, 0, 0, SECCOMP_MACHINE),
+        (BPF_EQUAL, 1, 0, name),
+        (BPF_RETURN, 0, 0, SECCOMP_KILL),
+        (BPF_LOAD, 0, 0, SECCOMP_NUMBER),
+        (BPF_AT_LEAST, 0, 1, X32),
+        (BPF_RETURN, 0, 0, SECCOMP_KILL),
+        (BPF_EQUAL, 0, 1, CLONE3[column]),  # its flags lie in memory that no filter sees; libraries then use clone
+        (BPF_RETURN, 0, 0, SECCOMP_ERROR | errno.ENOSYS),
+    ]
+    for numbers in FORBIDDEN.values():
+        program += [(BPF_EQUAL, 0, 1, numbers[column]), (BPF_RETURN, 0, 0, fails)]
+    program += [
+        (BPF_EQUAL, 0, 3, CLONE[column]),
+        (BPF_LOAD, 0, 0, SECCOMP_ARGUMENT),
+        (BPF_ANY_BIT, 0, 1, NEWUSER),
+        (BPF_RETURN, 0, 0, fails),
+        (BPF_RETURN, 0, 0, SECCOMP_ALLOW),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
+    header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0)
 
 
 def limit(limits: dict[str, int]) -> None:
@@ -173,6 +233,7 @@ def main(spec: dict[str, object], limits: dict[str, int], visible: list[str]) ->
     os.close(mine)
     build_root(str(spec["root"]), visible, limits["disk_bytes"], user)
     drop_privileges(user)
+    forbid_calls()
     die_with_parent()
     if select.select([alive], [], [], 0)[
         0

@@ -5,8 +5,8 @@ and the system's libraries, write anywhere but into an empty folder in memory, o
 process table. Where the kernel does not allow the namespaces that this takes, nothing is run.
 
 What it does not stop: the verdict is written by the process that ran the code, so code that looks for the token in the
-interpreter's own frames can fake a pass. Printing, exit codes and early exits cannot. System calls are not filtered: a hole
-in the kernel stays a hole, and a virtual machine's AF_VSOCK is no network to it. For code by an enemy use a machine of its own.
+interpreter's own frames can fake a pass. Printing, exit codes and early exits cannot. Few system calls are forbidden: a hole
+in the kernel stays a hole. For code by an enemy use a machine of its own.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def run_check(program: str, test: str, entry_point: str, limits: Limits | None =
             if isinstance(error, subprocess.TimeoutExpired):
                 return Verdict(False, f"no end within {limits.wall_s:g} s")
             raise
-        if process.returncode == jail.REFUSED:
+        if process.returncode == jail.REFUSED and complaint:  # the program has no way to this stderr
             raise UsageError(
                 "model-written code cannot be shut in on this machine, so it is not run: "
                 f"{complaint.decode(errors='replace')}; it takes root or unprivileged user namespaces"
@@ -127,7 +127,8 @@ def _judge(written: str, token: str, code: int) -> Verdict:
         return Verdict(False, "the verdict was tampered with")
     if written:
         return Verdict(False, written.splitlines()[0][:200])
-    ended = f"signal {signal.Signals(code - 128).name}" if code > 128 else f"exit code {code}"
+    signals = {128 + one.value: one.name for one in signal.Signals}
+    ended = f"signal {signals[code]}" if code in signals else f"exit code {code}"
     return Verdict(False, f"ended by {ended} before the tests did")
 
 

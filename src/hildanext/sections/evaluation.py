@@ -30,7 +30,11 @@ class EvaluateConfig(Section):
     )
     temperature: float = Field(0.0, ge=0.0, description="humaneval: 0 is greedy; several samples need more.")
     code_tokens: int = Field(256, ge=1, description="humaneval: token budget of a completion.")
-    code_seconds: int = Field(5, ge=1, description="humaneval: CPU seconds that a program may take.")
+    code_seconds: int = Field(
+        5,
+        ge=1,
+        description="humaneval: CPU seconds that a program may take; four times as many by the clock, at least 20.",
+    )
     chat: bool = Field(True, description="gsm8k and lm-eval's generation tasks: ask by the chat template.")
     shots: int = Field(0, ge=0, description="gsm8k: solved examples before the question, from data.gsm8k_shots.")
     answer_tokens: int = Field(256, ge=1, description="gsm8k: token budget of an answer.")
