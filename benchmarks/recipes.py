@@ -185,21 +185,23 @@ def write_page(results: list[dict[str, Any]]) -> None:
             "",
             f"## {tokens:,} tokens",
             "",
-            "| recipe | accuracy | loss | seeds | text tokens/s |",
+            "| recipe | accuracy | loss | seeds | autocast |",
             "|---|---|---|---|---|",
         ]
         rows = [(name, ones) for (n, name), ones in groups.items() if n == tokens]
         for name, ones in sorted(rows, key=lambda row: -statistics.mean(one["accuracy"] for one in row[1])):
+            ones = sorted(ones, key=lambda one: one["seed"])
+            dtypes = ["bf16" if one["machine"]["bf16"] else "none" for one in ones]
             page.append(
                 f"| {name} | {spread(ones, 'accuracy', 3)} | {spread(ones, 'loss', 2)} | {', '.join(str(one['seed']) for one in ones)} "
-                f"| {statistics.median(one['tokens_per_second'] for one in ones):.0f} |"
+                f"| {', '.join(dict.fromkeys(dtypes))} |"
             )
-    cards = [one["machine"] for one in results]
-    names = {
-        f"{one['cpu']} ({one['capability']}), {'bf16' if one['bf16'] else 'fp32'}, {one['threads']} threads"
-        for one in cards
-    }
-    page += ["", "Machines: " + "; ".join(sorted(names)) + ". Tokens per second: from machines that had other work."]
+    machines = sorted({f"{one['machine']['cpu']} ({one['machine']['capability']})" for one in results})
+    page += [
+        "",
+        f"Machines: {'; '.join(machines)}; the slower ones trained in fp32 throughout. Each run's own, its threads and its speed",
+        "are in [recipes.json](recipes.json).",
+    ]
     PAGE.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from hildanext.ar import ar_complete, ar_likelihood
+from hildanext.ar import ar_complete, ar_complete_batch, ar_likelihood
 from hildanext.benchmark import _continuations, benchmark, distinct_2, parent_log_likelihood
 from hildanext.config import Config
 from hildanext.convert import convert_wsd, open_rows
@@ -139,7 +139,11 @@ def test_parent_log_likelihood_by_hand(base: PreTrainedModel):
     assert math.isnan(parent_log_likelihood(base, prompt, []))
 
 
-def test_ar_complete_is_the_greedy_loop(base: PreTrainedModel):
+@pytest.mark.parametrize("file", [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "max_length": 5}])
+def test_ar_complete_is_the_greedy_loop(base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, file: dict[str, Any]):
+    """Whatever the model's generation_config.json asks for, which stays as it was."""
+    own = GenerationConfig(**file)
+    monkeypatch.setattr(base, "generation_config", own)
     tokenizer: Any = story_tokenizer()
     ids = tokenizer("Once upon a time")["input_ids"]
     expected = list(ids)
@@ -149,6 +153,23 @@ def test_ar_complete_is_the_greedy_loop(base: PreTrainedModel):
             if expected[-1] == tokenizer.eos_token_id:
                 break
     assert ar_complete(base, tokenizer, ids, 10).token_ids == expected[len(ids) :]
+    assert base.generation_config is own
+
+
+def test_ar_complete_draws_from_the_model(base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+    """Not from the few tokens that its generation_config.json leaves: 500 first tokens are as likely as its entropy says."""
+    monkeypatch.setattr(
+        base, "generation_config", GenerationConfig(do_sample=True, top_p=0.1, top_k=2, temperature=0.1)
+    )
+    tokenizer: Any = story_tokenizer()
+    ids = tokenizer("Once upon a time")["input_ids"]
+    drawn = [one.token_ids[0] for one in ar_complete_batch(base, tokenizer, [ids] * 500, 1, temperature=1.0)]
+    with torch.no_grad():
+        log_p = base(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum()
+    spread = (log_p.exp() * (log_p + entropy) ** 2).sum().sqrt()
+    assert abs(log_p[drawn].mean() + entropy) < 5 * spread / math.sqrt(len(drawn))
+    assert len(set(drawn)) > 100
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hildanext.decode import Settings, edit_step, propose
 from hildanext.engines import Request
 from hildanext.engines.transformers import TransformersEngine
 from hildanext.errors import ConfigError, DataError, UsageError
-from hildanext.evaluate import command, gsm8k, humaneval, stories
+from hildanext.evaluate import command, gsm8k, humaneval, infilling, stories
 from hildanext.evaluate.answers import Models, Question, Way, answer, cost, sampling_seed, ways
 from hildanext.evaluate.infilling import _spans, infill
 from hildanext.evaluate.judge import parent_log_likelihood
@@ -426,6 +426,22 @@ def test_an_interrupted_evaluation_goes_on(small: Config, tmp_path: Path, monkey
     more = command.evaluate(bare, ["stories", "gsm8k"], item, None, tmp_path, allow_code=False, resume=True)
     assert calls == []
     assert list(more["tasks"]) == ["stories", "gsm8k"]
+    # What is not named again stays when what is added is interrupted.
+    item = [f"infilling={config.evaluate.data['infilling']}"]
+    first = infilling.evaluate
+
+    def gives_one(config: Config, models: Models, texts: Any, way: Way) -> Any:
+        if way.name != "ar":
+            raise KeyboardInterrupt
+        return first(config, models, texts, way)
+
+    monkeypatch.setattr(infilling, "evaluate", gives_one)
+    with pytest.raises(KeyboardInterrupt):
+        command.evaluate(bare, ["infilling"], item, None, tmp_path, allow_code=False, resume=True)
+    left = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert list(left["tasks"]) == ["stories", "gsm8k", "infilling"]
+    assert {name: left["tasks"][name] for name in more["tasks"]} == more["tasks"]
+    assert more["data"].items() <= left["data"].items()
     other = changed(config, evaluate={"data": {"stories": str(tmp_path / "other.jsonl")}})
     (tmp_path / "other.jsonl").write_text('{"text": "Once upon a time."}\n' * 3, encoding="utf-8")
     with pytest.raises(UsageError, match="made with another data file of stories;"):

@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra 'eval
 
 from hildanext.config import Config
 from hildanext.engines import Request
-from hildanext.errors import UsageError
+from hildanext.errors import DataError, UsageError
 from hildanext.evaluate import command, harness
 from hildanext.evaluate.answers import Models, Outcome, Way, ways
 from hildanext.evaluate.intervals import Figure, plain
@@ -386,12 +386,48 @@ def test_names_of_the_harness(monkeypatch: pytest.MonkeyPatch, hubby: None, data
     assert len(list(task.test_docs())) == 3
 
 
-@pytest.mark.parametrize("text", ["{broken\n", '{"words": "x"}\n', "\n"])
-def test_broken_data_of_a_task(tmp_path: Path, text: str) -> None:
+GOOD = '{"question": "a", "choices": ["b", "c"], "answer": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("local_rolling", '{"text": "a"}\n{broken\n', "bad.jsonl:2: not valid JSON"),
+        ("local_rolling", '{"text": "a"}\n{"txt": "b"}\n', "bad.jsonl:2: no text 'text'"),
+        ("local_rolling", "\n", "bad.jsonl: no records in it"),
+        ("local_gsm8k", '{"question": "a", "answer": 3}\n', "bad.jsonl:1: no text 'answer'"),
+        ("local_multiple_choice", GOOD + '{"choices": ["b", "c"], "answer": 1}\n', "bad.jsonl:2: no text 'question'"),
+        ("local_multiple_choice", GOOD + GOOD.replace("1", "2"), "record 2: 'answer' is 2, not the number of a choice"),
+        ("local_multiple_choice", GOOD + GOOD.replace("1", "-1"), "record 2: 'answer' is -1"),
+        ("local_multiple_choice", GOOD.replace("1", '"c"'), "record 1: 'answer' is 'c'"),
+        ("local_multiple_choice", GOOD.replace('"b", "c"', '"b"'), "record 1: 'choices' is not a list of two texts"),
+    ],
+)
+def test_broken_data_of_a_task(tmp_path: Path, name: str, text: str, message: str) -> None:
+    """Every record, not the first: the harness counts what it does not understand as wrong."""
     path = tmp_path / "bad.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"cannot be opened: .*check the file") as caught:
-        harness.open_tasks("local_rolling", str(path))
+    with pytest.raises(DataError, match=message) as caught:
+        harness.open_tasks(name, str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_data_of_a_task_of_the_harness(hubby: None, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"words": "x"}\n', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"cannot be opened: .*; check .*bad.jsonl$") as caught:
+        harness.open_tasks("hubby", str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_task_file(tmp_path: Path, data: dict[str, str]) -> None:
+    path = tmp_path / "mine.yaml"
+    text = (harness.SHIPPED / "local_multiple_choice.yaml").read_text(encoding="utf-8")
+    source = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data['local_multiple_choice']}\n"
+    text = text.replace("dataset_path: json\n", source).replace("output_type: multiple_choice", "output_type: guess")
+    path.write_text(text.replace("task: local_multiple_choice", "task: mine"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"cannot be opened: .*; check .*mine.yaml$") as caught:
+        harness.open_tasks(str(path), None)
     assert "\n" not in str(caught.value)
 
 

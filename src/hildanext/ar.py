@@ -5,13 +5,21 @@ It is what the diffusion model is measured against, on the same packed rows.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from hildanext.masks import additive, document_mask
 from hildanext.policy import compute_dtype
@@ -106,6 +114,17 @@ class _StopAt(StoppingCriteria):
         return cast(torch.BoolTensor, torch.tensor(found, device=input_ids.device))
 
 
+@contextlib.contextmanager
+def _generation(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`generate` by this configuration only: what a caller leaves open it takes from the model's file (generation_config.json),
+    such as penalties and samplers, which greedy text and the model's own distribution know nothing of."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def ar_complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
 ) -> ArCompletion:
@@ -135,18 +154,14 @@ def ar_complete_batch(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         seen[row, longest - len(prompt) :] = 1
-    how: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    )
-    if stop:
-        how |= {"stopping_criteria": StoppingCriteriaList([_StopAt(tokenizer, longest, stop)])}
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    plain = GenerationConfig(max_new_tokens=max_new_tokens, top_k=0, pad_token_id=eos, eos_token_id=eos, **how)
+    criteria = StoppingCriteriaList([_StopAt(tokenizer, longest, stop)] if stop else [])
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _generation(model, plain):
         torch.manual_seed(seed)
         began = time.perf_counter()
-        output = cast(Any, model).generate(
-            ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=eos, eos_token_id=eos, **how
-        )
+        output = cast(Any, model).generate(ids, attention_mask=seen, stopping_criteria=criteria)
         seconds = (time.perf_counter() - began) / len(prompts)
     found = []
     for new in output[:, longest:].tolist():

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from hildanext.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from hildanext.config import SHIPPED_MODEL, ModelConfig
 from hildanext.errors import ModelError, UsageError
 from hildanext.policy import Policy
@@ -172,7 +173,7 @@ def load_causal_lm(
 
 
 def fingerprint_weights(config: ModelConfig) -> str:
-    """Hex digest of a model's weight files: their sizes, their heads (names and shapes) and pieces spread over them.
+    """Hex digest of a model's weight files (an adapter's, where there are no others): their sizes, their heads (names and shapes) and pieces spread over them.
 
     Reads some megabytes whatever the size. The same in every format the weights are loaded in.
     """
@@ -193,6 +194,8 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     if (one := find_file(config, name)) is not None:
         return [one]
     index = find_file(config, f"{name}.index.json")
+    if index is None and (adapter := find_file(config, ADAPTER_WEIGHTS)) is not None:
+        return [adapter]
     if index is None:
         raise ModelError(f"model '{config.base}': no {name}")
     parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

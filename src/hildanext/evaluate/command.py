@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,10 @@ from hildanext.errors import UsageError
 from hildanext.evaluate import gsm8k, humaneval, infilling, stories
 from hildanext.evaluate.answers import Models, Outcome, ways
 from hildanext.evaluate.records import text_path, token_pieces
-from hildanext.evaluate.report import OURS, draw, hardware, markdown, read_outcomes, write_report
+from hildanext.evaluate.report import OURS, draw, hardware, markdown, take_over, write_report
 from hildanext.evaluate.sandbox import require_sandbox
 from hildanext.model import load_diffusion_lm
-from hildanext.pretrained import load_causal_lm, parent_of
+from hildanext.pretrained import fingerprint_weights, load_causal_lm, parent_of
 from hildanext.progress import say
 from hildanext.runs import git_revision, versions
 
@@ -118,6 +119,7 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
         "schedule": lm.record.get("schedule"),
         "dtype": str(policy.compute).removeprefix("torch."),
         "hardware": hardware(policy.device),
+        "weights": fingerprint_weights(config.model),
         "runtime": engine.runtime.name,
         "slots": engine.slots,
         "seed": config.evaluate.seed,
@@ -127,6 +129,15 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
         "git": git_revision(),
     }
     return Models(lm, engine, base), about
+
+
+def _data_files(config: Config, tasks: list[str]) -> dict[str, dict[str, str] | None]:
+    """What each task was given to read. None: its own data."""
+    given = {name: config.evaluate.data.get(name) for name in (*tasks, "gsm8k_shots")}
+    return {
+        name: path and {"path": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        for name, path in given.items()
+    }
 
 
 def evaluate(
@@ -141,26 +152,27 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run the tasks in every way; write the report into `out` after each of them, and return it.
 
-    resume: what stands in `out` already is taken over, if it is of the same models and settings.
+    resume: what stands in `out` already is taken over, tasks that are not named among them, if it is of the same models,
+    settings and data.
     """
     tasks = list(dict.fromkeys(tasks))
     config = with_data(config, data, tasks)
     found = materials(config, tasks, allow_code)
     models, about = open_models(config, base_name)
-    about["data"] = {name: config.evaluate.data.get(name) for name in (*tasks, "gsm8k_shots")}
-    report: dict[str, Any] = {}
-    done: dict[str, list[Outcome]] = {}
+    about["data"] = _data_files(config, tasks)
+    about["ways"] = {way.name: way.settings and way.settings._asdict() | {"stop": []} for way in ways(config, models)}
     try:
-        earlier = read_outcomes(about, out) if resume else {}
+        done = take_over(about, out) if resume else {}
         planned = {name: runs(config, models, name, found[name]) for name in tasks}
         for several in planned.values():
             for name, by_way in several.items():
-                done[name] = []
+                kept = done.setdefault(name, [])
                 for way, run in by_way.items():
-                    kept = earlier.get((name, way))
-                    done[name].append(run() if kept is None else kept)
-                    report = write_report(about, done, out)
+                    if way not in [outcome.way for outcome in kept]:
+                        kept.append(run())
+                        write_report(about, done, out)
                 say(f"{name}: done; report so far in {out / 'report.md'}")
+        report = write_report(about, done, out)
     finally:
         models.engine.close()
     draw(done, out / "report.png")

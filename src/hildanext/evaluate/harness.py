@@ -28,6 +28,7 @@ from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.answers import Answer, Models, Outcome, Question, Way, answer, cost
 from hildanext.evaluate.intervals import Figure, mean, plain, ratio, share
 from hildanext.evaluate.likelihood import Pair, Score, score
+from hildanext.evaluate.records import check_local
 
 SHIPPED = Path(__file__).parent / "tasks"
 # What a pair (log-likelihood, count) of a rolling task becomes; the interval goes the same way.
@@ -186,7 +187,7 @@ def open_tasks(name: str, data: str | None) -> list[Task]:
     """The harness's tasks of that name (a task, a group, a tag, or a YAML file), with their data.
 
     `data`: a JSON or JSON-lines file that stands in for the task's own data. Raises UsageError for an unknown name, a
-    missing file or data on a hub that cannot be reached: one line each.
+    missing file or data on a hub that cannot be reached, DataError for a faulty record: one line each.
     """
     if data is not None and not Path(data).is_file():
         raise UsageError(f"task '{name}': no data file {data}")
@@ -196,6 +197,8 @@ def open_tasks(name: str, data: str | None) -> list[Task]:
     shipped = (SHIPPED / f"{name}.yaml").is_file()
     if shipped and data is None:
         raise UsageError(f"task '{name}' needs a file: give --data {name}=FILE.jsonl")
+    if shipped and data is not None:
+        check_local(name, Path(data))
     # The harness's own index is thousands of files: read only when a name of its own is asked for.
     folders = [str(SHIPPED), *([str(Path(name).resolve().parent)] if local else [])]
     manager = TaskManager(include_path=folders, include_defaults=not (shipped or local))
@@ -237,7 +240,8 @@ def _load(manager: TaskManager, name: str, known: str, data: str | None) -> list
     except (DatasetsError, UndefinedError, OSError, ValueError, KeyError, ImportError, StopIteration) as error:
         cause = str(error.__cause__ or error).strip()
         reason = cause.splitlines()[0] if cause else type(error).__name__
-        remedy = "check the file" if data is not None else f"its data is not here; give --data {name}=FILE.jsonl"
+        elsewhere = data is None and isinstance(error, (DatasetsError, OSError))
+        remedy = f"its data is not here; give --data {name}=FILE.jsonl" if elsewhere else f"check {data or name}"
         raise UsageError(f"task '{name}' cannot be opened: {reason}; {remedy}") from None
     for task in tasks:
         if "UNSAFE_CODE" in dir(task) and task.UNSAFE_CODE:

@@ -40,6 +40,24 @@ def read_records(path: Path, fields: tuple[str, ...], limit: int | None) -> list
     return found
 
 
+LOCAL = {"local_gsm8k": ("question", "answer"), "local_multiple_choice": ("question",), "local_rolling": ("text",)}
+
+
+def check_local(task: str, path: Path) -> None:
+    """Every record of a file for one of our own tasks of lm-eval, which scores what it does not understand as wrong.
+
+    Raises DataError, naming file and record.
+    """
+    for number, record in enumerate(read_records(path, LOCAL[task], None), start=1):
+        if task != "local_multiple_choice":
+            continue
+        choices, answer = record.get("choices"), record.get("answer")
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
+            raise DataError(f"{path}: record {number}: 'choices' is not a list of two texts or more")
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise DataError(f"{path}: record {number}: 'answer' is {answer!r}, not the number of a choice, from 0")
+
+
 def _lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")

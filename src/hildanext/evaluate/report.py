@@ -94,6 +94,14 @@ def _cell(figure: Figure | None) -> str:
     return text if figure.low is None or figure.high is None else f"{text} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
+def _thresholds(settings: dict[str, Any]) -> str:
+    names = ("tau_mask", "tau_edit", "edit_blocks", "max_post_steps", "block_size")
+    told = {
+        name: settings[name] for name in names if settings["tau_edit"] is not None or name in ("tau_mask", "block_size")
+    }
+    return ", ".join(f"{name} {value:g}" for name, value in told.items())
+
+
 def markdown(about: dict[str, Any], tasks: dict[str, list[Outcome]]) -> str:
     """A table a task: a row for each way, a column for each figure."""
     lines = [
@@ -103,6 +111,7 @@ def markdown(about: dict[str, Any], tasks: dict[str, list[Outcome]]) -> str:
         f"runtime {about['runtime']}, {about['slots']} side by side, on {about['hardware']}. Seed {about['seed']}. "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         + ".",
+        *[f"- {name}: {_thresholds(settings)}" for name, settings in about["ways"].items() if settings],
         "",
         INTERVALS,
     ]
@@ -143,8 +152,8 @@ def write_report(about: dict[str, Any], tasks: dict[str, list[Outcome]], out: Pa
     return report
 
 
-def read_outcomes(about: dict[str, Any], out: Path) -> dict[tuple[str, str], Outcome]:
-    """What an interrupted evaluation left in `out`, by task and way.
+def take_over(about: dict[str, Any], out: Path) -> dict[str, list[Outcome]]:
+    """What an interrupted evaluation left in `out`, by task; `about["data"]` gains the files of tasks that are not named now.
 
     Raises UsageError, naming what differs, when it was of another model or with other settings.
     """
@@ -156,11 +165,12 @@ def read_outcomes(about: dict[str, Any], out: Path) -> dict[tuple[str, str], Out
     tasks = stored.pop("tasks")
     settled = json.loads(json.dumps(about))
     differs = [key for key in settled if key not in ("git", "data") and stored.get(key) != settled[key]]
-    data = stored.get("data", {})  # of the tasks asked for then: others may be added
-    differs += [f"data file of {name}" for name, path in settled["data"].items() if data.get(name, path) != path]
+    data = stored.get("data", {})
+    differs += [f"data file of {name}" for name, given in settled["data"].items() if data.get(name, given) != given]
     if differs:
         raise UsageError(f"{path}: made with another {', '.join(differs)}; leave out --resume, or give another --out")
-    found = {}
+    about["data"] = data | about["data"]
+    found: dict[str, list[Outcome]] = {}
     for task, by_way in tasks.items():
         records = [json.loads(line) for line in _samples_file(out, task).read_text(encoding="utf-8").splitlines()]
         for way, figures in by_way.items():
@@ -169,8 +179,8 @@ def read_outcomes(about: dict[str, Any], out: Path) -> dict[tuple[str, str], Out
                 for name, figure in figures.items()
             }
             samples = [{k: v for k, v in record.items() if k != "way"} for record in records if record["way"] == way]
-            found[task, way] = Outcome(way, again, samples)
-    say(f"{path}: {len(found)} results taken over")
+            found.setdefault(task, []).append(Outcome(way, again, samples))
+    say(f"{path}: {sum(map(len, found.values()))} results taken over")
     return found
 
 
