@@ -1,6 +1,6 @@
 """The shipped model beside its parent on prompts that training has not seen: quality, variety, speed, what editing gives.
 
-    python recipes/hilda-smollm2-135m/prompts.py 48 --skip 1632 > heldout.txt
+    python recipes/hilda-smollm2-135m/prompts.py 48 --skip 5000 > heldout.txt
     python benchmarks/shipped.py --prompts heldout.txt --out runs/shipped.json
 
 Greedy, `model.dtype` the same on both sides. Quality is the parent's mean log-likelihood a token of the text. Tokens per second

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from hildanext.evaluate.answers import Models, Outcome, ways
 from hildanext.evaluate.records import text_path, token_pieces
 from hildanext.evaluate.report import OURS, draw, hardware, markdown, take_over, write_report
 from hildanext.evaluate.sandbox import require_sandbox
+from hildanext.files import sha256_of
 from hildanext.model import load_diffusion_lm
 from hildanext.pretrained import fingerprint_weights, load_causal_lm, parent_of
 from hildanext.progress import say
@@ -134,10 +134,7 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
 def _data_files(config: Config, tasks: list[str]) -> dict[str, dict[str, str] | None]:
     """What each task was given to read. None: its own data."""
     given = {name: config.evaluate.data.get(name) for name in (*tasks, "gsm8k_shots")}
-    return {
-        name: path and {"path": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        for name, path in given.items()
-    }
+    return {name: path and {"path": path, "sha256": sha256_of(Path(path))} for name, path in given.items()}
 
 
 def evaluate(
