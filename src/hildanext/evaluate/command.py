@@ -134,7 +134,7 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
 def _data_files(config: Config, tasks: list[str]) -> dict[str, dict[str, str] | None]:
     """What each task was given to read. None: its own data."""
     given = {name: config.evaluate.data.get(name) for name in (*tasks, "gsm8k_shots")}
-    return {name: path and {"path": path, "sha256": sha256_of(Path(path))} for name, path in given.items()}
+    return {name: {"path": path, "sha256": sha256_of(Path(path))} if path else None for name, path in given.items()}
 
 
 def evaluate(
