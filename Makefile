@@ -56,8 +56,8 @@ bench-shipped: $(DEV)
 	@test -f "$(STORIES)" -a -f "$(GSM8K)" || { echo "give STORIES=FILE.jsonl and GSM8K=FILE.jsonl"; exit 2; }
 	mkdir -p $(SHIPPED)
 	$(PROMPTS) --skip 5000 > $(SHIPPED)/seen.txt
-	$(PROMPTS) --unseen story > $(SHIPPED)/stories.txt
-	$(PROMPTS) --unseen instruction > $(SHIPPED)/instructions.txt
+	$(PROMPTS) --skip 48 --unseen story > $(SHIPPED)/stories.txt
+	$(PROMPTS) --skip 48 --unseen instruction > $(SHIPPED)/instructions.txt
 	$(MEASURE) --prompts $(SHIPPED)/seen.txt --out $(SHIPPED)/seen.json --sweep
 	$(MEASURE) --prompts $(SHIPPED)/stories.txt --out $(SHIPPED)/stories.json --sweep
 	$(MEASURE) --prompts $(SHIPPED)/instructions.txt --out $(SHIPPED)/instructions.json --sweep
