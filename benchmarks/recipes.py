@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import shutil
 import statistics
 import time
@@ -153,10 +154,13 @@ def measure(name: str, recipe: dict[str, Any], out: Path, questions: Path, seed:
 def add(result: dict[str, Any]) -> None:
     """Into the file of results, whoever else is writing there, and the page anew."""
     file = PAGE.with_suffix(".json")
-    with open(PAGE.parent / ".recipes.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(PAGE.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         write_json(file, [*known(), result])
         write_page(known())
+    finally:
+        os.close(folder)
 
 
 def known() -> list[dict[str, Any]]:
