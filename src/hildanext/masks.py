@@ -41,6 +41,19 @@ def training_mask(doc_ids: Tensor, block_ids: Tensor) -> Tensor:
     return torch.cat([noisy_rows, clean_rows], dim=1)
 
 
+def streams_mask(doc_ids: Tensor, block_ids: Tensor, streams: Tensor, clean: int) -> Tensor:
+    """`training_mask` for several noisy streams beside one clean one, each of any part of the row that is whole blocks.
+
+    doc_ids, block_ids [B, W] int64; streams [W] int64: the stream of each token, `clean` that of x_0. Noisy streams do not
+    see each other. -> [B, W, W] bool, no empty row.
+    """
+    query, key = block_ids[:, :, None], block_ids[:, None, :]
+    from_clean, to_clean = (streams == clean)[:, None], (streams == clean)[None, :]
+    own = (streams[:, None] == streams[None, :]) & (query == key)
+    seen = torch.where(to_clean, (query > key) | (from_clean & (query == key)), own)
+    return _same_document(doc_ids) & seen
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, Q, K] bool -> [B, 1, Q, K] of 0 (may see) and the dtype's minimum (may not).
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hildanext.ar import Likelihood
+from hildanext.evaluate.streams import denoise
 from hildanext.model import DiffusionLM
 from hildanext.noise import block_ids, sample_generator
 from hildanext.objective import predict
@@ -57,7 +58,7 @@ def row_bounds(lm: DiffusionLM, batch: Batch, counted: Tensor, block_size: int, 
     """
     docs, blocks = batch.doc_ids.cpu(), block_ids(batch.position_ids, block_size).cpu()
     allowed = counted.cpu()
-    found = torch.zeros(len(batch.samples), pairs, dtype=torch.float64)
+    draws: list[tuple[Tensor, Tensor]] = []  # masked and weight [B, L], the two halves of a pair one after the other
     for k in range(pairs):
         drawn = [
             mask_pair(docs[i], blocks[i], allowed[i], sample_generator(seed, sample * pairs + k, "elbo"))
@@ -65,11 +66,13 @@ def row_bounds(lm: DiffusionLM, batch: Batch, counted: Tensor, block_size: int, 
         ]
         for half in (0, 1):
             masked, weight = (torch.stack(part).to(lm.device) for part in zip(*(p[half] for p in drawn), strict=True))
-            noisy_ids = batch.input_ids.masked_fill(masked, lm.mask_token_id)
-            hidden = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, masked, block_size)
-            ce = predict(hidden, lm.decodable_logits, batch.input_ids[masked]).ce
-            row = masked.nonzero(as_tuple=True)[0].cpu()
-            found[:, k].index_add_(0, row, (ce * weight[masked]).double().cpu() / 2)
+            draws.append((masked, weight))
+    found = torch.zeros(len(batch.samples), pairs, dtype=torch.float64)
+    every = denoise(lm, batch, [masked for masked, _ in draws], block_size)
+    for number, ((masked, weight), hidden) in enumerate(zip(draws, every, strict=True)):
+        ce = predict(hidden, lm.decodable_logits, batch.input_ids[masked]).ce
+        row = masked.nonzero(as_tuple=True)[0].cpu()
+        found[:, number // 2].index_add_(0, row, (ce * weight[masked]).double().cpu() / 2)
     return found
 
 
@@ -84,7 +87,7 @@ def elbo(
 ) -> Likelihood:
     """Upper bound on the negative log-likelihood of the first `n_rows` rows, blocks of `block_size` in order.
 
-    The mean over `pairs` pairs of draws a row (two forwards each) and its Monte Carlo standard error, from the spread of each
+    The mean over `pairs` pairs of draws a row and its Monte Carlo standard error, from the spread of each
     row's pairs (nan for one pair). Documents' first tokens are given and do not count, under either convention, as in
     `ar_likelihood`.
     """

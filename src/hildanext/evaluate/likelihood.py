@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hildanext.evaluate.elbo import row_bounds, standard_errors
+from hildanext.evaluate.streams import denoise
 from hildanext.model import DiffusionLM
 from hildanext.objective import predict
 from hildanext.passes import Batch
@@ -50,8 +51,7 @@ def chain(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> list[Score]
     Every continuation token is masked in x_t, where it sees itself alone, and x_0 before it (LLaDA2.0 eq. 3 with blocks of 1).
     """
     batch, counted = pack_pairs(lm, pairs, samples)
-    noisy_ids = batch.input_ids.masked_fill(counted, lm.mask_token_id)
-    hidden = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, counted, 1)
+    (hidden,) = denoise(lm, batch, [counted], 1)
     labels = batch.input_ids[counted]
     predicted = predict(hidden, lm.decodable_logits, labels)
     ce, right = predicted.ce.double().cpu(), (predicted.best == labels).cpu()
