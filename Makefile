@@ -46,7 +46,7 @@ bench-serve: $(RUNTIME)
 bench-train: $(DEV)
 	$(BIN)/python benchmarks/train.py $(ARGS)
 
-# What the shipped model's card and docs/results.md say of it, into runs/shipped: some hours on 2 cores.
+# What the shipped model's card and docs/results.md say of it, into runs/shipped: about two hours on 2 cores.
 # make bench-shipped STORIES=stories.jsonl GSM8K=test.jsonl
 SHIPPED = runs/shipped
 PROMPTS = $(BIN)/python recipes/hilda-smollm2-135m/prompts.py 48
