@@ -110,7 +110,7 @@ def test_the_prediction_is_within_15_percent_of_a_real_run(base, tmp_path, turns
     sections = {
         "paths": {"data": str(tmp_path / "data"), "runs": str(tmp_path / "runs")},
         "noise": {"turns": turns},
-        "wsd": {"warmup_steps": 0, "stable_steps": 3, "decay_steps": 0, "peak_block": 16},
+        "wsd": {"warmup_steps": 0, "stable_steps": 2, "decay_steps": 0, "peak_block": 16},
         "train": {"eval_every": 0, "save_every": 100},
     }
     file = tmp_path / "config.json"

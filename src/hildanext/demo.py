@@ -1,7 +1,8 @@
 """`demo`: the whole way on synthetic stories, offline, in minutes on a laptop CPU.
 
-A tiny AR model is trained from scratch (the "before"), converted on the WSD schedule, tuned on instructions, merged, and
-then AR, Q_MODE and S_MODE tell stories that a checker accepts or not. Every number printed is measured in the run.
+A tiny AR model is trained from scratch (the "before"), converted on the WSD schedule and tuned on instructions, the best
+checkpoints merged each time; then AR, Q_MODE and S_MODE tell stories that a checker accepts or not. Every number printed is
+measured in the run.
 """
 
 from __future__ import annotations
@@ -233,16 +234,18 @@ def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     merged = folder / "convert" / "merged"
     merge(best_checkpoints(folder / "convert", 2), merged)
     say("3/4  instruction tuning")
-    tuned = sft(_with_base(config, merged))
+    sft(_with_base(config, merged))
+    tuned = folder / "sft" / "merged"
+    merge(best_checkpoints(folder / "sft", 3), tuned)
     say("4/4  stories: AR, Q_MODE, S_MODE")
-    final = _with_base(config, tuned["checkpoint"])
+    final = _with_base(config, tuned)
     lm, _ = load_diffusion_lm(final.model)
     base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
     report, steps = measure(final, base, lm)
     report |= {
         "verdicts": verdicts(report),
         "seconds": time.perf_counter() - began,
-        "checkpoint": tuned["checkpoint"],
+        "checkpoint": str(tuned),
         "report": str(folder / "report.json"),
         "curves": [str(folder / name / "curves.png") for name in ("convert", "sft")],
         "seed": config.train.seed,

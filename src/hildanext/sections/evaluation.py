@@ -20,9 +20,7 @@ class EvaluateConfig(Section):
     block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, min_length=1, description="Block sizes to decode with; null is the checkpoint's."
     )
-    draws: int = Field(
-        4, ge=2, description="Antithetic pairs of masks for the likelihood bound of a text."
-    )
+    draws: int = Field(4, ge=2, description="Antithetic pairs of masks for the likelihood bound of a text.")
     resamples: int = Field(1000, ge=100, description="Bootstrap samples behind a confidence interval.")
     samples: int = Field(1, ge=1, description="humaneval: completions of each problem.")
     k: list[Annotated[int, Field(ge=1)]] = Field(
