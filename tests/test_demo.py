@@ -13,7 +13,7 @@ from hildanext import cli, demo
 from hildanext.synthetic import draw_slots, tell
 
 SMALL = [
-    *("wsd.warmup_steps=2", "wsd.stable_steps=1", "wsd.decay_steps=3", "sft.steps=9"),
+    *("wsd.warmup_steps=2", "wsd.stable_steps=1", "wsd.decay_steps=3", "sft.steps=6"),
     *("train.rows_per_step=2", "train.micro_batch=2", "train.save_every=3", "train.eval_every=3", "train.eval_rows=2"),
     *("decode.max_new_tokens=40", "sft.lr_warmup_steps=1", "train.lr_warmup_steps=1"),
 ]
@@ -51,7 +51,7 @@ def test_the_report_is_complete(small: list[str], tmp_path: Path, capsys: pytest
     assert len(report["verdicts"]) == 3
     assert printed.out.count("wanted") == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    # The story that is shown is the model's own: a model after nine steps tells none that is right.
+    # The story that is shown is the model's own: a model after six steps tells none that is right.
     assert {report[mode]["accept_rate"] for mode in MODES} == {0.0}
 
     # A second demo replaces the first, with the same numbers but those that measure the machine.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hildanext.ar import ar_complete, ar_likelihood, train_ar
+from hildanext.checkpoint import list_checkpoints
 from hildanext.config import Config, load_config
 from hildanext.convert import convert_wsd, open_rows, sft
 from hildanext.decode import Settings, Step, resolve
@@ -236,7 +237,8 @@ def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     say("3/4  instruction tuning")
     sft(_with_base(config, merged))
     tuned = folder / "sft" / "merged"
-    merge(best_checkpoints(folder / "sft", 3), tuned)
+    kept = list_checkpoints(folder / "sft" / "checkpoints")  # fewer where the tuning was made shorter
+    merge(best_checkpoints(folder / "sft", min(3, len(kept))), tuned)
     say("4/4  stories: AR, Q_MODE, S_MODE")
     final = _with_base(config, tuned)
     lm, _ = load_diffusion_lm(final.model)
