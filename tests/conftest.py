@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hildanext.config import Config, parse_config
-from hildanext.model import load_diffusion_lm, save_diffusion_lm
+from hildanext.config import Config, Convention, parse_config
+from hildanext.model import DiffusionLM, load_diffusion_lm, save_diffusion_lm
 from hildanext.tiny import story_tokenizer, tiny_llama
 from training import write_base
 
@@ -76,6 +76,18 @@ def random_llama(vocab_size: int = 300, **changes: Any) -> LlamaForCausalLM:
         **changes,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def random_lm(convention: Convention, vocab_size: int, mask_token_id: int) -> DiffusionLM:
+    """`random_llama`, decided enough that a token's loss depends on what else is masked, as a model to evaluate."""
+    return DiffusionLM(
+        random_llama(vocab_size, initializer_range=0.25),
+        make_tokenizer(),
+        mask_token_id=mask_token_id,
+        block_size=None,
+        convention=convention,
+        record={"base_model": "tiny", "tokens_trained": 0},
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import make_tokenizer
+from conftest import random_lm
 from hildanext.ar import ar_likelihood
 from hildanext.config import Convention
 from hildanext.evaluate.elbo import elbo, mask_pair
@@ -42,26 +41,8 @@ def held_out(part: float = 1.0) -> Rows:
 
 @pytest.fixture(params=CONVENTIONS)
 def lm(request: pytest.FixtureRequest) -> DiffusionLM:
-    """A random Llama, decided enough that a token's loss depends on what else is masked."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.25,
-    )
-    record = {"base_model": "tiny", "tokens_trained": 0}
-    return DiffusionLM(
-        LlamaForCausalLM(config).eval(),
-        make_tokenizer(),
-        mask_token_id=MASK,
-        block_size=None,
-        convention=request.param,
-        record=record,
-    )
+    """The vocabulary's last id is the mask token."""
+    return random_lm(request.param, VOCAB, MASK)
 
 
 @torch.no_grad()

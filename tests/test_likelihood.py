@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import make_tokenizer
+from conftest import random_lm
 from hildanext.config import Convention
 from hildanext.evaluate.likelihood import TOKENS_PER_FORWARD, bound, chain, score
 from hildanext.model import DiffusionLM
@@ -23,22 +22,8 @@ CONVENTIONS: list[Convention] = ["in_place", "shifted"]
 
 @pytest.fixture(params=CONVENTIONS)
 def lm(request: pytest.FixtureRequest) -> DiffusionLM:
-    """A random Llama of some conviction. The vocabulary's last id is the mask token."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-    )
-    record = {"base_model": "tiny", "tokens_trained": 0}
-    model = LlamaForCausalLM(config).eval()
-    return DiffusionLM(
-        model, make_tokenizer(), mask_token_id=MASK, block_size=None, convention=request.param, record=record
-    )
+    """The vocabulary's last id is the mask token."""
+    return random_lm(request.param, VOCAB, MASK)
 
 
 @torch.no_grad()

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import make_tokenizer
+from conftest import random_lm
 from hildanext.config import Convention
 from hildanext.evaluate.streams import denoise
 from hildanext.masks import streams_mask, training_mask
@@ -20,25 +19,9 @@ from hildanext.passes import Batch
 VOCAB, MASK = 40, 39
 
 
-def model_of(convention: Convention) -> DiffusionLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-    )
-    record = {"base_model": "tiny", "tokens_trained": 0}
-    model = LlamaForCausalLM(config).eval()
-    return DiffusionLM(
-        model, make_tokenizer(), mask_token_id=MASK, block_size=None, convention=convention, record=record
-    )
-
-
-LMS = {convention: model_of(convention) for convention in ("in_place", "shifted")}
+@pytest.fixture(scope="module")
+def lms() -> dict[str, DiffusionLM]:
+    return {convention: random_lm(convention, VOCAB, MASK) for convention in ("in_place", "shifted")}
 
 
 @st.composite
@@ -64,11 +47,13 @@ def batches(draw: st.DrawFn) -> tuple[Batch, list[Tensor], int]:
     return Batch(list(range(n_rows)), ids, docs, positions, allowed), masked, draw(st.integers(1, 16))
 
 
-@given(batches(), st.sampled_from(["in_place", "shifted"]))
+@given(drawn=batches(), convention=st.sampled_from(["in_place", "shifted"]))
 @settings(max_examples=150, deadline=None)
 @torch.no_grad()
-def test_each_stream_is_as_if_alone(drawn: tuple[Batch, list[Tensor], int], convention: str) -> None:
-    lm, (batch, masked, size) = LMS[convention], drawn
+def test_each_stream_is_as_if_alone(
+    lms: dict[str, DiffusionLM], drawn: tuple[Batch, list[Tensor], int], convention: str
+) -> None:
+    lm, (batch, masked, size) = lms[convention], drawn
     found = list(denoise(lm, batch, masked, size))
     assert len(found) == len(masked)
     for one, hidden in zip(masked, found, strict=True):
@@ -91,10 +76,10 @@ def test_one_stream_of_the_whole_row_is_equation_3(drawn: tuple[Batch, list[Tens
 
 
 @pytest.mark.parametrize("convention", ["in_place", "shifted"])
-def test_the_context_is_run_once(convention: Convention) -> None:
+def test_the_context_is_run_once(lms: dict[str, DiffusionLM], convention: Convention) -> None:
     """Four draws of 3 tokens behind 30: one forward, of the row and four times the blocks that hold them."""
     widths: list[int] = []
-    lm = LMS[convention]
+    lm = lms[convention]
     hook = lm.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )

@@ -32,14 +32,19 @@ def block_ids(position_ids: Tensor, block_size: int) -> Tensor:
     return position_ids.div(block_size, rounding_mode="floor")
 
 
+def block_starts(doc_ids: Tensor, block: Tensor) -> Tensor:
+    """Whether a block of a document begins at each token. [..., L] int64 twice -> [..., L] bool."""
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
+    starts[..., 1:] = (doc_ids[..., 1:] != doc_ids[..., :-1]) | (block[..., 1:] != block[..., :-1])
+    return starts
+
+
 def noise_levels(doc_ids: Tensor, block: Tensor, t_min: float, t_max: float, generator: torch.Generator) -> Tensor:
     """One t ~ U[t_min, t_max] per block of each document (DESIGN section 3; LLaDA2.0 eq. 1).
 
     doc_ids, block: [L] int64 of one row. Returns t [L] float32, constant within a block.
     """
-    new_segment = torch.ones_like(doc_ids, dtype=torch.bool)
-    new_segment[1:] = (doc_ids[1:] != doc_ids[:-1]) | (block[1:] != block[:-1])
-    segment = new_segment.cumsum(0) - 1
+    segment = block_starts(doc_ids, block).cumsum(0) - 1
     draws = torch.rand(int(segment[-1]) + 1, generator=generator)
     return (t_min + (t_max - t_min) * draws)[segment]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hildanext.ar import Likelihood
 from hildanext.evaluate.streams import denoise
 from hildanext.model import DiffusionLM
-from hildanext.noise import block_ids, sample_generator
+from hildanext.noise import block_ids, block_starts, sample_generator
 from hildanext.objective import predict
 from hildanext.passes import Batch, make_batch
 from hildanext.rows import Rows
@@ -29,8 +29,7 @@ def mask_pair(
     last ones of the random order. It is distributed as the first, looks at the tokens that the first left out, and a block
     that is nearly clean in the one is nearly all masks in the other; so their mean varies less than that of two free draws.
     """
-    new = torch.ones_like(doc_ids, dtype=torch.bool)
-    new[1:] = (doc_ids[1:] != doc_ids[:-1]) | (block[1:] != block[:-1])
+    new = block_starts(doc_ids, block)
     segment = new.cumsum(0) - 1
     n_segments = int(segment[-1]) + 1
     n = torch.zeros(n_segments, dtype=torch.long).index_add_(0, segment, allowed.long())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hildanext.masks import additive, streams_mask
 from hildanext.model import DiffusionLM
-from hildanext.noise import block_ids
+from hildanext.noise import block_ids, block_starts
 from hildanext.passes import Batch
 from hildanext.policy import compute_dtype
 from hildanext.probe import body
@@ -25,21 +25,19 @@ def denoise(lm: DiffusionLM, batch: Batch, masked: list[Tensor], block_size: int
     length = batch.input_ids.shape[1]
     blocks = block_ids(batch.position_ids, block_size)
     columns, inside = _part(batch, blocks, torch.stack(masked).any(0))
-    together = length // max(columns.shape[1], 1)
     if block_size >= length or columns.shape[1] == length:
         for one in masked:
             noisy_ids = batch.input_ids.masked_fill(one, lm.mask_token_id)
             yield lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, one, block_size)
         return
+    together = length // max(columns.shape[1], 1)
     for start in range(0, len(masked), together):
         yield from _share(lm, batch, masked[start : start + together], block_size, blocks, columns, inside)
 
 
 def _part(batch: Batch, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Columns [B, R] int64, in order, of each row's blocks in which something is wanted; False in [B, R] where a row has fewer."""
-    new = torch.ones_like(wanted)
-    new[:, 1:] = (batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]) | (blocks[:, 1:] != blocks[:, :-1])
-    segment = new.cumsum(1) - 1
+    segment = block_starts(batch.doc_ids, blocks).cumsum(1) - 1
     hit = torch.zeros_like(segment).scatter_add_(1, segment, wanted.long()) > 0
     taken = hit.gather(1, segment)
     n = taken.sum(1)
