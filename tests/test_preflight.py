@@ -27,7 +27,7 @@ from hildanext.tiny import story_tokenizer
 from hildanext.train import make_optimizer
 
 # Large enough for tensors to outweigh what a process is; one layer costs what every layer does.
-SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
 
 
 def write_shape(folder, **other):
@@ -233,7 +233,7 @@ def test_weights_gradients_and_optimizer_are_those_of_the_formula(base):
         config = parse_config(raw(base, **sections))
         return predict(config, "convert-wsd", policy_of(config.model, None), AutoConfig.from_pretrained(base))
 
-    h, inner, layers, vocabulary = 384, 1536, 6, 16000
+    h, inner, layers, vocabulary = 384, 1536, 4, 16000
     layer = h * (h + 128 + 128) + h * h + 3 * h * inner + 2 * h
     n = layers * layer + h + vocabulary * h
     whole = parts()
