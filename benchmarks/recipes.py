@@ -1,7 +1,7 @@
 """What a conversion learns most from: one change of the recipe at a time, on SmolLM2-135M and GSM8K, at the same budget.
 
     python benchmarks/recipes.py --gsm8k path/to/gsm8k/train.jsonl                    # every recipe, seed 0
-    python benchmarks/recipes.py --gsm8k ... --only best "full, lr 1e-3" --seeds 0 1 2
+    python benchmarks/recipes.py --gsm8k ... --only base "1 row a step" --seeds 0 1 2
 
 Rows, held-out rows, their noise and the number of training tokens are the same for all. What was run already is not run
 again: results are kept in docs/benchmarks/recipes.json, and docs/benchmarks/recipes.md is made of them.
