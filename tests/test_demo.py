@@ -12,8 +12,8 @@ import pytest
 from hildanext import cli, demo
 from hildanext.synthetic import draw_slots, tell
 
-SMALL = [
-    *("wsd.warmup_steps=2", "wsd.stable_steps=1", "wsd.decay_steps=3", "sft.steps=6"),
+SMALL = [  # one checkpoint of the conversion, two of the tuning: fewer than the demo merges
+    *("wsd.warmup_steps=1", "wsd.stable_steps=1", "wsd.decay_steps=1", "sft.steps=6"),
     *("train.rows_per_step=2", "train.micro_batch=2", "train.save_every=3", "train.eval_every=3", "train.eval_rows=2"),
     *("decode.max_new_tokens=40", "sft.lr_warmup_steps=1", "train.lr_warmup_steps=1"),
 ]

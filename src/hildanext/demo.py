@@ -216,6 +216,13 @@ def summary(report: dict[str, Any], steps: str) -> str:
     return "\n".join(lines)
 
 
+def _merged(run: Path, k: int) -> Path:
+    """The mean of a run's k best checkpoints, of all where it was made too short to keep as many."""
+    out = run / "merged"
+    merge(best_checkpoints(run, min(k, len(list_checkpoints(run / "checkpoints")))), out)
+    return out
+
+
 def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     """Run the demo in `paths.runs` (an earlier demo's folder is replaced); returns the report, also in report.json."""
     config = load_config(config_path or READY, overrides)
@@ -232,13 +239,10 @@ def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     base = make_base(config, folder)
     say("2/4  conversion: block size up, stable, down (WSD)")
     convert_wsd(config)
-    merged = folder / "convert" / "merged"
-    merge(best_checkpoints(folder / "convert", 2), merged)
+    converted = _merged(folder / "convert", 2)
     say("3/4  instruction tuning")
-    sft(_with_base(config, merged))
-    tuned = folder / "sft" / "merged"
-    kept = list_checkpoints(folder / "sft" / "checkpoints")  # fewer where the tuning was made shorter
-    merge(best_checkpoints(folder / "sft", min(3, len(kept))), tuned)
+    sft(_with_base(config, converted))
+    tuned = _merged(folder / "sft", 3)
     say("4/4  stories: AR, Q_MODE, S_MODE")
     final = _with_base(config, tuned)
     lm, _ = load_diffusion_lm(final.model)
