@@ -1,4 +1,4 @@
-# make demo | test | test-deepspeed | lint | bench | bench-decode | bench-serve | bench-train | bench-shipped | clean
+# make demo | test | lint | bench | bench-decode | bench-serve | bench-train | bench-shipped | clean
 #
 # Each target first makes its own .venv (PYTHON=python3.12 chooses another interpreter; 'make clean' before changing it).
 # ARGS="..." goes to what the target runs: make test ARGS="tests/test_policy.py"
@@ -11,19 +11,13 @@ RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-deepspeed lint bench bench-decode bench-serve bench-train bench-shipped clean
+.PHONY: demo test lint bench bench-decode bench-serve bench-train bench-shipped clean
 
 demo: $(RUNTIME)
 	$(BIN)/hildanext demo $(ARGS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
-
-# In a folder of its own: where DeepSpeed is installed plainly, every process that saves a model imports it, for seconds.
-test-deepspeed: $(DEV)
-	test -d .venv/deepspeed || $(BIN)/pip install --quiet -c constraints.txt --no-deps --target .venv/deepspeed \
-		deepspeed einops hjson msgpack ninja py-cpuinfo
-	PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest tests/test_zero.py $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -19,11 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from hildanext import parallel
 from hildanext.checkpoint import list_checkpoints, optimizer_tensors
 from hildanext.config import Config, parse_config
 from hildanext.convert import convert_wsd
 from hildanext.dpo import dpo
+from hildanext.errors import UsageError
 from hildanext.parallel import whole_weights
+from hildanext.policy import choose_policy
 from test_dpo import write_pairs
 from training import material
 
@@ -351,3 +354,12 @@ def test_a_batch_that_cannot_be_shared_is_one_line(bench: Bench) -> None:
         "it must be a multiple of 2"
     }
     assert not bench.run("odd").exists()
+
+
+@pytest.mark.parametrize("plugin", ["FSDP", "MEGATRON_LM", "DEEPSPEED"])
+def test_plugins_of_accelerate_are_refused(plugin: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(
+        UsageError, match=f"accelerate's {plugin} plugin; launch plainly and set train.sharding to 'fsdp2'"
+    ):
+        parallel.start(choose_policy("cpu", "float32"), parse_config({}).train)

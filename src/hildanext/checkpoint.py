@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,17 @@ from hildanext.errors import CheckpointError
 from hildanext.files import fsync_folder, fsync_tree, write_json, writing
 from hildanext.model import DiffusionLM, save_diffusion_lm
 from hildanext.parallel import like, whole
-from hildanext.zero import Zero
 
 STATE, TENSORS = "trainer.json", "trainer.safetensors"
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer | Zero, names: dict[int, str], keep: bool = True
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str], keep: bool = True) -> dict[str, Tensor]:
     """Optimizer state as flat tensors `parameter|key`, counters as `parameter|int:key`. `names`: id(parameter) -> name.
 
     Every process must call it; those that do not `keep` get nothing.
     """
     found: dict[str, Tensor] = {}
-    for parameter, state in optimizer.state() if isinstance(optimizer, Zero) else optimizer.state.items():
+    for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 value = whole(value.detach())
@@ -48,17 +45,9 @@ def optimizer_tensors(
     return found
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer | Zero, tensors: dict[str, Tensor], names: dict[int, str]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]) -> None:
     """Put `optimizer_tensors` back. Raises CheckpointError when they do not match the model's parameters."""
-    groups: dict[Tensor, dict[str, Any]]
-    put: Callable[[Tensor, dict[str, Any]], None]
-    if isinstance(optimizer, Zero):  # which knows by itself where its partitions lie
-        groups, put = {p: {} for p in optimizer.parameters}, optimizer.put
-    else:
-        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        put = optimizer.state.__setitem__
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     by_name: dict[str, dict[str, Tensor]] = {}
     for flat, value in tensors.items():
         name, _, key = flat.rpartition("|")
@@ -69,7 +58,7 @@ def restore_optimizer(
         raise CheckpointError(f"optimizer state does not match the model: '{odd}' is on one side only")
     for parameter, group in groups.items():
         if state := by_name.get(names[id(parameter)]):
-            put(parameter, dict(_placed(key, value, parameter, group) for key, value in state.items()))
+            optimizer.state[parameter] = dict(_placed(key, value, parameter, group) for key, value in state.items())
 
 
 def _placed(key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> tuple[str, Tensor | int]:

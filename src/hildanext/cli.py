@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -318,8 +317,6 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Where it is installed saving imports it, and it writes its warnings to stdout.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # Of several processes (torchrun, accelerate launch) the first one speaks; an error of any of them is heard.
     if os.environ.get("RANK", "0") == "0":
         return _run(args, sys.stderr)

@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, DistributedType, parse_flag_from_env
+from accelerate.utils import AutocastKwargs, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hildanext import zero
 from hildanext.config import TrainConfig
 from hildanext.errors import ConfigError, UsageError
 from hildanext.policy import Policy
@@ -29,21 +28,18 @@ def start(policy: Policy, train: TrainConfig) -> Accelerator:
     """Join the other processes. Raises ConfigError when the batch cannot be shared among them, or fp16 is to be sharded."""
     AcceleratorState._reset_state()  # accelerate keeps one precision a process; this training may use another
     # The launcher's word counts: on a CPU accelerate would do without its plugins and say nothing.
-    for plugin in ("FSDP", "MEGATRON_LM"):
+    for plugin in ("FSDP", "MEGATRON_LM", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
             raise UsageError(
                 f"launched with accelerate's {plugin} plugin; launch plainly and set train.sharding "
                 "to 'fsdp2', which shards parameters, gradients and optimizer"
             )
-    if zero.launched():
-        accelerator = zero.start(policy, train)
-    else:
-        accelerator = Accelerator(
-            mixed_precision=policy.mixed_precision,
-            cpu=policy.device.type == "cpu",
-            # A forward uses a weight once: keeping its cast form until the end is memory for nothing.
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-        )
+    accelerator = Accelerator(
+        mixed_precision=policy.mixed_precision,
+        cpu=policy.device.type == "cpu",
+        # A forward uses a weight once: keeping its cast form until the end is memory for nothing.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+    )
     world = accelerator.num_processes
     if train.rows_per_step % (train.micro_batch * world):
         raise ConfigError(
@@ -67,8 +63,6 @@ def spread(accelerator: Accelerator, module: nn.Module, layers: Sequence[str], s
     layers: class names of the blocks that are sharded one by one (a model's `_no_split_modules`). Sharding replaces
     parameters in place: make the optimizer after it.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return module  # `zero.Zero` takes it, with the optimizer
     if sharding == "none":
         wrapped: nn.Module = accelerator.prepare(module)
         if isinstance(wrapped, DistributedDataParallel):
@@ -87,9 +81,6 @@ def sync_gradients(accelerator: Accelerator, module: nn.Module, wanted: bool) ->
     """Within the block gradients meet those of the other processes only if wanted: at a step's last backward."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
-        return contextlib.nullcontext()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.gradient_state._set_sync_gradients(wanted)
         return contextlib.nullcontext()
     return contextlib.nullcontext() if wanted else accelerator.no_sync(module)
 

@@ -42,7 +42,6 @@ from hildanext.rows import RowSource
 from hildanext.runs import RunFolder
 from hildanext.schedule import Point
 from hildanext.signals import stop_on_signals
-from hildanext.zero import Zero, launched
 
 
 class Job(NamedTuple):
@@ -134,12 +133,8 @@ class Trainer:
         self.task = task
         task.module = spread(accelerator, task.module, list(layers), config.train.sharding)
         optimizer = make_optimizer(lm.model, config.train, policy.fused)
-        self.optimizer: torch.optim.Optimizer | Zero = optimizer
-        if launched():  # by DeepSpeed, which wants module and optimizer together
-            self.optimizer = self.prepared = zero = Zero(accelerator, task.module, optimizer, policy)
-            task.module = zero.engine
-        else:
-            self.prepared = accelerator.prepare(optimizer)
+        self.optimizer = optimizer
+        self.prepared = accelerator.prepare(optimizer)
         self.micro_batch = config.train.micro_batch  # halved when memory is short
         self.trials = TRIALS if isinstance(task.module, DistributedDataParallel) else 0
         self.names = {id(p): name for name, p in lm.model.named_parameters()}
@@ -205,7 +200,7 @@ class Trainer:
         clear_cache(self.lm.device)
         rows, world = self.config.train.rows_per_step, self.accelerator.num_processes
         smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % (size * world) == 0), None)
-        if smaller is None or isinstance(self.optimizer, Zero):  # DeepSpeed keeps half a step's gradients
+        if smaller is None:
             raise self.memory_short(step, reason)
         say(
             f"step {step + 1}: out of memory; train.micro_batch {self.micro_batch} -> {smaller}, "

@@ -57,9 +57,7 @@ def trainings(folder: Path) -> dict[str, Any]:
         return material(folder / name, start, **sections)
 
     everything = {"turns": 2, "complementary": True, "embed_std": 0.1, "embed_steps": 5}
-    converted = convert_wsd(
-        made("convert", base, wsd=WSD, noise=everything, loss={"distill": 0.5, "cap_weight": 0.1})
-    )
+    converted = convert_wsd(made("convert", base, wsd=WSD, noise=everything, loss={"distill": 0.5, "cap_weight": 0.1}))
     whole = Path(converted["checkpoint"])
     in_place = {"convention": "in_place"}
     adapter = convert_wsd(
