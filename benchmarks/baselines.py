@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from hildanext.attention import use_grouped_attention
-from hildanext.decode import Settings
-from hildanext.engines.transformers import TransformersEngine
-from hildanext.masks import additive, block_causal_mask
-from hildanext.model import DiffusionLM
-from hildanext.pretrained import locate
-from hildanext.runtimes.protocol import Batch
-from hildanext.sequence import Sequence, Span
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.rule import Settings
+from hildanext.decoding.runtimes.protocol import Batch
+from hildanext.decoding.sequence import Sequence, Span
+from hildanext.diffusion.masks import additive, block_causal_mask
+from hildanext.model.decoding_attention import use_grouped_attention
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.pretrained import locate
 
 Shape = tuple[int, int, int]  # B, W, K of a forward
 

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 from hildanext.config import load_config
-from hildanext.convert import convert_wsd, open_rows
-from hildanext.evaluate.denoising import evaluate_denoising
-from hildanext.model import load_diffusion_lm
-from hildanext.prepare import prepare_data
-from hildanext.pretrained import load_tokenizer
-from hildanext.tokenization import tokenize_data
+from hildanext.data.prepare import prepare_data
+from hildanext.data.tokenize import tokenize_data
+from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.pretrained import load_tokenizer
+from hildanext.training.convert import convert_wsd, open_rows
+from hildanext.training.held_out import evaluate_denoising
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2-135m.json"
 EVAL_ROWS = 40

@@ -26,12 +26,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hildanext.chunks import BATCH_BYTES
 from hildanext.config import Config, parse_config
-from hildanext.prepare import prepare_data
-from hildanext.stream import RowStream
-from hildanext.tiny import story_tokenizer
-from hildanext.tokenization import make_job, tokenize_data
+from hildanext.data.prepare import prepare_data
+from hildanext.data.stream import RowStream
+from hildanext.data.tokenize import make_job, tokenize_data
+from hildanext.data.workers import BATCH_BYTES
+from hildanext.model.tiny import story_tokenizer
 
 WORDS = ["the", "little", "red", "cat", "dog", "river", "walked", "saw", "and", "because", "happily", "1984"]
 

@@ -26,13 +26,13 @@ from page import write_page
 from turns import fifth_turn
 
 from hildanext.config import parse_config
-from hildanext.decode import Settings
-from hildanext.engines import Completion, Request
-from hildanext.engines.transformers import TransformersEngine
-from hildanext.model import DiffusionLM, add_mask_token, load_diffusion_lm
-from hildanext.runs import versions
-from hildanext.sequence import Sequence
-from hildanext.tiny import story_tokenizer, tiny_llama
+from hildanext.decoding.engines import Completion, Request
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.rule import Settings
+from hildanext.decoding.sequence import Sequence
+from hildanext.model.diffusion_lm import DiffusionLM, add_mask_token, load_diffusion_lm
+from hildanext.model.tiny import story_tokenizer, tiny_llama
+from hildanext.training.run_folder import versions
 
 RESULTS = Path("runs/bench-decode.json")
 PAGE = Path("docs/benchmarks/decode.md")

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from hildanext.synthetic import synthetic_instructions
-from hildanext.tiny import story_tokenizer, tiny_llama
+from hildanext.data.synthetic import synthetic_instructions
+from hildanext.model.tiny import story_tokenizer, tiny_llama
 
 COMMANDS = ("prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk")
 NAMES = {"convert-wsd": "convert", "sft": "sft"}  # of the runs that can be resumed

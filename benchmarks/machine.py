@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from hildanext.attention import grouped_attention
-from hildanext.engines.transformers import TransformersEngine
-from hildanext.runtimes.protocol import pad_batch
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.runtimes.protocol import pad_batch
+from hildanext.model.decoding_attention import grouped_attention
 
 MEMORY = """
 import gc, json, sys, torch
 from hildanext.config import parse_config
-from hildanext.decode import Settings
-from hildanext.engines.transformers import TransformersEngine
-from hildanext.engines import Request
-from hildanext.model import DiffusionLM
-from hildanext.pretrained import load_tokenizer
+from hildanext.decoding.rule import Settings
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.engines import Request
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.pretrained import load_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 config = parse_config({"model": {"base": sys.argv[1], "dtype": "bfloat16"},
     "engine": {"runtime": "eager", "slots": 8, "context": 2048, "prefill_chunk": 128}})

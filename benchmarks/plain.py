@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from hildanext.config import Config
-from hildanext.documents import fingerprint, pad_id
-from hildanext.masks import additive, training_mask
-from hildanext.model import DiffusionLM
-from hildanext.noise import block_ids
-from hildanext.packing import pack
-from hildanext.passes import Batch, Pass
-from hildanext.rows import write_meta
-from hildanext.shards import compact, write_shard
-from hildanext.synthetic import synthetic_stories
+from hildanext.data.documents import fingerprint, pad_id
+from hildanext.data.packing import pack
+from hildanext.data.rows import write_meta
+from hildanext.data.shards import compact, write_shard
+from hildanext.data.synthetic import synthetic_stories
+from hildanext.diffusion.masks import additive, training_mask
+from hildanext.diffusion.noise import block_ids
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.training.passes import Batch, Pass
 
 IGNORED = -100
 
@@ -31,7 +31,7 @@ IGNORED = -100
 def plain_loss(
     lm: DiffusionLM, config: Config, batch: Batch, one: Pass, block_size: int, n_tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    """The loss of `hildanext.objective` the plain way.
+    """The loss of `hildanext.diffusion.objective` the plain way.
 
     A dense additive mask [B, 1, 2L, 2L] for transformers' own SDPA, logits of all 2L positions in fp32, cross-entropy
     where there is a label. `shifted`: a token's label stands one place before it, in the clean stream where it opens a block.

@@ -22,11 +22,11 @@ from typing import Any
 from results import machine
 
 from hildanext.config import load_config
-from hildanext.convert import convert_wsd
+from hildanext.data.prepare import prepare_data
+from hildanext.data.tokenize import tokenize_data
 from hildanext.files import write_json
-from hildanext.prepare import prepare_data
-from hildanext.pretrained import load_tokenizer
-from hildanext.tokenization import tokenize_data
+from hildanext.model.pretrained import load_tokenizer
+from hildanext.training.convert import convert_wsd
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2-135m.json"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "recipes"

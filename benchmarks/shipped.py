@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 
-from hildanext.ar import ar_complete
-from hildanext.chat import read_prompts
 from hildanext.config import SHIPPED_MODEL, Config, load_config
-from hildanext.decode import Settings, resolve
-from hildanext.engines import Request
-from hildanext.evaluate.answers import Answer, Models, Question, Way, answer
+from hildanext.decoding.engines import Request
+from hildanext.decoding.rule import Settings, resolve
 from hildanext.evaluate.command import open_models
 from hildanext.evaluate.intervals import Scored, gain_at_equal_speed, ratio
 from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
+from hildanext.evaluate.ways import Answer, Models, Question, Way, answer
 from hildanext.files import write_json
-from hildanext.runs import git_revision, versions
+from hildanext.model.ar_generate import ar_complete
+from hildanext.model.prompts import read_prompts
+from hildanext.training.run_folder import git_revision, versions
 
 SWEEP = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)  # tau_mask with editing off: the curve to compare with
 MODES = ("Q_MODE", "S_MODE")

@@ -32,17 +32,17 @@ from train_page import write_page
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from hildanext.config import Config, parse_config
-from hildanext.denoise import Denoise
-from hildanext.model import DiffusionLM, load_diffusion_lm
-from hildanext.parallel import start
-from hildanext.passes import Recipe, first_passes
-from hildanext.policy import choose_policy
-from hildanext.pretrained import load_tokenizer
-from hildanext.rows import Rows, ShuffledRows
-from hildanext.runs import RunFolder
-from hildanext.schedule import Point
-from hildanext.tiny import story_tokenizer, tiny_llama
-from hildanext.train import Job, Trainer, make_optimizer
+from hildanext.data.rows import Rows, ShuffledRows
+from hildanext.diffusion.schedule import Point
+from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.policy import choose_policy
+from hildanext.model.pretrained import load_tokenizer
+from hildanext.model.tiny import story_tokenizer, tiny_llama
+from hildanext.training.denoising import Denoise
+from hildanext.training.parallel import start
+from hildanext.training.passes import Recipe, first_passes
+from hildanext.training.run_folder import RunFolder
+from hildanext.training.trainer import Job, Trainer, make_optimizer
 
 BLOCK, LENGTH = 32, 1024
 QWEN3 = {

@@ -6,9 +6,9 @@ import statistics
 import time
 from typing import Any
 
-from hildanext.decode import Finished, Settings
-from hildanext.engines import Request
-from hildanext.engines.transformers import TransformersEngine
+from hildanext.decoding.engines import Request
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.rule import Finished, Settings
 
 TURNS, MESSAGE, ANSWER, PAIRS = 5, 60, 64, 5
 

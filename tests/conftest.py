@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from hildanext.config import Config, Convention, parse_config
-from hildanext.model import DiffusionLM, load_diffusion_lm, save_diffusion_lm
-from hildanext.tiny import story_tokenizer, tiny_llama
-from training import write_base
+from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm, save_diffusion_lm
+from hildanext.model.tiny import story_tokenizer, tiny_llama
+from support.training import write_base
 
 # Models in the tests are tiny: a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def random_lm(convention: Convention, vocab_size: int, mask_token_id: int) -> Di
 @pytest.fixture(autouse=True)
 def eager_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """`engine.runtime: auto` is eager in tests, whatever is installed; test_runtimes.py looks at the others."""
-    monkeypatch.setattr("hildanext.runtimes.has_openvino", lambda: False)
+    monkeypatch.setattr("hildanext.decoding.runtimes.has_openvino", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from hildanext import files
 from hildanext.cli import main
 from hildanext.config import Config, load_config
-from hildanext.synthetic import synthetic_instructions
-from hildanext.tiny import story_tokenizer, tiny_llama
+from hildanext.data.synthetic import synthetic_instructions
+from hildanext.model.tiny import story_tokenizer, tiny_llama
 
 COMMANDS = [
     "init", "prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hildanext import cli, demo
-from hildanext.synthetic import draw_slots, tell
+from hildanext.data.synthetic import draw_slots, tell
 
 SMALL = [  # one checkpoint of the conversion, two of the tuning: fewer than the demo merges
     *("wsd.warmup_steps=1", "wsd.stable_steps=1", "wsd.decay_steps=1", "sft.steps=6"),

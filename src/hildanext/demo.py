@@ -17,25 +17,25 @@ from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hildanext.ar import ar_complete, ar_likelihood, train_ar
-from hildanext.checkpoint import list_checkpoints
 from hildanext.config import Config, load_config
-from hildanext.convert import convert_wsd, open_rows, sft
-from hildanext.decode import Settings, Step, resolve
-from hildanext.engines import Request
-from hildanext.engines.transformers import TransformersEngine
+from hildanext.data.prepare import prepare_data
+from hildanext.data.synthetic import Slots, check, draw_slots, instruction, synthetic_instructions
+from hildanext.data.tokenize import tokenize_data
+from hildanext.decoding.engines import Request
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.rule import Settings, Step, resolve
 from hildanext.errors import UsageError
 from hildanext.evaluate.elbo import elbo
 from hildanext.files import atomic_open, write_json, writing
-from hildanext.merge import best_checkpoints, merge
-from hildanext.model import DiffusionLM, load_diffusion_lm
-from hildanext.prepare import prepare_data
-from hildanext.pretrained import load_tokenizer
+from hildanext.model.ar_generate import ar_complete, ar_likelihood, train_ar
+from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.pretrained import load_tokenizer
+from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.progress import duration, progress, say
-from hildanext.runs import git_revision, versions
-from hildanext.synthetic import Slots, check, draw_slots, instruction, synthetic_instructions
-from hildanext.tiny import story_tokenizer, tiny_llama
-from hildanext.tokenization import tokenize_data
+from hildanext.training.checkpoint import list_checkpoints
+from hildanext.training.convert import convert_wsd, open_rows, sft
+from hildanext.training.merge import best_checkpoints, merge
+from hildanext.training.run_folder import git_revision, versions
 
 READY = Path(__file__).parent / "configs" / "demo.json"
 N_INSTRUCTIONS = 6000

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hildanext.config import Config, parse_config
-from hildanext.convert import convert_wsd, sft
-from hildanext.engines import Request, open_engine
+from hildanext.data.prepare import prepare_data
+from hildanext.data.synthetic import synthetic_instructions
+from hildanext.data.tokenize import tokenize_data
+from hildanext.decoding.engines import Request, open_engine
 from hildanext.files import writing
-from hildanext.prepare import prepare_data
-from hildanext.pretrained import load_tokenizer
-from hildanext.synthetic import synthetic_instructions
-from hildanext.tiny import story_tokenizer, tiny_llama
-from hildanext.tokenization import tokenize_data
+from hildanext.model.pretrained import load_tokenizer
+from hildanext.model.tiny import story_tokenizer, tiny_llama
+from hildanext.training.convert import convert_wsd, sft
 
 
 def smoke_config(folder: Path, base: str) -> Config:

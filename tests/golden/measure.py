@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from hildanext.config import Config, parse_config  # noqa: E402
-from hildanext.convert import convert_wsd, sft  # noqa: E402
-from hildanext.dpo import dpo  # noqa: E402
-from hildanext.engines import Request, open_engine  # noqa: E402
-from hildanext.model import load_diffusion_lm, save_diffusion_lm  # noqa: E402
-from training import material, write_base  # noqa: E402
+from hildanext.decoding.engines import Request, open_engine  # noqa: E402
+from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm  # noqa: E402
+from hildanext.training.convert import convert_wsd, sft  # noqa: E402
+from hildanext.training.dpo import dpo  # noqa: E402
+from support.training import material, write_base  # noqa: E402
 
 WSD = {"warmup_steps": 4, "stable_steps": 2, "decay_steps": 4, "final_block": 4}
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_mb"}  # what a run's log holds besides numbers of the training

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from hildanext.config import Config
-from hildanext.engines.transformers import TransformersEngine
+from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.errors import UsageError
 from hildanext.evaluate import gsm8k, humaneval, infilling, stories
-from hildanext.evaluate.answers import Models, Outcome, ways
 from hildanext.evaluate.records import text_path, token_pieces
 from hildanext.evaluate.report import OURS, draw, hardware, markdown, take_over, write_report
 from hildanext.evaluate.sandbox import require_sandbox
+from hildanext.evaluate.ways import Models, Outcome, ways
 from hildanext.files import sha256_of
-from hildanext.model import load_diffusion_lm
-from hildanext.pretrained import fingerprint_weights, load_causal_lm, parent_of
+from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.pretrained import fingerprint_weights, load_causal_lm, parent_of
 from hildanext.progress import say
-from hildanext.runs import git_revision, versions
+from hildanext.training.run_folder import git_revision, versions
 
 Run = Callable[[], Outcome]
 

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from hildanext.ar import Likelihood
-from hildanext.evaluate.streams import denoise
-from hildanext.model import DiffusionLM
-from hildanext.noise import block_ids, block_starts, sample_generator
-from hildanext.objective import predict
-from hildanext.passes import Batch, make_batch
-from hildanext.rows import Rows
+from hildanext.data.rows import Rows
+from hildanext.diffusion.noise import block_ids, block_starts, sample_generator
+from hildanext.diffusion.objective import predict
+from hildanext.evaluate.noisy_streams import denoise
+from hildanext.model.ar_generate import Likelihood
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.training.passes import Batch, make_batch
 
 
 def mask_pair(

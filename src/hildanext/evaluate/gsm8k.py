@@ -7,12 +7,12 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from hildanext.chat import encode_prompt
 from hildanext.config import Config
 from hildanext.errors import DataError, UsageError
-from hildanext.evaluate.answers import Models, Outcome, Question, Way, answer, cost
 from hildanext.evaluate.intervals import share
 from hildanext.evaluate.records import read_records
+from hildanext.evaluate.ways import Models, Outcome, Question, Way, answer, cost
+from hildanext.model.prompts import encode_prompt
 
 NAME = "gsm8k"
 FIELDS = ("question", "answer")

@@ -25,10 +25,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hildanext.config import Config, EvaluateConfig
 from hildanext.errors import DataError, UsageError
-from hildanext.evaluate.answers import Answer, Models, Outcome, Question, Way, answer, cost
 from hildanext.evaluate.intervals import Figure, mean, plain, ratio, share
 from hildanext.evaluate.likelihood import Pair, Score, score
 from hildanext.evaluate.records import check_local
+from hildanext.evaluate.ways import Answer, Models, Outcome, Question, Way, answer, cost
 
 SHIPPED = Path(__file__).parent / "tasks"
 # What a pair (log-likelihood, count) of a rolling task becomes; the interval goes the same way.

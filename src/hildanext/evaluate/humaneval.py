@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hildanext.chat import encode_prompt
 from hildanext.config import Config
 from hildanext.errors import UsageError
-from hildanext.evaluate.answers import Models, Outcome, Question, Way, answer, cost, sampling_seed
 from hildanext.evaluate.intervals import Figure, mean, pass_at_k, share
 from hildanext.evaluate.records import read_records
 from hildanext.evaluate.sandbox import Limits, Verdict, run_check
+from hildanext.evaluate.ways import Models, Outcome, Question, Way, answer, cost, sampling_seed
+from hildanext.model.prompts import encode_prompt
 from hildanext.progress import progress
 
 NAME = "humaneval"

@@ -12,12 +12,12 @@ import time
 import torch
 
 from hildanext.config import Config
-from hildanext.decode import Settings, edit_step, propose
-from hildanext.evaluate.answers import Answer, Models, Outcome, Question, Way, answer, cost
+from hildanext.decoding.rule import Settings, edit_step, propose
+from hildanext.diffusion.noise import sample_generator
 from hildanext.evaluate.intervals import mean, share
 from hildanext.evaluate.judge import parent_log_likelihood
-from hildanext.model import DiffusionLM
-from hildanext.noise import sample_generator
+from hildanext.evaluate.ways import Answer, Models, Outcome, Question, Way, answer, cost
+from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.progress import progress
 
 NAME = "infilling"

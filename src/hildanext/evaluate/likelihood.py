@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hildanext.diffusion.objective import predict
 from hildanext.evaluate.elbo import row_bounds, standard_errors
-from hildanext.evaluate.streams import denoise
-from hildanext.model import DiffusionLM
-from hildanext.objective import predict
-from hildanext.passes import Batch
+from hildanext.evaluate.noisy_streams import denoise
+from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.progress import progress
+from hildanext.training.passes import Batch
 
 TOKENS_PER_FORWARD = 1024
 

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hildanext.config import Config
-from hildanext.documents import encode_document, read_documents
+from hildanext.data.documents import encode_document, read_documents
 from hildanext.errors import DataError
 
 

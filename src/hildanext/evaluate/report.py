@@ -13,8 +13,8 @@ import torch
 
 from hildanext.errors import UsageError
 from hildanext.evaluate import gsm8k, humaneval, infilling, stories
-from hildanext.evaluate.answers import Outcome
 from hildanext.evaluate.intervals import Figure
+from hildanext.evaluate.ways import Outcome
 from hildanext.files import atomic_open, write_json
 from hildanext.plots import draw_quality
 from hildanext.progress import say

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hildanext.config import Config
-from hildanext.evaluate.answers import Models, Outcome, Question, Way, answer, cost
 from hildanext.evaluate.intervals import plain, ratio, share
 from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
+from hildanext.evaluate.ways import Models, Outcome, Question, Way, answer, cost
 
 NAME = "stories"
 

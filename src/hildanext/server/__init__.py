@@ -15,8 +15,8 @@ from typing import Any
 
 import uvicorn
 
-from hildanext import engines
 from hildanext.config import Config, ServerConfig
+from hildanext.decoding import engines
 from hildanext.errors import ConfigError, HildaError
 from hildanext.jobs.backend import Backend
 from hildanext.jobs.local import LocalBackend

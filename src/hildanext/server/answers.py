@@ -11,8 +11,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
-from hildanext.decode import Step
-from hildanext.engines import Completion, Engine, Event
+from hildanext.decoding.engines import Completion, Engine, Event
+from hildanext.decoding.rule import Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.store import ConflictError, MissingError, StoreError
 from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Unready

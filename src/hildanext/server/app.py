@@ -12,20 +12,21 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from hildanext import __version__, engines
+from hildanext import __version__
 from hildanext.config import Config
-from hildanext.engines import Engine
+from hildanext.decoding import engines
+from hildanext.decoding.engines import Engine
 from hildanext.errors import HildaError
 from hildanext.jobs.store import STATES
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import problem, problems, status_of
+from hildanext.server.base import Parent, parent_routes
 from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
 from hildanext.server.native import native_routes
 from hildanext.server.openai import OpenAIProblem, code_of, openai_problem, openai_routes
 from hildanext.server.page import page_routes
-from hildanext.server.parent import Parent, parent_routes
 from hildanext.server.worker import Worker
 
 BODY_BYTES_PER_CHAR = 12  # JSON may write a character as two escapes of six bytes

@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
 from hildanext.config import Config, DecodeConfig, Mode
-from hildanext.decode import Finished
-from hildanext.engines import Completion, Event
+from hildanext.decoding.engines import Completion, Event
+from hildanext.decoding.rule import Finished
 from hildanext.errors import ContextError, HildaError
 from hildanext.server.answers import (
     chained,

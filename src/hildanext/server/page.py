@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-WEB = Path(__file__).parents[1] / "web"
+WEB = Path(__file__).parent / "web"
 # By name: what the machine's own table says of .js may be another, and browsers then refuse it.
 TYPES = {
     ".html": "text/html; charset=utf-8",

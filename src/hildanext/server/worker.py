@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from hildanext.config import Config
-from hildanext.decode import Finished, Settings, Step
-from hildanext.engines import Completion, Engine, Event, Request, Steps, as_steps
+from hildanext.decoding.engines import Completion, Engine, Event, Request, Steps, as_steps
+from hildanext.decoding.rule import Finished, Settings, Step
 from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
 

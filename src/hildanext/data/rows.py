@@ -1,0 +1,187 @@
+"""Packed rows: sharded on disk, memory-mapped, read in a pseudorandom order that needs no memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from hildanext.data.packing import Row, position_ids
+from hildanext.data.shards import Shard, StoredShard, check_sizes, compact, shard_path
+from hildanext.errors import CheckpointError, DataError
+from hildanext.files import fsync_folder, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Rows:
+    """Packed rows of a `.rows` folder, memory-mapped: opening reads nothing but `meta.json`, and a shard is checked against its
+    SHA-256 when its first row is asked for; or rows held in memory."""
+
+    def __init__(self, meta: dict[str, Any], shards: Sequence[Shard | StoredShard]) -> None:
+        self.meta, self.shards = meta, shards
+        self.ends = list(accumulate(shard.n_rows for shard in shards))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Rows:
+        """Open a `.rows` folder read-only. Raises DataError naming the file that is missing or has the wrong size."""
+        folder = Path(folder)
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            shards = [(int(shard["rows"]), str(shard["sha256"])) for shard in meta["shards"]]
+            int(meta["seq_len"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(f"{folder / 'meta.json'}: missing or broken; run 'hildanext tokenize' again") from None
+        check_sizes(folder, meta["shards"])
+        return cls(meta, [StoredShard(shard_path(folder, number), *shard) for number, shard in enumerate(shards)])
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], seq_len: int) -> Rows:
+        """Rows held in memory."""
+        shard = compact(rows, seq_len)
+        return cls({"rows": shard.n_rows, "seq_len": seq_len}, [shard])
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def seq_len(self) -> int:
+        """Row length L in tokens."""
+        return int(self.meta["seq_len"])
+
+    def row(self, index: int) -> Row:
+        """One row as it was packed. Raises IndexError for an index outside the rows."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect_right(self.ends, index)
+        return self.shards[number].row(index - self.ends[number] + self.shards[number].n_rows)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `doc_ids`, `position_ids` [B, L] int64 and `loss_mask` [B, L] bool of the rows at `indices`.
+
+        Raises IndexError for an index outside the rows.
+        """
+        return to_batch([self.row(int(index)) for index in indices])
+
+
+def to_batch(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Rows as tensors: `input_ids`, `doc_ids`, `position_ids` [B, L] int64 and `loss_mask` [B, L] bool."""
+    import torch
+
+    doc_ids = np.stack([row.doc_ids for row in rows]).astype(np.int64)
+    return {
+        "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),
+        "doc_ids": torch.from_numpy(doc_ids),
+        "position_ids": torch.from_numpy(position_ids(doc_ids)),
+        "loss_mask": torch.from_numpy(np.stack([row.loss_mask for row in rows])),
+    }
+
+
+def write_meta(folder: Path, meta: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write `meta.json` of a folder whose shards are written: `meta` with the shards' rows, bytes and SHA-256."""
+    shards = [{name: record[name] for name in ("rows", "bytes", "sha256")} for record in records]
+    digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+    whole = meta | {"rows": sum(shard["rows"] for shard in shards), "sha256": digest, "shards": shards}
+    write_json(folder / "meta.json", whole)
+    fsync_folder(folder)
+    return whole
+
+
+class RowSource(Protocol):
+    """What a training reads: global sample g (0, 1, 2, ...) is the same row for any number of processes or resumes."""
+
+    def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows of global samples, see `to_batch`. A stream is asked for samples that go up."""
+        ...
+
+    def describe(self, samples: Sequence[int] | None = None) -> str:
+        """Where the rows of these samples are found, for an error; of all, for a title."""
+        ...
+
+    def state(self, next_sample: int) -> dict[str, Any]:
+        """What a checkpoint keeps (JSON) so that `restore` goes on with `next_sample`."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`. Raises CheckpointError when the data are not those it was taken from."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
+
+
+class ShuffledRows:
+    """Rows in the order of `RowOrder`: the row source of a training on tokenized data."""
+
+    def __init__(self, rows: Rows, seed: int) -> None:
+        self.rows, self.order = rows, RowOrder(len(rows), seed)
+
+    def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows of global samples."""
+        return self.rows.batch([self.order.row(sample) for sample in samples])
+
+    def describe(self, samples: Sequence[int] | None = None) -> str:
+        """Row numbers of the samples; how many rows there are."""
+        if samples is None:
+            return f"{len(self.rows)} rows"
+        return f"rows {sorted(self.order.row(sample) for sample in samples)}"
+
+    def state(self, next_sample: int) -> dict[str, Any]:
+        """The order is a function of the seed: only which rows they are is kept."""
+        return {"rows_sha256": self.rows.meta["sha256"]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError for rows that were tokenized anew and came out different."""
+        if state != self.state(0):
+            raise CheckpointError("the tokenized rows are not those the run began with; restore data/tokenized")
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+_ROUNDS = 6
+_BITS64 = (1 << 64) - 1
+
+
+class RowOrder:
+    """The row that global sample g trains on: every epoch is another pseudorandom permutation of all rows.
+
+    A Feistel network over the smallest even number of bits that holds `n_rows`, walked until it lands on a row; keyed
+    by (seed, epoch), so the order needs no memory and any sample can be asked for first.
+    """
+
+    def __init__(self, n_rows: int, seed: int) -> None:
+        if n_rows < 1:
+            raise ValueError("an order needs at least one row")
+        self.n_rows, self.seed = n_rows, seed
+        self.half_bits = max(1, ((n_rows - 1).bit_length() + 1) // 2)
+
+    def row(self, g: int) -> int:
+        """Row of global sample `g` (>= 0): a number in [0, n_rows)."""
+        epoch, index = divmod(g, self.n_rows)
+        keys = self._keys(epoch)
+        while True:
+            index = self._permute(index, keys)
+            if index < self.n_rows:
+                return index
+
+    def _keys(self, epoch: int) -> list[int]:
+        digest = hashlib.blake2b(f"{self.seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+        return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
+
+    def _permute(self, value: int, keys: list[int]) -> int:
+        low = (1 << self.half_bits) - 1
+        left, right = value >> self.half_bits, value & low
+        for key in keys:
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 & _BITS64
+            mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & _BITS64
+            left, right = right, left ^ (mixed >> 32 & low)
+        return left << self.half_bits | right

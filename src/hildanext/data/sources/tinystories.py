@@ -1,0 +1,119 @@
+"""TinyStories: stories from text, JSON lines or parquet, from the hub, or made up here (`hildanext.data.synthetic`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hildanext.data.documents import Document, Rejects, check_text
+from hildanext.data.sources.lines import read_json_lines, read_records
+from hildanext.data.sources.opening import File, file_name, list_files, network_errors, open_file, read_bytes, reason
+from hildanext.data.synthetic import synthetic_stories
+from hildanext.errors import DataError, UnreachableError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SEPARATOR = b"<|endoftext|>"
+HUB = "roneneldan/TinyStories"
+
+
+def find(path: str) -> list[File]:
+    """The story files at `path`; 'hub' downloads the training set's parquet files (about 1 GB) or finds them cached."""
+    return list_files(_download() if path == "hub" else path, SUFFIXES)
+
+
+def _download() -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(HUB, repo_type="dataset", allow_patterns="data/train-*.parquet")
+    except network_errors() as error:
+        raise UnreachableError(
+            f"cannot download {HUB} ({reason(error)}); go online, or give a local file as data.sources path"
+        ) from None
+
+
+def made_up(count: int, seed: int) -> Iterator[tuple[int, Document]]:
+    """(number, story) of `count` synthetic stories, the same for the same seed."""
+    for number, story in enumerate(synthetic_stories(count, seed), start=1):
+        yield number, Document(id=f"synthetic-{seed}-{number}", source="synthetic", text=story)
+
+
+def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
+    """(number, story) of one file; a story's id is the file's name and its line (parquet: its row)."""
+    if path.endswith(".txt"):
+        stories = _from_text(path, rejects)
+    elif path.endswith(".parquet"):
+        stories = _from_parquet(path, rejects)
+    else:
+        stories = ((number, record.get("text")) for number, record in read_json_lines(path, rejects))
+    last = 0
+    for number, story in stories:
+        try:
+            text = check_text(story)
+        except DataError as error:
+            rejects.add(str(error), path, number)
+            continue
+        last = max(last + 1, number)  # goes up also where stories share a line
+        yield last, Document(id=f"{file_name(path)}:{number}", source="tinystories", text=text)
+
+
+def _from_text(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
+    """(first line, story) of a text file: between '<|endoftext|>' marks, or between blank lines where it has none."""
+    raw = _between_marks(path, rejects) if _has_marks(path) else _between_blank_lines(path, rejects)
+    for number, story in raw:
+        try:
+            yield number, story.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            rejects.add("invalid UTF-8", path, number)
+
+
+def _has_marks(path: str) -> bool:
+    tail = b""
+    for piece in read_bytes(path):
+        tail += piece
+        if SEPARATOR in tail:
+            return True
+        tail = tail[-len(SEPARATOR) :]
+    return False
+
+
+def _between_marks(path: str, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
+    line = 1
+    for _, story in read_records(path, SEPARATOR, rejects):
+        begin = len(story) - len(story.lstrip())
+        # A mark at the start or the end of the file leaves an empty piece, which is no story.
+        if begin < len(story):
+            yield line + story.count(b"\n", 0, begin), story
+        line += story.count(b"\n")
+
+
+def _between_blank_lines(path: str, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
+    story: list[bytes] = []
+    number = 0
+    for number, line in read_records(path, b"\n", rejects):
+        if line and not line.isspace():
+            story.append(line.rstrip(b"\r"))
+        elif story:
+            yield number - len(story), b"\n".join(story)
+            story = []
+    if story:
+        yield number + 1 - len(story), b"\n".join(story)
+
+
+def _from_parquet(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with open_file(path) as opened, parquet.ParquetFile(opened) as file:
+            if "text" not in file.schema_arrow.names:
+                rejects.add("no column 'text'", path, 1)
+                return
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                for story in batch.column("text").to_pylist():
+                    number += 1
+                    yield number, story
+    except pyarrow.ArrowException:
+        rejects.add("damaged parquet file", path, number + 1)
+    except UnicodeDecodeError:
+        rejects.add("invalid UTF-8", path, number + 1)

@@ -1,0 +1,116 @@
+"""The AR base of a converted checkpoint, one token a forward: what the diffusion model is looked at beside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from transformers import DynamicCache
+
+from hildanext.config import Config, ModelConfig
+from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.rule import Finished, Settings, Step, check_request, resolve
+from hildanext.errors import UsageError
+from hildanext.model.policy import choose_policy
+from hildanext.model.pretrained import load_causal_lm, locate, parent_of, read_record
+from hildanext.model.probe import max_positions
+from hildanext.model.prompts import encode_prompt
+from hildanext.model.text_stream import TextStream
+
+
+def base_of(config: ModelConfig) -> ModelConfig:
+    """The model that a converted checkpoint was made of. Raises UsageError when it is not converted."""
+    record = read_record(config)
+    if record is None:
+        raise UsageError(f"'{config.base}' is not a converted checkpoint; it has no AR base to stand beside it")
+    return parent_of(config, record)
+
+
+class ArEngine:
+    """Greedy, one request at a time, keys and values in transformers' own cache. Blocks are of one token."""
+
+    name = "ar"
+    trained_block: int | None = 1
+    slots = 1
+    mask_token_id: int | None = None
+
+    def __init__(self, config: Config, reasons: dict[str, str], threads: int | None = None) -> None:
+        base = base_of(config.model)
+        if threads is not None:
+            torch.set_num_threads(threads)  # of the calling thread: who computes in another keeps its own
+        self.reasons, self.base = reasons, base.base
+        policy = choose_policy(base.device, base.dtype)
+        self.model, self.tokenizer = load_causal_lm(base, policy, policy.compute)
+        self.eos_token_id: int | None = self.tokenizer.eos_token_id
+        self.model.eval()
+        self.context = max_positions(self.model)
+        self.device: str | None = str(self.model.device)
+        self.dtype: str | None = str(self.model.dtype).removeprefix("torch.")
+        self.policy: dict[str, object] | None = policy.as_dict()
+
+    @staticmethod
+    def can_serve(config: Config) -> str | None:
+        try:
+            locate(base_of(config.model).base)
+        except UsageError as error:
+            return str(error)
+        return None
+
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known)
+
+    def settings(self, config: Config) -> Settings:
+        return resolve(config.decode, 1)._replace(block_size=1, tau_mask=0.0, tau_edit=None, temperature=0.0)
+
+    def decode_tokens(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def generate(self, request: Request) -> Completion:
+        return last_completion(self.stream(request))
+
+    @torch.inference_mode()
+    def _next(self, ids: list[int], cache: DynamicCache) -> tuple[int, float]:
+        """The most likely token after `ids` and what lies in the cache, and its probability."""
+        hidden = self.model.base_model(
+            input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        scores = self.model.get_output_embeddings()(hidden[0, -1]).float()[: len(self.tokenizer)]
+        confidence, token = scores.softmax(-1).max(-1)
+        return int(token), float(confidence)
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """A Step and a Finished for each token, then the Completion. Raises UsageError for a prompt that does not fit."""
+        settings, prompt_ids = request.settings, request.prompt_ids
+        check_request(prompt_ids, settings, self.context)
+        began = time.perf_counter()
+        cache = DynamicCache(config=self.model.config)
+        text = TextStream(self.decode_tokens, settings.stop)
+        ids, finish_reason, forwards = prompt_ids, None, 0
+        while finish_reason is None:
+            token, confidence = self._next(ids, cache)
+            ids, position = [token], len(prompt_ids) + forwards
+            yield Step(position, 0, ids, [0], [], [confidence], 1.0, position)
+            forwards += 1
+            last = token == self.tokenizer.eos_token_id or forwards == settings.max_new_tokens
+            piece = text.push(ids, last)
+            if token == self.tokenizer.eos_token_id or text.stopped:
+                finish_reason = "stop"
+            elif last:
+                finish_reason = "length"
+            yield Finished(position, ids, piece)
+        seconds, n_tokens = time.perf_counter() - began, len(text.token_ids)
+        yield Completion(
+            text=text.text,
+            token_ids=text.token_ids,
+            finish_reason=finish_reason,
+            engine=self.name,
+            engine_reasons=self.reasons,
+            mode="AR",
+            tau_mask=settings.tau_mask,
+            tau_edit=settings.tau_edit,
+            stats=Stats(forwards, 0, n_tokens / forwards, [1.0] * forwards, forwards, 0, seconds, n_tokens / seconds),
+        )
+
+    def close(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,224 @@
+"""dInfer (inclusionAI/dInfer) behind its own API: LLaDA-family checkpoints on CUDA, through its worker processes.
+
+What it has not (editing, a second threshold, seeds) is listed in every answer. Importing it imports vLLM, so `can_serve`
+looks without importing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from hildanext.config import Config, EngineName
+from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.rule import Finished, Settings, check_request, resolve
+from hildanext.errors import ModelError
+from hildanext.model.pretrained import load_tokenizer, read_config_dict
+from hildanext.model.prompts import encode_prompt
+
+# config.json's model_type -> (dInfer's model_type argument, the runtime whose worker loads that family)
+FAMILIES = {"llada2_moe": ("llada2", "sglang"), "llada": ("llada", "vllm"), "dllm": ("llada-moe", "vllm")}
+DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
+
+
+def fitting(
+    target: Callable[..., Any], needed: dict[str, Any], wanted: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `needed` and `wanted` that `target` has by name, and a line for each wanted one it has not.
+
+    Versions differ in their parameters; `**kwargs` does not count, it would swallow a renamed one. Raises ModelError
+    naming the needed ones that are missing.
+    """
+    has = inspect.signature(target).parameters
+    name = target.__qualname__
+    if missing := sorted(set(needed) - set(has)):
+        raise ModelError(f"this dInfer's {name} has no parameter {', '.join(missing)}; install a version that has it")
+    given = needed | {key: value for key, value in wanted.items() if key in has}
+    return given, [
+        f"{key} {value}: this dInfer's {name} does not take it" for key, value in wanted.items() if key not in has
+    ]
+
+
+def other_handle_runs() -> bool:
+    """Whether dInfer's workers already run in this process. Nothing is imported: what is not imported does not run."""
+    module: Any = sys.modules.get("dinfer.decoding.serving")
+    handle = module.__dict__.get("handle") if module is not None else None
+    return handle is not None and hasattr(handle, "is_running") and bool(handle.is_running())
+
+
+class DInferEngine:
+    """One dInfer server group for the process; its workers keep the sampling parameters they were started with."""
+
+    name: EngineName = "dinfer"
+    trained_block: int | None = DEFAULT_BLOCK
+    device: str | None = "cuda"
+    dtype: str | None = None  # dInfer's own choice
+    policy: dict[str, object] | None = None
+    slots = 1
+    mask_token_id: int | None = None  # it shows no steps
+
+    def __init__(self, config: Config, reasons: dict[str, str]) -> None:
+        self.reasons = reasons
+        self.tokenizer = load_tokenizer(config.model)
+        self.eos_token_id: int | None = self.tokenizer.eos_token_id
+        stored = read_config_dict(config.model)
+        self.context: int | None = int(stored.get("max_position_embeddings", 4096))
+        self.started = self.settings(config)
+        mask_id = self.tokenizer.mask_token_id
+        if mask_id is None:
+            mask_id = stored.get("mask_token_id")
+        if mask_id is None or self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"model '{config.model.base}' names no mask token or no end-of-text token; dInfer needs both"
+            )
+        family, _ = FAMILIES[stored["model_type"]]
+        dinfer: Any = importlib.import_module("dinfer")
+        sampling = {
+            "threshold": self.started.tau_mask,
+            "temperature": self.started.temperature,
+            "mask_id": mask_id,
+            "eos_id": self.tokenizer.eos_token_id,
+            "use_bd": family == "llada2",
+        }
+        beside = {
+            "cache": "prefix",
+            "early_stop": True,
+            "parallel_decoding": "threshold",
+            "max_length": self.context,
+        }
+        sampling, unknown = fitting(dinfer.SamplingParams, sampling, beside)
+        group, more = fitting(
+            dinfer.DiffusionLLMServing,
+            {
+                "model": config.model.base,
+                "model_type": family,
+                "sample_params": dinfer.SamplingParams(**sampling),
+                "backend": config.engine.dinfer_backend,
+            },
+            {
+                "server_port": config.engine.dinfer_port,
+                "num_gpus": config.engine.dinfer_gpus,
+                "dp_size": 1,
+                "tpep_size": config.engine.dinfer_gpus,
+            },
+        )
+        self.not_passed = unknown + more
+        self.serving = dinfer.DiffusionLLMServing(**group)
+        self.forwards_before = 0
+
+    @staticmethod
+    def can_serve(config: Config) -> str | None:
+        try:
+            version: str | None = importlib.metadata.version("dinfer")
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if importlib.util.find_spec("dinfer") is None:
+            if version is not None:
+                return f"the installed dinfer {version} is an unrelated placeholder of the package index; dInfer installs from git"
+            return "dInfer is not installed (from git: inclusionAI/dInfer)"
+        if not torch.cuda.is_available():
+            return "dInfer needs CUDA and this machine has none"
+        stored = read_config_dict(config.model)
+        if stored.get("model_type") not in FAMILIES:
+            return f"dInfer serves {', '.join(FAMILIES)} checkpoints, not '{stored.get('model_type')}'"
+        convention = stored.get("hilda", {}).get("convention", "in_place")
+        if convention != "in_place":
+            return f"dInfer predicts in place and this checkpoint is '{convention}'"
+        family, backend = FAMILIES[stored["model_type"]]
+        if config.engine.dinfer_backend != backend:
+            return f"dInfer runs {family} on '{backend}' only; set engine.dinfer_backend to it"
+        # dInfer imports vLLM whichever runtime runs.
+        for runtime in dict.fromkeys((backend, "vllm")):
+            if importlib.util.find_spec(runtime) is None:
+                return f"dInfer's runtime '{runtime}' is not installed"
+        if other_handle_runs():
+            return (
+                "dInfer already runs in this process, with the model and parameters it was started with; close it first"
+            )
+        return None
+
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known)
+
+    def settings(self, config: Config) -> Settings:
+        return resolve(config.decode, DEFAULT_BLOCK)
+
+    def decode_tokens(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def ignored(self, settings: Settings) -> list[str]:
+        """Settings of a request that this engine cannot follow, one line each."""
+        lines = []
+        if settings.tau_edit is not None:
+            lines.append(f"tau_edit {settings.tau_edit:g}: dInfer has no editing")
+            lines.append(f"max_post_steps {settings.max_post_steps}: dInfer has no correction passes")
+            if settings.edit_blocks:
+                lines.append(f"edit_blocks {settings.edit_blocks}: dInfer has no editing")
+        for name in ("tau_mask", "temperature"):
+            asked, running = settings._asdict()[name], self.started._asdict()[name]
+            if asked != running:
+                lines.append(f"{name} {asked:g}: the workers were started with {running:g} and keep it")
+        if max(settings.temperature, self.started.temperature) > 0:
+            lines.append(f"seed {settings.seed}: dInfer takes none")
+        return lines + self.not_passed
+
+    def answer_of(self, output: list[int], prompt_ids: list[int]) -> list[int]:
+        """The new tokens in dInfer's output.
+
+        At batch 1 dInfer deletes every end-of-text id, the prompt's too, and the caller pads with them: so the prompt
+        is looked for as sent and with those ids taken out, never cut off by its length alone.
+        """
+        eos = self.tokenizer.eos_token_id
+        for prefix in (prompt_ids, [i for i in prompt_ids if i != eos]):
+            if output[: len(prefix)] == prefix:
+                new = output[len(prefix) :]
+                return new[: new.index(eos)] if eos in new else new
+        raise ModelError("dInfer's output does not begin with the prompt; this version answers in another form")
+
+    def forwards(self) -> int:
+        """Forwards of the last request: dInfer's workers count over their whole life."""
+        total = int(self.serving.num_forwards)
+        spent = total - self.forwards_before
+        self.forwards_before = total
+        return spent
+
+    def generate(self, request: Request) -> Completion:
+        return last_completion(self.stream(request))
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """dInfer has no steps to show: the whole answer comes as one finished block."""
+        settings = request.settings
+        check_request(request.prompt_ids, settings, self.context)
+        began = time.perf_counter()
+        output = self.serving.generate(
+            torch.tensor([request.prompt_ids]), gen_length=settings.max_new_tokens, block_length=settings.block_size
+        )
+        seconds = time.perf_counter() - began
+        new = self.answer_of(output[0].tolist(), request.prompt_ids)
+        stopped = len(new) < settings.max_new_tokens
+        new = new[: settings.max_new_tokens]
+        forwards = self.forwards()
+        yield Finished(0, new, self.decode_tokens(new))
+        yield Completion(
+            text=self.decode_tokens(new),
+            token_ids=new,
+            finish_reason="stop" if stopped else "length",
+            engine=self.name,
+            engine_reasons=self.reasons,
+            mode=settings.mode,
+            tau_mask=self.started.tau_mask,
+            tau_edit=None,
+            stats=Stats(forwards, 0, len(new) / max(forwards, 1), [], len(new), 0, seconds, len(new) / seconds),
+            ignored=self.ignored(settings),
+        )
+
+    def close(self) -> None:
+        self.serving.stop_serving()

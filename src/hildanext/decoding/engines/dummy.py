@@ -1,0 +1,67 @@
+"""An engine without a model, for wiring and tests: it echoes, at once, and says so in every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hildanext.config import Config, EngineName
+from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.rule import Finished, Settings, check_request, resolve
+
+NOTICE = "[dummy engine, no model ran] "
+
+
+class DummyEngine:
+    """Bytes are its tokens."""
+
+    name: EngineName = "dummy"
+    trained_block: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    policy: dict[str, object] | None = None
+    slots = 1
+    mask_token_id: int | None = None
+    eos_token_id: int | None = None
+    context: int | None = None
+
+    def __init__(self, config: Config, reasons: dict[str, str]) -> None:
+        self.reasons = reasons
+
+    @staticmethod
+    def can_serve(config: Config) -> str | None:
+        return None
+
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
+        return list(text.encode())
+
+    def settings(self, config: Config) -> Settings:
+        return resolve(config.decode, 32)
+
+    def decode_tokens(self, token_ids: list[int]) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    def generate(self, request: Request) -> Completion:
+        return last_completion(self.stream(request))
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        settings = request.settings
+        check_request(request.prompt_ids, settings, None)
+        everything = list(NOTICE.encode()) + request.prompt_ids
+        new = everything[: settings.max_new_tokens]
+        yield Finished(0, new, self.decode_tokens(new))
+        yield Completion(
+            text=NOTICE + self.decode_tokens(request.prompt_ids),
+            token_ids=new,
+            finish_reason="stop" if len(new) == len(everything) else "length",
+            engine=self.name,
+            engine_reasons=self.reasons,
+            mode=settings.mode,
+            tau_mask=settings.tau_mask,
+            tau_edit=settings.tau_edit,
+            stats=Stats(0, 0, 0.0, [], 0, 0, 0.0, 0.0),
+            ignored=["every setting: no model ran"],
+        )
+
+    def close(self) -> None:
+        """Nothing to close."""

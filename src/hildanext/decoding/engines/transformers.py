@@ -1,0 +1,183 @@
+"""The reference engine: any model the loader accepts, many requests at once, finished blocks in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from hildanext.config import Config, EngineName
+from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.rule import Settings, check_request, read_presets, resolve
+from hildanext.decoding.runtimes import open_runtime
+from hildanext.decoding.scheduler import Scheduler
+from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.errors import HildaError, UsageError
+from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.policy import choose_policy
+from hildanext.model.pretrained import read_record
+from hildanext.model.probe import max_positions
+from hildanext.model.prompts import encode_prompt
+
+MOST_CONTEXT = 4096  # tokens a slot holds unless engine.context says otherwise
+
+
+class TransformersEngine:
+    """A scheduler around a runtime. One thread: whoever iterates `stream` moves everybody's requests on."""
+
+    name: EngineName = "transformers"
+
+    def __init__(self, config: Config, reasons: dict[str, str], lm: DiffusionLM | None = None) -> None:
+        self.lm = load_diffusion_lm(config.model)[0] if lm is None else lm
+        self.reasons = reasons
+        self.trained_block = self.lm.block_size
+        self.device: str | None = str(self.lm.device)
+        self.dtype: str | None = str(self.lm.model.dtype).removeprefix("torch.")
+        self.policy: dict[str, object] | None = choose_policy(config.model.device, config.model.dtype).as_dict()
+        self.vocabulary = Vocabulary(
+            self.lm.vocab_size,
+            self.lm.mask_token_id,
+            self.lm.tokenizer.eos_token_id,
+            self.lm.convention == "shifted",
+        )
+        self.presets = read_presets(self.lm.modes)
+        limit = max_positions(self.lm.model)
+        context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
+        if limit is not None and context > limit:
+            raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
+        self.runtime = open_runtime(config.engine, self.lm, self.settings(config).block_size)
+        self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
+        self.context: int | None = context
+        self.mask_token_id: int | None = self.lm.mask_token_id
+        self.eos_token_id: int | None = self.vocabulary.eos_token_id
+        self.listeners: dict[Sequence, list[Event]] = {}  # what `events` and `generate_batch` have not handed on yet
+
+    @staticmethod
+    def can_serve(config: Config) -> str | None:
+        if read_record(config.model) is None:
+            return f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first"
+        return None
+
+    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+        return encode_prompt(self.lm.tokenizer, prompt, known)
+
+    def settings(self, config: Config) -> Settings:
+        assert self.lm.block_size is not None
+        return resolve(config.decode, self.lm.block_size, self.presets)
+
+    def decode_tokens(self, token_ids: list[int]) -> str:
+        return str(self.lm.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request. Raises UsageError for a prompt that is empty, holds the mask token or does not fit."""
+        check_request(request.prompt_ids, request.settings, self.context)
+        if self.vocabulary.mask_token_id in request.prompt_ids:
+            raise UsageError("the prompt holds the mask token, which stands for text to be drafted; take it out")
+        sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
+        self.scheduler.submit(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Drop a request; its slot is free for the next one."""
+        self.scheduler.cancel(sequence)
+        self.listeners.pop(sequence, None)
+
+    @property
+    def slots(self) -> int:
+        return self.scheduler.slots
+
+    def step(self) -> list[tuple[Sequence, Event | HildaError]]:
+        """One forward or two, and what they brought to whom."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.runtime.torch_threads or threads)
+        try:
+            happened: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
+        finally:  # between steps the caller computes, too: an AR base, a judge
+            torch.set_num_threads(threads)
+        ended = dict.fromkeys(sequence for sequence, _ in happened if sequence.finish_reason is not None)
+        return happened + [(sequence, self._completion(sequence)) for sequence in ended]
+
+    def _step(self) -> None:
+        """A step whose events go to each request's own list."""
+        for sequence, what in self.step():
+            assert not isinstance(what, HildaError)
+            self.listeners.setdefault(sequence, []).append(what)
+
+    def events(self, sequence: Sequence) -> Iterator[Event]:
+        """What happens to a submitted request, to its Completion. Leaving early drops the request."""
+        self.listeners.setdefault(sequence, [])
+        try:
+            while True:
+                while not self.listeners[sequence]:
+                    self._step()
+                waiting, self.listeners[sequence] = self.listeners[sequence], []
+                yield from waiting
+                if isinstance(waiting[-1], Completion):
+                    return
+        finally:
+            self.cancel(sequence)
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Steps, finished blocks, then the Completion. Raises UsageError as `submit` does, when it is first asked."""
+        yield from self.events(self.submit(request))
+
+    def generate(self, request: Request) -> Completion:
+        return last_completion(self.stream(request))
+
+    def generate_batch(
+        self, requests: list[Request], on_event: Callable[[int, Event], None] | None = None
+    ) -> list[Completion]:
+        """Complete requests side by side, in `engine.slots` at a time; answers in their order.
+
+        `on_event(index, event)` hears every step, finished block and completion as it happens. Every request is checked
+        before the first one runs.
+        """
+        sequences: list[Sequence] = []
+        done: dict[int, Completion] = {}
+        try:
+            for request in requests:
+                sequences.append(self.submit(request))
+                self.listeners[sequences[-1]] = []
+            while len(done) < len(requests):
+                self._step()
+                for index, sequence in enumerate(sequences):
+                    for event in self.listeners[sequence]:
+                        if on_event is not None:
+                            on_event(index, event)
+                        if isinstance(event, Completion):
+                            done[index] = event
+                    self.listeners[sequence].clear()
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
+        return [done[index] for index in range(len(requests))]
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        settings, token_ids, seconds = sequence.settings, sequence.stream.token_ids, sequence.seconds
+        assert sequence.finish_reason is not None
+        return Completion(
+            text=sequence.stream.text,
+            token_ids=token_ids,
+            finish_reason=sequence.finish_reason,
+            engine=self.name,
+            engine_reasons=self.reasons,
+            mode=settings.mode,
+            tau_mask=settings.tau_mask,
+            tau_edit=settings.tau_edit,
+            stats=Stats(
+                sequence.forwards,
+                sequence.prefill_forwards,
+                len(token_ids) / sequence.forwards,
+                sequence.mask_ratio,
+                sequence.drafts,
+                sequence.edits,
+                seconds,
+                len(token_ids) / seconds,
+                sequence.prefix_tokens,
+            ),
+            runtime=self.runtime.name,
+        )
+
+    def close(self) -> None:
+        self.runtime.close()
+        self.scheduler.is_allocated = False

@@ -1,0 +1,62 @@
+"""Runtimes: what runs the forwards of the transformers engine."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from hildanext.config import EngineConfig
+from hildanext.decoding.runtimes.protocol import Runtime
+from hildanext.errors import ConfigError
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.progress import say
+
+__all__ = ["Runtime", "choose_runtime", "open_runtime"]
+
+
+def choose_runtime(wanted: str, device: str, openvino: bool) -> tuple[str, str]:
+    """What `engine.runtime` stands for on this machine: (runtime, reason). Raises ConfigError for one that cannot run."""
+    if wanted == "auto":
+        if device == "cuda":
+            return "cudagraphs", "on a GPU a block's forward is short, and launching it costs more than running it"
+        if device == "cpu" and openvino:
+            return "openvino", "installed, and faster than eager on CPUs"
+        return "eager", "OpenVINO is not installed (extra 'cpu')" if device == "cpu" else f"the only one for {device}"
+    if wanted == "openvino" and not openvino:
+        raise ConfigError("'engine.runtime': openvino is not installed; pip install 'hildanext[cpu]', or use 'auto'")
+    if wanted == "openvino" and device != "cpu":
+        raise ConfigError(
+            f"'engine.runtime': openvino runs on CPUs, the model is on {device}; use 'auto' or model.device"
+        )
+    if wanted == "cudagraphs" and device != "cuda":
+        raise ConfigError(f"'engine.runtime': cudagraphs needs a CUDA GPU, the model is on {device}; use 'auto'")
+    return wanted, "asked for"
+
+
+def has_openvino() -> bool:
+    """Whether the extra `cpu` is installed. Looks without importing."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runtime:
+    """The runtime of `engine.runtime` around a loaded model; says which one and why. `block_size`: the usual one."""
+    name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino())
+    if config.weights != "native" and name != "openvino":
+        raise ConfigError(
+            f"'engine.weights': the {name} runtime has 'native' only; {config.weights} needs 'openvino', on a CPU"
+        )
+    say(f"runtime {name}: {reason}")
+    if name == "openvino":
+        from hildanext.decoding.runtimes.openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime(lm.model, block_size, config.weights)
+    if name == "compiled":
+        from hildanext.decoding.runtimes.compiled import CompiledRuntime
+
+        return CompiledRuntime(lm.model, block_size)
+    if name == "cudagraphs":
+        from hildanext.decoding.runtimes.cudagraphs import CudaGraphRuntime
+
+        return CudaGraphRuntime(lm.model, block_size)
+    from hildanext.decoding.runtimes.eager import EagerRuntime
+
+    return EagerRuntime(lm.model)

@@ -1,0 +1,70 @@
+"""The reference runtime: transformers' own forward, op by op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hildanext.decoding.cache import Place, SlotCache
+from hildanext.decoding.runtimes.protocol import Batch
+from hildanext.diffusion.masks import additive
+from hildanext.model.decoding_attention import use_grouped_attention
+
+
+class EagerRuntime:
+    """Any model that the loader accepts, on any device."""
+
+    name = "eager"
+    torch_threads: int | None = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        use_grouped_attention(model)
+        # Asked of the model at every forward, these cost a search through it.
+        self.device, self.dtype, self.lm_head = model.device, model.dtype, model.get_output_embeddings()
+        self.cache = SlotCache(0, 0, 0)
+
+    @torch.inference_mode()
+    def allocate(self, slots: int, context: int) -> None:
+        self.cache = SlotCache(0, 0, 0)  # freed first: two caches may not fit
+        self.cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots, context)
+
+    def body(self, batch: Batch) -> Tensor:
+        device, visible, rows, columns = self.device, None, None, None
+        if not batch.sees_all:
+            visible = batch.visible.to(device)
+        if batch.start is None:
+            rows = torch.arange(batch.slot, batch.slot + len(batch.ids), device=device)[:, None]
+            columns = batch.columns(self.cache.context).to(device)
+        place = Place(batch.slot, torch.arange(batch.length, device=device), rows, columns, batch.start)
+        return self.forward(batch.ids.to(device), batch.positions.to(device), visible, place)
+
+    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: Place) -> Tensor:
+        """ids, positions, visible [B, W] -> hidden states [B, W, H]; keys and values are read and written at `place`.
+
+        visible None: every token sees all keys.
+        """
+        self.cache.at(place)
+        if visible is None:
+            mask = torch.zeros(1, 1, 1, len(place.keys), dtype=self.dtype, device=ids.device)
+        else:
+            mask = additive(place.keys < visible[..., None], self.dtype)
+        return self.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, length: int) -> None:
+        self.cache.move(source, target, length)
+
+    @torch.inference_mode()
+    def swap(self, one: int, other: int, length: int) -> None:
+        self.cache.swap(one, other, length)
+
+    def close(self) -> None:
+        """Free the cache."""
+        self.cache = SlotCache(0, 0, 0)

@@ -1,0 +1,345 @@
+"""OpenVINO for CPUs (extra `cpu`): the same model as one optimized graph, keys and values in memory that it reads in place.
+
+The graph is made from transformers' own forward: attention and cache are handed in through their public interfaces. It
+reads the stored keys and values of a slot where they lie and gives back those of the new tokens only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset15 as ops
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from hildanext.decoding.runtimes.protocol import Batch, pad_batch
+from hildanext.diffusion.masks import additive, block_causal_mask
+from hildanext.errors import ModelError
+from hildanext.model.decoding_attention import EXTRAS
+
+GROW = 128  # a slot's memory grows in steps of so many tokens
+GROUP = 128  # activations share an int8 scale in groups of so many where weights are int8
+LEAST_ALIKE = 0.8  # mean cosine of hidden states: bf16 keeps 0.99 and int8 0.95, a wrong graph next to nothing
+KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
+
+Weights = Literal["native", "int8"]
+Parts = tuple[Tensor, Tensor]  # stored [B, H, K, D] and new [B, H, W, D]
+
+
+def split_attention(
+    module: nn.Module, query: Tensor, key: Parts, value: Parts, mask: Tensor, scaling: float, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Attention over stored and new keys without joining them, which would copy the cache at every forward.
+
+    query [B, Hq, W, D]; key, value: what `SplitCache.update` returned. Query heads that share a key head are stacked along
+    W, so that keys are not repeated either; the additive mask [B, 1, G W, W + K], new keys first, has
+    its rows repeated as often.
+    """
+    if asked := [name for name in EXTRAS if kwargs.get(name) is not None]:
+        raise ModelError(
+            f"{type(module).__name__} has '{asked[0]}', which this runtime has not; use engine.runtime 'eager'"
+        )
+    (stored_keys, new_keys), (stored_values, new_values) = key, value
+    batch, n_heads, width, dim = query.shape
+    n_kv = new_keys.shape[1]
+    query = query.reshape(batch, n_kv, n_heads // n_kv * width, dim) * scaling
+    scores = torch.cat([query @ new_keys.transpose(2, 3), query @ stored_keys.transpose(2, 3)], -1)
+    weights = (scores + mask).softmax(-1)
+    output = weights[..., :width] @ new_values + weights[..., width:] @ stored_values
+    return output.reshape(batch, n_heads, width, dim).transpose(1, 2), None
+
+
+class SplitCache(Cache):
+    """Hands the attention stored and new keys apart, and collects the new ones."""
+
+    def __init__(self, stored: Sequence[Tensor]) -> None:
+        super().__init__(layers=[])
+        self.stored, self.new = stored, []  # type: ignore[var-annotated]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Any:
+        self.new += [key_states, value_states]
+        return (self.stored[2 * layer_idx], key_states), (self.stored[2 * layer_idx + 1], value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class Exported(nn.Module):
+    """A model's body as a function of tensors alone, for the exporter."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.body = model.base_model
+
+    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
+        cache = SplitCache(stored)
+        hidden = self.body(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return hidden, *cache.new
+
+
+def simplify(graph: ov.Model, weights: Weights) -> None:
+    """Join the linear layers that read the same tensor into one, and store their weights as int8 if asked. In place.
+
+    Each layer costs some 30 microseconds beside its multiplication; a transformer block has seven and needs four.
+    """
+    for op in graph.get_ordered_ops():
+        # A number that is converted at every forward also hides the rotation of positions from OpenVINO's own fusion.
+        if (
+            op.get_type_name() in ("Convert", "ConvertLike")
+            and op.input_value(0).get_node().get_type_name() == "Constant"
+        ):
+            value = op.input_value(0).get_node().get_data()
+            if value.size == 1:
+                op.output(0).replace(ops.constant(value.astype(np.float32)).output(0))
+    groups: dict[tuple[str, int], list[ov.Node]] = defaultdict(list)
+    for op in graph.get_ordered_ops():
+        if op.get_type_name() == "MatMul" and op.input_value(1).get_node().get_type_name() == "Constant":
+            source = op.input_value(0)
+            groups[source.get_node().get_friendly_name(), source.get_index()].append(op)
+    for group in groups.values():
+        parts = [op.input_value(1).get_node().get_data() for op in group]
+        parts = [w if op.get_attributes()["transpose_b"] else w.T for w, op in zip(parts, group, strict=True)]
+        joined = ops.matmul(group[0].input_value(0), stored_weight(np.concatenate(parts), weights), False, True)
+        sizes = ops.constant(np.array([len(part) for part in parts], dtype=np.int64))
+        split = ops.variadic_split(joined, ops.constant(np.int64(-1)), sizes) if len(parts) > 1 else joined
+        for index, op in enumerate(group):
+            op.output(0).replace(split.output(index))
+    graph.validate_nodes_and_infer_types()
+
+
+def stored_weight(weight: np.ndarray, weights: Weights) -> ov.Node:
+    """A weight [out, in] as a graph node: as it is, or int8, symmetric, rounded to nearest, with a scale for each row."""
+    if weights == "native":
+        return ops.constant(weight)
+    scale = np.maximum(np.abs(weight).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
+    small = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+    return ops.multiply(ops.convert(ops.constant(small), ov.Type.f32), ops.constant(scale))
+
+
+class OpenVinoRuntime:
+    """Graphs of fixed shape for one sequence (a block; a block and the one to store before it), one of free shape, the head's.
+
+    Each graph holds the weights in a form of its own: their memory is three times the weights'.
+    """
+
+    name = "openvino"
+    torch_threads: int | None = (
+        1  # the cores are OpenVINO's: torch's threads, which wait by spinning, would take them from it
+    )
+
+    def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
+        self.model, self.weights = model.eval(), weights
+        config = model.config.get_text_config()
+        self.n_states, self.n_kv, self.dim = kv_shape(model)
+        self.groups, self.hidden = config.num_attention_heads // self.n_kv, config.hidden_size
+        self.kind = torch.bfloat16 if model.dtype == torch.bfloat16 and weights == "native" else torch.float32
+        self.core, self.threads = ov.Core(), torch.get_num_threads()
+        before = model.dtype
+        model.float()  # the exporter wants one number format; bf16 to fp32 and back loses nothing
+        body, head = self._export(), self._export_head()
+        for graph in (body, head):
+            simplify(graph, weights)
+        self.free = self._compile(body, -1, -1)
+        self.fixed = {width: self._compile(body, 1, width) for width in (block_size, 2 * block_size)}
+        self.head_request = self.core.compile_model(head, "CPU", self._options()).create_infer_request()
+        self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
+        expected = self._truth()
+        cast(Any, model).to(before)
+        self.slots, self.context, self.room = 0, 0, 0
+        self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
+        self.bound: dict[int, tuple[int, ...]] = {}
+        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._check(expected)
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": KINDS[self.kind],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self.threads,
+        }
+        if self.weights != "native":
+            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
+        return options
+
+    def _convert(self, module: nn.Module, example: tuple[Tensor, ...]) -> ov.Model:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the tracer's remarks on Python numbers
+            try:
+                return ov.convert_model(module, example_input=example)
+            except RuntimeError as error:
+                lines = str(error).splitlines()
+                reason = lines[lines.index("Exception:") + 1] if "Exception:" in lines else lines[0]
+                raise ModelError(f"OpenVINO cannot take {type(self.model).__name__}: {reason}") from error
+
+    def _export_head(self) -> ov.Model:
+        graph = self._convert(self.model.get_output_embeddings(), (torch.zeros(1, self.hidden),))
+        graph.reshape([-1, self.hidden])
+        return graph
+
+    def _export(self) -> ov.Model:
+        model, width, stored = self.model, 4, 8
+        before = model.config._attn_implementation
+        AttentionInterface.register("hildanext_split", cast(Any, split_attention))
+        model.set_attn_implementation("hildanext_split")
+        example = (
+            torch.zeros(1, width, self.hidden),
+            torch.arange(stored, stored + width)[None],
+            torch.zeros(1, 1, self.groups * width, stored + width),
+            *[torch.zeros(1, self.n_kv, stored, self.dim)] * self.n_states,
+        )
+        try:
+            return self._convert(Exported(model), example)
+        finally:
+            model.set_attn_implementation(before)
+
+    def _compile(self, graph: ov.Model, batch: int, width: int) -> ov.InferRequest:
+        """An infer request of the graph for B sequences of W tokens (-1: any); stored keys may have any length."""
+        graph = graph.clone()
+        rows = self.groups * width if width > 0 else -1
+        shapes = [[batch, width, self.hidden], [batch, width], [batch, 1, rows, -1]]
+        shapes += [[batch, self.n_kv, -1, self.dim]] * self.n_states
+        graph.reshape(dict(zip(graph.inputs, shapes, strict=True)))
+        door = ov.preprocess.PrePostProcessor(graph)
+        for index in range(2, len(shapes)):  # mask, keys and values in the format that attention computes in
+            door.input(index).tensor().set_element_type(KINDS[self.kind])
+        for index in range(1, len(graph.outputs)):
+            door.output(index).tensor().set_element_type(KINDS[self.kind])
+        return self.core.compile_model(door.build(), "CPU", self._options()).create_infer_request()
+
+    def _truth(self) -> Tensor:
+        """Hidden states [12, H] of twelve tokens in blocks of four, by the model itself."""
+        places = torch.arange(12)[None]
+        mask = additive(block_causal_mask(torch.zeros_like(places), places // 4), torch.float32)
+        ids = torch.tensor([self._probe_ids()])
+        with torch.inference_mode():
+            return self.model.base_model(ids, attention_mask=mask, position_ids=places, use_cache=False)[0][0]
+
+    def _probe_ids(self) -> list[int]:
+        # From all over the vocabulary: its first tokens are special ones, which models hardly know.
+        n = self.model.get_input_embeddings().weight.shape[0]
+        return [(i + 1) * n // 14 for i in range(12)]
+
+    def _check(self, expected: Tensor) -> None:
+        """Raise ModelError unless the graphs compute what the model does: an export can leave something out and say nothing."""
+        self.allocate(1, 12)
+        found = []
+        for start, n in ((0, 8), (8, 4)):
+            sees = [(p // 4 + 1) * 4 for p in range(start, start + n)]
+            found.append(self.body(pad_batch([(self._probe_ids()[start : start + n], start, sees)], 0))[0].clone())
+        alike = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
+        if alike < LEAST_ALIKE:
+            raise ModelError(
+                f"{type(self.model).__name__}: OpenVINO computes something else than the model (likeness {alike:.2f}); "
+                "use engine.runtime 'eager'"
+            )
+        self.memory, self.room = torch.empty(0), 0
+
+    def allocate(self, slots: int, context: int) -> None:
+        self.slots, self.context, self.room, self.memory = slots, context, 0, torch.empty(0)
+        self._grow(1)
+
+    def _grow(self, needed: int) -> None:
+        """Room for `needed` tokens a slot. The graph reads whole slots, so they grow with the text, in steps."""
+        if needed <= self.room:
+            return
+        room = -(-needed // GROW) * GROW
+        memory = torch.zeros(self.n_states, self.slots, self.n_kv, room, self.dim, dtype=self.kind)
+        if self.room:
+            memory[:, :, :, : self.room] = self.memory
+        self.memory, self.room = memory, room
+        self.bound.clear()
+
+    def body(self, batch: Batch) -> Tensor:
+        starts = [int(row[0]) if width else 0 for row, width in zip(batch.positions, batch.widths, strict=True)]
+        self._grow(max(batch.length, max(starts)))
+        n, width = batch.ids.shape
+        request = self.fixed.get(width, self.free) if n == 1 else self.free
+        hidden, new = self._bind(request, batch.slot, n, width)
+        with torch.inference_mode():
+            embeds = self.model.get_input_embeddings()(batch.ids).float()
+        mask = self._mask(batch, torch.tensor(starts))
+        request.set_input_tensor(0, as_openvino(embeds))
+        request.set_input_tensor(1, as_openvino(batch.positions))
+        request.set_input_tensor(2, as_openvino(mask))
+        request.infer()
+        for row, (start, real) in enumerate(zip(starts, batch.widths, strict=True)):
+            self.memory[:, batch.slot + row, :, start : start + real] = new[:, row, :, :real]
+        return hidden
+
+    def _bind(self, request: ov.InferRequest, slot: int, n: int, width: int) -> tuple[Tensor, Tensor]:
+        """Let the request read the memory of n slots where it lies. Returns what it writes: hidden states, new keys and values."""
+        where = (slot, n, width, self.room)
+        if self.bound.get(id(request)) != where:
+            hidden = torch.zeros(n, width, self.hidden)
+            new = torch.zeros(self.n_states, n, self.n_kv, width, self.dim, dtype=self.kind)
+            request.set_output_tensor(0, as_openvino(hidden))
+            for index in range(self.n_states):
+                request.set_input_tensor(3 + index, as_openvino(self.memory[index, slot : slot + n]))
+                request.set_output_tensor(1 + index, as_openvino(new[index]))
+            self.bound[id(request)], self.outputs[id(request)] = where, (hidden, new)
+        return self.outputs[id(request)]
+
+    def _mask(self, batch: Batch, starts: Tensor) -> Tensor:
+        """[B, 1, G W, W + room] additive: a sequence's new tokens, then stored positions before its first one."""
+        n, width = batch.ids.shape
+        real = torch.arange(width) < torch.tensor(batch.widths)[:, None]  # [B, W]
+        stored = (torch.arange(self.room) < starts[:, None])[:, None].expand(n, width, self.room)
+        new = (batch.positions[:, None] < batch.visible[..., None]) & real[:, None]
+        new = new | ~real[..., None]  # padding sees whatever: an empty row would be nan
+        visible = torch.cat([new, stored], -1).repeat(1, self.groups, 1)[:, None]
+        return torch.zeros(visible.shape, dtype=self.kind).masked_fill_(~visible, torch.finfo(self.kind).min)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        n = len(hidden)
+        if n > len(self.logits):  # kept: fresh memory for some megabytes costs as much as half of the head
+            self.logits = torch.zeros(n, self.logits.shape[1])
+        logits = self.logits[:n]
+        self.head_request.set_input_tensor(as_openvino(hidden.contiguous()))
+        self.head_request.set_output_tensor(as_openvino(logits))
+        self.head_request.infer()
+        return logits
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, length: int) -> None:
+        self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
+
+    @torch.inference_mode()
+    def swap(self, one: int, other: int, length: int) -> None:
+        for states in self.memory:
+            states[[one, other], :, :length] = states[[other, one], :, :length]
+
+    def close(self) -> None:
+        """Free the memory."""
+        self.memory, self.room = torch.empty(0), 0
+        self.bound.clear()
+        self.outputs.clear()
+
+
+def kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """(number of key and value tensors, heads, width), by running two tokens. Raises ModelError where layers differ."""
+    with torch.inference_mode():
+        cache = model.base_model(torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
+    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    shapes = {states.shape[1::2] if states is not None else None for states in states}
+    if len(shapes) != 1 or None in shapes:
+        raise ModelError(
+            f"{type(model).__name__}: its layers keep keys of different shapes; use engine.runtime 'eager'"
+        )
+    heads, dim = states[0].shape[1::2]
+    return len(states), heads, dim
+
+
+def as_openvino(tensor: Tensor) -> ov.Tensor:
+    """The same memory as an OpenVINO tensor. numpy has no bf16: it goes through as 16-bit integers."""
+    if tensor.dtype == torch.bfloat16:
+        return ov.Tensor(tensor.view(torch.int16).numpy(), ov.Shape(tensor.shape), ov.Type.bf16)
+    return ov.Tensor(tensor.numpy(), shared_memory=True)

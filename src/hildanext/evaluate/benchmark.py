@@ -1,0 +1,199 @@
+"""`benchmark`: a converted checkpoint beside its AR base, in one run on the same held-out text.
+
+Likelihood (exact for AR, ELBO bound for the dLLM), continuations of held-out documents judged by the AR base, and the
+HumanEval-shaped micro set as a check of the pipeline (answers are parsed, never run).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hildanext.config import Config
+from hildanext.data.documents import encode_document, read_documents
+from hildanext.decoding.engines import Request
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.rule import resolve
+from hildanext.errors import DataError, UsageError
+from hildanext.evaluate.elbo import elbo
+from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
+from hildanext.files import write_json
+from hildanext.model.ar_generate import Likelihood, ar_complete, ar_likelihood
+from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.pretrained import load_causal_lm, parent_of
+from hildanext.model.prompts import encode_prompt
+from hildanext.progress import progress
+from hildanext.training.convert import open_rows
+from hildanext.training.run_folder import git_revision, versions
+from hildanext.training.trainer import peak_memory_mb
+
+N_PROMPTS = 16
+PROMPT_TOKENS = 48
+ROWS = 16
+
+
+def _bits(found: Likelihood, n_bytes: int) -> dict[str, float]:
+    bits = found.nats / math.log(2)
+    return {
+        "bits_per_token": bits / found.tokens,
+        "bits_per_byte": bits / n_bytes,
+        "standard_error": found.standard_error / math.log(2) / found.tokens,
+    }
+
+
+def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Beginnings of held-out documents, as token ids."""
+    path = Path(config.paths.data) / "processed" / "eval.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path}: no held-out documents; run 'hildanext prepare-data' first")
+    prompts = []
+    for document in read_documents(path):
+        ids = encode_document(document, tokenizer, all_tokens=True).input_ids[:-1].tolist()
+        if len(ids) > PROMPT_TOKENS:
+            prompts.append(ids[:PROMPT_TOKENS])
+        if len(prompts) == N_PROMPTS:
+            break
+    if not prompts:
+        raise DataError(f"{path}: no document is longer than {PROMPT_TOKENS} tokens; nothing to continue")
+    return prompts
+
+
+def _code_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
+    path = Path(config.paths.data) / "processed" / "humaneval_dummy.jsonl"
+    problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    # Tokenizers join the line break that ends a prompt with the indent behind it.
+    prompts = [problem["prompt"].rstrip() for problem in problems]
+    return [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _row(
+    answers: list[tuple[list[int], list[int], float, int, int]], base: PreTrainedModel, eos: int
+) -> dict[str, Any]:
+    """Figures over (prompt, new ids, seconds, forwards, edits)."""
+    scores = [parent_log_likelihood(base, prompt, new) for prompt, new, *_ in answers]
+    n_tokens = sum(len(new) for _, new, *_ in answers)
+    return {
+        "parent_log_likelihood": sum(s * len(a[1]) for s, a in zip(scores, answers, strict=True) if a[1])
+        / max(n_tokens, 1),
+        "distinct_2": distinct_2([new for _, new, *_ in answers]),
+        "share_ended": sum(new[-1:] == [eos] for _, new, *_ in answers) / len(answers),
+        "tokens": n_tokens,
+        "tokens_per_forward": n_tokens / max(sum(a[3] for a in answers), 1),
+        "edits": sum(a[4] for a in answers),
+        "tokens_per_second": n_tokens / max(sum(a[2] for a in answers), 1e-9),
+    }
+
+
+def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any]:
+    """Measure `model.base` (a converted checkpoint) against its AR base; write the report to `out` and return it."""
+    lm, policy = load_diffusion_lm(config.model)
+    if lm.block_size is None:
+        raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
+    base_config = parent_of(config.model, lm.record, base_name)
+    base, tokenizer = load_causal_lm(base_config, policy, policy.compute)
+    base.eval()
+    rows = open_rows(config, "eval", lm)
+    if rows is None:
+        raise DataError("the split 'eval' has no rows; raise data.eval_share and tokenize again")
+    n_rows = min(ROWS, len(rows))
+    batch = rows.batch(list(range(n_rows)))
+    counted = batch["loss_mask"] & (batch["position_ids"] > 0)
+    n_bytes = sum(
+        len(str(tokenizer.decode(ids[keep].tolist())).encode())
+        for ids, keep in zip(batch["input_ids"], counted, strict=True)
+    )
+    micro = config.train.micro_batch
+    report: dict[str, Any] = {
+        "model": config.model.base,
+        "base": base_config.base,
+        "convention": lm.convention,
+        "block_size": lm.block_size,
+        "device": str(policy.device),
+        "dtype": str(policy.compute),
+        "versions": versions(),
+        "git": git_revision(),
+        "likelihood": {
+            "text_tokens": int(counted.sum()),
+            "ar_exact": _bits(ar_likelihood(base, rows, n_rows, micro), n_bytes),
+            "dllm_bound": _bits(elbo(lm, rows, lm.block_size, n_rows, micro, seed=config.decode.seed), n_bytes),
+        },
+    }
+    engine = TransformersEngine(config, {}, lm)
+    report["continuation"], report["code"] = _continuations(config, engine, base, tokenizer)
+    report["peak_memory_mb"] = peak_memory_mb(policy.device)
+    write_json(out, report)
+    return report | {"out": str(out), "stdout": table(report)}
+
+
+def _continuations(
+    config: Config, engine: TransformersEngine, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    texts, problems = held_out_prompts(config, tokenizer), _code_prompts(config, tokenizer)
+    budget, block, eos = config.decode.max_new_tokens, engine.trained_block, tokenizer.eos_token_id
+    assert block is not None
+    changes: dict[str, dict[str, Any]] = {
+        "q_mode": {"mode": "Q_MODE"},
+        "s_mode": {"mode": "S_MODE"},
+        "s_mode_no_edit": {"mode": "S_MODE", "tau_edit": None},
+    }
+    settings = {
+        name: resolve(config.decode.model_copy(update=some), block, engine.presets) for name, some in changes.items()
+    }
+    prose: dict[str, Any] = {}
+    code: dict[str, Any] = {"problems": len(problems), "executed": False}
+    total = (len(settings) + 1) * (len(texts) + len(problems))
+    done = 0
+    with progress("benchmark", total, "completions") as advance:
+        for name in ("ar", *settings):
+            answers, parsed = [], 0
+            for number, prompt in enumerate([*texts, *(ids for _, ids in problems)]):
+                if name == "ar":
+                    finished = ar_complete(base, tokenizer, prompt, budget)
+                    answer = (prompt, finished.token_ids, finished.seconds, len(finished.token_ids), 0)
+                else:
+                    engine.scheduler.forget()  # the AR base computes every prompt, too
+                    completion = engine.generate(Request(prompt, settings[name]))
+                    stats = completion.stats
+                    answer = (prompt, completion.token_ids, stats.seconds, stats.forwards, stats.edits)
+                if number < len(texts):
+                    answers.append(answer)
+                else:
+                    parsed += _parses(problems[number - len(texts)][0] + engine.decode_tokens(answer[1]))
+                done += 1
+                advance(done, name)
+            prose[name] = _row(answers, base, eos)
+            code[name] = {"parses": parsed}
+    return prose, code
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a plain-text table."""
+    exact, bound = report["likelihood"]["ar_exact"], report["likelihood"]["dllm_bound"]
+    lines = [
+        f"{report['model']} (block {report['block_size']}, {report['convention']}) beside {report['base']} on {report['device']}, {report['dtype']}",
+        f"held-out text: AR {exact['bits_per_token']:.3f} bits/token ({exact['bits_per_byte']:.3f} bits/byte), exact; dLLM <= "
+        f"{bound['bits_per_token']:.3f} +- {bound['standard_error']:.3f} ({bound['bits_per_byte']:.3f} bits/byte)",
+        "",
+        f"{'':16}{'tokens/s':>10}{'TPF':>8}{'edits':>8}{'parent logp':>13}{'distinct-2':>12}{'ended':>8}{'code parses':>13}",
+    ]
+    for name, row in report["continuation"].items():
+        parsed = f"{report['code'][name]['parses']}/{report['code']['problems']}"
+        lines.append(
+            f"{name:16}{row['tokens_per_second']:10.1f}{row['tokens_per_forward']:8.2f}{row['edits']:8d}"
+            f"{row['parent_log_likelihood']:13.3f}{row['distinct_2']:12.3f}{row['share_ended']:8.2f}{parsed:>13}"
+        )
+    lines.append(f"peak memory {report['peak_memory_mb']:.0f} MB")
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Several noisy streams beside one clean one: likelihoods mask few tokens of a long row, and mask them again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hildanext.diffusion.masks import additive, streams_mask
+from hildanext.diffusion.noise import block_ids, block_starts
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.policy import compute_dtype
+from hildanext.model.probe import body
+from hildanext.training.passes import Batch
+
+
+def denoise(lm: DiffusionLM, batch: Batch, masked: list[Tensor], block_size: int) -> Iterator[Tensor]:
+    """For each of `masked` [B, L] bool what `lm.forward` gives for its tokens as masks and as wanted: hidden states [S, H].
+
+    A noisy stream is no more than the blocks in which something is masked, and as many of them share a forward with x_0 as
+    are together no longer than it. Behind a context of 200 tokens, four draws of a continuation of 15 are one forward of 260
+    tokens where [x_t ; x_0] is four of 430.
+    """
+    length = batch.input_ids.shape[1]
+    blocks = block_ids(batch.position_ids, block_size)
+    columns, inside = _part(batch, blocks, torch.stack(masked).any(0))
+    if block_size >= length or columns.shape[1] == length:
+        for one in masked:
+            noisy_ids = batch.input_ids.masked_fill(one, lm.mask_token_id)
+            yield lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, one, block_size)
+        return
+    together = length // max(columns.shape[1], 1)
+    for start in range(0, len(masked), together):
+        yield from _share(lm, batch, masked[start : start + together], block_size, blocks, columns, inside)
+
+
+def _part(batch: Batch, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns [B, R] int64, in order, of each row's blocks in which something is wanted; False in [B, R] where a row has fewer."""
+    segment = block_starts(batch.doc_ids, blocks).cumsum(1) - 1
+    hit = torch.zeros_like(segment).scatter_add_(1, segment, wanted.long()) > 0
+    taken = hit.gather(1, segment)
+    n = taken.sum(1)
+    columns = taken.long().argsort(dim=1, descending=True, stable=True)[:, : int(n.max())]
+    return columns, torch.arange(columns.shape[1], device=n.device) < n[:, None]
+
+
+def _share(
+    lm: DiffusionLM,
+    batch: Batch,
+    masked: list[Tensor],
+    block_size: int,
+    blocks: Tensor,
+    columns: Tensor,
+    inside: Tensor,
+) -> Iterator[Tensor]:
+    n, width = len(masked), columns.shape[1]
+    noisy = [batch.input_ids.masked_fill(one, lm.mask_token_id).gather(1, columns) for one in masked]
+    docs = batch.doc_ids.gather(1, columns).masked_fill(~inside, -1)
+
+    def beside(part: Tensor, whole: Tensor) -> Tensor:
+        return torch.cat([part.repeat(1, n), whole], dim=1)
+
+    streams = torch.arange(n + 1, device=columns.device)
+    streams = streams.repeat_interleave(torch.tensor([width] * n + [batch.input_ids.shape[1]], device=columns.device))
+    visible = streams_mask(beside(docs, batch.doc_ids), beside(blocks.gather(1, columns), blocks), streams, n)
+    embeds = lm.embedding(torch.cat([*noisy, batch.input_ids], dim=1))
+    hidden = body(
+        lm.model,
+        inputs_embeds=embeds,
+        attention_mask=additive(visible, compute_dtype(embeds)),
+        position_ids=beside(batch.position_ids.gather(1, columns), batch.position_ids),
+    )
+    for number, one in enumerate(masked):
+        row, place = (one.gather(1, columns) & inside).nonzero(as_tuple=True)
+        at = number * width + place
+        if lm.convention == "shifted":
+            # As in `DiffusionLM.forward`: x_0 predicts what opens a block.
+            column = columns[row, place]
+            opens_block = batch.position_ids[row, column] % block_size == 0
+            at = torch.where(opens_block, n * width + column, at) - 1
+        yield hidden[row, at]

@@ -1,0 +1,116 @@
+"""Does this architecture honour a 4-D mask and `position_ids`? Checked by running it, refused by name when it does not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hildanext.diffusion.masks import additive, document_mask
+from hildanext.errors import ModelError
+
+N = 8  # tokens in the probe row
+CUT = 5  # the second document of the packed row starts here
+
+
+def body(model: PreTrainedModel, **inputs: object) -> Tensor:
+    """Hidden states [B, L, H] before the head: the model without the head, so that [B, L, V] logits never exist."""
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest row the model has positions for, under whatever name its config keeps it (GPT-2: `n_positions`)."""
+    config = model.config.get_text_config()
+    return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
+
+
+def check_length(model: PreTrainedModel, length: int, what: str) -> None:
+    """Raise ModelError when rows of `length` tokens do not fit the model's positions or sliding window."""
+    config = model.config.get_text_config()
+    limit = max_positions(model)
+    if limit is not None and length > limit:
+        raise ModelError(
+            f"{what} needs {length} positions but {model.config.model_type} has {limit}; use a shorter one"
+        )
+    layers = config.to_dict().get("layer_types") or []
+    window = config.to_dict().get("sliding_window")
+    # Without `layer_types` (Mistral) every layer slides.
+    slides = "sliding_attention" in layers or not layers
+    if window is not None and slides and length > window:
+        raise ModelError(
+            f"{what} needs {length} positions but {model.config.model_type} has a sliding window of {window}, which a "
+            "4-D mask switches off; use a shorter one"
+        )
+
+
+def n_embeddings(model: PreTrainedModel) -> int:
+    """Rows of the input embedding (a vocabulary may be padded beyond the tokenizer)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the logits' spread."""
+    return ((a - b).abs().max() / a.std().clamp_min(1e-12)).item()
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel) -> None:
+    """Raise ModelError, naming the architecture and the reason, unless block diffusion can run on this model.
+
+    Checks that (1) a later token changes an earlier logit under a bidirectional mask and (2) does not under a causal
+    one, (3) `position_ids` are used, (4) a document packed behind another gives the logits it gives alone, and
+    (5) the head is one projection of the hidden states, which need no ids beside the input embeddings.
+    """
+    name = type(model).__name__
+    was_training = model.training
+    model.eval()
+    device, dtype = model.device, model.dtype
+    vocabulary = n_embeddings(model)
+    # A fixed, spread-out choice of ids; the probe must not touch the global generator.
+    ids = (torch.arange(1, N + 1, device=device) * 7919 % vocabulary)[None]
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % vocabulary
+    positions = torch.arange(N, device=device)[None]
+    full = torch.ones(1, N, N, dtype=torch.bool, device=device)
+    # Other shapes round differently: fp32 noise of a trained model is about 1e-4, a wrong mask changes logits by about 1.
+    coarse = dtype in (torch.float16, torch.bfloat16) or not all(p.is_floating_point() for p in model.parameters())
+    tolerance = 0.1 if coarse else 1e-3
+
+    def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return model(
+            input_ids=ids, attention_mask=additive(mask, dtype), position_ids=positions, use_cache=False
+        ).logits.float()
+
+    try:
+        both_ways, causal = logits(ids, full, positions), logits(ids, full.tril(), positions)
+        if _difference(both_ways[:, :-1], logits(changed, full, positions)[:, :-1]) < 1e-6:
+            raise ModelError(f"{name} ignores a bidirectional 4-D attention mask; block diffusion cannot run on it")
+        if _difference(causal[:, :-1], logits(changed, full.tril(), positions)[:, :-1]) > tolerance:
+            raise ModelError(
+                f"{name} lets tokens see what a causal 4-D attention mask forbids; block diffusion cannot run on it"
+            )
+        if _difference(both_ways, logits(ids, full, positions * 3)) < 1e-6:
+            raise ModelError(f"{name} ignores position_ids; packed documents would get wrong positions")
+        docs = (positions >= CUT).long()
+        packed = logits(ids, document_mask(docs), torch.cat([positions[:, :CUT], positions[:, : N - CUT]], dim=1))
+        alone = logits(ids[:, CUT:], full[:, CUT:, CUT:], positions[:, : N - CUT])
+        if _difference(alone, packed[:, CUT:]) > tolerance:
+            raise ModelError(
+                f"{name} gives a packed document other logits than alone; document masks do not hold on it"
+            )
+        # From embeddings, as in training: per-layer inputs looked up by id (Gemma 3n) would be missed.
+        embeds = model.get_input_embeddings()(ids)
+        hidden = body(model, inputs_embeds=embeds, attention_mask=additive(full, dtype), position_ids=positions)
+        head = model.get_output_embeddings()
+        if head is None or _difference(both_ways, head(hidden).float()) > tolerance:
+            raise ModelError(
+                f"{name} does more than one projection between its hidden states and logits, or more than an embedding "
+                "before them; logits cannot be restricted to positions"
+            )
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{name} fails with a 4-D mask and position_ids: {reason}") from error
+    finally:
+        model.train(was_training)

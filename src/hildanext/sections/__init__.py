@@ -1,1 +1,0 @@
-"""The typed sections of the configuration, one file a concern. Every key carries its description."""

@@ -1,0 +1,254 @@
+"""The `chat` command: a conversation in the terminal, or line by line through pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from hildanext.config import Config, parse_config
+from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine
+from hildanext.decoding.rule import Finished, Step
+from hildanext.errors import HildaError, UsageError
+from hildanext.files import atomic_open
+from hildanext.progress import say
+from hildanext.signals import stop_on_signals
+from hildanext.terminal.cells import Settling, as_line
+from hildanext.terminal.console import NOT_UTF8, checked, input_lines
+from hildanext.terminal.dialogue import Dialogue
+from hildanext.terminal.live import LiveAnswer, PlainAnswer, draw_line
+
+HELP = """\
+/mode [S_MODE|Q_MODE]     speedy or careful ('s' and 'q' do); its thresholds with it
+/tau MASK [EDIT|off]      thresholds: draft above MASK, edit above EDIT
+/trace [on|off|FILE]      a line for each pass: of the last answer, of every answer from now on, into a file
+/system [TEXT]            set the system message, or take it away
+/save FILE                the conversation as JSON, or Markdown for .md
+/load FILE                go on with a conversation saved as JSON
+/reset                    begin anew
+/quit                     leave (Ctrl-D does, too)
+Ctrl-C stops an answer. A message that begins with '/' is sent with a space before it."""
+
+
+def chat(config: Config, system: str | None) -> None:
+    """Talk until the end of input. Raises HildaError for a model that cannot chat and, through pipes, for any mistake."""
+    engine = open_engine(config)
+    try:
+        for name, reason in engine.reasons.items():
+            say(f"engine {name} passed over: {reason}")
+        engine.encode([{"role": "user", "content": "Hello"}])  # a model without a chat template is refused at once
+        Chat(config, engine, system).run()
+    finally:
+        engine.close()
+
+
+class Chat:
+    """The loop: a line is a command or a message."""
+
+    def __init__(self, config: Config, engine: Engine, system: str | None) -> None:
+        self.config, self.engine = config, engine
+        self.dialogue = Dialogue(engine, system)
+        self.console = Console(highlight=False)
+        self.interactive = sys.stdin.isatty()
+        self.live = sys.stdout.isatty() and not self.console.is_dumb_terminal
+        self.trace = False
+        self.passes: list[Step] = []  # of the last answer
+        self.asked: Request | None = None
+        self.left = False
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda rest: self.tell(HELP),
+            "/mode": self.set_mode,
+            "/tau": self.set_tau,
+            "/trace": self.set_trace,
+            "/system": lambda rest: self.dialogue.set_system(rest or None),
+            "/save": self.save,
+            "/load": self.load,
+            "/reset": lambda rest: self.dialogue.reset(),
+            "/quit": self.leave,
+        }
+
+    def run(self) -> None:
+        if self.interactive:
+            self.tell(f"{self.config.model.base}, {self.thresholds()}; /help lists the commands")
+        for line in self.lines():
+            try:
+                if line.startswith("/"):
+                    self.obey(line)
+                elif line.strip():
+                    self.answer(line.strip())
+            except (HildaError, OSError) as error:
+                if not self.interactive:
+                    raise
+                reason = error if isinstance(error, HildaError) else f"{error.filename}: {error.strerror}"
+                self.tell(f"{reason}")
+            except KeyboardInterrupt:  # outside an answer, which sees it as a wish to stop
+                if not self.interactive:
+                    raise
+                self.tell("interrupted")
+            if self.left:
+                return
+
+    def lines(self) -> Iterator[str]:
+        """What the user types, to the end of input."""
+        if not self.interactive:
+            yield from input_lines()
+            return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives `input` a history and keys to edit with)
+        while True:
+            try:
+                yield checked(input("> " if sys.stdout.isatty() else ""))
+            except (UnicodeDecodeError, UsageError):
+                self.tell(NOT_UTF8)
+            except EOFError:
+                if sys.stdout.isatty():
+                    print()
+                return
+            except KeyboardInterrupt:
+                print()
+                self.tell("Ctrl-D or /quit leaves")
+
+    def tell(self, text: str) -> None:
+        """A remark that is no part of the conversation: dim on a terminal, else on stderr."""
+        if self.live:
+            self.console.print(text, style="bright_black", markup=False)
+        else:
+            say(text)
+
+    # --- An answer
+
+    def answer(self, text: str) -> None:
+        settings = self.engine.settings(self.config)
+        request, dropped = self.dialogue.ask(text, settings)
+        if dropped:
+            self.tell(f"the conversation no longer fits the context: its {dropped} oldest messages were dropped")
+        self.passes, self.asked = [], request
+        settling = Settling(self.engine, request)
+        shown: LiveAnswer | PlainAnswer = PlainAnswer(settling, trace=self.trace)
+        if self.live:
+            shown = LiveAnswer(self.console, settling, settings.block_size, trace=self.trace)
+        blocks: list[Finished] = []
+        done: Completion | None = None
+        try:
+            with stop_on_signals() as stopped, shown:
+                for event in self.events(request, stopped):
+                    if isinstance(event, Completion):
+                        done = event
+                        break
+                    shown.show(event)
+                    if isinstance(event, Step):
+                        self.passes.append(event)
+                    else:
+                        blocks.append(event)
+        except HildaError:
+            self.dialogue.take_back()
+            raise
+        self.conclude(request, blocks, done)
+        self.left = stopped() == "SIGTERM"
+
+    def events(self, request: Request, stopped: Callable[[], str | None]) -> Iterator[Event]:
+        """What happens to a request, until its Completion or a signal; pass by pass, so that a signal is soon seen."""
+        steps = as_steps(self.engine)
+        handle = steps.submit(request)
+        try:
+            while not stopped():
+                for _, what in steps.step():
+                    if isinstance(what, HildaError):
+                        raise what
+                    yield what
+        finally:
+            steps.cancel(handle)
+
+    def conclude(self, request: Request, blocks: list[Finished], done: Completion | None) -> None:
+        """Keep the answer, or what there is of one that was stopped, and say what it cost."""
+        text = "".join(block.text for block in blocks)
+        if not text:
+            self.dialogue.take_back()
+            self.tell("[no answer: the message was taken back]")
+            return
+        tokens = [token for block in blocks for token in block.new_tokens]
+        self.dialogue.answered(request, tokens, text)
+        if done is None:
+            self.tell(f"[stopped after {len(tokens)} tokens]")
+            return
+        stats = done.stats
+        cut = " (decode.max_new_tokens)" if done.finish_reason == "length" else ""
+        self.tell(
+            f"[{len(done.token_ids)} tokens{cut}, {stats.tokens_per_forward:.2f} a forward, "
+            f"{stats.tokens_per_second:.1f} tokens/s, {stats.edits} edits, "
+            f"{stats.prefix_tokens} of {len(request.prompt_ids)} prompt tokens kept from before]"
+        )
+
+    # --- Commands
+
+    def obey(self, line: str) -> None:
+        name, _, rest = line.strip().partition(" ")
+        if name not in self.commands:
+            raise UsageError(f"no command '{name}'; /help lists them")
+        self.commands[name](rest.strip())
+
+    def leave(self, rest: str) -> None:
+        self.left = True
+
+    def change(self, **decode: object) -> None:
+        """Other decoding settings, checked as those of a file are."""
+        raw = self.config.model_dump(mode="json")
+        self.config = parse_config(raw | {"decode": raw["decode"] | decode}, "chat")
+
+    def thresholds(self) -> str:
+        settings = self.engine.settings(self.config)
+        edit = "off" if settings.tau_edit is None else f"{settings.tau_edit:g}"
+        behind = f", edit_blocks {settings.editable_blocks}" if settings.editable_blocks else ""
+        return f"{settings.mode}: tau_mask {settings.tau_mask:g}, tau_edit {edit}{behind}"
+
+    def set_mode(self, rest: str) -> None:
+        if rest:
+            mode = {"S": "S_MODE", "Q": "Q_MODE"}.get(rest.upper(), rest.upper())
+            self.change(mode=mode, tau_mask="preset", tau_edit="preset", max_post_steps="preset", edit_blocks="preset")
+        self.tell(self.thresholds())
+
+    def set_tau(self, rest: str) -> None:
+        try:
+            mask, *edit = rest.split()
+            wanted: dict[str, object] = {"tau_mask": float(mask)}
+            if edit:
+                (value,) = edit
+                wanted["tau_edit"] = None if value == "off" else float(value)
+        except ValueError:
+            raise UsageError("usage: /tau MASK [EDIT|off], for example /tau 0.7 0.5") from None
+        self.change(**wanted)
+        self.tell(self.thresholds())
+
+    def set_trace(self, rest: str) -> None:
+        if rest in ("on", "off"):
+            self.trace = rest == "on"
+        elif self.asked is None or not self.passes:
+            raise UsageError("no answer with passes to show yet")
+        elif rest:
+            with atomic_open(Path(rest).expanduser()) as file:
+                file.writelines(json.dumps(step._asdict()) + "\n" for step in self.passes)
+            self.tell(f"{len(self.passes)} passes written to {rest}")
+        else:
+            settling = Settling(self.engine, self.asked)
+            for step in self.passes:
+                cells = settling.cells(step)
+                if self.live:
+                    self.console.print(draw_line(step, cells))
+                else:
+                    say(as_line(step, cells))
+
+    def save(self, rest: str) -> None:
+        if not rest:
+            raise UsageError("usage: /save FILE.json or FILE.md")
+        self.dialogue.save(Path(rest).expanduser())
+        self.tell(f"{len(self.dialogue.messages)} messages written to {rest}")
+
+    def load(self, rest: str) -> None:
+        if not rest:
+            raise UsageError("usage: /load FILE.json")
+        self.dialogue.load(Path(rest).expanduser())
+        self.tell(f"{len(self.dialogue.messages)} messages read from {rest}")

@@ -1,0 +1,113 @@
+"""An answer while it is written: redrawn after every pass on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from hildanext.decoding.rule import Finished, Step
+from hildanext.progress import say
+from hildanext.terminal.cells import Cell, Settling, as_line
+from hildanext.terminal.console import printable, write_text
+
+REDRAW_S = 1 / 30
+MASK = " ▒▒▒"
+
+
+def style_of(cell: Cell) -> str:
+    """Colours of the terminal's own palette, so that they suit its background."""
+    if cell.kind == "drafted":
+        return "bold green" if cell.strength >= 0.9 else "green" if cell.strength >= 0.6 else "dim green"
+    if cell.kind == "edited":
+        return "bold magenta" if cell.strength == 1 else "magenta" if cell.strength > 0.5 else "dim magenta"
+    return {"mask": "bright_black", "prompt": "bright_black", "end": "bright_black"}.get(cell.kind, "")
+
+
+def draw_cells(cells: list[Cell]) -> Text:
+    """A block: masks as shades, drafts and edits in colour; what is no part of the answer is left out."""
+    text = Text()
+    for cell in cells:
+        if cell.kind == "mask":
+            text.append(MASK, style_of(cell))
+        elif cell.kind not in ("cut", "prompt", "end"):
+            text.append(printable(cell.text), style_of(cell))
+    return text
+
+
+def draw_line(step: Step, cells: list[Cell]) -> Text:
+    """A line of a trace: the whole block, the prompt's part dim."""
+    line = Text(f"block {step.block:3} pass {step.step + 1:2} ", "bright_black", overflow="fold")
+    for cell in cells:
+        if cell.kind == "mask":
+            line.append(" ▒", style_of(cell))
+        elif cell.kind == "end":
+            line.append(" ∎", style_of(cell))
+        elif cell.kind != "cut":
+            line.append(printable(cell.text).replace("\n", "⏎"), style_of(cell))
+    return line
+
+
+class PlainAnswer:
+    """Text as its blocks become final, to stdout; trace lines to stderr."""
+
+    def __init__(self, settling: Settling, *, trace: bool) -> None:
+        self.settling, self.trace = settling, trace
+
+    def __enter__(self) -> PlainAnswer:
+        return self
+
+    def show(self, event: Step | Finished) -> None:
+        if isinstance(event, Finished):
+            write_text(event.text)
+        elif self.trace:
+            say(as_line(event, self.settling.cells(event)))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        print(flush=True)
+
+
+class LiveAnswer:
+    """Paragraphs that are final are printed; the last one and the block under way are redrawn in place below them."""
+
+    def __init__(self, console: Console, settling: Settling, block_size: int, *, trace: bool) -> None:
+        self.console, self.settling, self.trace = console, settling, trace
+        self.upcoming = [Cell(0, "", "mask", 1.0)] * block_size
+        self.paragraph, self.cells = "", self.upcoming
+        self.live = Live(console=console, auto_refresh=False, transient=True)
+        self.drawn = 0.0
+
+    def __enter__(self) -> LiveAnswer:
+        self.live.start()
+        return self
+
+    def show(self, event: Step | Finished) -> None:
+        if isinstance(event, Finished):
+            *final, self.paragraph = (self.paragraph + printable(event.text)).split("\n")
+            for paragraph in final:
+                self.console.print(Text(paragraph))
+            self.cells = self.upcoming
+        else:
+            self.cells = self.settling.cells(event)
+            if self.trace:
+                self.console.print(draw_line(event, self.cells))
+        if time.monotonic() - self.drawn >= REDRAW_S:
+            self._draw()
+
+    def _draw(self) -> None:
+        """The end of what is not printed yet: as much as the window has lines for."""
+        text = Text(self.paragraph) + draw_cells(self.cells)
+        lines = text.wrap(self.console, self.console.width)[-max(1, self.console.height - 2) :]
+        self.live.update(Text("\n").join(lines), refresh=True)
+        self.drawn = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.live.stop()
+        self.console.print(Text(self.paragraph))

@@ -1,0 +1,89 @@
+"""Held-out denoising: loss and accuracy on masked tokens at fixed mask rates, with noise that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hildanext.data.rows import Rows
+from hildanext.diffusion.noise import add_noise, sample_generator
+from hildanext.diffusion.objective import Predicted, predict
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.training.passes import Batch, make_batch
+
+RATES = tuple(i / 10 for i in range(1, 11))
+EVAL_SEED = 20260
+
+
+class Denoising(NamedTuple):
+    """Over all masked tokens: mean cross-entropy in nats, accuracy, their count, and both by mask rate."""
+
+    loss: float
+    accuracy: float
+    n_masked: int
+    by_rate: dict[float, tuple[float, float]]
+
+
+# (clean rows, x_t [B, L], masked [B, L]) -> what is predicted at the masked positions.
+Predict = Callable[[Batch, Tensor, Tensor], Predicted]
+
+
+def predict_masked(lm: DiffusionLM, batch: Batch, noisy_ids: Tensor, masked: Tensor, block_size: int) -> Predicted:
+    hidden = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, masked, block_size)
+    return predict(hidden, lm.head, batch.input_ids[masked], lm.mask_token_id)
+
+
+@torch.no_grad()
+def evaluate_denoising(
+    lm: DiffusionLM,
+    rows: Rows,
+    block_size: int,
+    n_rows: int,
+    batch_rows: int,
+    *,
+    every_rate: bool = False,
+    model: Predict | None = None,
+) -> Denoising:
+    """Mask the first `n_rows` rows at rates 0.1 to 1.0 and predict. Noise is fixed, so models are comparable.
+
+    every_rate=False gives row i the rate RATES[i % 10] (one forward a row, for use while training); True runs all ten.
+    model: what predicts, where that is not `lm` alone (sharded parameters are whole only inside what shards them).
+    """
+    was_training = lm.model.training
+    lm.model.eval()
+    n_rows = min(n_rows, len(rows))
+    work = [(i, r) for r in range(10) for i in range(n_rows)] if every_rate else [(i, i % 10) for i in range(n_rows)]
+    sums = torch.zeros(10, 3, dtype=torch.float64)
+    for start in range(0, len(work), batch_rows):
+        items = work[start : start + batch_rows]
+        indices = [i for i, _ in items]
+        batch = make_batch(lm, indices, rows.batch(indices))
+        noisy = []
+        for (index, rate), ids, allowed in zip(items, batch.input_ids.cpu(), batch.allowed.cpu(), strict=True):
+            noisy.append(
+                add_noise(
+                    ids,
+                    allowed,
+                    torch.full(ids.shape, RATES[rate]),
+                    mask_token_id=lm.mask_token_id,
+                    ordinary_ids=lm.ordinary_ids,
+                    corrupt_rate=0.0,
+                    generator=sample_generator(EVAL_SEED, index * 10 + rate, "eval"),
+                )
+            )
+        noisy_ids = torch.stack([one.noisy_ids for one in noisy]).to(lm.device)
+        masked = torch.stack([one.masked for one in noisy]).to(lm.device)
+        predicted = (
+            model(batch, noisy_ids, masked) if model else predict_masked(lm, batch, noisy_ids, masked, block_size)
+        )
+        labels = batch.input_ids[masked]
+        ce, correct = predicted.ce.double().cpu(), (predicted.best == labels).double().cpu()
+        place = torch.tensor([r for _, r in items])[:, None].expand(masked.shape)[masked.cpu()]
+        sums.index_add_(0, place, torch.stack([ce, correct, torch.ones_like(ce)], dim=1))
+    lm.model.train(was_training)
+    loss, accuracy, n_masked = sums.sum(0).tolist()
+    by_rate = {RATES[i]: (row[0] / row[2], row[1] / row[2]) for i, row in enumerate(sums.tolist()) if row[2] > 0}
+    return Denoising(loss / max(n_masked, 1), accuracy / max(n_masked, 1), int(n_masked), by_rate)

@@ -1,0 +1,80 @@
+"""The AR base as a teacher: what it expects next, at masked tokens whose left context the student sees whole.
+
+Elsewhere its expectation is no fair target: it would look at tokens that are hidden from the student.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hildanext.config import Config
+from hildanext.diffusion.masks import additive, document_mask
+from hildanext.diffusion.objective import Soft
+from hildanext.model.diffusion_lm import DiffusionLM, adapted
+from hildanext.model.lora import AdaptedHead, trained_parameters
+from hildanext.model.policy import Policy, compute_dtype
+from hildanext.model.pretrained import load_causal_lm, parent_of, read_record
+from hildanext.model.probe import body
+from hildanext.training.passes import Batch, Pass, left_visible
+
+
+class Parent:
+    """The base of a model in training: the model itself without its adapter, else a frozen copy beside it."""
+
+    def __init__(self, lm: DiffusionLM, config: Config, policy: Policy) -> None:
+        self.lm, self.share = lm, config.loss.distill
+        self.beside: PreTrainedModel | None = None
+        if lm.adapter is None or read_record(adapted(config.model, lm.record["adapter"])) is not None:
+            self.beside, _ = load_causal_lm(parent_of(config.model, lm.record), policy, policy.compute)
+            self.beside.eval().requires_grad_(False)
+        head = (self.beside or lm.model).get_output_embeddings()
+        self.head = head.base if isinstance(head, AdaptedHead) else head
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> Tensor:
+        """Hidden states [B, L, H'] of the clean rows, each token behind those to its left in its document."""
+        with self.as_base() as model:
+            embeds = model.get_input_embeddings()(batch.input_ids)
+            mask = additive(document_mask(batch.doc_ids).tril(), compute_dtype(embeds))
+            return body(model, inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H'] -> [n, V] float32, V as the student's; -inf at what decoding cannot predict."""
+        assert isinstance(self.head, nn.Module)
+        assert isinstance(self.lm.head.weight, Tensor)
+        known = self.head(hidden).float()[:, : self.lm.vocab_size]  # the base may lack the mask token's row
+        logits = F.pad(known, (0, len(self.lm.head.weight) - known.shape[1]), value=-torch.inf)
+        logits[:, self.lm.mask_token_id] = -torch.inf
+        return logits
+
+    def soft(self, states: Tensor, batch: Batch, one: Pass, wanted: Tensor, block_size: int) -> Soft:
+        """Targets at the wanted positions [B, L] bool of a pass, in row-major order."""
+        row, column = wanted.nonzero(as_tuple=True)
+        fair = left_visible(one, batch.position_ids, block_size) & (batch.position_ids > 0)
+        return Soft(states[row, (column - 1).clamp_min(0)], self.logits, fair[wanted].float() * self.share)
+
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[PreTrainedModel]:
+        """The base within the block. Meanwhile the student's adapter is zero, in place: no graph may hold its values."""
+        if self.beside is not None:
+            yield self.beside
+            return
+        model, values = self.lm.model, trained_parameters(self.lm.model)
+        kept = {name: value.detach().clone() for name, value in values.items()}
+        was_training = model.training
+        model.eval()
+        for value in values.values():
+            value.zero_()
+        try:
+            yield model
+        finally:
+            for name, value in values.items():
+                value.copy_(kept[name])
+            model.train(was_training)

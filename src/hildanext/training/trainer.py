@@ -1,0 +1,373 @@
+"""One training loop for conversion (`convert-wsd`), fine-tuning (`sft`) and preferences (`dpo`), on accelerate.
+
+A step: fetch rows, count tokens over all processes, noise, forward and backward, clip, check finite, optimizer, log.
+The state of a run is its step: data order and noise are functions of (seed, global sample index).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hildanext.config import Config, TrainConfig
+from hildanext.data.rows import RowSource
+from hildanext.diffusion.schedule import Point
+from hildanext.errors import CheckpointError, NonFiniteLossError
+from hildanext.model.diffusion_lm import DiffusionLM, weights_of
+from hildanext.model.policy import Policy
+from hildanext.model.quantized import adamw8bit
+from hildanext.plots import draw_curves
+from hildanext.progress import progress, say
+from hildanext.signals import stop_on_signals
+from hildanext.training.checkpoint import (
+    load_tensors,
+    optimizer_tensors,
+    prune,
+    restore_optimizer,
+    rewind_checkpoints,
+    save_checkpoint,
+)
+from hildanext.training.denoiser import choose_attention
+from hildanext.training.memory import (
+    AllShortError,
+    MemoryShortError,
+    checkpoint_activations,
+    clear_cache,
+    peak_memory_mb,
+)
+from hildanext.training.parallel import average_gradients, gathered, spread, whole, whole_weights
+from hildanext.training.passes import Batch, Piece, Recipe
+from hildanext.training.preference import Preference
+from hildanext.training.run_folder import RunFolder
+
+
+class Job(NamedTuple):
+    """What is to be trained: the commands build one each."""
+
+    title: str
+    steps: int
+    point: Callable[[int], Point]
+    recipe: Recipe | Preference  # how rows become a loss
+    eval_block: int  # block size of the held-out evaluation: the one decoded with
+
+
+class Task(Protocol):
+    """What a step optimizes: rows, and the losses of a micro-batch of them. The `Trainer` does the rest."""
+
+    module: nn.Module  # forward and loss in one call; the trainer puts in its place what spreads it over processes
+    rows: RowSource
+
+    def fetch(self, samples: list[int]) -> Batch: ...
+
+    def counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """What the loss is divided by, and tokens that are no padding."""
+        ...
+
+    def losses(self, batch: Batch, step: int, block_size: int, count: int, final: bool) -> Iterator[Piece]:
+        """The passes of a micro-batch; the caller runs backward before asking for the next. final: the step's last one."""
+        ...
+
+    def metrics(self, total: dict[str, float]) -> dict[str, float]:
+        """What the log keeps of a step, from the pieces' sums."""
+        ...
+
+    def line(self, row: dict[str, Any]) -> str:
+        """The metrics in a few words, for the progress line."""
+        ...
+
+    def evaluate(self, step: int, batch_rows: int) -> dict[str, float]:
+        """Held-out figures after `step` steps, `eval_loss` among them; empty without held-out rows."""
+        ...
+
+
+class State(NamedTuple):
+    """What a resume restores besides weights and optimizer."""
+
+    step: int = 0  # steps done
+    tokens_seen: int = 0
+    eval_losses: Mapping[int, float] = MappingProxyType({})
+
+
+def make_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+    """AdamW, the same with moments in 8 bits, or Adafactor, whose state is negligible; weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if train.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=train.lr)
+    if train.optimizer == "adamw8bit":
+        return adamw8bit(groups, train.lr, train.betas)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=fused)
+
+
+# Steps in which several processes find out whether a micro-batch fits all: the first has no optimizer state yet.
+TRIALS = 2
+
+
+class Trainer:
+    """The pieces that live as long as a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        lm: DiffusionLM,
+        policy: Policy,
+        accelerator: Accelerator,
+        job: Job,
+        task: Task,
+        run: RunFolder,
+    ):
+        self.config, self.lm, self.job, self.rows, self.run = config, lm, job, task.rows, run
+        self.accelerator, self.is_main = accelerator, accelerator.is_main_process
+        torch.manual_seed(config.train.seed)
+        with policy.autocast():
+            self.attention = choose_attention(lm, config.train.attention, policy)
+        if config.train.gradient_checkpointing:
+            checkpoint_activations(lm.model)
+        layers = lm.model._no_split_modules or []
+        self.task = task
+        task.module = spread(accelerator, task.module, list(layers), config.train.sharding)
+        optimizer = make_optimizer(lm.model, config.train, policy.fused)
+        self.optimizer = optimizer
+        self.prepared = accelerator.prepare(optimizer)
+        self.micro_batch = config.train.micro_batch  # halved when memory is short
+        self.trials = TRIALS if isinstance(task.module, DistributedDataParallel) else 0
+        self.names = {id(p): name for name, p in lm.model.named_parameters()}
+        lm.model.train()
+
+    def samples_of(self, step: int) -> list[list[int]]:
+        """Global sample indices of this process's micro-batches: a function of the step alone."""
+        rows, micro = self.config.train.rows_per_step, self.micro_batch
+        starts = range(step * rows, (step + 1) * rows, micro)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return [list(range(start, start + micro)) for start in starts[rank::world]]
+
+    def not_finite(
+        self, what: str, value: Tensor, step: int, samples: list[int], piece: str | None = None
+    ) -> NonFiniteLossError:
+        """The error of a loss or gradient that is no number: which step, rows and pass it was."""
+        where = f"block size {self.job.point(step).block_size}, {self.rows.describe(samples)}" + (
+            "" if piece is None else f", {piece}"
+        )
+        return NonFiniteLossError(
+            f"step {step + 1}: the {what} is {value.item()} ({where}); lower the learning rate or check the rows"
+        )
+
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns its metrics. Forward or backward out of memory, it is done again in smaller micro-batches.
+
+        Of several processes one cannot do so alone: the others would wait for its gradients. All do in the first steps.
+        Raises NonFiniteLossError naming step and rows, MemoryShortError when a single row is too much, or the optimizer.
+        """
+        while True:
+            try:
+                found = self.one_step(step)
+                self.trials = max(self.trials - 1, 0)
+                return found
+            except RuntimeError as error:
+                together = isinstance(error, AllShortError)
+                if not together and not should_reduce_batch_size(error):
+                    raise
+                line = str(error).splitlines()[0]
+            # Outside the handler: the error holds the frames, and they the memory.
+            if self.accelerator.num_processes > 1 and not together:
+                raise self.memory_short(step, line)
+            self.make_room(step, line)
+
+    @contextlib.contextmanager
+    def only_once(self, step: int) -> Iterator[None]:
+        """What half done cannot be done again: out of memory within the block ends the run."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise self.memory_short(step, reason, in_optimizer=True) from None
+
+    def memory_short(self, step: int, reason: str, in_optimizer: bool = False) -> MemoryShortError:
+        processes = self.accelerator.num_processes
+        return MemoryShortError(self.config, self.micro_batch, step + 1, reason, processes, in_optimizer)
+
+    def make_room(self, step: int, reason: str) -> None:
+        """Smaller micro-batches, and more of them: the same effective batch. Raises MemoryShortError if there are none."""
+        self.prepared.zero_grad(set_to_none=True)
+        clear_cache(self.lm.device)
+        rows, world = self.config.train.rows_per_step, self.accelerator.num_processes
+        smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % (size * world) == 0), None)
+        if smaller is None:
+            raise self.memory_short(step, reason)
+        say(
+            f"step {step + 1}: out of memory; train.micro_batch {self.micro_batch} -> {smaller}, "
+            f"{rows // smaller} forwards a step, the same {rows} rows"
+        )
+        self.micro_batch = smaller
+        self.trials = TRIALS if world > 1 else 0
+
+    def one_step(self, step: int) -> dict[str, Any]:
+        point, accelerator, task = self.job.point(step), self.accelerator, self.task
+        # 1. fetch
+        batches = [task.fetch(samples) for samples in self.samples_of(step)]
+        # 2. count globally, so that every token (or pair) weighs the same however rows are split
+        counts = torch.tensor(task.counts(batches), device=self.lm.device)
+        count, tokens = accelerator.reduce(counts).tolist()
+        # 3. noise, forward, backward
+        sums = self.try_gradients(step, batches, count) if self.trials else self.gradients(step, batches, count)
+        with self.only_once(step):
+            # 4. clip, 5. optimizer
+            grad_norm = whole(accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm))
+            # fp16's scaler skips such a step by itself
+            if accelerator.scaler is None and not torch.isfinite(grad_norm):
+                raise self.not_finite("gradient", grad_norm, step, [s for batch in batches for s in batch.samples])
+            for group in self.optimizer.param_groups:
+                group["lr"] = point.lr
+            self.prepared.step()
+            self.prepared.zero_grad(set_to_none=True)
+            # 6. log
+            totals = accelerator.reduce(torch.stack(list(sums.values()))).tolist()
+        norm = float(grad_norm) if torch.isfinite(grad_norm) else None  # None: the scaler skipped the step
+        point_log = {"block_size": point.block_size, "phase": point.phase, "lr": point.lr}
+        return {**task.metrics(dict(zip(sums, totals, strict=True))), **point_log, "grad_norm": norm, "tokens": tokens}
+
+    def gradients(self, step: int, batches: list[Batch], count: int, meet: bool = True) -> dict[str, Tensor]:
+        """Forward and backward of all micro-batches; returns the sums for the log. meet: with those of other processes."""
+        sums: dict[str, Tensor] = {}
+        block_size = self.job.point(step).block_size
+        for i, batch in enumerate(batches):
+            final = meet and i == len(batches) - 1
+            for loss, found, name in self.task.losses(batch, step, block_size, max(count, 1), final):
+                if not torch.isfinite(loss):
+                    raise self.not_finite("loss", loss, step, batch.samples, name)
+                # DDP and FSDP average gradients over processes; the loss is already divided by the global count.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+                for key, value in found.items():
+                    sums[key] = sums.get(key, torch.zeros((), device=self.lm.device)) + value.detach()
+        return sums
+
+    def try_gradients(self, step: int, batches: list[Batch], count: int) -> dict[str, Tensor]:
+        """The same, but gradients meet afterwards, once every process has told that its own were done.
+
+        Raises AllShortError in all of them when one is out of memory. Slower: nothing is sent while backward computes.
+        """
+        reason, sums = None, dict[str, Tensor]()
+        try:
+            sums = self.gradients(step, batches, count, meet=False)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Outside the handler, see train_step.
+        if self.agreed(reason):
+            raise AllShortError(reason or "another process is")
+        average_gradients(self.accelerator, self.lm.model)
+        return sums
+
+    def agreed(self, reason: str | None) -> bool:
+        """Whether any of the processes has a reason to stop: all do at the same step, or none."""
+        if self.accelerator.num_processes == 1:
+            return reason is not None
+        flag = torch.tensor(float(reason is not None), device=self.lm.device)
+        return bool(self.accelerator.reduce(flag) > 0)
+
+    def save(self, state: State) -> None:
+        """Checkpoint weights, optimizer, generators, loss scaler and cursor; then prune. All processes call it, one writes."""
+        train = self.config.train
+        self.lm.block_size = self.job.eval_block
+        lm, keep = self.lm, self.is_main
+        weights = whole_weights(lm.model, keep) if lm.adapter is None else gathered(weights_of(lm), keep)
+        tensors = optimizer_tensors(self.optimizer, self.names, keep)
+        if not self.is_main:
+            return
+        tensors["rng|cpu"] = torch.get_rng_state()
+        if self.lm.device.type == "cuda":
+            tensors["rng|cuda"] = torch.cuda.get_rng_state(self.lm.device)
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        record = {
+            "tokens_seen": state.tokens_seen,
+            "next_sample": state.step * train.rows_per_step,
+            "rows": self.rows.state(state.step * train.rows_per_step),
+            "eval_losses": dict(state.eval_losses),
+            "scaler": scaler,
+        }
+        save_checkpoint(self.run.checkpoints, state.step, self.lm, record, tensors, weights)
+        prune(self.run.checkpoints, train.keep_last, train.keep_best, state.eval_losses)
+
+    def restore(self, path: Any, record: dict[str, Any]) -> State:
+        """Put back what `save` wrote, by however many processes; the weights were loaded with the model."""
+        tensors = load_tensors(path)
+        torch.set_rng_state(tensors.pop("rng|cpu"))
+        if (cuda := tensors.pop("rng|cuda", None)) is not None and self.lm.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.lm.device)
+        restore_optimizer(self.optimizer, tensors, self.names)
+        if record["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(record["scaler"])
+        if record["next_sample"] != record["step"] * self.config.train.rows_per_step:
+            raise CheckpointError(f"{path}: saved with another train.rows_per_step; restore it to resume")
+        self.rows.restore(record["rows"])
+        return State(record["step"], record["tokens_seen"], {int(k): v for k, v in record["eval_losses"].items()})
+
+
+def train(trainer: Trainer, state: State) -> dict[str, Any]:
+    """Run the job from `state` to its end, or to a signal. Returns a summary; metrics, curves and checkpoints are in the run's folder."""
+    job, run, train_config = trainer.job, trainer.run, trainer.config.train
+    if trainer.is_main:
+        run.rewind_metrics(state.step)
+        for path in rewind_checkpoints(run.checkpoints, state.step):
+            say(f"{path}: removed, since the run goes on from step {state.step}")
+    tokens_before = trainer.lm.record["tokens_trained"] - state.tokens_seen
+    history = run.read_metrics()
+    stopped: str | None = None
+    with progress(job.title, job.steps, "steps", state.step) as advance, stop_on_signals() as signalled:
+        while state.step < job.steps and not stopped:
+            began = time.perf_counter()
+            metrics = trainer.train_step(state.step)
+            step, tokens = state.step + 1, int(metrics.pop("tokens"))
+            seconds = time.perf_counter() - began
+            state = state._replace(step=step, tokens_seen=state.tokens_seen + tokens)
+            trainer.lm.record["tokens_trained"] = tokens_before + state.tokens_seen
+            heard = signalled()
+            stopped = (heard or "another process") if trainer.agreed(heard) else None
+            saves = step % train_config.save_every == 0 or step == job.steps or stopped is not None
+            row: dict[str, Any] = {"step": step, **metrics, "tokens_seen": state.tokens_seen}
+            row |= {"tokens_per_second": tokens / seconds, "peak_memory_mb": peak_memory_mb(trainer.lm.device)}
+            if (
+                step == job.steps
+                or step % train_config.save_every == 0
+                or (train_config.eval_every and step % train_config.eval_every == 0)
+            ):
+                row |= trainer.task.evaluate(step, trainer.micro_batch)
+            if "eval_loss" in row:
+                state = state._replace(eval_losses={**state.eval_losses, step: row["eval_loss"]})
+            history.append(row)
+            if trainer.is_main:
+                run.log(row)
+            if saves:
+                trainer.save(state)
+                if trainer.is_main:
+                    draw_curves(history, run.curves, f"{job.title}: {trainer.lm.name}")
+            advance(
+                step,
+                f"{trainer.task.line(row)} block {row['block_size']} lr {row['lr']:.1e}",
+            )
+    if stopped:
+        say(f"{stopped}: saved step {state.step} of {job.steps} in {run.path}; continue with --resume")
+    last = history[-1] if history else {}
+    return {
+        "run": str(run.path),
+        "checkpoint": str(run.checkpoints / f"step-{state.step}"),
+        "steps": state.step,
+        "finished": state.step == job.steps,
+        "tokens_seen": state.tokens_seen,
+        **{key: last[key] for key in ("eval_loss", "eval_accuracy") if key in last},
+    }

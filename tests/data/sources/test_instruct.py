@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_sources import jsonl, read
+
+from hildanext.data.documents import Rejects
+from hildanext.data.sources import instruct, opening
+
+PAIR = {"question": "q", "answer": "a"}
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=30), max_size=3), max_size=12),
+    st.integers(1, 40),
+    st.sampled_from([None, 2]),
+)
+def test_json_arrays_are_read_as_json_would(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, str]], piece: int, indent: int | None
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "array.json"
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=indent), encoding="utf-8", errors="surrogatepass")
+    expected = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "PIECE_BYTES", piece)
+        rejects = Rejects()
+        assert list(instruct.read_json_array(path, rejects)) == list(enumerate(expected, start=1))
+    assert rejects.total == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "reason"),
+    [
+        (json.dumps([PAIR] * 3)[:-1], 3, "truncated file"),
+        (json.dumps([PAIR] * 3)[:-9], 2, "broken JSON array; the rest of the file is not read"),
+        (json.dumps([PAIR, 5, "x"]), 1, "not a JSON object"),
+        (
+            json.dumps([PAIR])[:-1] + ", {'single': 1}, " + json.dumps(PAIR) + "]",
+            1,
+            "broken JSON array; the rest of the file is not read",
+        ),
+        ("[", 0, "truncated file"),
+    ],
+)
+def test_a_broken_array_keeps_what_came_before(tmp_path: Path, text: str, good: int, reason: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    docs, rejects = read("instruct", tmp_path / "x.json")
+    assert len(docs) == good
+    assert set(rejects.by_reason) == {reason}
+
+
+def test_a_truncated_compressed_array_keeps_what_came_before(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    whole = gzip.compress(json.dumps([{"question": rng.bytes(200).hex(), "answer": "a"}] * 3000).encode())
+    (tmp_path / "x.json.gz").write_bytes(whole[:-200])
+    docs, rejects = read("instruct", tmp_path / "x.json.gz")
+    assert len(docs) > 1000
+    assert rejects.total == 1
+
+
+def test_bad_bytes_in_an_array_spoil_one_record(tmp_path: Path) -> None:
+    text = json.dumps([PAIR, {"question": "BAD", "answer": "a"}, PAIR]).encode().replace(b"BAD", b"\xff\xfe")
+    (tmp_path / "x.json").write_bytes(text)
+    docs, rejects = read("instruct", tmp_path / "x.json")
+    assert len(docs) == 2
+    assert rejects.examples == {"invalid UTF-8 (a lone surrogate)": [f"{tmp_path / 'x.json'}:2"]}
+
+
+USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+CALLED = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+SHAPES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
+    ({"messages": [USER, REPLY]}, [USER, REPLY]),
+    ({"messages": [{"role": "system", "content": ""}, USER, REPLY, USER]}, [USER, REPLY]),
+    ({"messages": [SYSTEM, USER, {**REPLY, "loss_weight": 0}, USER, {**REPLY, "loss_weight": 1.0}]},
+     [SYSTEM, USER, {**REPLY, "train": False}, USER, REPLY]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+                   {"role": "assistant", "content": [{"type": "text", "value": "a"}]}]}, [USER, REPLY]),
+    ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+                   {"role": "tool", "content": ""}, REPLY]},
+     [USER, {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": ""}, REPLY]),
+    ({"instruction": "q", "input": "", "output": "a"}, [USER, REPLY]),
+    ({"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q", "a"]]},
+     [SYSTEM, USER, REPLY, {"role": "user", "content": "q\ni"}, REPLY]),
+    ({"question": "q", "answer": "a <<1+1=2>>\n#### 2"}, [USER, {"role": "assistant", "content": "a <<1+1=2>>\n#### 2"}]),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                        {"from": "observation", "value": "o"}, {"from": "gpt", "value": "a"}]},
+     [USER, {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": "o"}, REPLY]),
+    ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": {}}, [USER, REPLY]),
+    ({"instruction": "q", "chosen": "a", "rejected": "b"}, [USER, REPLY]),
+    ({"prompt": "q", "chosen": [USER, REPLY], "rejected": [USER, REPLY]}, [USER, REPLY]),
+    ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, [USER, REPLY]),
+    ({"prompt": "q", "completion": "a"}, [USER, REPLY]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "messages"), SHAPES, ids=range(len(SHAPES)))
+def test_every_shape_becomes_messages(tmp_path: Path, record: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    (tmp_path / "x.jsonl").write_bytes(jsonl([record]))
+    docs, rejects = read("instruct", tmp_path / "x.jsonl")
+    assert str(rejects) == ""
+    assert docs[0].messages == messages
+
+
+UNMAPPED: list[tuple[dict[str, Any], str]] = [
+    ({"text": "t"}, "unknown record shape"),
+    ({"messages": [{"role": "narrator", "content": "x"}, REPLY]}, "a message without a known role"),
+    ({"messages": ["hello"]}, "a message is not an object"),
+    ({"messages": [USER]}, "no assistant turn"),
+    ({"messages": []}, "no assistant turn"),
+    ({"messages": [USER, {**REPLY, "loss_weight": 0}]}, "no supervised turn"),
+    ({"messages": [USER, {**REPLY, "loss_weight": "heavy"}]}, "'loss_weight' is not a weight"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}, REPLY]},
+        "a content part that is not text",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}, REPLY]}, "a content part without text"),
+    ({"messages": [{"role": "user", "content": 5}, REPLY]}, "a message without text content"),
+    ({"instruction": "q", "output": ""}, "empty message"),
+    ({"instruction": "q"}, "a message without text content"),
+    ({"instruction": "q", "output": "a", "history": ["x"]}, "'history' is not a list of pairs"),
+    ({"conversations": [{"from": "function_call", "value": "not json"}]}, "broken JSON in a tool call or tool list"),
+    ({"conversations": [{"from": "function_call", "value": "[{}]"}]}, "a tool call without a name"),
+    ({"question": "q", "answer": "a", "tools": "{}x"}, "broken JSON in a tool call or tool list"),
+    ({"question": "q", "answer": "a", "tools": [1]}, "'tools' is not a list of objects"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), UNMAPPED, ids=range(len(UNMAPPED)))
+def test_what_cannot_be_mapped_is_counted(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(jsonl([PAIR, record]))
+    docs, rejects = read("instruct", tmp_path / "x.jsonl")
+    assert len(docs) == 1
+    assert rejects.examples == {reason: [f"{tmp_path / 'x.jsonl'}:2"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gsm8k/test.jsonl", 1319),
+        ("instruct/alpaca_en_demo.json", 999),
+        ("instruct/v1_sft_demo.jsonl", 500),
+        ("instruct/glaive_toolcall_en_demo.json", 300),
+        ("instruct/dpo_en_demo.json", 300),
+    ],
+)
+def test_real_instruction_sets_are_read_whole(shared: Callable[[str], Path], name: str, count: int) -> None:
+    docs, rejects = read("instruct", shared(name))
+    assert len(docs) + rejects.total == count
+    assert rejects.total <= count // 100
+    assert all(doc.messages and doc.messages[-1]["role"] == "assistant" for doc in docs)
+
+
+def test_real_gsm8k_answers_stay_as_published(shared: Callable[[str], Path]) -> None:
+    docs, _ = read("instruct", shared("gsm8k/test.jsonl"))
+    first = json.loads(shared("gsm8k/test.jsonl").read_bytes().splitlines()[0])
+    assert docs[0].messages == [
+        {"role": "user", "content": first["question"]},
+        {"role": "assistant", "content": first["answer"]},
+    ]

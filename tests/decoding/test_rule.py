@@ -1,0 +1,194 @@
+"""The threshold-edit rule against LLaDA2.1 eq. 1-3 as set arithmetic; proposals against transformers' own processors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from hildanext.config import DecodeConfig, parse_config
+from hildanext.decoding.rule import (
+    Preset,
+    Settings,
+    check_request,
+    edit_step,
+    keep_likely,
+    propose,
+    read_presets,
+    resolve,
+)
+from hildanext.errors import ConfigError, ModelError, UsageError
+
+MASK = 9
+
+
+def rule(tokens, ids, confidence, editable, settled, tau_mask, tau_edit):
+    """Eq. 1-3 as set arithmetic on tensors; the settled position is drafted at once."""
+    masked = tokens == MASK
+    gamma = masked & ((confidence > tau_mask) | settled)
+    if masked.any() and not gamma.any():
+        gamma[torch.where(masked, confidence, -1.0).argmax()] = True
+    delta = (
+        torch.zeros_like(masked) if tau_edit is None else ~masked & editable & (ids != tokens) & (confidence > tau_edit)
+    )
+    return (
+        torch.where(gamma | delta, ids, tokens).tolist(),
+        gamma.nonzero()[:, 0].tolist(),
+        delta.nonzero()[:, 0].tolist(),
+    )
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(0, 32), st.booleans()), min_size=1, max_size=12
+    ),
+    tau_mask=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    tau_edit=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    settled=st.none() | st.integers(0, 11),
+)
+@settings(max_examples=300, deadline=None)
+def test_edit_step_is_the_rule(rows, tau_mask, tau_edit, settled):
+    tokens, ids, parts, editable = (list(column) for column in zip(*rows, strict=True))
+    confidence = [part / 32 for part in parts]  # exact in float32
+    found = edit_step(
+        tokens,
+        ids,
+        confidence,
+        editable,
+        mask_token_id=MASK,
+        tau_mask=tau_mask,
+        tau_edit=tau_edit,
+        settled=settled,
+    )
+    is_settled = torch.arange(len(rows)) == (-1 if settled is None else settled)
+    columns = (torch.tensor(column) for column in (tokens, ids, confidence, editable))
+    assert found == rule(*columns, is_settled, tau_mask, tau_edit)
+
+
+def test_propose_never_gives_the_mask_token_or_a_padding_row():
+    logits = torch.tensor([[0.0, 1.0, 9.0, 3.0, 99.0], [0.0, 5.0, 9.0, 1.0, 0.0]])
+    ids, confidence = propose(logits, mask_token_id=2, vocab_size=4)
+    assert ids.tolist() == [3, 1]
+    kept = logits[:, [0, 1, 3]].softmax(-1)
+    assert confidence.tolist() == pytest.approx([kept[0, 2].item(), kept[1, 1].item()])
+
+
+def make(**changes):
+    return Settings("Q_MODE", 0.7, 0.5, 4, 4, 8, 0.0, 0)._replace(**changes)
+
+
+def gumbel(n, size, seed=0):
+    return -torch.empty(n, size).exponential_(generator=torch.Generator().manual_seed(seed)).log()
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({}, [0, 1, 2]),
+        ({"top_k": 2}, [0, 2]),
+        ({"top_k": 9}, [0, 1, 2]),
+        ({"top_p": 0.6}, [0, 2]),
+        ({"top_p": 0.01}, [0]),
+    ],
+)
+def test_propose_draws_from_the_softmax_of_what_is_allowed(changes, allowed):
+    logits = torch.tensor([[1.0, 0.0, 0.5, 99.0]]).expand(40_000, 4)
+    settings = make(temperature=0.7, **changes)
+    ids, confidence = propose(logits, mask_token_id=3, vocab_size=4, settings=settings, noise=gumbel(40_000, 4))
+    warm = (logits[0, allowed] / 0.7).softmax(-1)
+    rates = torch.bincount(ids, minlength=4).float() / 40_000
+    assert rates[allowed].tolist() == pytest.approx(warm.tolist(), abs=0.01)
+    assert rates.sum() == pytest.approx(rates[allowed].sum())
+    # The confidence is the model's, whatever the temperature: thresholds keep their meaning.
+    assert torch.allclose(confidence, logits[0, :3].softmax(-1)[ids])
+
+
+def test_the_same_noise_draws_the_same_token_and_no_temperature_is_the_argmax():
+    logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    noise = gumbel(50, 12)
+    how = {"mask_token_id": 11, "vocab_size": 12, "noise": noise}
+    one, _ = propose(logits, settings=make(temperature=1.0), **how)
+    nearly, _ = propose(logits + 1e-6, settings=make(temperature=1.0), **how)
+    assert torch.equal(one, nearly)
+    cold, _ = propose(logits, settings=make(temperature=1e-4), **how)
+    greedy, _ = propose(logits, mask_token_id=11, vocab_size=12)
+    assert torch.equal(cold, greedy)
+    assert not torch.equal(one, greedy)
+
+
+@given(
+    scores=st.lists(st.integers(-30, 30), min_size=2, max_size=8),
+    top_k=st.none() | st.integers(1, 9),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_top_k_and_top_p_are_those_of_transformers(scores, top_k, top_p):
+    row = torch.tensor([scores]).float() / 7
+    expected = row.clone()
+    if top_k is not None:
+        expected = TopKLogitsWarper(min(top_k, len(scores)))(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    kept = keep_likely(row, top_k, top_p).isfinite()[0]
+    # Ties at the border may fall either way: the same number of tokens, with the same scores.
+    assert sorted(row[0, kept].tolist()) == sorted(row[0, expected.isfinite()[0]].tolist())
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(2))
+    seen = torch.zeros(1, 10, dtype=torch.bool)
+    seen[0, [1, 4, 7]] = True
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[1, 4, 7]]), logits.clone())
+    expected[:, 9] = -torch.inf
+    ids, confidence = propose(logits, mask_token_id=9, vocab_size=10, settings=make(repetition_penalty=1.7), seen=seen)
+    assert ids.tolist() == expected.argmax(-1).tolist()
+    assert confidence.item() == pytest.approx(expected.softmax(-1).max().item())
+
+
+def test_presets_and_overrides():
+    assert resolve(DecodeConfig(mode="S_MODE"), 8)[:3] == ("S_MODE", 0.5, 0.0)
+    assert resolve(DecodeConfig(mode="Q_MODE"), 8)[:3] == ("Q_MODE", 0.7, 0.5)
+    off = resolve(DecodeConfig(mode="S_MODE", tau_edit=None, tau_mask=0.9, block_size=16), 8)
+    assert (off.tau_mask, off.tau_edit, off.block_size) == (0.9, None, 16)
+
+
+def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
+    stored = {"tau_mask": 0.3, "tau_edit": None, "max_post_steps": 2, "block_size": 4}
+    assert read_presets({"S_MODE": stored}) == {"S_MODE": Preset(0.3, None, 2, 4, 0)}
+    modes = read_presets({"S_MODE": stored | {"edit_blocks": 2}})
+    calibrated = resolve(DecodeConfig(mode="S_MODE"), 8, modes)
+    assert {name: calibrated._asdict()[name] for name in Preset._fields} == stored | {"edit_blocks": 2}
+    changes = {"tau_edit": 0.9, "max_post_steps": 0, "block_size": 16, "edit_blocks": 0}
+    asked = resolve(DecodeConfig(mode="S_MODE", **changes), 8, modes)
+    assert {name: asked._asdict()[name] for name in Preset._fields} == {"tau_mask": 0.3, **changes}
+    assert resolve(DecodeConfig(mode="Q_MODE"), 8, modes) == resolve(DecodeConfig(mode="Q_MODE"), 8)
+    with pytest.raises(ModelError, match=r"'hilda' does not hold modes: .*speed"):
+        read_presets({"S_MODE": {"speed": 1}})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tau_mask": 1.5},
+        {"tau_edit": -0.1},
+        {"block_size": 0},
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0.0},
+        {"top_k": 0},
+        {"repetition_penalty": 0},
+        {"edit_blocks": -1},
+        {"stop": [""]},
+    ],
+)
+def test_impossible_settings_name_their_key(changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        parse_config({"decode": changes})
+
+
+def test_a_request_must_fit():
+    with pytest.raises(UsageError, match="empty"):
+        check_request([], make(), 100)
+    with pytest.raises(UsageError, match=r"90 tokens.*max_new_tokens \(9\).*context of 99"):
+        check_request([1] * 90, make(max_new_tokens=9), 99)  # 99 tokens, but 100 in whole blocks
+    check_request([1] * 90, make(max_new_tokens=9), 100)

@@ -1,0 +1,222 @@
+"""Continuous batching on a random Llama: the same tokens as without any cache, whoever runs beside, whenever it joins."""
+
+import random
+
+import pytest
+import torch
+
+from conftest import random_llama
+from hildanext.config import parse_config
+from hildanext.decoding.engines import Completion, Request
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.errors import ModelError, UsageError
+from hildanext.model.diffusion_lm import DiffusionLM
+from support.reference import reference
+
+MASK, EOS, CONTEXT = 299, 3, 64
+
+
+def diffusion_lm(tokenizer, convention, dtype=torch.float64, block=4):
+    # Decided enough that thresholds matter, undecided enough that blocks take several passes.
+    model = random_llama(initializer_range=0.35, num_key_value_heads=1).to(dtype)
+    record = {"base_model": "tiny", "tokens_trained": 0}
+    return DiffusionLM(model, tokenizer, mask_token_id=MASK, block_size=block, convention=convention, record=record)
+
+
+def open_engine(lm, slots=8, chunk=16):
+    engine = {"order": ["transformers"], "runtime": "eager", "slots": slots, "context": CONTEXT, "prefill_chunk": chunk}
+    return TransformersEngine(parse_config({"engine": engine}), {}, lm)
+
+
+@pytest.fixture(scope="module", params=["in_place", "shifted"])
+def lm(request, tiny_tokenizer):
+    return diffusion_lm(tiny_tokenizer, request.param)
+
+
+def make(**changes):
+    return Settings("Q_MODE", 0.4, 0.2, 4, 4, 12, 0.0, 0)._replace(**changes)
+
+
+def some_settings(rng):
+    """Anything a request may ask for."""
+    return make(
+        tau_mask=rng.choice([0.1, 0.4, 0.9]),
+        tau_edit=rng.choice([None, 0.0, 0.2, 0.5]),
+        max_post_steps=rng.choice([0, 1, 4]),
+        block_size=rng.choice([1, 3, 4, 8]),
+        max_new_tokens=rng.randint(1, 20),
+        temperature=rng.choice([0.0, 0.0, 0.7, 1.3]),
+        seed=rng.randint(0, 5),
+        top_k=rng.choice([None, 5]),
+        top_p=rng.choice([1.0, 0.8]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.5]),
+        edit_blocks=rng.choice([0, 0, 1, 2]),
+    )
+
+
+def some_prompt(rng):
+    return [rng.randrange(4, 299) for _ in range(rng.randint(1, 36))]
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+@pytest.mark.parametrize("tau_edit", [None, 0.0, 0.2])
+def test_the_cache_changes_nothing(lm, tau_edit, behind):
+    """Against the whole text run at every pass, with no cache: tokens and number of passes, editable blocks included."""
+    rng = random.Random(7)
+    engine, edits, rolled = open_engine(lm, slots=1), 0, 0
+    for length in range(1, 21):
+        wanted = make(tau_edit=tau_edit, edit_blocks=behind, max_new_tokens=16 - length % 4, max_post_steps=3)
+        prompt = [rng.randrange(4, 299) for _ in range(length)]
+        done = engine.generate(Request(prompt, wanted))
+        tokens, passes = reference(lm, prompt, wanted, EOS)
+        assert done.token_ids == tokens
+        if EOS not in tokens:
+            assert done.stats.forwards == passes
+        edits += done.stats.edits
+        rolled += done.token_ids != engine.generate(Request(prompt, wanted._replace(edit_blocks=0))).token_ids
+    if tau_edit is not None:
+        assert edits > 20  # else this compares drafting only
+        assert behind == 0 or rolled > 3  # and editable blocks must have mattered
+
+
+def test_anything_a_request_may_ask_for_equals_the_slow_way(lm):
+    rng = random.Random(1)
+    engine = open_engine(lm)
+    requests = [Request(some_prompt(rng), some_settings(rng)) for _ in range(60)]
+    for request, done in zip(requests, engine.generate_batch(requests), strict=True):
+        assert done.token_ids == reference(lm, request.prompt_ids, request.settings, EOS)[0], request
+
+
+@pytest.mark.parametrize("convention", ["in_place", "shifted"])
+def test_a_row_does_not_depend_on_who_else_is_in_the_batch(tiny_tokenizer, convention):
+    """In fp32: every prompt alone equals the prompt among strangers, for 100 random schedules a convention."""
+    engine = open_engine(diffusion_lm(tiny_tokenizer, convention, torch.float32))
+    rng = random.Random(2)
+    pool = [Request(some_prompt(rng), some_settings(rng)) for _ in range(40)]
+    alone = [engine.generate(request).token_ids for request in pool]
+    for _ in range(100):
+        chosen = rng.sample(range(len(pool)), rng.randint(2, 10))
+        engine.scheduler.slots = rng.randint(2, 8)
+        arrivals = {}  # who comes before which step
+        for index in chosen:
+            arrivals.setdefault(rng.randint(0, 12), []).append(index)
+        running = {}
+        for step in range(10_000):
+            for index in arrivals.pop(step, []):
+                running[index] = engine.submit(pool[index])
+            if engine.scheduler.is_idle and not arrivals:
+                break
+            engine._step()
+            if rng.random() < 0.02 and running:  # somebody hangs up
+                engine.cancel(running.pop(rng.choice(list(running))))
+        for index, sequence in running.items():
+            assert sequence.finish_reason is not None
+            assert sequence.stream.token_ids == alone[index]
+            engine.cancel(sequence)
+
+
+def test_more_rows_than_slots_wait_and_a_row_that_ends_frees_its_slot_at_once(lm):
+    engine = open_engine(lm, slots=2)
+    short, long = make(max_new_tokens=1, tau_edit=None, tau_mask=0.0), make(max_new_tokens=40)
+    sequences = [engine.submit(Request([5, 6], settings)) for settings in (long, short, short, short)]
+    scheduler, seen = engine.scheduler, []
+    while not scheduler.is_idle:
+        assert len(scheduler.running) <= 2
+        engine._step()
+        seen.append([sequence.finish_reason for sequence in sequences])
+    assert seen[0] == [None, "length", None, None]
+    assert seen[1] == [None, "length", "length", None]
+    assert seen[2] == [None, "length", "length", "length"]
+    assert [sequence.forwards for sequence in sequences[1:]] == [1, 1, 1]
+
+
+def test_events_come_in_order_and_batch_callbacks_hear_everything(lm):
+    engine = open_engine(lm)
+    requests = [Request([5] * n, make(edit_blocks=n % 2)) for n in (1, 6, 11)]
+    heard = {0: [], 1: [], 2: []}
+    done = engine.generate_batch(requests, lambda index, event: heard[index].append(event))
+    for index, request in enumerate(requests):
+        events = list(engine.stream(request))
+        assert [type(event) for event in heard[index]] == [type(event) for event in events]
+        assert isinstance(events[-1], Completion)
+        assert heard[index][-1] is done[index]
+        steps = [event for event in events if isinstance(event, Step)]
+        assert done[index].stats.forwards == len(steps)
+        assert done[index].stats.drafts == sum(len(step.drafted) for step in steps)
+        assert done[index].stats.mask_ratio == [step.mask_ratio for step in steps]
+        finished = [event for event in events if isinstance(event, Finished)]
+        assert [token for event in finished for token in event.new_tokens] == done[index].token_ids
+        assert "".join(event.text for event in finished) == done[index].text
+
+
+def test_a_stream_that_is_left_frees_its_slot(lm):
+    engine = open_engine(lm, slots=1)
+    stream = engine.stream(Request([5, 6], make(max_new_tokens=40)))
+    next(stream)
+    stream.close()
+    assert engine.scheduler.is_idle
+    assert not engine.listeners
+    assert engine.generate(Request([5, 6], make())).token_ids
+
+
+def test_the_seed_decides_and_batch_mates_do_not(lm):
+    engine = open_engine(lm)
+    warm = make(temperature=1.5, max_new_tokens=16)
+    texts = [engine.generate(Request([9, 8, 7], warm._replace(seed=seed))).token_ids for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    batch = engine.generate_batch([Request([9, 8, 7], warm._replace(seed=seed)) for seed in (2, 1, 3)])
+    assert [done.token_ids for done in batch[:2]] == [texts[2], texts[0]]
+
+
+class Starved:
+    """A runtime that runs out of memory in chosen forwards."""
+
+    def __init__(self, runtime, failing):
+        self.runtime, self.failing, self.count, self.allocated = runtime, failing, 0, []
+        self.name, self.head, self.move, self.swap = "starved", runtime.head, runtime.move, runtime.swap
+
+    def allocate(self, slots, context):
+        self.allocated.append(slots)
+        self.runtime.allocate(slots, context)
+
+    def body(self, batch):
+        self.count += 1
+        if self.count in self.failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return self.runtime.body(batch)
+
+
+def test_out_of_memory_shrinks_the_batch_once_says_so_and_loses_no_request(lm, capsys):
+    rng = random.Random(3)
+    requests = [Request(some_prompt(rng), make(max_new_tokens=20)) for _ in range(9)]
+    expected = [done.token_ids for done in open_engine(lm).generate_batch(requests)]
+    engine = open_engine(lm, slots=6)
+    engine.scheduler.runtime = starved = Starved(engine.runtime, {14})
+    assert [done.token_ids for done in engine.generate_batch(requests)] == expected
+    assert starved.allocated == [6, 3]
+    assert engine.slots == 3
+    assert capsys.readouterr().err.count("out of memory with 6 slots: going on with 3") == 1
+    engine.scheduler.runtime = Starved(engine.runtime, {3})
+    with pytest.raises(ModelError, match=r"out of memory with 3 slots of 64 tokens: lower engine.slots"):
+        engine.generate_batch(requests)
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(lm, monkeypatch):
+    engine = open_engine(lm)
+    monkeypatch.setattr(engine.runtime, "head", lambda hidden: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        engine.generate(Request([5], make()))
+
+
+def test_requests_that_cannot_be_served_are_refused_before_any_runs(lm):
+    engine = open_engine(lm)
+    good = Request([5, 6], make())
+    with pytest.raises(UsageError, match=r"60 tokens.*max_new_tokens \(12\).*context of 64"):
+        engine.generate_batch([good, Request([5] * 60, make())])
+    with pytest.raises(UsageError, match="holds the mask token"):
+        engine.generate(Request([5, MASK], make()))
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        engine.generate(Request([], make()))
+    assert engine.scheduler.is_idle
+    assert not engine.listeners

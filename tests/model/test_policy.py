@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hildanext.errors import ConfigError
+from hildanext.model.policy import DtypeName, check_build, choose_policy, native_dtype
+
+
+class Machine:
+    """What torch says it runs on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.patch = monkeypatch
+        self.gpus()
+        self.mps(False)
+        self.cpu(avx512=False, amx=False)
+
+    def gpus(self, *capabilities: tuple[int, int]) -> None:
+        self.patch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        self.patch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        self.patch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0])
+        built = [f"sm_{major}{minor}" for major, minor in capabilities]
+        self.patch.setattr(torch.cuda, "get_arch_list", lambda: built)
+
+    def mps(self, present: bool) -> None:
+        self.patch.setattr(torch.backends.mps, "is_available", lambda: present)
+
+    def cpu(self, avx512: bool, amx: bool) -> None:
+        self.patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+        self.patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "mixed"),
+    [
+        ((6, 1), torch.float16, "fp16"),
+        ((7, 0), torch.float16, "fp16"),
+        ((7, 5), torch.float16, "fp16"),
+        ((8, 0), torch.bfloat16, "bf16"),
+        ((8, 9), torch.bfloat16, "bf16"),
+        ((9, 0), torch.bfloat16, "bf16"),
+        ((10, 0), torch.bfloat16, "bf16"),
+    ],
+)
+def test_gpus(machine: Machine, capability: tuple[int, int], dtype: torch.dtype, mixed: str) -> None:
+    machine.gpus(capability)
+    policy = choose_policy()
+    assert (policy.device.type, policy.compute, policy.mixed_precision) == ("cuda", dtype, mixed)
+    assert policy.reason.startswith(f"sm_{capability[0]}{capability[1]} ")
+    assert native_dtype("cuda", capability, cpu_bf16=True)[0] == dtype  # the CPU beside it has no say
+
+
+def test_each_gpu_has_its_own_say(machine: Machine) -> None:
+    machine.gpus((9, 0), (6, 1))
+    assert choose_policy("cuda:0").compute == torch.bfloat16
+    assert choose_policy("cuda:1").compute == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "dtype"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_cpus(machine: Machine, avx512: bool, amx: bool, dtype: torch.dtype) -> None:
+    machine.cpu(avx512, amx)
+    policy = choose_policy()
+    assert (policy.device.type, policy.compute) == ("cpu", dtype)
+    assert policy.mixed_precision == {torch.float32: "no", torch.bfloat16: "bf16"}[dtype]
+
+
+def test_mps_computes_in_fp32_whatever_the_cpu_can(machine: Machine) -> None:
+    machine.mps(True)
+    machine.cpu(avx512=True, amx=True)
+    assert choose_policy()[:2] == (torch.device("mps"), torch.float32)
+    machine.gpus((8, 0))
+    assert choose_policy().device.type == "cuda"
+    assert choose_policy("cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "compute"),
+    [
+        ((6, 1), "float32", torch.float32),
+        ((6, 1), "float16", torch.float16),
+        ((9, 0), "float16", torch.float16),
+        ((9, 0), "bfloat16", torch.bfloat16),
+    ],
+)
+def test_what_is_asked_for_and_possible_is_done(
+    machine: Machine, capability: tuple[int, int], dtype: DtypeName, compute: torch.dtype
+) -> None:
+    machine.gpus(capability)
+    assert choose_policy("cuda", dtype)[1:3] == (compute, "asked for in the configuration")
+
+
+def test_bf16_may_be_asked_for_on_any_cpu() -> None:
+    assert choose_policy("cpu", "bfloat16").compute == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "asked", "line"),
+    [
+        ([], {"device": "cuda"}, r"'model.device': 'cuda' is not available"),
+        ([], {"device": "mps"}, r"'model.device': 'mps' is not available"),
+        ([], {"device": "gpu"}, r"'model.device': unknown device 'gpu'"),
+        ([], {"device": ""}, r"'model.device': unknown device ''"),
+        ([], {"device": "xpu"}, r"'model.device': 'xpu' is not available"),
+        ([(8, 0)], {"device": "cuda:1"}, r"'model.device': 'cuda:1' is not available"),
+        ([(6, 1)], {"dtype": "bfloat16"}, r"'model.dtype': bfloat16 is not native on sm_61; use 'float16' or 'auto'"),
+        ([(7, 5)], {"dtype": "bfloat16"}, r"'model.dtype': bfloat16 is not native on sm_75"),
+        ([], {"dtype": "float16"}, r"'model.dtype': float16 is for GPUs"),
+    ],
+)
+def test_the_impossible_is_refused_by_key(
+    machine: Machine, capabilities: list[tuple[int, int]], asked: dict[str, Any], line: str
+) -> None:
+    machine.gpus(*capabilities)
+    with pytest.raises(ConfigError, match=line):
+        choose_policy(**asked)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "scaler", "flex"),
+    [
+        ((6, 1), torch.float16, True, False),
+        ((7, 0), torch.float16, True, False),
+        ((7, 5), torch.float16, True, False),
+        ((8, 0), torch.bfloat16, False, True),
+        ((8, 9), torch.bfloat16, False, True),
+        ((9, 0), torch.bfloat16, False, True),
+    ],
+)
+def test_kernels_follow_the_capability(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    scaler: bool,
+    flex: bool,
+    triton: bool,
+) -> None:
+    machine.gpus(capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    policy = choose_policy()
+    assert policy.compute == dtype
+    assert (policy.mixed_precision == "fp16") == scaler
+    assert policy.attention == ("flex" if flex and triton else "pieces")
+    assert policy.compile == policy.as_dict()["compile"] == (flex and triton)  # nothing else is compiled
+    assert policy.fused
+    shown = policy.as_dict()
+    assert (shown["loss_scaler"], shown["dtype"]) == (scaler, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("mps", [False, True])
+def test_without_cuda_there_is_no_triton(machine: Machine, monkeypatch: pytest.MonkeyPatch, mps: bool) -> None:
+    machine.mps(mps)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    policy = choose_policy()
+    assert (policy.attention, policy.compile, policy.fused) == ("pieces", False, not mps)
+
+
+def test_fp32_on_a_gpu_is_attended_in_pieces(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.gpus((9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_policy("cuda", "float32").attention == "pieces"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((6, 1), ["sm_50", "sm_60", "sm_70"], True),  # a binary of the same major version
+        ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_90"], False),
+        ((6, 1), ["sm_50", "compute_50"], True),  # PTX of an older version
+        ((8, 9), ["sm_80", "sm_90a"], True),
+        ((7, 0), ["sm_75", "compute_75"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_90", "sm_120"], True),
+    ],
+)
+def test_a_torch_without_kernels_for_the_card_is_said(
+    capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
+    if runs:
+        check_build(capability, built)
+        return
+    with pytest.raises(ConfigError, match=rf"no kernels for sm_{capability[0]}{capability[1]}; install a build"):
+        check_build(capability, built)

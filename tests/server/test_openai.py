@@ -1,0 +1,219 @@
+"""OpenAI's API, asked by OpenAI's own Python client over a socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from test_serving import passed, stepping, until
+
+from hildanext.config import Config, parse_config
+from hildanext.decoding.engines import Request, open_engine
+from hildanext.errors import UsageError
+from support import serving
+
+MODEL = parse_config({}).model.base
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def client(converted: Config) -> Iterator[openai.OpenAI]:
+    with serving.running(converted) as (url, _):
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def expected(converted: Config):
+    """`expected(prompt, **settings)`: the completion straight from an engine."""
+    engine = open_engine(converted)
+    return lambda prompt, **changes: engine.generate(
+        Request(engine.encode(prompt), engine.settings(converted)._replace(**changes))
+    )
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["model"]
+    assert client.models.retrieve("model").owned_by == "hildanext"
+    with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
+        client.models.retrieve("other")
+
+
+def test_a_completion(client: openai.OpenAI, expected) -> None:
+    answer = client.completions.create(model="model", prompt=PROMPT, max_tokens=6)
+    direct = expected(PROMPT, max_new_tokens=6)
+    assert (answer.object, answer.choices[0].text) == ("text_completion", direct.text)
+    assert answer.choices[0].finish_reason == direct.finish_reason == "length"
+    assert answer.usage.completion_tokens == len(direct.token_ids) == 6
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 6
+
+
+def test_several_prompts(client: openai.OpenAI, expected) -> None:
+    prompts = [PROMPT, "The", "A dog"]
+    answer = client.completions.create(model="model", prompt=prompts, max_tokens=5)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert [choice.text for choice in answer.choices] == [expected(prompt, max_new_tokens=5).text for prompt in prompts]
+
+
+def test_a_chat_and_its_stream_agree(client: openai.OpenAI, expected) -> None:
+    messages = [{"role": "developer", "content": "Be kind"}, {"role": "user", "content": "Hello"}]
+    ours = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}]
+    asked = {"model": "model", "messages": messages, "max_completion_tokens": 9}
+    answer = client.chat.completions.create(**asked)
+    direct = expected(ours, max_new_tokens=9)
+    assert answer.choices[0].message.content == direct.text
+    assert answer.choices[0].message.role == "assistant"
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == direct.text
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == ["length"]
+    found, again = answer.usage.to_dict(), chunks[-1].usage.to_dict()
+    cached = again.pop("prompt_tokens_details")["cached_tokens"]
+    assert found.pop("prompt_tokens_details") == {"cached_tokens": 0}
+    assert (chunks[-1].choices, again) == ([], found)
+    # Asked again, all of the prompt's whole blocks but the last token's are there already.
+    assert cached == (found["prompt_tokens"] - 1) // 4 * 4
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_next_turn_of_a_conversation_computes_only_what_is_new(client: openai.OpenAI, expected) -> None:
+    messages = [{"role": "user", "content": "Tell me about a red house"}]
+    before = 0
+    for turn in range(3):
+        answer = client.chat.completions.create(model="model", messages=messages, max_completion_tokens=5)
+        assert answer.choices[0].message.content == expected(messages, max_new_tokens=5).text
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        assert cached >= before // 4 * 4 - 4  # at least the turn before as it was asked
+        assert (cached > 0) == (turn > 0)
+        before = answer.usage.prompt_tokens
+        messages += [{"role": "assistant", "content": answer.choices[0].message.content}]
+        messages += [{"role": "user", "content": "And"}]
+
+
+def test_a_completions_stream(client: openai.OpenAI, expected) -> None:
+    chunks = list(client.completions.create(model="model", prompt=PROMPT, max_tokens=9, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected(PROMPT, max_new_tokens=9).text
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_modes_and_thresholds_travel_in_extra_body(client: openai.OpenAI, expected) -> None:
+    def stats(**extra):
+        answer = client.completions.create(model="model", prompt=PROMPT, max_tokens=8, extra_body=extra)
+        return answer.model_extra["hildanext"][0]
+
+    careful, all_at_once = stats(tau_mask=1.0, tau_edit=None), stats(tau_mask=0.0, tau_edit=None)
+    assert careful["stats"]["forwards"] > all_at_once["stats"]["forwards"]
+    for given, found in ((careful, {"tau_mask": 1.0}), (all_at_once, {"tau_mask": 0.0})):
+        assert given["stats"]["forwards"] == expected(PROMPT, max_new_tokens=8, tau_edit=None, **found).stats.forwards
+    assert stats(mode="S_MODE")["mode"] == "S_MODE"
+
+
+def test_sampling_and_stops(client: openai.OpenAI, expected) -> None:
+    asked = {"temperature": 0.9, "top_p": 0.8, "seed": 5}
+    answer = client.completions.create(model="model", prompt=PROMPT, max_tokens=8, **asked)
+    direct = expected(PROMPT, max_new_tokens=8, **asked)
+    assert answer.choices[0].text == direct.text
+    stop = direct.text[3:5]
+    stopped = client.completions.create(model="model", prompt=PROMPT, max_tokens=8, stop=stop, **asked)
+    assert stopped.choices[0].text == direct.text[: direct.text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "line"),
+    [
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"n": 2}, "n", "Input should be 1"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
+        ({"extra_body": {"tau_mask": 2}}, "tau_mask", "less than or equal to 1"),
+        ({"extra_body": {"tau_mark": 0.5}}, "tau_mark", "Extra inputs are not permitted"),
+        ({"prompt": ["a", "b"], "stream": True}, None, "a stream takes one prompt"),
+        ({"prompt": ""}, None, "the prompt is empty"),
+        ({"max_tokens": 1000}, None, "exceed the model's context of 64"),
+        ({"max_tokens": 1000, "stream": True}, None, "exceed the model's context of 64"),
+    ],
+)
+def test_bad_requests(client: openai.OpenAI, changes, param, line) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**({"model": "model", "prompt": PROMPT} | changes))
+    assert (caught.value.type, caught.value.param) == ("invalid_request_error", param)
+    assert line in caught.value.message
+    assert caught.value.code == ("context_length_exceeded" if "context" in line else None)
+
+
+def test_what_is_no_json_has_no_param(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="JSON decode error") as caught:
+        client.post(
+            "/completions",
+            cast_to=object,
+            content=b'{"a": }',
+            options={"headers": {"Content-Type": "application/json"}},
+        )
+    assert caught.value.param is None
+
+
+def test_other_models_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "Hi"}])
+    assert (caught.value.type, caught.value.param) == ("not_found_error", "model")
+    assert caught.value.code == "model_not_found"
+
+
+def test_keys() -> None:
+    config = parse_config({"engine": {"order": ["dummy"]}})
+    with serving.running(config, keys=[b"right"]) as (url, _):
+        right, wrong = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in ("right", "wrong"))
+        assert "hello" in right.completions.create(model="smollm2-135m", prompt="hello").choices[0].text
+        with pytest.raises(openai.AuthenticationError) as caught:
+            wrong.models.list()
+        assert (caught.value.type, caught.value.code) == ("authentication_error", "invalid_api_key")
+
+
+def asking(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_full_queue_is_a_rate_limit_that_the_client_understands() -> None:
+    with stepping(held=True, queue=0) as (url, worker, engine):
+        with pytest.raises(openai.RateLimitError) as caught:  # three prompts, two places
+            asking(url).completions.create(model=MODEL, prompt=["a", "b", "c"], max_tokens=4)
+        assert caught.value.response.headers["Retry-After"] == "1"
+        assert caught.value.code == "rate_limit_exceeded"
+        engine.held = False
+        engine.go.release()
+        until(worker, lambda: not worker.accepted)
+        assert asking(url).completions.create(model=MODEL, prompt="x", max_tokens=2).choices[0].text == "xAA"
+
+
+def test_one_of_several_prompts_that_fails_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stepping() as (url, worker, engine):
+        submit = engine.submit
+
+        def fail(request: Request) -> object:
+            if request.prompt_ids == list(b"bad"):
+                raise UsageError("not this one")
+            return submit(request)
+
+        monkeypatch.setattr(engine, "submit", fail)
+        with pytest.raises(openai.BadRequestError, match="not this one"):
+            asking(url).completions.create(model=MODEL, prompt=["good", "bad", "good"], max_tokens=10**9)
+        until(worker, lambda: not worker.accepted)
+        names = lambda: {task.get_coro().__name__ for task in asyncio.all_tasks(worker.loop)}  # noqa: E731
+        until(worker, lambda: "completed" not in names())
+        until(worker, lambda: not engine.waiting)
+
+
+def test_an_error_in_a_stream_is_one_that_the_client_understands() -> None:
+    with stepping(held=True) as (url, worker, engine), ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(
+            lambda: list(asking(url).completions.create(model=MODEL, prompt="x", max_tokens=9, stream=True))
+        )
+        until(worker, lambda: engine.waiting)
+        passed(worker)
+        engine.go.release()
+        with pytest.raises(openai.APIError, match="the deadline passed") as caught:
+            stream.result()
+        error = {"type": "server_error", "param": None, "code": None}
+        assert caught.value.body == {"message": caught.value.message, **error}

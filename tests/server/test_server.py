@@ -1,0 +1,482 @@
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from hildanext import __version__, server
+from hildanext.config import Config, parse_config
+from hildanext.decoding.engines import Engine, Event, Request, open_engine
+from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
+from hildanext.errors import ConfigError, ModelError
+from hildanext.model.policy import choose_policy
+from hildanext.server import keys as server_keys
+from hildanext.server import make_app, meters, openai, serve
+from hildanext.server.keys import is_authorized, is_loopback, is_own_page, read_keys
+from support import serving
+
+
+def dummy(decode: dict[str, Any] | None = None, **keys: Any) -> Config:
+    return parse_config({"engine": {"order": ["dummy"]}, "decode": decode or {}, "server": keys})
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    with serving.client(dummy(), DummyEngine(dummy(), {"dinfer": "not here"})) as found:
+        yield found
+
+
+def test_health_of_the_dummy_says_so(client: TestClient) -> None:
+    health = client.get("/health").json()
+    assert health.pop("uptime_s") >= 0
+    assert health == {
+        "status": "ok",
+        "engine": "dummy",
+        "engine_reasons": {"dinfer": "not here"},
+        "model": "smollm2-135m",
+        "block_size": 32,
+        "device": None,
+        "dtype": None,
+        "policy": None,
+        "slots": 1,
+        "running": 0,
+        "queue": 0,
+        "queue_limit": 64,
+        "jobs": None,
+        "base": "not loaded",
+        "version": __version__,
+    }
+    assert client.get("/health/live").json() == {"status": "live"}
+    assert client.get("/health/ready").json() == {"status": "ready"}
+
+
+def test_the_dummy_answers_and_says_so(client: TestClient) -> None:
+    answer = client.post("/generate", json={"prompt": "hello"}).json()
+    assert answer["text"] == NOTICE + "hello"
+    assert answer["engine"] == "dummy"
+    assert answer["engine_reasons"] == {"dinfer": "not here"}
+    assert answer["ignored"] == ["every setting: no model ran"]
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    assert client.post("/generate", json={"messages": messages}).json()["text"] == NOTICE + "two"
+
+
+@pytest.mark.parametrize(
+    ("asked", "seen"),
+    [
+        ({}, ("Q_MODE", 0.9, 0.2)),
+        ({"mode": "S_MODE"}, ("S_MODE", 0.5, 0.0)),
+        ({"mode": "Q_MODE", "tau_mask": 0.6}, ("Q_MODE", 0.6, 0.5)),
+        ({"tau_edit": None}, ("Q_MODE", 0.9, None)),
+        ({"mode": "S_MODE", "tau_edit": None}, ("S_MODE", 0.5, None)),
+        ({"tau_edit": 0}, ("Q_MODE", 0.9, 0.0)),
+        ({"mode": None, "tau_mask": None, "seed": None}, ("Q_MODE", 0.9, 0.2)),
+    ],
+)
+def test_thresholds(asked: dict[str, Any], seen: tuple[str, float, float | None]) -> None:
+    config = dummy({"tau_mask": 0.9, "tau_edit": 0.2})
+    with serving.client(config) as client:
+        answer = client.post("/generate", json={"prompt": "x", **asked}).json()
+    assert (answer["mode"], answer["tau_mask"], answer["tau_edit"]) == seen
+
+
+def test_every_setting_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+    real = DummyEngine.stream
+    monkeypatch.setattr(DummyEngine, "stream", lambda self, request: seen.append(request) or real(self, request))
+    config = dummy({"max_post_steps": 5, "block_size": 16})
+    body = {"prompt": "x", "mode": "S_MODE", "tau_mask": 0.25, "tau_edit": 0.75}
+    body |= {"max_new_tokens": 9, "temperature": 0.5, "seed": 7}
+    body |= {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25, "stop": ["end"]}
+    with serving.client(config) as client:
+        client.post("/generate", json=body)
+    assert seen[-1].settings == ("S_MODE", 0.25, 0.75, 5, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",))
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("{", "JSON decode error"),
+        ("[]", "'body': Input should be"),
+        ("{}", "'body': give exactly one of 'prompt' and 'messages'"),
+        ('{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "'body': give exactly one of"),
+        ('{"prompt": "x", "tau": 1}', "'tau': Extra inputs are not permitted"),
+        ('{"prompt": 5}', "'prompt': "),
+        ('{"prompt": "\\ud800"}', "'prompt': "),
+        ('{"prompt": "x", "tau_mask": 1.5}', "'tau_mask': "),
+        ('{"prompt": "x", "tau_mask": "0.5"}', "'tau_mask': "),
+        ('{"prompt": "x", "tau_edit": NaN}', "'tau_edit': "),
+        ('{"prompt": "x", "temperature": Infinity}', "'temperature': "),
+        ('{"prompt": "x", "max_new_tokens": 0}', "'max_new_tokens': "),
+        ('{"prompt": "x", "max_new_tokens": 1.5}', "'max_new_tokens': "),
+        ('{"prompt": "x", "seed": -1}', "'seed': "),
+        ('{"prompt": "x", "mode": "q"}', "'mode': "),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "'messages.0.role': "),
+        ('{"messages": [{"role": "user", "content": "x", "name": "y"}]}', "'messages.0.name': Extra"),
+    ],
+)
+def test_bad_bodies_get_422_and_one_line(client: TestClient, body: str, line: str) -> None:
+    answer = client.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert line in answer.json()["detail"]
+    assert "\n" not in answer.json()["detail"]
+
+
+def test_what_nobody_foresaw_is_500_with_an_id_and_a_log(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(meters, "generate_latest", fail)
+    monkeypatch.setattr(openai, "model_id", fail)
+    for path, where in (
+        ("/metrics", lambda body: body["detail"]),
+        ("/v1/models", lambda body: body["error"]["message"]),
+    ):
+        answer = client.get(path, headers={"X-Request-Id": "mine"})
+        assert answer.status_code == 500
+        assert where(answer.json()) == "the server failed: RuntimeError; its log has more under mine"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        assert [(line["event"], line["id"]) for line in lines] == [("failed", "mine"), ("request", "mine")]
+        assert lines[1]["status"] == 500
+        assert 'raise RuntimeError("secret")' in lines[0]["traceback"]
+
+
+@pytest.mark.parametrize("body", [{"prompt": ""}, {"messages": []}, {"messages": [{"role": "user", "content": ""}]}])
+def test_an_empty_prompt_is_400(client: TestClient, body: dict[str, Any]) -> None:
+    answer = client.post("/generate", json=body)
+    assert (answer.status_code, answer.json()) == (400, {"detail": "the prompt is empty; give at least one token"})
+
+
+def test_long_prompts_are_refused() -> None:
+    with serving.client(dummy(max_prompt_chars=10)) as client:
+        assert client.post("/generate", json={"prompt": "é" * 10}).status_code == 200
+        line = {"detail": "the prompt has 11 characters; server.max_prompt_chars is 10"}
+        messages = [{"role": "user", "content": "x" * 6}, {"role": "assistant", "content": "x" * 5}]
+        for body in ({"prompt": "x" * 11}, {"messages": messages}):
+            answer = client.post("/generate", json=body)
+            assert (answer.status_code, answer.json()) == (400, line)
+        # Far beyond, the body is not even read; nor is one that does not say how long it is.
+        assert client.post("/generate", json={"prompt": "x" * 100_000}).status_code == 413
+        assert client.post("/generate", content=iter([b'{"prompt": "x"}'])).status_code == 411
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ModelError("the model is not well"), "the model is not well"),
+        (ZeroDivisionError("secret"), "the engine failed: ZeroDivisionError; the server's log has more"),
+    ],
+)
+def test_a_model_that_fails_is_500_with_a_line_and_the_next_request_has_its_chance(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def fail(self: DummyEngine, request: Request) -> Iterator[Event]:
+        raise error
+        yield
+
+    with serving.client(dummy()) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(DummyEngine, "stream", fail)
+            answer = client.post("/generate", json={"prompt": "x"})
+            assert (answer.status_code, answer.json()) == (500, {"detail": line})
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 200
+        assert client.get("/health/ready").status_code == 200
+
+
+def test_an_engine_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    def broken(config: Config) -> Engine:
+        raise ModelError("no such model")
+
+    heard: list[Exception] = []
+    app = make_app(dummy(), broken, [], on_failure=heard.append)
+    with TestClient(app, base_url="http://localhost:1") as client:
+        for _ in range(60_000):
+            if app.state.worker.state != "loading" and heard:
+                break
+            time.sleep(0.001)
+        assert client.get("/health").json()["status"] == "stopped"
+        assert client.get("/health/live").status_code == 200
+        assert client.get("/health/ready").status_code == 503
+        answer = client.post("/generate", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()) == (503, {"detail": "the server is stopped"})
+        assert answer.headers["Retry-After"] == "1"
+    assert [str(error) for error in heard] == ["no such model"]
+
+
+def same(answer: dict[str, Any], direct: dict[str, Any]) -> bool:
+    for timed in (answer["stats"], direct["stats"]):
+        del timed["seconds"], timed["tokens_per_second"]
+    return answer == json.loads(json.dumps(direct))
+
+
+def test_a_converted_checkpoint_is_served(converted: Config) -> None:
+    with serving.client(converted) as client:
+        health = client.get("/health").json()
+        assert (health["engine"], health["block_size"], health["device"]) == ("transformers", 4, "cpu")
+        assert (health["dtype"], health["slots"]) == ("float32", 8)
+        assert health["policy"] == choose_policy(converted.model.device, converted.model.dtype).as_dict()
+        assert list(health["engine_reasons"]) == ["dinfer"]
+        answer = client.post("/generate", json={"prompt": "Once upon", "seed": 1, "tau_edit": None}).json()
+        chat = client.post("/generate", json={"messages": [{"role": "user", "content": "Hi"}]})
+        assert chat.status_code == 200
+        for stream in (False, True):
+            long = client.post("/generate", json={"prompt": "Once upon", "max_new_tokens": 1000, "stream": stream})
+            assert long.status_code == 400
+            assert "exceed the model's context of 64" in long.json()["detail"]
+    engine = open_engine(converted)
+    settings = engine.settings(converted)._replace(tau_edit=None, seed=1)
+    assert same(answer, engine.generate(Request(engine.encode("Once upon"), settings)).as_dict())
+
+
+def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+def test_a_stream_shows_what_the_answer_says(converted: Config) -> None:
+    body = {"prompt": "Once upon", "mode": "S_MODE", "seed": 3}
+    with serving.client(converted) as client:
+        answer = client.post("/generate", json=body | {"trace": True}).json()
+        streamed = client.post("/generate", json=body | {"stream": True})
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+    events = events_of(streamed.text)
+    assert [events[0][0], events[-1][0]] == ["start", "done"]
+    assert {name for name, _ in events[1:-1]} == {"step", "block"}
+    steps = [data for name, data in events if name == "step"]
+    assert steps == answer.pop("trace")
+    assert same(events[-1][1], answer)
+    blocks = [data for name, data in events if name == "block"]
+    assert "".join(block["text"] for block in blocks) == answer["text"]
+    assert [token for block in blocks for token in block["new_tokens"]] == answer["token_ids"]
+    # The steps alone give the text: what is masked has no piece, the last step of a block has no mask.
+    assert events[0][1]["settings"]["mode"] == "S_MODE"
+    tokens: dict[int, int] = {}
+    for step in steps:
+        assert len(step["pieces"]) == len(step["tokens"])
+        masked = [index for index, piece in enumerate(step["pieces"]) if piece is None]
+        assert not set(masked) & {*step["drafted"], *step["edited"]}
+        tokens |= {step["start"] + index: token for index, token in enumerate(step["tokens"])}
+    n_prompt = events[0][1]["prompt_tokens"]
+    assert [tokens[n_prompt + index] for index in range(len(answer["token_ids"]))] == answer["token_ids"]
+
+
+# --- Keys and addresses
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> str:
+    (tmp_path / "keys").write_bytes("first\r\n\n  second key \nschlüssel\n".encode())
+    return str(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"Bearer first", 200),
+        (b"bearer second key", 200),
+        ("Bearer schlüssel".encode(), 200),
+        (None, 401),
+        (b"", 401),
+        (b"Bearer", 401),
+        (b"Bearer ", 401),
+        (b"Bearer firs", 401),
+        (b"Bearer firstt", 401),
+        (b"Basic first", 401),
+        (b"first", 401),
+    ],
+)
+def test_keys(key_file: str, header: bytes | None, status: int) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    config = dummy(api_key_file=key_file, host="0.0.0.0")
+    with serving.client(config, keys=read_keys(config.server, {})) as client:
+        for answer in (
+            client.get("/health", headers=headers),
+            client.get("/metrics", headers=headers),
+            client.get("/v1/models", headers=headers),
+            client.post("/generate", json={"prompt": "x"}, headers=headers),
+        ):
+            assert answer.status_code == status
+            assert ("WWW-Authenticate" in answer.headers) == (status == 401)
+        # The key comes first: a stranger learns nothing about bodies or paths.
+        assert client.post("/generate", content="{", headers=headers).status_code == (401 if status == 401 else 422)
+        assert client.get("/openapi.json", headers=headers).status_code == status
+        # Probes carry no key, and learn nothing but whether it runs.
+        assert client.get("/health/live").json() == {"status": "live"}
+        assert client.get("/health/ready").json() == {"status": "ready"}
+
+
+def test_keys_of_the_environment_count_too(key_file: str) -> None:
+    environment = {"HILDANEXT_API_KEYS": " one, two ,"}
+    assert read_keys(dummy(host="0.0.0.0").server, environment) == [b"one", b"two"]
+    assert read_keys(dummy(api_key_file=key_file).server, environment)[:3] == [b"one", b"two", b"first"]
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "own"),
+    [
+        ("127.0.0.1:8000", "", True),
+        ("localhost:8000", "http://localhost:8000", True),
+        ("[::1]:8000", "", True),
+        ("localhost:8000", "http://evil.example", False),
+        ("localhost:8000", "http://localhost:9000", False),
+        ("localhost:8000", "null", False),
+        ("evil.example:8000", "", False),
+        ("evil.example:8000", "http://evil.example:8000", False),
+        ("", "", False),
+        ("[", "", False),
+        ("localhost:8000", "http://[", False),
+    ],
+)
+def test_without_keys_other_sites_are_refused(host: str, origin: str, own: bool) -> None:
+    assert is_own_page(host, origin) is own
+    headers = {"Host": host} | ({"Origin": origin} if origin else {})
+    with serving.client(dummy()) as client:
+        assert client.post("/generate", json={"prompt": "x"}, headers=headers).status_code == (200 if own else 403)
+        assert client.get("/health/live", headers=headers).status_code == (200 if own else 403)
+
+
+def test_every_answer_has_an_id_and_security_headers(client: TestClient) -> None:
+    for answer in (client.get("/health"), client.get("/nothing"), client.post("/generate", content="{")):
+        assert len(answer.headers["X-Request-Id"]) == 32
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert client.get("/health", headers={"X-Request-Id": "mine-1"}).headers["X-Request-Id"] == "mine-1"
+    assert client.get("/health", headers={"X-Request-Id": "a b"}).headers["X-Request-Id"] != "a b"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_log_has_numbers_and_text_only_if_asked(capsys: pytest.CaptureFixture[str], asked: bool) -> None:
+    with serving.client(dummy(log_prompts=asked)) as client:
+        client.post("/generate", json={"prompt": "hush"}, headers={"X-Request-Id": "r1"})
+        client.post("/generate", json={"prompt": "hush", "stream": True}, headers={"X-Request-Id": "r2"})
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    for line, request_id in zip(lines, ("r1", "r2"), strict=True):
+        assert (line["event"], line["id"], line["path"], line["status"]) == ("request", request_id, "/generate", 200)
+        assert line["tokens"] == len(NOTICE + "hush")
+        assert ("hush" in json.dumps(line)) is asked
+
+
+def test_metrics(client: TestClient) -> None:
+    client.post("/generate", json={"prompt": "hello"})
+    client.post("/generate", json={"prompt": ""})
+    client.get("/made/up")
+    text = client.get("/metrics").text
+    assert 'hildanext_requests_total{path="/generate",status="200"} 1.0' in text
+    assert 'hildanext_requests_total{path="/generate",status="400"} 1.0' in text
+    assert 'hildanext_requests_total{path="(none)",status="404"} 1.0' in text
+    assert "made" not in text
+    assert f"hildanext_tokens_total {float(len(NOTICE + 'hello'))}" in text
+    assert 'hildanext_errors_total{kind="UsageError"} 1.0' in text
+    assert "hildanext_time_to_first_block_seconds_count 1.0" in text
+    assert "hildanext_queue 0.0" in text
+
+
+def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    real = server_keys.hmac.compare_digest
+    monkeypatch.setattr(server_keys.hmac, "compare_digest", lambda a, b: seen.append(b) or real(a, b))
+    assert is_authorized("Bearer a", [b"a", b"b", b"c"])
+    assert seen == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.1.5", False),
+        ("example.org", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_loopback(host: str, own: bool) -> None:
+    assert is_loopback(host) is own
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, config: Config, match: str) -> None:
+    """`serve` refuses before anything loads."""
+    monkeypatch.setattr(server.engines, "open_engine", lambda config: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=match):
+        serve(config)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_no_other_address_without_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    refused(monkeypatch, dummy(host=host), "'server.host': .* set server.api_key_file")
+
+
+def test_key_files_that_hold_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n  \n")
+    refused(monkeypatch, dummy(host="0.0.0.0", api_key_file=str(tmp_path / "empty")), "empty holds no key")
+    refused(monkeypatch, dummy(api_key_file=str(tmp_path / "none")), "'server.api_key_file': cannot read .*none")
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused(monkeypatch, dummy(port=taken.getsockname()[1]), "'server.port': cannot listen on 127.0.0.1:")
+
+
+# --- The command
+
+
+def test_the_socket_lets_asyncio_turn_nagle_off() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with server.bind(dummy(port=port).server) as sock:
+        assert sock.proto == socket.IPPROTO_TCP
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM does not exist there")
+def test_the_command_answers_and_stops_with_0(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "c.json").write_text(json.dumps({"engine": {"order": ["dummy"]}, "server": {"port": port}}))
+    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(tmp_path / "c.json")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(3_000):
+            try:
+                ask(f"http://127.0.0.1:{port}/health/ready")
+                break
+            except urllib.error.URLError:  # not there yet, or 503
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.1)
+        else:
+            pytest.fail("the server was not ready within 5 minutes")
+        assert ask(f"http://127.0.0.1:{port}/health")["engine"] == "dummy"
+        assert ask(f"http://127.0.0.1:{port}/generate", {"prompt": "hi"})["text"] == NOTICE + "hi"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out) == {"url": f"http://127.0.0.1:{port}", "engine": "dummy", "stopped_by": "SIGTERM"}
+    assert "Traceback" not in err

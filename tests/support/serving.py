@@ -1,0 +1,124 @@
+"""A server for tests: the real application on a loopback port, in a thread; without a socket; in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+
+from hildanext.config import Config
+from hildanext.decoding.engines import Engine, open_engine
+from hildanext.jobs.watcher import Jobs
+from hildanext.server import make_app
+from hildanext.server.worker import Worker
+
+
+@contextlib.contextmanager
+def running(
+    config: Config,
+    opener: Callable[[Config], Engine] = open_engine,
+    keys: list[bytes] | None = None,
+    jobs: Jobs | None = None,
+) -> Iterator[tuple[str, Worker]]:
+    """(URL, worker) of a server whose engine is open; stopped as SIGTERM would when the block ends."""
+    with stoppable(config, opener, keys, jobs) as (url, worker, _):
+        yield url, worker
+
+
+@contextlib.contextmanager
+def stoppable(
+    config: Config,
+    opener: Callable[[Config], Engine] = open_engine,
+    keys: list[bytes] | None = None,
+    jobs: Jobs | None = None,
+) -> Iterator[tuple[str, Worker, uvicorn.Server]]:
+    """As `running`, with the server, whose `should_exit` does what SIGTERM would; it has `server.drain_s`."""
+    app = make_app(config, opener, keys or [], jobs)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a slow reader is soon felt
+        settings = uvicorn.Config(
+            app, log_level="error", access_log=False, timeout_graceful_shutdown=config.server.drain_s
+        )
+        server = uvicorn.Server(settings)
+        thread = threading.Thread(target=server.run, args=([sock],))
+        thread.start()
+        worker: Worker = app.state.worker
+        try:
+            for _ in range(30_000):
+                if (worker.state != "loading" and server.started) or not thread.is_alive():
+                    break
+                thread.join(0.01)
+            else:
+                pytest.fail("the engine was not open within 5 minutes")
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}", worker, server
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def client(
+    config: Config, engine: Engine | None = None, keys: list[bytes] | None = None, jobs: Jobs | None = None
+) -> Iterator[TestClient]:
+    """A client that calls the application without a socket, once its engine is open."""
+    app = make_app(config, lambda config: engine or open_engine(config), keys or [], jobs)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as found:
+        for _ in range(30_000):
+            if app.state.worker.state != "loading":
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("the engine was not open within 5 minutes")
+        yield found
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def process(
+    config: Config, folder: Path, *, port: int | None = None, before: tuple[str, ...] = ()
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(URL, process) of `hildanext serve`, once it is ready; killed when the block ends. `before`: what starts it."""
+    port = port or free_port()
+    raw = config.model_dump(mode="json")
+    raw["server"]["port"] = port
+    (folder / "serve.json").write_text(json.dumps(raw))
+    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(folder / "serve.json")]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest.py does for this process
+    with open(folder / "log.txt", "ab") as log:
+        server = subprocess.Popen(
+            [*before, *command], cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True, env=one_thread
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx2.Client(base_url=url) as client:
+            for _ in range(6_000):
+                assert server.poll() is None, (folder / "log.txt").read_text()
+                with contextlib.suppress(httpx2.TransportError):
+                    if client.get("/health/ready").status_code == 200:
+                        break
+                time.sleep(0.05)
+            else:
+                pytest.fail(f"the server was not ready within 5 minutes:\n{(folder / 'log.txt').read_text()}")
+        yield url, server
+    finally:
+        server.kill()
+        server.communicate()

@@ -1,0 +1,146 @@
+"""Material of the training tests: a tiny Llama's folder, packed rows of random documents, a configuration for both."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hildanext.config import Config, parse_config
+from hildanext.data.documents import fingerprint, pad_id
+from hildanext.data.packing import pack
+from hildanext.data.rows import ShuffledRows, write_meta
+from hildanext.data.shards import compact, write_shard
+from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.tiny import story_tokenizer, tiny_llama
+from hildanext.training import parallel
+from hildanext.training.convert import open_rows
+from hildanext.training.denoising import Denoise
+from hildanext.training.passes import Recipe
+from hildanext.training.run_folder import RunFolder
+from hildanext.training.trainer import Job, Trainer
+
+SEQ_LEN = 24
+# A split's documents: lengths on and off the border of a block of 4, one that fills a row, one of a single token.
+LENGTHS = [7, 12, 5, 24, 1, 9, 16, 3, 20, 8, 13, 10]
+
+
+def write_base(folder: Path) -> None:
+    """A tiny random Llama with its tokenizer, large enough weights for its outputs to differ."""
+    tokenizer = story_tokenizer(300)
+    model = tiny_llama(tokenizer, hidden=32, layers=2, context=64, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(folder: Path, lengths: list[int], *, seed: int, response_share: float = 1.0) -> None:
+    """Random documents, packed; the last `response_share` of each is supervised."""
+    tokenizer = story_tokenizer(300)
+    rng = random.Random(seed)
+    ordinary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    docs = []
+    for length in lengths:
+        ids = np.array(rng.choices(ordinary, k=length), dtype=np.int32)
+        docs.append((ids, np.arange(length) >= round(length * (1 - response_share))))
+    folder.mkdir(parents=True)
+    record = write_shard(folder, 0, compact(pack(docs, SEQ_LEN, pad_id(tokenizer)), SEQ_LEN), {})
+    write_meta(folder, {"seq_len": SEQ_LEN, "tokenizer": fingerprint(tokenizer), "block_size": 4}, [record])
+
+
+def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
+    """Rows of every split in `folder` and a configuration that trains on them: 6 steps of 4 rows, block 4."""
+    for number, split in enumerate(("train", "eval", "sft_train", "sft_eval")):
+        path = folder / "data" / "tokenized" / f"{split}.rows"
+        if not path.exists():
+            write_rows(path, LENGTHS, seed=number, response_share=0.6 if "sft" in split else 1.0)
+    raw: dict[str, dict[str, Any]] = {
+        "paths": {"data": str(folder / "data"), "runs": str(folder / "runs")},
+        "model": {"base": str(base), "device": "cpu", "dtype": "float32"},
+        "data": {"seq_len": SEQ_LEN},
+        "wsd": {"warmup_steps": 2, "stable_steps": 2, "decay_steps": 2, "final_block": 4},
+        "train": {
+            "rows_per_step": 4,
+            "micro_batch": 2,
+            "lr": 0.003,
+            "lr_warmup_steps": 2,
+            "eval_rows": 4,
+            "eval_every": 2,
+            "save_every": 2,
+        },
+        "sft": {"steps": 6, "lr": 0.003, "lr_warmup_steps": 2},
+    }
+    for name, section in sections.items():
+        raw[name] = raw.get(name, {}) | section
+    return parse_config(raw)
+
+
+def trainer_for(config: Config, job: Job, split: str = "train") -> tuple[Trainer, DiffusionLM]:
+    """A trainer outside any run folder."""
+    lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
+    rows = open_rows(config, split, lm)
+    assert rows is not None
+    accelerator = parallel.start(policy, config.train)
+    source = ShuffledRows(rows, config.train.seed)
+    assert isinstance(job.recipe, Recipe)
+    task = Denoise(config, lm, accelerator, job.recipe, source, None, job.eval_block)
+    return Trainer(config, lm, policy, accelerator, job, task, RunFolder(Path(config.paths.runs) / "unused")), lm
+
+
+# The loss of a row from DESIGN sections 3 and 5: one document and one block at a time, with the stock model
+
+
+def predictions(lm: DiffusionLM, clean: Tensor, noisy: Tensor, block: int, start: int, end: int) -> dict[int, Tensor]:
+    """Logits [V] that predict each position of [start, end), a block of one document: the clean blocks before it, then it."""
+    ids = torch.cat([clean[:start], noisy[start:end]])
+    b = torch.arange(end) // block
+    hidden = torch.zeros(end, end).masked_fill(b[:, None] < b[None, :], torch.finfo(torch.float32).min)
+    logits = lm.model(
+        input_ids=ids[None], position_ids=torch.arange(end)[None], attention_mask=hidden[None, None]
+    ).logits[0]
+    if lm.convention == "in_place":
+        return {i: logits[i] for i in range(start, end)}
+    return {i: logits[i - 1] for i in range(max(start, 1), end)}
+
+
+def row_loss(
+    config: Config,
+    lm: DiffusionLM,
+    ids: Tensor,
+    doc_ids: Tensor,
+    allowed: Tensor,
+    noisy_ids: Tensor,
+    masked: Tensor,
+    t: Tensor,
+    block: int,
+    cap_weight: float = 0.0,
+) -> tuple[float, Tensor]:
+    """Summed loss of a row's allowed tokens (all [L]), not yet divided; and the row with its masks filled greedily."""
+    weights, total, drafts = config.loss, 0.0, noisy_ids.clone()
+    for doc in range(int(doc_ids.max()) + 1):
+        where = (doc_ids == doc).nonzero()[:, 0]
+        clean, x_t = ids[where], noisy_ids[where]
+        for start in range(0, len(where), block):
+            end = min(start + block, len(where))
+            for i, logits in predictions(lm, clean, x_t, block, start, end).items():
+                at = where[i]
+                if not allowed[at]:
+                    continue
+                log_p = logits.log_softmax(-1)
+                ce = -log_p[clean[i]].item()
+                if masked[at]:
+                    total += weights.w_m2t * ce / (t[at].item() if weights.weighting == "elbo" else 1.0)
+                    if logits.argmax() == clean[i]:
+                        total += cap_weight * -(log_p.exp() * log_p).sum().item()
+                    drafts[at] = logits.index_fill(0, torch.tensor(lm.mask_token_id), -torch.inf).argmax()
+                else:
+                    right = x_t[i] == clean[i]
+                    total += weights.w_t2t * ce * (weights.keep if right else 1.0)
+    return total, drafts

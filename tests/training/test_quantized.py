@@ -1,0 +1,115 @@
+"""QLoRA: frozen weights quantized by bitsandbytes, an adapter trained beside them and served with the base as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import CONVERT, job
+
+from hildanext import cli
+from hildanext.errors import ConfigError, UsageError
+from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.quantized import check_quantized
+from hildanext.training.convert import convert_wsd
+from support.training import material, trainer_for
+
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+KINDS = {"int8": torch.int8, "nf4": torch.uint8}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_learns_beside_a_quantized_base(
+    tmp_path: Path, tiny_base: Path, kind: str, dtype: str, capfd: pytest.CaptureFixture[str]
+):
+    lora = {"rank": 4, "base": kind}
+    config = material(tmp_path, tiny_base, lora=lora, model={"dtype": dtype}, train={"lr": 0.02})
+    trainer, lm = trainer_for(config, job(4, CONVERT))
+    layers = {n: p for n, p in lm.model.named_parameters() if ".layers." in n and n.endswith("base_layer.weight")}
+    assert len(layers) == 14
+    assert {p.dtype for p in layers.values()} == {KINDS[kind]}
+    before = {name: value.clone() for name, value in layers.items()}
+    losses = [trainer.train_step(step)["m2t_ce"] for step in range(8)]
+    assert sum(losses[4:]) < sum(losses[:4])
+    assert all(torch.equal(value, before[name]) for name, value in layers.items())
+    assert "MatMul8bitLt" not in capfd.readouterr().err
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_is_served_with_the_base_as_it_is(tmp_path: Path, tiny_base: Path, kind: str):
+    config = material(tmp_path, tiny_base, lora={"rank": 4, "base": kind}, train={"lr": 0.02})
+    done = convert_wsd(config)
+    stored = json.loads((Path(done["checkpoint"]) / "config.json").read_text())
+    assert "quantization_config" not in stored
+    lm, _ = load_diffusion_lm(config.model.model_copy(update={"base": done["checkpoint"]}))
+    assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
+    assert convert_wsd(config, resume=True) == done
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_run_resumes(tmp_path: Path, tiny_base: Path, kind: str):
+    """Steps 3 and 4 of a run of four, and of one that was loaded again after step 2."""
+    config = material(tmp_path, tiny_base, lora={"rank": 4, "base": kind}, train={"keep_last": 3})
+    convert_wsd(config)
+    run = tmp_path / "runs" / "convert"
+    expected = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step in (4, 6):
+        (run / "checkpoints" / f"step-{step}" / "adapter_model.safetensors").unlink()
+    convert_wsd(config, resume=True)
+    assert [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "named"),
+    [
+        ("cuda", (5, 2), "needs compute capability 6.0, and this GPU has 5.2"),
+        ("mps", None, "runs on CPUs and NVIDIA GPUs, not on 'mps'"),
+    ],
+)
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_that_cannot(kind: Any, device: str, capability: tuple[int, int] | None, named: str):
+    with pytest.raises(ConfigError, match=named):
+        check_quantized(kind, device, capability)
+    for fine in ((6, 0), (6, 1), (9, 0)):
+        check_quantized(kind, "cuda", fine)
+
+
+def test_without_the_package(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)
+    )
+    file = tmp_path / "config.json"
+    file.write_text(material(tmp_path, tiny_base, lora={"rank": 4, "base": "nf4"}).model_dump_json())
+    assert cli.main(["convert-wsd", "--config", str(file)]) == 2
+    assert (
+        "'lora.base': 'nf4' needs bitsandbytes; install it with: pip install 'hildanext[quant]'"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "runs" / "convert").exists()
+
+
+def test_without_an_adapter_nothing_could_learn(tmp_path: Path, tiny_base: Path):
+    with pytest.raises(ConfigError, match="base 'nf4' is frozen and needs an adapter to train: set rank"):
+        material(tmp_path, tiny_base, lora={"base": "nf4"})
+
+
+def test_int8_is_not_sharded(tmp_path: Path, tiny_base: Path):
+    with pytest.raises(ConfigError, match="'int8' cannot be sharded"):
+        material(tmp_path, tiny_base, lora={"rank": 4, "base": "int8"}, train={"sharding": "fsdp2"})
+
+
+def test_a_gguf_file_is_refused(tmp_path: Path, tiny_base: Path):
+    gguf = tmp_path / "small.gguf"
+    gguf.write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match="'nf4' cannot be made from the GGUF file"):
+        convert_wsd(material(tmp_path, gguf, lora={"rank": 4, "base": "nf4"}))
