@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import Settings
-from hildanext.decoding.runtimes.protocol import Batch
+from hildanext.decoding.runtimes.protocol import ForwardBatch
 from hildanext.decoding.sequence import Sequence, Span
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.model.decoding_attention import use_grouped_attention
@@ -92,7 +92,7 @@ def recorded_shapes(engine: TransformersEngine, call: Callable[[], Any]) -> tupl
     shapes: list[Shape] = []
     real = engine.runtime.body
 
-    def body(batch: Batch) -> torch.Tensor:
+    def body(batch: ForwardBatch) -> torch.Tensor:
         shapes.append((*batch.ids.shape, batch.length))  # type: ignore[arg-type]
         return real(batch)
 

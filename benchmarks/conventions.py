@@ -16,10 +16,11 @@ from pathlib import Path
 
 from hildanext.config import load_config
 from hildanext.data.prepare import prepare_data
+from hildanext.data.rows import open_rows
 from hildanext.data.tokenize import tokenize_data
-from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer
-from hildanext.training.convert import convert_wsd, open_rows
+from hildanext.training.convert import convert_wsd
 from hildanext.training.held_out import evaluate_denoising
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2-135m.json"
@@ -56,7 +57,7 @@ def main() -> None:
         row_tokens = tokens * steps * one.train.rows_per_step * one.data.seq_len / result["tokens_seen"]
         checkpoint = one.model.model_copy(update={"base": result["checkpoint"], "dtype": "float32"})
         lm, _ = load_diffusion_lm(checkpoint)
-        rows = open_rows(one, "eval", lm)
+        rows = open_rows(one, "eval", lm.tokenizer)
         assert rows is not None
         assert lm.block_size is not None
         found = evaluate_denoising(lm, rows, lm.block_size, EVAL_ROWS, one.train.micro_batch, every_rate=True)

@@ -30,9 +30,10 @@ from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import Settings
 from hildanext.decoding.sequence import Sequence
-from hildanext.model.diffusion_lm import DiffusionLM, add_mask_token, load_diffusion_lm
+from hildanext.model.diffusion_lm import DiffusionLM, add_mask_token
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
-from hildanext.training.run_folder import versions
+from hildanext.provenance import versions
 
 RESULTS = Path("runs/bench-decode.json")
 PAGE = Path("docs/benchmarks/decode.md")

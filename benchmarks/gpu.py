@@ -16,8 +16,8 @@ from hildanext.config import Config, apply_overrides, parse_config
 from hildanext.model.policy import choose_policy
 from hildanext.model.training_attention import use_training_attention, visible_keys
 from hildanext.training.footprint import build, forward_backward, measure, peak_of, rows_of, start_peak
+from hildanext.training.optimizer import make_optimizer
 from hildanext.training.preflight import policy_of
-from hildanext.training.trainer import make_optimizer
 
 # Dense bf16 FLOP/s by name, as the maker states them.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}

@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from hildanext.config import Config
-from hildanext.data.documents import fingerprint, pad_id
 from hildanext.data.packing import pack
 from hildanext.data.rows import write_meta
 from hildanext.data.shards import compact, write_shard
 from hildanext.data.synthetic import synthetic_stories
+from hildanext.data.tokenizer import fingerprint, pad_id
 from hildanext.diffusion.masks import additive, training_mask
 from hildanext.diffusion.noise import block_ids
-from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.training.passes import Batch, Pass
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from hildanext.training.passes import Pass
 
 IGNORED = -100
 

@@ -26,6 +26,7 @@ from hildanext.data.prepare import prepare_data
 from hildanext.data.tokenize import tokenize_data
 from hildanext.files import write_json
 from hildanext.model.pretrained import load_tokenizer
+from hildanext.model.self_answers import write_answers
 from hildanext.training.convert import convert_wsd
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2-135m.json"
@@ -119,6 +120,7 @@ def prepare(out: Path, questions: Path, text: str) -> None:
     if (folder / "ready").exists():
         return
     config = load_config(CONFIG, overrides({"text": text}, out, questions, 0, TOKENS))
+    write_answers(config)
     prepare_data(config)
     if text != "human":
         prepare(out, questions, "human")

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from hildanext.files import write_json
-from hildanext.training.run_folder import versions
+from hildanext.provenance import versions
 
 
 def cpu_name() -> str:

@@ -35,10 +35,10 @@ from serve_page import draw_soak, write_page
 from hildanext.config import parse_config
 from hildanext.data.synthetic import synthetic_stories
 from hildanext.errors import HildaError
-from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.pretrained import read_record
 from hildanext.model.tiny import story_tokenizer, tiny_llama
-from hildanext.training.run_folder import versions
+from hildanext.provenance import versions
 
 Row = dict[str, Any]
 BLOCK = 8

@@ -28,11 +28,11 @@ from hildanext.decoding.rule import Settings, resolve
 from hildanext.evaluate.command import open_models
 from hildanext.evaluate.intervals import Scored, gain_at_equal_speed, ratio
 from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
-from hildanext.evaluate.ways import Answer, Models, Question, Way, answer
+from hildanext.evaluate.ways import Models, Question, Way, WayAnswer, answer
 from hildanext.files import write_json
 from hildanext.model.ar_generate import ar_complete
 from hildanext.model.prompts import read_prompts
-from hildanext.training.run_folder import git_revision, versions
+from hildanext.provenance import git_revision, versions
 
 SWEEP = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)  # tau_mask with editing off: the curve to compare with
 MODES = ("Q_MODE", "S_MODE")
@@ -62,7 +62,7 @@ def sweep(config: Config, models: Models) -> list[Way]:
     ]
 
 
-def score(models: Models, prompts: list[list[int]], answers: list[Answer]) -> Scored:
+def score(models: Models, prompts: list[list[int]], answers: list[WayAnswer]) -> Scored:
     log_p = [
         parent_log_likelihood(models.base, prompt, one.token_ids) * len(one.token_ids) if one.token_ids else 0.0
         for prompt, one in zip(prompts, answers, strict=True)
@@ -70,7 +70,7 @@ def score(models: Models, prompts: list[list[int]], answers: list[Answer]) -> Sc
     return Scored(log_p, [len(one.token_ids) for one in answers], [one.forwards for one in answers])
 
 
-def row(way: Way, answers: list[Answer], scored: Scored) -> dict[str, Any]:
+def row(way: Way, answers: list[WayAnswer], scored: Scored) -> dict[str, Any]:
     quality = ratio(scored.log_p, scored.tokens, 1000, 0)
     return {
         "log_likelihood": quality.value,

@@ -33,16 +33,18 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from hildanext.config import Config, parse_config
 from hildanext.data.rows import Rows, ShuffledRows
-from hildanext.diffusion.schedule import Point
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.diffusion.schedule import SchedulePoint
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import load_tokenizer
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training.denoising import Denoise
+from hildanext.training.optimizer import make_optimizer
 from hildanext.training.parallel import start
 from hildanext.training.passes import Recipe, first_passes
 from hildanext.training.run_folder import RunFolder
-from hildanext.training.trainer import Job, Trainer, make_optimizer
+from hildanext.training.trainer import Trainer, TrainingJob
 
 BLOCK, LENGTH = 32, 1024
 QWEN3 = {
@@ -74,7 +76,7 @@ def our_side(config: Config, rows: Rows, folder: Path) -> tuple[Callable[[int], 
     """The product's own trainer: (step -> metrics, its model)."""
     lm, policy = load_diffusion_lm(config.model, training=True)
     recipe = Recipe(1, False, config.noise.t_min, config.noise.t_max, 0.0)
-    job = Job("bench", 1000, lambda step: Point("stable", BLOCK, config.train.lr), recipe, BLOCK)
+    job = TrainingJob("bench", 1000, lambda step: SchedulePoint("stable", BLOCK, config.train.lr), recipe, BLOCK)
     accelerator = start(policy, config.train)
     task = Denoise(config, lm, accelerator, recipe, ShuffledRows(rows, 0), None, BLOCK)
     return Trainer(config, lm, policy, accelerator, job, task, RunFolder(folder / "unused")).train_step, lm

@@ -21,8 +21,8 @@ from transformers import Qwen3Config
 from hildanext.config import Config, apply_overrides, parse_config
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.training.footprint import build, measure, peak_of, predict, rows_of, start_peak
+from hildanext.training.optimizer import make_optimizer
 from hildanext.training.preflight import policy_of
-from hildanext.training.trainer import make_optimizer
 
 LEFT = 500_000_000  # of the memory that is free, for everybody else
 SMALL = {"gradient_checkpointing": True}

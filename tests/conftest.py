@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from hildanext.config import Config, Convention, parse_config
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm, save_diffusion_lm
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from support.training import write_base
 

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "hildanext"
 
 # The order of the packages: one imports only from those on earlier lines, never from its neighbours on its own line.
 ORDER = [
-    {"errors", "progress", "provenance", "signals"},
+    {"errors", "progress", "provenance"},
     {"config", "files"},
     {"diffusion", "data", "plots", "jobs"},
     {"model"},

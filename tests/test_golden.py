@@ -12,7 +12,7 @@ import pytest
 from golden.measure import decodes, machine, steps_of, trainings
 from hildanext.config import load_config
 from hildanext.jobs.store import Store
-from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.training.convert import convert_wsd
 
 RECORDED = json.loads((Path(__file__).parent / "golden" / "numbers.json").read_text())

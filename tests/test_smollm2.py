@@ -13,11 +13,13 @@ from hildanext.config import ModelConfig
 from hildanext.data.packing import pack
 from hildanext.data.rows import Rows
 from hildanext.errors import ModelError
+from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.elbo import elbo, mask_pair
-from hildanext.model.ar_generate import ar_complete, ar_likelihood
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.ar_generate import ar_complete
+from hildanext.model.backbone import n_embeddings
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer, locate
-from hildanext.model.probe import n_embeddings
 from hildanext.model.prompts import encode_prompt
 
 pytestmark = pytest.mark.skipif(

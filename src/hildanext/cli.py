@@ -61,7 +61,12 @@ def _init(args: argparse.Namespace) -> Result:
 def _prepare_data(args: argparse.Namespace) -> Result:
     from hildanext.data.prepare import prepare_data, summary
 
-    manifest = prepare_data(_config(args))
+    config = _config(args)
+    if any(source.kind == "self" for source in config.data.sources):
+        from hildanext.model.self_answers import write_answers  # loads torch, which other sources do without
+
+        write_answers(config)
+    manifest = prepare_data(config)
     return manifest | {"stdout": summary(manifest)}
 
 

@@ -19,23 +19,27 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hildanext.config import Config, load_config
 from hildanext.data.prepare import prepare_data
+from hildanext.data.rows import open_rows
 from hildanext.data.synthetic import Slots, check, draw_slots, instruction, synthetic_instructions
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import Settings, Step, resolve
 from hildanext.errors import UsageError
+from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.elbo import elbo
 from hildanext.files import atomic_open, write_json, writing
-from hildanext.model.ar_generate import ar_complete, ar_likelihood, train_ar
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.ar_generate import ar_complete
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.progress import duration, progress, say
+from hildanext.provenance import git_revision, versions
+from hildanext.training.ar_base import train_ar
 from hildanext.training.checkpoint import list_checkpoints
-from hildanext.training.convert import convert_wsd, open_rows, sft
+from hildanext.training.convert import convert_wsd, sft
 from hildanext.training.merge import best_checkpoints, merge
-from hildanext.training.run_folder import git_revision, versions
 
 READY = Path(__file__).parent / "configs" / "demo.json"
 N_INSTRUCTIONS = 6000
@@ -81,8 +85,7 @@ def make_base(config: Config, folder: Path) -> PreTrainedModel:
         file.writelines(json.dumps(one) + "\n" for one in synthetic_instructions(N_INSTRUCTIONS, seed=3))
     prepare_data(config)
     tokenize_data(config, load_tokenizer(config.model))
-    lm, _ = load_diffusion_lm(config.model, training=True)  # only to open the rows under the same checks
-    rows = open_rows(config, "train", lm)
+    rows = open_rows(config, "train", tokenizer)
     assert rows is not None
     train_ar(model, rows, steps=AR_STEPS, batch_rows=AR_ROWS, lr=AR_LR, seed=config.train.seed)
     with writing(base):
@@ -144,7 +147,7 @@ def measure(config: Config, base: PreTrainedModel, lm: DiffusionLM) -> tuple[dic
     """The four ways to tell stories, side by side: report entries, and a decode shown step by step."""
     engine = TransformersEngine(config, {}, lm)
     assert lm.block_size is not None
-    rows = open_rows(config, "eval", lm)
+    rows = open_rows(config, "eval", lm.tokenizer)
     assert rows is not None
     exact = ar_likelihood(base, rows, N_ELBO_ROWS, config.train.micro_batch)
     bound = elbo(lm, rows, lm.block_size, N_ELBO_ROWS, config.train.micro_batch)

@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from conftest import make_tokenizer
-from hildanext.data.documents import Document, Rejects, encode_document
+from hildanext.data.documents import Document, Rejects
+from hildanext.data.encode import encode_document
 from hildanext.data.sources import instruct
 from hildanext.errors import DataError
 

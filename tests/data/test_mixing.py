@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hildanext.data.documents import Document, Rejects
-from hildanext.data.mixing import Mix, Place, Reader
+from hildanext.data.mixing import DocumentPlace, Mix, Reader
 
 # A file is a list of lines: text, or None for one that cannot be used.
 Files = dict[str, list[str | None]]
@@ -33,9 +33,9 @@ def reader(files: Files, epochs: int = 1, limit: int | None = None) -> Reader:
     return Reader(read, list(files), epochs=epochs, limit=limit)
 
 
-def by_hand(files: Files, epochs: int, limit: int | None) -> list[tuple[Place, str]]:
+def by_hand(files: Files, epochs: int, limit: int | None) -> list[tuple[DocumentPlace, str]]:
     epoch = [
-        (Place(name, number), text)
+        (DocumentPlace(name, number), text)
         for name, lines in files.items()
         for number, text in enumerate(lines, start=1)
         if text is not None
@@ -43,7 +43,7 @@ def by_hand(files: Files, epochs: int, limit: int | None) -> list[tuple[Place, s
     return epoch[:limit] * epochs
 
 
-def drain(one: Reader) -> list[tuple[Place, str]]:
+def drain(one: Reader) -> list[tuple[DocumentPlace, str]]:
     return [(place, str(doc.text)) for _, place, doc in Mix([one], None)]
 
 
@@ -79,7 +79,7 @@ def test_shares_are_right_to_within_a_document_all_along(sources: list[tuple[lis
     readers = [reader({f"{i}": list(texts)}, epochs=3) for i, (texts, _) in enumerate(sources)]
     weights = [weight for _, weight in sources]
     longest = max(len(text) for texts, _ in sources for text in texts)
-    seen: Counter[Place] = Counter()
+    seen: Counter[DocumentPlace] = Counter()
     for _, place, _ in Mix(readers, weights):
         seen[place] += 1
         total = sum(one.size for one in readers)
@@ -89,7 +89,7 @@ def test_shares_are_right_to_within_a_document_all_along(sources: list[tuple[lis
     assert any(one.done for one in readers)
     # Within an epoch nothing is lost or doubled: no document is an epoch ahead of another of its source.
     for index, (texts, _) in enumerate(sources):
-        counts = [seen[Place(str(index), number)] for number in range(1, len(texts) + 1)]
+        counts = [seen[DocumentPlace(str(index), number)] for number in range(1, len(texts) + 1)]
         assert max(counts) - min(counts) <= 1
         assert max(counts) <= 3
         assert sum(counts) == readers[index].documents

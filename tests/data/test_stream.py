@@ -20,13 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from hildanext import cli
 from hildanext.config import Config
+from hildanext.data import workers
 from hildanext.data.corpus import is_held_out
-from hildanext.data.documents import Document, encode_document
+from hildanext.data.documents import Document
+from hildanext.data.encode import encode_document
 from hildanext.data.stream import RowStream
 from hildanext.data.tokenize import make_job
 from hildanext.errors import CheckpointError, DataError
-from hildanext.model.diffusion_lm import load_diffusion_lm
-from hildanext.training.convert import open_row_source
+from hildanext.model.loading import load_diffusion_lm
+from hildanext.training.run import open_row_source
 from support.resume import KILLS, assert_undisturbed, child
 from support.training import material
 
@@ -98,15 +100,15 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(one[name].equal(other[name]) for name in one)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("n_workers", [1, 2])
 def test_a_pass_holds_every_document_once_and_each_pass_another_order(
     make_stream: Callable[..., RowStream],
     tiny_tokenizer: PreTrainedTokenizerBase,
-    workers: int,
+    n_workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(workers, "SMALL_BYTES", 0 if workers > 1 else workers.SMALL_BYTES)
-    stream = make_stream(workers=workers, eval_share=0.2)
+    monkeypatch.setattr(workers, "SMALL_BYTES", 0 if n_workers > 1 else workers.SMALL_BYTES)
+    stream = make_stream(workers=n_workers, eval_share=0.2)
     firsts = pass_ends(stream, 2)
     stream.close()
     stream = make_stream(workers=1, eval_share=0.2)

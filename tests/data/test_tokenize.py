@@ -16,13 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from conftest import make_tokenizer
 from hildanext.config import Config
 from hildanext.data import workers
-from hildanext.data.documents import Document, encode_document, fingerprint, read_documents
-from hildanext.data.mixing import Place
+from hildanext.data.documents import Document, read_documents
+from hildanext.data.encode import encode_document
+from hildanext.data.mixing import DocumentPlace
 from hildanext.data.packing import pack
 from hildanext.data.prepare import SPLITS, prepare_data
 from hildanext.data.rows import Rows
 from hildanext.data.shards import write_shard
 from hildanext.data.tokenize import tokenize_data
+from hildanext.data.tokenizer import fingerprint
 from hildanext.data.verify import verify_data
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of
@@ -185,8 +187,8 @@ class Deadly:
 
 def test_a_dead_worker_is_told(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SMALL_BYTES", 0)
-    job: Any = workers.Job(Deadly(), all_tokens=True, seq_len=16)  # type: ignore[arg-type]
-    batch = workers.Batch(stories(3), [Place("x", n) for n in range(3)], 100, [], True)
+    job: Any = workers.Encoding(Deadly(), all_tokens=True, seq_len=16)  # type: ignore[arg-type]
+    batch = workers.DocumentBatch(stories(3), [DocumentPlace("x", n) for n in range(3)], 100, [], True)
     with pytest.raises(DataError, match="a tokenize process died"):
         list(workers.encode_batches(iter([batch]), job, workers=2))
 

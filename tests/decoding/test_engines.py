@@ -21,7 +21,7 @@ from hildanext.decoding.engines import transformers as transformers_engine
 from hildanext.decoding.engines.dinfer import DInferEngine, fitting
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
 from hildanext.errors import ModelError, UsageError
-from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 
 # --- A stand-in for dInfer 0.1, with its signatures and the behaviour that the adapter has to live with.
 

@@ -13,19 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hildanext.config import Config
 from hildanext.data.prepare import prepare_data
+from hildanext.data.rows import open_rows
 from hildanext.data.synthetic import synthetic_instructions
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import Preset
 from hildanext.errors import UsageError
+from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.benchmark import _continuations, benchmark, distinct_2, parent_log_likelihood
-from hildanext.model.ar_generate import ar_complete, ar_complete_batch, ar_likelihood
-from hildanext.model.diffusion_lm import load_diffusion_lm
-from hildanext.model.pretrained import load_causal_lm, load_tokenizer, parent_of
+from hildanext.model.ar_generate import ar_complete, ar_complete_batch
+from hildanext.model.loading import load_diffusion_lm
+from hildanext.model.pretrained import base_of, load_causal_lm, load_tokenizer
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.smoke import smoke_config
-from hildanext.training.convert import convert_wsd, open_rows
+from hildanext.training.convert import convert_wsd
 
 
 class Measured:
@@ -57,7 +59,7 @@ def base(measured: Measured) -> PreTrainedModel:
 def documents_one_by_one(measured: Measured) -> list[list[int]]:
     """The held-out documents as they lie in the rows, cut out again."""
     lm, _ = load_diffusion_lm(measured.config.model)
-    rows = open_rows(measured.config, "eval", lm)
+    rows = open_rows(measured.config, "eval", lm.tokenizer)
     assert rows is not None
     batch = rows.batch(list(range(min(len(rows), 16))))
     found = []
@@ -75,7 +77,7 @@ def test_ar_likelihood_is_transformers_own(measured: Measured, base: PreTrainedM
             nats += base(row, labels=row).loss.item() * (len(ids) - 1)
             tokens += len(ids) - 1
     lm, _ = load_diffusion_lm(measured.config.model)
-    rows = open_rows(measured.config, "eval", lm)
+    rows = open_rows(measured.config, "eval", lm.tokenizer)
     assert rows is not None
     found = ar_likelihood(base, rows, 16, 2)
     assert found.tokens == tokens
@@ -124,7 +126,7 @@ def test_calibrated_modes_are_what_is_measured(measured: Measured, monkeypatch: 
 
     lm, policy = load_diffusion_lm(measured.config.model)
     lm.modes = {name: preset._asdict() for name, preset in modes.items()}
-    base, tokenizer = load_causal_lm(parent_of(measured.config.model, lm.record), policy, policy.compute)
+    base, tokenizer = load_causal_lm(base_of(measured.config.model, lm.record), policy, policy.compute)
     _continuations(measured.config, Engine(measured.config, {}, lm), base.eval(), tokenizer)
     found = {(one.mode, one.tau_mask, one.tau_edit, one.max_post_steps, one.block_size) for one in asked}
     assert found == {("Q_MODE", 0.9, None, 2, 8), ("S_MODE", 0.1, 0.3, 3, 4), ("S_MODE", 0.1, None, 3, 4)}

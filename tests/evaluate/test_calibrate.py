@@ -14,9 +14,9 @@ from hildanext.config import parse_config
 from hildanext.decoding.engines import Request, open_engine
 from hildanext.decoding.rule import Preset
 from hildanext.errors import DataError, UsageError
-from hildanext.evaluate.calibrate import Point, calibrate, choose, measure
+from hildanext.evaluate.calibrate import FrontierPoint, calibrate, choose, measure
 from hildanext.evaluate.judge import parent_log_likelihood
-from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import load_causal_lm
 from hildanext.model.prompts import read_prompts
@@ -49,7 +49,7 @@ def config(checkpoint, **changes):
 
 
 def point(tau, quality, speed, variety=1.0):
-    return Point(Preset(tau, None), quality, speed, speed, variety, 0)
+    return FrontierPoint(Preset(tau, None), quality, speed, speed, variety, 0)
 
 
 @given(

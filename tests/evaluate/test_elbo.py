@@ -17,8 +17,8 @@ from conftest import random_lm
 from hildanext.config import Convention
 from hildanext.data.packing import Row
 from hildanext.data.rows import Rows
+from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.elbo import elbo, mask_pair
-from hildanext.model.ar_generate import ar_likelihood
 from hildanext.model.diffusion_lm import DiffusionLM
 
 VOCAB, MASK = 40, 39

@@ -26,7 +26,8 @@ from hildanext.evaluate.records import read_records, token_pieces
 from hildanext.evaluate.sandbox import Limits, Verdict
 from hildanext.evaluate.ways import Models, Question, Way, answer, cost, sampling_seed, ways
 from hildanext.model.ar_generate import ar_complete, ar_complete_batch
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 
 PROBLEMS = Path(__file__).parents[2] / "src" / "hildanext" / "data" / "sources" / "humaneval_dummy.jsonl"
 

@@ -22,7 +22,7 @@ from hildanext.evaluate import command, harness
 from hildanext.evaluate.intervals import Figure, plain
 from hildanext.evaluate.report import averages
 from hildanext.evaluate.ways import Models, Outcome, Way, ways
-from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm
 
 CHOICES = [
     {"question": "Once upon a time there was a", "choices": ["red kite", "blue dog", "tree"], "answer": 0},

@@ -13,8 +13,7 @@ from hildanext.config import Convention
 from hildanext.diffusion.masks import streams_mask, training_mask
 from hildanext.diffusion.noise import block_ids
 from hildanext.evaluate.noisy_streams import denoise
-from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.training.passes import Batch
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 
 VOCAB, MASK = 40, 39
 

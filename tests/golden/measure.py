@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from hildanext.config import Config, parse_config  # noqa: E402
 from hildanext.decoding.engines import Request, open_engine  # noqa: E402
-from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm  # noqa: E402
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm  # noqa: E402
 from hildanext.training.convert import convert_wsd, sft  # noqa: E402
 from hildanext.training.dpo import dpo  # noqa: E402
 from support.training import material, write_base  # noqa: E402

@@ -27,19 +27,13 @@ from transformers import (
 from conftest import make_tokenizer, random_llama
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
-from hildanext.data.documents import fingerprint
+from hildanext.data.tokenizer import fingerprint
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.runtimes.protocol import pad_batch
-from hildanext.model.diffusion_lm import (
-    DiffusionLM,
-    add_mask_token,
-    load_diffusion_lm,
-    ordinary_ids,
-    save_diffusion_lm,
-    special_ids,
-)
-from hildanext.model.pretrained import parent_of, read_record
-from hildanext.model.probe import n_embeddings
+from hildanext.model.backbone import n_embeddings
+from hildanext.model.diffusion_lm import DiffusionLM, add_mask_token, ordinary_ids, special_ids
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.pretrained import base_of, read_record
 
 MASK, BLOCK = 300, 4
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # float64, logits of size one
@@ -347,11 +341,11 @@ def test_a_parent_is_found_at_the_revision_that_was_converted(base: Path, tmp_pa
     converted = ModelConfig(base=str(tmp_path / "checkpoint"), revision="mine")
     record = read_record(converted)
     assert record is not None
-    parent = parent_of(converted, record)
+    parent = base_of(converted, record)
     assert (parent.base, parent.revision, parent.convention) == (str(base), "v1", None)
-    assert parent_of(converted, record, "another").revision is None
+    assert base_of(converted, record, "another").revision is None
     del record["base_revision"]  # of an older version
-    assert parent_of(converted, record).revision is None
+    assert base_of(converted, record).revision is None
 
 
 def test_config_json(base: Path, checkpoint: Path) -> None:

@@ -25,9 +25,11 @@ from hildanext.decoding.engines.protocol import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.diffusion.objective import denoising_loss
 from hildanext.errors import ModelError, UsageError
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm, save_diffusion_lm
-from hildanext.model.probe import check_length, probe
-from hildanext.training.passes import Recipe, first_passes, make_batch
+from hildanext.model.backbone import check_length
+from hildanext.model.diffusion_lm import DiffusionLM, make_batch
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.probe import probe
+from hildanext.training.passes import Recipe, first_passes
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hildanext.config import parse_config
 from hildanext.data.corpus import find_sources, is_held_out
-from hildanext.data.documents import Document, encode_document, fill_block, read_documents
+from hildanext.data.documents import Document, read_documents
+from hildanext.data.encode import encode_document, fill_block
 from hildanext.data.prepare import prepare_data
 from hildanext.data.sources.self_answers import until_repeat, written_file
 from hildanext.errors import ConfigError, DataError, UsageError
@@ -43,6 +44,12 @@ def config(tmp_path, tiny_base):
 
 def written(config) -> Path:
     return written_file(config.paths.data, config.data.sources[0])
+
+
+def prepare(config) -> dict:
+    """What the command `prepare-data` does."""
+    write_answers(config)
+    return prepare_data(config)
 
 
 def records(config) -> list[dict]:
@@ -97,7 +104,7 @@ def test_repeated_and_empty_answers_are_left_out(config, monkeypatch, capsys):
     write_answers(one)
     assert [record.get("text") for record in records(one)] == [None, "one", None, "two", None]
     assert "3 of 5 answers stood there already and are left out" in capsys.readouterr().err
-    prepare_data(one)  # and again: what is read back is counted alike
+    prepare(one)  # and again: what is read back is counted alike
     assert "3 of 5" in capsys.readouterr().err
 
 
@@ -122,7 +129,7 @@ def test_repetitions_are_left_out_and_counted(config, monkeypatch, capsys):
         (3, [[5, 6], [5], [5, 6, 7, 8], [5, 5, 5, 6], [9, 9]], 3),
     ):
         one = config(cut_repeats=n)  # of the same file: nothing is asked again
-        manifest = prepare_data(one)
+        manifest = prepare(one)
         assert f"{told} of 16 tokens repeat what stands before them and are left out" in capsys.readouterr().err
         assert manifest["rejects"]["total"] == 0
         found = read_documents(Path(one.paths.data) / "processed" / "train.jsonl")
@@ -131,7 +138,7 @@ def test_repetitions_are_left_out_and_counted(config, monkeypatch, capsys):
 
 def test_documents_supervise_the_answer_in_sft(config):
     one = config()
-    manifest = prepare_data(one)
+    manifest = prepare(one)
     n = manifest["documents"]["sft_train"]
     assert n == manifest["documents"]["train"] == sum("text" in record for record in records(one))
     tokenizer = load_tokenizer(one.model)
@@ -150,7 +157,7 @@ def test_documents_supervise_the_answer_in_sft(config):
 def test_a_prompt_is_held_out_with_whatever_it_is_answered(config):
     one = config(temperature=1.0)
     one = one.model_copy(update={"data": one.data.model_copy(update={"eval_share": 0.5})})
-    prepare_data(one)
+    prepare(one)
 
     def prompts(split):
         found = read_documents(Path(one.paths.data) / "processed" / f"{split}.jsonl")
@@ -160,7 +167,7 @@ def test_a_prompt_is_held_out_with_whatever_it_is_answered(config):
     written(one).unlink()
     written(one).with_suffix(".json").unlink()
     other = one.model_copy(update={"train": one.train.model_copy(update={"seed": 7})})
-    prepare_data(other)
+    prepare(other)
     assert prompts("eval") == held_out == prompts("sft_eval")
     assert not held_out & prompts("train")
 
@@ -212,7 +219,7 @@ def test_a_question_is_held_out_from_the_base_and_from_people_alike(config):
     one = config()
     questions = [f"What is {i} of {i + 1}?" for i in range(12)]
     Path(one.data.sources[0].path).write_text("\n".join(questions))
-    prepare_data(one.model_copy(update={"data": one.data.model_copy(update={"eval_share": 0.5})}))
+    prepare(one.model_copy(update={"data": one.data.model_copy(update={"eval_share": 0.5})}))
     splits = {
         split: {doc.asked for doc in read_documents(Path(one.paths.data) / "processed" / f"{split}.jsonl")}
         for split in ("train", "eval")

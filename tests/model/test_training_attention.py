@@ -16,7 +16,8 @@ from hildanext.diffusion.masks import Pieces, document_mask, training_mask, trai
 from hildanext.diffusion.noise import block_ids
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model import training_attention
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.model.training_attention import in_pieces, use_training_attention, visible_keys
 from hildanext.training import memory

@@ -21,7 +21,7 @@ from hildanext.config import Config, parse_config
 from hildanext.jobs import watcher
 from hildanext.jobs.child import is_held
 from hildanext.jobs.store import ENDED
-from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training.checkpoint import list_checkpoints, verify
 from support import serving

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from hildanext.config import Config, parse_config
-from hildanext.data.documents import fingerprint, pad_id
 from hildanext.data.packing import pack
-from hildanext.data.rows import ShuffledRows, write_meta
+from hildanext.data.rows import ShuffledRows, open_rows, write_meta
 from hildanext.data.shards import compact, write_shard
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.data.tokenizer import fingerprint, pad_id
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import parallel
-from hildanext.training.convert import open_rows
 from hildanext.training.denoising import Denoise
 from hildanext.training.passes import Recipe
 from hildanext.training.run_folder import RunFolder
-from hildanext.training.trainer import Job, Trainer
+from hildanext.training.trainer import Trainer, TrainingJob
 
 SEQ_LEN = 24
 # A split's documents: lengths on and off the border of a block of 4, one that fills a row, one of a single token.
@@ -82,10 +82,10 @@ def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
     return parse_config(raw)
 
 
-def trainer_for(config: Config, job: Job, split: str = "train") -> tuple[Trainer, DiffusionLM]:
+def trainer_for(config: Config, job: TrainingJob, split: str = "train") -> tuple[Trainer, DiffusionLM]:
     """A trainer outside any run folder."""
     lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
-    rows = open_rows(config, split, lm)
+    rows = open_rows(config, split, lm.tokenizer)
     assert rows is not None
     accelerator = parallel.start(policy, config.train)
     source = ShuffledRows(rows, config.train.seed)

@@ -29,7 +29,7 @@ from hildanext.decoding.engines import Request, open_engine
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import Finished, Step
 from hildanext.errors import DataError, UsageError
-from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.prompts import encode_prompt
 from hildanext.model.tiny import tiny_llama
 from hildanext.terminal.cells import Settling, as_line, token_texts

@@ -16,19 +16,21 @@ from torch import Tensor
 
 from hildanext import cli
 from hildanext.config import Config, LoraConfig
-from hildanext.data.documents import Encoded, Rejects
-from hildanext.data.preferences import Pair, Pairs, encode_pairs, read_pairs
-from hildanext.diffusion.schedule import Point
+from hildanext.data.documents import Rejects
+from hildanext.data.encode import Encoded
+from hildanext.data.preferences import PreferencePair, PreferencePairs, encode_pairs, read_pairs
+from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import CheckpointError, ConfigError, DataError, UsageError
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm, set_adapter, weights_of
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from hildanext.model.loading import load_diffusion_lm, set_adapter, weights_of
 from hildanext.model.tiny import story_tokenizer
 from hildanext.training import parallel
 from hildanext.training.convert import convert_wsd
 from hildanext.training.dpo import dpo, open_pairs, reference
-from hildanext.training.passes import Batch, Pass
+from hildanext.training.passes import Pass
 from hildanext.training.preference import ElboModule, Prefer, Preference, draw_noise
 from hildanext.training.run_folder import RunFolder
-from hildanext.training.trainer import Job, Trainer
+from hildanext.training.trainer import Trainer, TrainingJob
 from support.resume import KILLS, assert_undisturbed, child
 from support.training import material, predictions
 
@@ -73,7 +75,7 @@ def opened(config: Config, recipe: Preference) -> tuple[Trainer, Prefer]:
     accelerator = parallel.start(policy, config.train)
     pairs, held_out = open_pairs(config, lm, BLOCK)
     task = Prefer(config, lm, accelerator, recipe, pairs, held_out, BLOCK, reference(config, lm))
-    job = Job("dpo", 4, lambda step: Point("stable", BLOCK, 0.0), recipe, BLOCK)
+    job = TrainingJob("dpo", 4, lambda step: SchedulePoint("stable", BLOCK, 0.0), recipe, BLOCK)
     return Trainer(config, lm, policy, accelerator, job, task, RunFolder(Path(config.paths.runs) / "unused")), task
 
 
@@ -98,7 +100,7 @@ def answer_elbo(lm: DiffusionLM, batch: Batch, noisy: Pass, row: int) -> float:
 
 def merged(lm: DiffusionLM, values: dict[str, Tensor], folder: Path, config: Config) -> DiffusionLM:
     """The model with these adapter values added to the weights: a stock model."""
-    from hildanext.model.diffusion_lm import save_diffusion_lm
+    from hildanext.model.loading import save_diffusion_lm
 
     now = {name: value.clone() for name, value in weights_of(lm).items()}
     set_adapter(lm, values)
@@ -426,8 +428,8 @@ def test_rows_of_pairs_have_few_widths():
     def side(n: int) -> Encoded:
         return Encoded(np.full(n, 7, dtype=np.int32), np.ones(n, dtype=bool))
 
-    pairs = [Pair(side(n), side(max(n // 2, 1))) for n in range(1, 1001)]
-    rows = Pairs(pairs, story_tokenizer(300), 0, seq_len=1000)
+    pairs = [PreferencePair(side(n), side(max(n // 2, 1))) for n in range(1, 1001)]
+    rows = PreferencePairs(pairs, story_tokenizer(300), 0, seq_len=1000)
     widths = {rows.batch([sample])["input_ids"].shape[1] for sample in range(1000)}
     assert widths == {128, 256, 384, 512, 640, 768, 896, 1000}
     found = rows.of([199])

@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from conftest import make_tokenizer, random_llama
 from hildanext.config import Config, LoraConfig, ModelConfig, parse_config
 from hildanext.errors import ConfigError, HildaError, ModelError, UsageError
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm, save_diffusion_lm
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.lora import one_matrix
 from hildanext.model.lora_linear import OneMatrix
 from hildanext.model.tiny import story_tokenizer

@@ -12,11 +12,11 @@ import torch
 
 from hildanext import cli
 from hildanext.config import Config
+from hildanext.model.diffusion_lm import Batch
 from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.convert import convert_wsd
 from hildanext.training.denoiser import Denoiser
 from hildanext.training.memory import MemoryShortError
-from hildanext.training.passes import Batch
 from hildanext.training.run_folder import FREE_ON_RESUME
 from support.resume import outcome
 from support.training import material

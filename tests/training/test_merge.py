@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hildanext import cli
 from hildanext.config import Config, parse_config
 from hildanext.errors import CheckpointError, UsageError, WriteError
-from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.convert import convert_wsd, evaluate_checkpoint
 from hildanext.training.merge import best_checkpoints, merge

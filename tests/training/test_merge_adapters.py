@@ -16,7 +16,7 @@ from test_merge import Trained
 from hildanext import cli
 from hildanext.config import ModelConfig
 from hildanext.errors import CheckpointError, UsageError
-from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.training.convert import convert_wsd, evaluate_checkpoint
 from hildanext.training.merge import merge
 from hildanext.training.run_folder import RunFolder

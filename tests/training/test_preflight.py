@@ -15,16 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Con
 
 from hildanext import cli
 from hildanext.config import parse_config
-from hildanext.data.documents import fingerprint, pad_id
 from hildanext.data.packing import pack
 from hildanext.data.rows import write_meta
 from hildanext.data.shards import compact, write_shard
+from hildanext.data.tokenizer import fingerprint, pad_id
 from hildanext.errors import ConfigError
 from hildanext.model.policy import choose_policy
 from hildanext.model.tiny import story_tokenizer
 from hildanext.training.footprint import LiveBytes, optimizer_bytes, peak_of, predict, start_peak
+from hildanext.training.optimizer import make_optimizer
 from hildanext.training.preflight import advice, policy_of, preflight
-from hildanext.training.trainer import make_optimizer
 
 # Large enough for tensors to outweigh what a process is; one layer costs what every layer does.
 SHAPE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}

@@ -13,7 +13,7 @@ from test_trainer import CONVERT, job
 
 from hildanext import cli
 from hildanext.errors import ConfigError, UsageError
-from hildanext.model.diffusion_lm import load_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.quantized import check_quantized
 from hildanext.training.convert import convert_wsd
 from support.training import material, trainer_for

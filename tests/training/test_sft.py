@@ -17,20 +17,20 @@ from hildanext.data.prepare import prepare_data
 from hildanext.data.rows import Rows
 from hildanext.data.tokenize import tokenize_data
 from hildanext.diffusion.noise import sample_generator
-from hildanext.diffusion.schedule import Point
+from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import DataError
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import DiffusionLM, make_batch
 from hildanext.training.convert import convert_wsd, sft
 from hildanext.training.denoiser import Denoised
-from hildanext.training.passes import Recipe, first_passes, make_batch
-from hildanext.training.trainer import Job
+from hildanext.training.passes import Recipe, first_passes
+from hildanext.training.trainer import TrainingJob
 from support.training import material, row_loss, trainer_for
 
 BLOCK = 4
 
 
-def job(recipe: Recipe) -> Job:
-    return Job("sft", 4, lambda step: Point("stable", BLOCK, 0.0), recipe, BLOCK)
+def job(recipe: Recipe) -> TrainingJob:
+    return TrainingJob("sft", 4, lambda step: SchedulePoint("stable", BLOCK, 0.0), recipe, BLOCK)
 
 
 def noised(lm: DiffusionLM, rows: Rows, recipe: Recipe, config: Config, samples: int) -> Tensor:

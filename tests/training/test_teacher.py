@@ -11,12 +11,13 @@ from hildanext.data.rows import Rows
 from hildanext.diffusion import objective
 from hildanext.diffusion.objective import Soft, denoising_loss
 from hildanext.errors import ConfigError
-from hildanext.model.ar_generate import next_token_losses
-from hildanext.model.diffusion_lm import load_diffusion_lm, weights_of
+from hildanext.model.diffusion_lm import make_batch
+from hildanext.model.loading import load_diffusion_lm, weights_of
 from hildanext.model.pretrained import load_causal_lm
+from hildanext.training.ar_base import next_token_losses
 from hildanext.training.convert import convert_wsd
-from hildanext.training.passes import Pass, left_visible, make_batch
-from hildanext.training.teacher import Parent
+from hildanext.training.passes import Pass, left_visible
+from hildanext.training.teacher import Teacher
 from support.training import material
 
 
@@ -74,7 +75,7 @@ def opened(config):
     lm, policy = load_diffusion_lm(config.model, training=True, lora=config.lora)
     rows = Rows.open(f"{config.paths.data}/tokenized/train.rows")
     batch = make_batch(lm, [0, 1, 2], rows.batch([0, 1, 2]))
-    return lm, Parent(lm, config, policy), batch
+    return lm, Teacher(lm, config, policy), batch
 
 
 @pytest.mark.parametrize("rank", [None, 4])

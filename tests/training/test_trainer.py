@@ -16,18 +16,18 @@ from hildanext import cli
 from hildanext.config import Config
 from hildanext.data.rows import ShuffledRows
 from hildanext.diffusion.noise import add_noise, block_ids, noise_levels, sample_generator
-from hildanext.diffusion.schedule import Point
+from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.training.convert import convert_wsd
 from hildanext.training.passes import Recipe
 from hildanext.training.run_folder import RunFolder
-from hildanext.training.trainer import Job
+from hildanext.training.trainer import TrainingJob
 from support.training import LENGTHS, SEQ_LEN, material, row_loss, trainer_for
 
 
-def job(block: int, recipe: Recipe, lr: float = 0.003) -> Job:
-    return Job("test", 4, lambda step: Point("stable", block, lr), recipe, block)
+def job(block: int, recipe: Recipe, lr: float = 0.003) -> TrainingJob:
+    return TrainingJob("test", 4, lambda step: SchedulePoint("stable", block, lr), recipe, block)
 
 
 CONVERT = Recipe(turns=1, complementary=False, t_min=0.05, t_max=1.0, cap_weight=0.0)

@@ -11,7 +11,7 @@ from hildanext.data.documents import Document, Rejects
 Read = Callable[[str, Rejects], Iterator[tuple[int, Document]]]
 
 
-class Place(NamedTuple):
+class DocumentPlace(NamedTuple):
     """Where a document stands: its file and its line (or record) there, from 1."""
 
     file: str
@@ -45,7 +45,7 @@ class Reader:
         """Epochs begun."""
         return min(self.epoch + (self.taken > 0 or self.file > 0), self.epochs)
 
-    def next(self) -> tuple[Place, Document] | None:
+    def next(self) -> tuple[DocumentPlace, Document] | None:
         """The next document; None once all are given."""
         return next(self.given, None)
 
@@ -54,7 +54,7 @@ class Reader:
         self.epoch = self.epochs
         self.given = self._read()
 
-    def _read(self) -> Iterator[tuple[Place, Document]]:
+    def _read(self) -> Iterator[tuple[DocumentPlace, Document]]:
         while not self.done:
             while self.file < len(self.files) and self.taken != self.limit:
                 yield from self._read_file(self.files[self.file], self.after)
@@ -62,7 +62,7 @@ class Reader:
                     self.file, self.after = self.file + 1, 0
             self.epoch, self.file, self.after, self.taken = self.epoch + 1, 0, 0, 0
 
-    def _read_file(self, path: str, after: int) -> Iterator[tuple[Place, Document]]:
+    def _read_file(self, path: str, after: int) -> Iterator[tuple[DocumentPlace, Document]]:
         self.rejects.after = after
         for number, doc in self.read(path, self.rejects):
             if number <= after:
@@ -71,7 +71,7 @@ class Reader:
             self.taken += 1
             self.documents += 1
             self.size += doc.size
-            yield Place(path, number), doc
+            yield DocumentPlace(path, number), doc
             if self.taken == self.limit:
                 return
 
@@ -99,7 +99,7 @@ class Mix:
     def __init__(self, readers: Sequence[Reader], weights: Sequence[float] | None, to_the_end: bool = False) -> None:
         self.readers, self.weights, self.to_the_end = readers, weights, to_the_end
 
-    def __iter__(self) -> Iterator[tuple[Reader, Place, Document]]:
+    def __iter__(self) -> Iterator[tuple[Reader, DocumentPlace, Document]]:
         while (reader := self._next_reader()) is not None:
             found = reader.next()
             if found is not None:

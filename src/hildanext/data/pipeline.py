@@ -7,11 +7,13 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from hildanext.data.documents import Document, Encoded, Rejects, pad_id
+from hildanext.data.documents import Document, Rejects
+from hildanext.data.encode import Encoded
 from hildanext.data.mixing import Mix
 from hildanext.data.packing import pack
 from hildanext.data.shards import Shard, compact
-from hildanext.data.workers import Batch, Chunk, Job, batches, encode_batches
+from hildanext.data.tokenizer import pad_id
+from hildanext.data.workers import Chunk, DocumentBatch, Encoding, batches, encode_batches
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Tally:
     unknown_ids: int = 0
     tools_as_text: int = 0
 
-    def add(self, batch: Batch, chunk: Chunk, seq_len: int) -> None:
+    def add(self, batch: DocumentBatch, chunk: Chunk, seq_len: int) -> None:
         """Count a batch that was encoded."""
         for reason, index in chunk.rejects:
             self.rejects.add(reason, *batch.places[index])
@@ -61,7 +63,7 @@ class Group(NamedTuple):
 
 
 def read_groups(
-    mix: Mix, keep: Callable[[Document], bool], job: Job, group_bytes: int, workers: int
+    mix: Mix, keep: Callable[[Document], bool], job: Encoding, group_bytes: int, workers: int
 ) -> Generator[Group, None, None]:
     """Groups of the documents that `keep` wants, from where the mix stands: the same for any number of workers.
 
@@ -78,8 +80,8 @@ def read_groups(
 
 
 def _documents(
-    first: tuple[Batch, Chunk],
-    rest: Iterator[tuple[Batch, Chunk]],
+    first: tuple[DocumentBatch, Chunk],
+    rest: Iterator[tuple[DocumentBatch, Chunk]],
     seq_len: int,
     tally: Tally,
     end: list[list[dict[str, Any]]],

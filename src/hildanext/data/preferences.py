@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hildanext.data.conversations import Message
-from hildanext.data.documents import Document, Encoded, Rejects, encode_documents, eos_id, fill_block, pad_id
+from hildanext.data.documents import Document, Rejects
+from hildanext.data.encode import Encoded, encode_documents, fill_block
 from hildanext.data.packing import Row
 from hildanext.data.rows import RowOrder, to_batch
 from hildanext.data.sources import instruct
 from hildanext.data.sources.opening import file_name
 from hildanext.data.sources.shapes import to_messages, to_tools
+from hildanext.data.tokenizer import eos_id, pad_id
 from hildanext.errors import CheckpointError, DataError, UsageError
 
 if TYPE_CHECKING:
@@ -25,21 +27,21 @@ if TYPE_CHECKING:
 WIDTHS = 128  # rows are as wide as a multiple of this: kernels are compiled for each width
 
 
-class Answers(NamedTuple):
+class ConversationPair(NamedTuple):
     """Two conversations that differ in their last turn."""
 
     chosen: Document
     rejected: Document
 
 
-class Pair(NamedTuple):
+class PreferencePair(NamedTuple):
     """The same as tokens; only the last turn is supervised."""
 
     chosen: Encoded
     rejected: Encoded
 
 
-def read_pairs(path: str, rejects: Rejects) -> Iterator[Answers]:
+def read_pairs(path: str, rejects: Rejects) -> Iterator[ConversationPair]:
     """The pairs of JSON files: `chosen` and `rejected` beside a conversation, a prompt or an instruction, or whole ones each.
 
     What is no pair is counted in `rejects`. Raises UsageError for a path that does not exist.
@@ -56,7 +58,7 @@ def read_pairs(path: str, rejects: Rejects) -> Iterator[Answers]:
                 rejects.add(str(error), file, number)
 
 
-def _answers(record: dict[str, Any], name: str, source: str) -> Answers:
+def _answers(record: dict[str, Any], name: str, source: str) -> ConversationPair:
     found = []
     for side in ("chosen", "rejected"):
         answer, asked = record.get(side), record.get("prompt")
@@ -78,7 +80,7 @@ def _answers(record: dict[str, Any], name: str, source: str) -> Answers:
         raise DataError("the two answers are the same")
     tools = to_tools(record)
     documents = [Document(name, source, messages=_last_only(one), tools=tools) for one in found]
-    return Answers(*documents)
+    return ConversationPair(*documents)
 
 
 def _shown(messages: list[Message]) -> list[Message]:
@@ -94,13 +96,17 @@ def _last_only(messages: list[Message]) -> list[Message]:
 class Fitted(NamedTuple):
     """Pairs as tokens, at most `seq_len` each."""
 
-    pairs: list[Pair]
+    pairs: list[PreferencePair]
     n_cut: int  # answers that were cut
     n_left_out: int  # pairs that differ in nothing within `seq_len`: the prompt fills it, or the answers begin alike
 
 
 def encode_pairs(
-    answers: Sequence[Answers], tokenizer: PreTrainedTokenizerBase, seq_len: int, block_size: int, rejects: Rejects
+    answers: Sequence[ConversationPair],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    block_size: int,
+    rejects: Rejects,
 ) -> Fitted:
     """Render, tokenize and cut pairs. Ends are filled to whole blocks, as in instruction tuning.
 
@@ -120,14 +126,16 @@ def encode_pairs(
             n_left_out += 1
             continue
         n_cut += sum(len(side.input_ids) > seq_len for side in whole)
-        pairs.append(Pair(*(fill_block(side, block_size, seq_len, eos) for side in cut)))
+        pairs.append(PreferencePair(*(fill_block(side, block_size, seq_len, eos) for side in cut)))
     return Fitted(pairs, n_cut, n_left_out)
 
 
-class Pairs:
+class PreferencePairs:
     """A row source (`rows.RowSource`) whose sample is a pair: two rows, the chosen answer first."""
 
-    def __init__(self, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, seed: int, seq_len: int) -> None:
+    def __init__(
+        self, pairs: list[PreferencePair], tokenizer: PreTrainedTokenizerBase, seed: int, seq_len: int
+    ) -> None:
         self.pairs, self.order, self.pad = pairs, RowOrder(max(len(pairs), 1), seed), pad_id(tokenizer)
         self.seq_len = seq_len  # no answer is longer
 

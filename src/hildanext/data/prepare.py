@@ -28,18 +28,12 @@ SPLITS = ("train", "eval", "sft_train", "sft_eval")
 def prepare_data(config: Config) -> dict[str, Any]:
     """Write `{paths.data}/processed/{train,eval,sft_train,sft_eval,humaneval_dummy}.jsonl` and `manifest.json`.
 
-    All splits are written, empty where no source feeds them; without the training ones unless data.mode is 'copy'. What
-    a 'self' source has the base model write goes to `{paths.data}/self` first. Returns the manifest. Raises UsageError
+    All splits are written, empty where no source feeds them; without the training ones unless data.mode is 'copy'. The
+    answers of 'self' sources must be there already (`model.self_answers.write_answers`). Returns the manifest. Raises UsageError
     for a source path that does not exist, DataError when too many records are rejected or no document is left; then, as
     after any other failure, what stood there before still stands.
     """
     data = Path(config.paths.data)
-    if any(source.kind == "self" for source in config.data.sources):
-        from hildanext.model.self_answers import (
-            write_answers,  # torch and the model, which the other sources do without
-        )
-
-        write_answers(config)
     splits = SPLITS if config.data.mode == "copy" else tuple(held_out for _, held_out in PARTS.values())
     with workspace(data, "prepare") as folder:
         manifest = _write_splits(config, folder, splits)

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from hildanext.config import Config
 from hildanext.data.packing import Row, position_ids
 from hildanext.data.shards import Shard, StoredShard, check_sizes, compact, shard_path
+from hildanext.data.tokenizer import fingerprint
 from hildanext.errors import CheckpointError, DataError
 from hildanext.files import fsync_folder, write_json
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 class Rows:
@@ -185,3 +188,23 @@ class RowOrder:
             mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & _BITS64
             left, right = right, left ^ (mixed >> 32 & low)
         return left << self.half_bits | right
+
+
+def open_rows(config: Config, split: str, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+    """Tokenized rows of a split, checked against this run; None when the split has no rows.
+
+    Raises DataError when they are missing, of another row length, or from another tokenizer.
+    """
+    folder = Path(config.paths.data) / "tokenized" / f"{split}.rows"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no tokenized rows; run 'hildanext tokenize' first")
+    rows = Rows.open(folder)
+    if len(rows) == 0:
+        return None
+    if rows.seq_len != config.data.seq_len:
+        raise DataError(
+            f"{folder}: rows of {rows.seq_len} tokens, but data.seq_len is {config.data.seq_len}; tokenize again"
+        )
+    if rows.meta["tokenizer"] != fingerprint(tokenizer):
+        raise DataError(f"{folder}: written with another tokenizer than '{config.model.base}' has; tokenize again")
+    return rows

@@ -18,7 +18,7 @@ from hildanext.data.packing import Row
 from hildanext.data.pipeline import Tally, read_groups
 from hildanext.data.rows import RowOrder, to_batch
 from hildanext.data.shards import Shard
-from hildanext.data.workers import Job
+from hildanext.data.workers import Encoding
 from hildanext.errors import CheckpointError, DataError
 from hildanext.progress import say
 
@@ -58,7 +58,7 @@ class RowStream:
     found, and, from `batch`, for what is wrong with what is read.
     """
 
-    def __init__(self, config: Config, use: Use, job: Job) -> None:
+    def __init__(self, config: Config, use: Use, job: Encoding) -> None:
         self.config, self.job, self.seed = config, job, config.train.seed
         self.found = find_sources(config, use)
         if not self.found:

@@ -21,14 +21,15 @@ import numpy as np
 from hildanext import __version__
 from hildanext.config import Config
 from hildanext.data.corpus import PARTS, Use, find_sources, is_held_out, listing_sha256, written_order
-from hildanext.data.documents import Document, Rejects, fingerprint, leading_ids, numbered_documents
+from hildanext.data.documents import Document, Rejects, numbered_documents
 from hildanext.data.mixing import Mix, Reader
 from hildanext.data.packing import Row
 from hildanext.data.pipeline import Tally, read_groups
 from hildanext.data.prepare import SPLITS
 from hildanext.data.rows import Rows, write_meta
 from hildanext.data.shards import read_records, write_shard
-from hildanext.data.workers import Job
+from hildanext.data.tokenizer import fingerprint, leading_ids
+from hildanext.data.workers import Encoding
 from hildanext.errors import DataError, UsageError
 from hildanext.files import atomic_open, replace_together, sha256_of, write_json
 from hildanext.progress import progress, say
@@ -45,7 +46,7 @@ class Split:
     """A split to be tokenized. `plan` (JSON) is all that its rows depend on: with the same plan they come out the same."""
 
     name: str
-    job: Job
+    job: Encoding
     open_mix: Callable[[], Mix]
     keep: Callable[[Document], bool]
     origin: str  # the processed file, or what stands for the sources
@@ -132,7 +133,7 @@ def find_splits(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Spli
     return sorted(splits, key=lambda split: SPLITS.index(split.name))
 
 
-def _processed_split(name: str, path: Path, job: Job, plan: dict[str, Any]) -> Split:
+def _processed_split(name: str, path: Path, job: Encoding, plan: dict[str, Any]) -> Split:
     plan = plan | {"origin": {"file": path.name, "sha256": sha256_of(path)}}
     return Split(name, job, partial(_file_mix, str(path)), _keep_all, str(path), path.stat().st_size, plan)
 
@@ -145,7 +146,7 @@ def _keep_all(doc: Document) -> bool:
     return True
 
 
-def _direct_split(name: str, use: Use, job: Job, plan: dict[str, Any], config: Config) -> Split:
+def _direct_split(name: str, use: Use, job: Encoding, plan: dict[str, Any], config: Config) -> Split:
     found = find_sources(config, use)
     share = config.data.eval_share
     origin = {
@@ -165,7 +166,7 @@ def _direct_split(name: str, use: Use, job: Job, plan: dict[str, Any], config: C
     )
 
 
-def _tokenizers(job: Job) -> dict[str, Any]:
+def _tokenizers(job: Encoding) -> dict[str, Any]:
     """The part of a plan that names the tokenizers; it takes a second for a large vocabulary."""
     tokenizer = job.tokenizer
     special = [tokenizer.mask_token_id, tokenizer.unk_token_id, leading_ids(tokenizer), tokenizer.chat_template]
@@ -177,7 +178,7 @@ def _tokenizers(job: Job) -> dict[str, Any]:
     }
 
 
-def _settings(job: Job, config: Config) -> dict[str, Any]:
+def _settings(job: Encoding, config: Config) -> dict[str, Any]:
     return {
         "all_tokens": job.all_tokens,
         "seq_len": job.seq_len,
@@ -200,14 +201,14 @@ def _source_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         raise UsageError(f"data.source_tokenizer '{name}' cannot be loaded: {reason}") from None
 
 
-def make_job(config: Config, split: str, tokenizer: PreTrainedTokenizerBase) -> Job:
+def make_job(config: Config, split: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
     """How documents of a split become tokens. Raises UsageError for a source tokenizer that cannot be loaded."""
     source_tokenizer = _source_tokenizer(config)
-    job = Job(tokenizer, True, config.data.seq_len, None, config.data.foreign_ids, source_tokenizer)
+    job = Encoding(tokenizer, True, config.data.seq_len, None, config.data.foreign_ids, source_tokenizer)
     return _for_split(job, config, split)
 
 
-def _for_split(job: Job, config: Config, split: str) -> Job:
+def _for_split(job: Encoding, config: Config, split: str) -> Encoding:
     """Conversion supervises every token; SFT the responses, filled to whole blocks."""
     sft = split.startswith("sft_")
     block_size = (config.sft.block_size or config.wsd.final_block) if sft else None

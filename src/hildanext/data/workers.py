@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from hildanext.data.conversations import tools_as_text
-from hildanext.data.documents import Document, Encoded, encode_documents, eos_id, fill_block
-from hildanext.data.mixing import Mix, Place
+from hildanext.data.documents import Document
+from hildanext.data.encode import Encoded, encode_documents, fill_block
+from hildanext.data.mixing import DocumentPlace, Mix
+from hildanext.data.tokenizer import eos_id
 from hildanext.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,26 +30,26 @@ BATCH_BYTES = 1 << 20
 SMALL_BYTES = 8 << 20
 
 
-class Batch(NamedTuple):
+class DocumentBatch(NamedTuple):
     """Documents to encode. `state` is where their mix stands after the last of them, or after what follows it.
 
     `ends_group`: the next batch begins another group, which is packed by itself.
     """
 
     docs: list[Document]
-    places: list[Place]
+    places: list[DocumentPlace]
     size: int
     state: list[dict[str, Any]]
     ends_group: bool
 
 
-def batches(mix: Mix, keep: Callable[[Document], bool], group_bytes: int) -> Iterator[Batch]:
+def batches(mix: Mix, keep: Callable[[Document], bool], group_bytes: int) -> Iterator[DocumentBatch]:
     """Cut the documents of a mix that `keep` wants into groups of about `group_bytes` of text, and these into batches.
 
     Where groups end depends on the documents alone. The last batch closes the mix and may be empty.
     """
     docs: list[Document] = []
-    places: list[Place] = []
+    places: list[DocumentPlace] = []
     size = group = 0
     for _, place, doc in mix:
         if not keep(doc):
@@ -58,14 +60,14 @@ def batches(mix: Mix, keep: Callable[[Document], bool], group_bytes: int) -> Ite
         group += doc.size
         if size >= BATCH_BYTES or group >= group_bytes:
             ends = group >= group_bytes
-            yield Batch(docs, places, size, mix.state(), ends)
+            yield DocumentBatch(docs, places, size, mix.state(), ends)
             docs, places, size = [], [], 0
             group = 0 if ends else group
-    yield Batch(docs, places, size, mix.state(), True)
+    yield DocumentBatch(docs, places, size, mix.state(), True)
 
 
 @dataclass(frozen=True)
-class Job:
+class Encoding:
     """How documents of a split become tokens; it travels to the worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -98,7 +100,7 @@ class Chunk:
             yield Encoded(self.input_ids[start:end], self.loss_mask[start:end])
 
 
-def resolve_ids(doc: Document, job: Job) -> tuple[Document, int]:
+def resolve_ids(doc: Document, job: Encoding) -> tuple[Document, int]:
     """Settle pretokenized ids that the tokenizer does not have; returns the document and the number of ids replaced.
 
     'error' raises DataError naming the id; 'unk' puts the unknown token; 'retokenize' turns all ids back into text.
@@ -126,7 +128,7 @@ def resolve_ids(doc: Document, job: Job) -> tuple[Document, int]:
     )
 
 
-def encode(docs: list[Document], places: list[Place], job: Job) -> Chunk:
+def encode(docs: list[Document], places: list[DocumentPlace], job: Encoding) -> Chunk:
     """Encode documents. Raises DataError naming file and document for foreign ids that are not allowed."""
     resolved: list[Document] = []
     given = unknown = 0
@@ -162,7 +164,9 @@ def _tools_as_text(doc: Document, tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def encode_batches(todo: Iterator[Batch], job: Job, workers: int) -> Generator[tuple[Batch, Chunk], None, None]:
+def encode_batches(
+    todo: Iterator[DocumentBatch], job: Encoding, workers: int
+) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
     """Encode batches with `workers` processes; they come back in order, whatever the number.
 
     At most two batches a worker are underway or waiting, so memory does not grow with what there is to do.
@@ -170,7 +174,7 @@ def encode_batches(todo: Iterator[Batch], job: Job, workers: int) -> Generator[t
     if workers == 1:
         return _in_thread(todo, job)
     # A worker takes seconds to start: with little to do this process is done sooner.
-    head: list[Batch] = []
+    head: list[DocumentBatch] = []
     for batch in todo:
         head.append(batch)
         if sum(one.size for one in head) > SMALL_BYTES:
@@ -178,7 +182,7 @@ def encode_batches(todo: Iterator[Batch], job: Job, workers: int) -> Generator[t
     return _in_thread(iter(head), job)
 
 
-def _in_thread(todo: Iterator[Batch], job: Job) -> Generator[tuple[Batch, Chunk], None, None]:
+def _in_thread(todo: Iterator[DocumentBatch], job: Encoding) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
     # The tokenizer releases the GIL: it works on the next batch while the caller packs and writes this one.
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = None
@@ -190,7 +194,7 @@ def _in_thread(todo: Iterator[Batch], job: Job) -> Generator[tuple[Batch, Chunk]
             yield ahead[0], ahead[1].result()
 
 
-Asked = tuple[int, list[Document], list[Place]]
+Asked = tuple[int, list[Document], list[DocumentPlace]]
 
 
 def _receive(pipe: Connection, inbox: SimpleQueue[Asked | None]) -> None:
@@ -202,7 +206,7 @@ def _receive(pipe: Connection, inbox: SimpleQueue[Asked | None]) -> None:
             return
 
 
-def _work(pipe: Connection, job: Job) -> None:
+def _work(pipe: Connection, job: Encoding) -> None:
     """A worker process: (index, documents, places) in, (index, chunk or DataError) out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it ends the workers
     # A thread takes what comes, so that two processes never wait for each other with full pipes.
@@ -216,7 +220,9 @@ def _work(pipe: Connection, job: Job) -> None:
             pipe.send((index, error))
 
 
-def _in_processes(todo: Iterator[Batch], job: Job, workers: int) -> Generator[tuple[Batch, Chunk], None, None]:
+def _in_processes(
+    todo: Iterator[DocumentBatch], job: Encoding, workers: int
+) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
     context = multiprocessing.get_context("spawn")
     pipes: dict[Connection, int] = {}  # batches sent to it and not yet answered
     processes = []
@@ -237,10 +243,10 @@ def _in_processes(todo: Iterator[Batch], job: Job, workers: int) -> Generator[tu
             process.join()
 
 
-def _in_order(todo: Iterator[Batch], pipes: dict[Connection, int]) -> Iterator[tuple[Batch, Chunk]]:
+def _in_order(todo: Iterator[DocumentBatch], pipes: dict[Connection, int]) -> Iterator[tuple[DocumentBatch, Chunk]]:
     """Keep every worker two batches ahead and yield their answers in the order asked. A dead worker raises DataError."""
     answers: dict[int, Chunk | DataError] = {}
-    asked: dict[int, Batch] = {}
+    asked: dict[int, DocumentBatch] = {}
     count = yielded = 0
     while True:
         for pipe in sorted(pipes, key=pipes.__getitem__):
@@ -267,7 +273,7 @@ def _in_order(todo: Iterator[Batch], pipes: dict[Connection, int]) -> Iterator[t
 DEAD = "a tokenize process died; try fewer data.workers (is memory short?)"
 
 
-def _ask(pipe: Connection, index: int, batch: Batch) -> None:
+def _ask(pipe: Connection, index: int, batch: DocumentBatch) -> None:
     try:
         pipe.send((index, batch.docs, batch.places))
     except OSError:

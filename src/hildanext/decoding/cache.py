@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass
-class Place:
+class SlotView:
     """Where a forward of B sequences, W tokens each, reads and writes."""
 
     slot: int  # the sequences lie in neighbouring slots from here
@@ -31,7 +31,7 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, slots: int, context: int) -> None:
         super().__init__()
         self.slots, self.context = slots, context
-        self.place: Place | None = None
+        self.place: SlotView | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
@@ -79,7 +79,7 @@ class SlotCache(Cache):
         self.slot_layers = [SlotLayer(slots, context) for _ in range(n_layers)]
         super().__init__(layers=list(self.slot_layers))
 
-    def at(self, place: Place) -> None:
+    def at(self, place: SlotView) -> None:
         """Say where the next forward reads and writes."""
         for layer in self.slot_layers:
             layer.place = place

@@ -12,7 +12,7 @@ from hildanext.config import DpoConfig, SftConfig, TrainConfig, WsdConfig
 Phase = Literal["warmup", "stable", "decay"]
 
 
-class Point(NamedTuple):
+class SchedulePoint(NamedTuple):
     """Where a step stands."""
 
     phase: Phase
@@ -38,7 +38,7 @@ def _lr_warmup(step: int, warmup_steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def wsd_point(step: int, wsd: WsdConfig, train: TrainConfig, seq_len: int) -> Point:
+def wsd_point(step: int, wsd: WsdConfig, train: TrainConfig, seq_len: int) -> SchedulePoint:
     """Schedule of `convert-wsd` at a step (0-based). Sizes are clipped to `seq_len` (the full row).
 
     The learning rate warms up linearly, is constant while stable and decays linearly with the block. The block after
@@ -48,23 +48,23 @@ def wsd_point(step: int, wsd: WsdConfig, train: TrainConfig, seq_len: int) -> Po
     lr = _lr_warmup(step, train.lr_warmup_steps, train.lr)
     if step < wsd.warmup_steps:
         if wsd.shape == "ladder":
-            return Point("warmup", min(_rung(wsd.warmup_ladder, step, wsd.warmup_steps), seq_len), lr)
-        return Point("warmup", round(_between(min(wsd.start_block, peak), peak, step / wsd.warmup_steps)), lr)
+            return SchedulePoint("warmup", min(_rung(wsd.warmup_ladder, step, wsd.warmup_steps), seq_len), lr)
+        return SchedulePoint("warmup", round(_between(min(wsd.start_block, peak), peak, step / wsd.warmup_steps)), lr)
     if step < wsd.warmup_steps + wsd.stable_steps:
-        return Point("stable", peak, lr)
+        return SchedulePoint("stable", peak, lr)
     place = step - wsd.warmup_steps - wsd.stable_steps
     done = min((place + 1) / max(wsd.decay_steps, 1), 1.0)
     lr *= _between(1.0, train.lr_final_ratio, done)
     if wsd.shape == "ladder":
-        return Point("decay", min(_rung(wsd.decay_ladder, place, wsd.decay_steps), seq_len), lr)
-    return Point("decay", round(_between(peak, min(wsd.final_block, seq_len), done)), lr)
+        return SchedulePoint("decay", min(_rung(wsd.decay_ladder, place, wsd.decay_steps), seq_len), lr)
+    return SchedulePoint("decay", round(_between(peak, min(wsd.final_block, seq_len), done)), lr)
 
 
-def sft_point(step: int, tune: SftConfig | DpoConfig, lr_final_ratio: float, block_size: int) -> Point:
+def sft_point(step: int, tune: SftConfig | DpoConfig, lr_final_ratio: float, block_size: int) -> SchedulePoint:
     """Schedule of `sft` and `dpo` at a step (0-based): one block size, learning rate warm-up, plateau and linear decay."""
     lr = _lr_warmup(step, tune.lr_warmup_steps, tune.lr)
     decay_steps = round(tune.steps * tune.lr_decay_share)
     place = step - (tune.steps - decay_steps)
     if place < 0:
-        return Point("warmup" if step < tune.lr_warmup_steps else "stable", block_size, lr)
-    return Point("decay", block_size, lr * _between(1.0, lr_final_ratio, (place + 1) / decay_steps))
+        return SchedulePoint("warmup" if step < tune.lr_warmup_steps else "stable", block_size, lr)
+    return SchedulePoint("decay", block_size, lr * _between(1.0, lr_final_ratio, (place + 1) / decay_steps))

@@ -15,21 +15,23 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.config import Config
-from hildanext.data.documents import encode_document, read_documents
+from hildanext.data.documents import read_documents
+from hildanext.data.encode import encode_document
+from hildanext.data.rows import open_rows
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import resolve
 from hildanext.errors import DataError, UsageError
+from hildanext.evaluate.ar_likelihood import Likelihood, ar_likelihood
 from hildanext.evaluate.elbo import elbo
 from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
-from hildanext.model.ar_generate import Likelihood, ar_complete, ar_likelihood
-from hildanext.model.diffusion_lm import load_diffusion_lm
-from hildanext.model.pretrained import load_causal_lm, parent_of
+from hildanext.model.ar_generate import ar_complete
+from hildanext.model.loading import load_diffusion_lm
+from hildanext.model.pretrained import base_of, load_causal_lm
 from hildanext.model.prompts import encode_prompt
 from hildanext.progress import progress
-from hildanext.training.convert import open_rows
-from hildanext.training.run_folder import git_revision, versions
+from hildanext.provenance import git_revision, versions
 from hildanext.training.trainer import peak_memory_mb
 
 N_PROMPTS = 16
@@ -102,10 +104,10 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = parent_of(config.model, lm.record, base_name)
+    base_config = base_of(config.model, lm.record, base_name)
     base, tokenizer = load_causal_lm(base_config, policy, policy.compute)
     base.eval()
-    rows = open_rows(config, "eval", lm)
+    rows = open_rows(config, "eval", lm.tokenizer)
     if rows is None:
         raise DataError("the split 'eval' has no rows; raise data.eval_share and tokenize again")
     n_rows = min(ROWS, len(rows))

@@ -21,15 +21,15 @@ from hildanext.errors import UsageError
 from hildanext.evaluate.benchmark import held_out_prompts
 from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
 from hildanext.files import write_json
-from hildanext.model.diffusion_lm import load_diffusion_lm
-from hildanext.model.pretrained import load_causal_lm, parent_of
+from hildanext.model.loading import load_diffusion_lm
+from hildanext.model.pretrained import base_of, load_causal_lm
 from hildanext.model.prompts import read_prompts
 from hildanext.plots import draw_calibration
 from hildanext.progress import progress
-from hildanext.training.run_folder import git_revision, versions
+from hildanext.provenance import git_revision, versions
 
 
-class Point(NamedTuple):
+class FrontierPoint(NamedTuple):
     """A setting and what it gave."""
 
     preset: Preset
@@ -40,7 +40,9 @@ class Point(NamedTuple):
     edits: int
 
 
-def measure(engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], settings: Settings) -> Point:
+def measure(
+    engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], settings: Settings
+) -> FrontierPoint:
     """Complete the prompts and judge the text."""
     engine.scheduler.forget()  # no setting finds the prompts of the one before
     done = engine.generate_batch([Request(prompt, settings) for prompt in prompts])
@@ -48,7 +50,7 @@ def measure(engine: TransformersEngine, base: PreTrainedModel, prompts: list[lis
     if n_tokens == 0:
         raise UsageError("every answer is empty: a string of 'decode.stop' stands at its beginning; leave it out")
     scores = [parent_log_likelihood(base, prompt, one.token_ids) for prompt, one in zip(prompts, done, strict=True)]
-    return Point(
+    return FrontierPoint(
         Preset(*(getattr(settings, name) for name in Preset._fields)),
         sum(score * len(one.token_ids) for score, one in zip(scores, done, strict=True) if one.token_ids) / n_tokens,
         n_tokens / sum(one.stats.forwards for one in done),
@@ -58,7 +60,7 @@ def measure(engine: TransformersEngine, base: PreTrainedModel, prompts: list[lis
     )
 
 
-def choose(points: list[Point], loss: float, least_variety: float) -> Point:
+def choose(points: list[FrontierPoint], loss: float, least_variety: float) -> FrontierPoint:
     """The fastest point within `loss` of the best quality. What repeats itself is likely and worthless, so it is out."""
     careful = max(points, key=lambda point: (point.preset.tau_mask, -point.tokens_per_forward))
     varied = [point for point in points if point.distinct_2 >= least_variety * careful.distinct_2]
@@ -71,14 +73,14 @@ def choose(points: list[Point], loss: float, least_variety: float) -> Point:
 
 def sweep(
     engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], start: Settings, how: CalibrateConfig
-) -> tuple[list[Point], dict[Mode, Point]]:
+) -> tuple[list[FrontierPoint], dict[Mode, FrontierPoint]]:
     """All points, and the one chosen for each mode."""
     block = engine.trained_block
     assert block is not None
     sizes = how.block_sizes or sorted({max(1, block // 2), block, 2 * block})
     grid = [(mask, edit) for mask in how.tau_mask for edit in how.tau_edit]
     loss: dict[Mode, float] = {"Q_MODE": how.q_loss, "S_MODE": how.s_loss}
-    points: dict[Preset, Point] = {}
+    points: dict[Preset, FrontierPoint] = {}
     others: dict[str, list[int]] = {
         "max_post_steps": how.max_post_steps,
         "block_size": sizes,
@@ -117,7 +119,7 @@ def calibrate(config: Config, prompts_file: str | None, base_name: str | None, o
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = parent_of(config.model, lm.record, base_name)
+    base_config = base_of(config.model, lm.record, base_name)
     base = load_causal_lm(base_config, policy, policy.compute)[0].eval()
     engine = TransformersEngine(config, {}, lm)
     try:
@@ -151,11 +153,11 @@ def calibrate(config: Config, prompts_file: str | None, base_name: str | None, o
     return report | files | {"stdout": summary(chosen, files)}
 
 
-def _flat(point: Point) -> dict[str, Any]:
+def _flat(point: FrontierPoint) -> dict[str, Any]:
     return point.preset._asdict() | {key: value for key, value in point._asdict().items() if key != "preset"}
 
 
-def summary(chosen: dict[Mode, Point], files: dict[str, str]) -> str:
+def summary(chosen: dict[Mode, FrontierPoint], files: dict[str, str]) -> str:
     """The modes as a table, and where everything went."""
     lines = [
         f"{'':8}{'tau_mask':>10}{'tau_edit':>10}{'post':>6}{'block':>7}{'behind':>8}{'nats/token':>12}{'TPF':>7}{'tokens/s':>10}"

@@ -16,10 +16,10 @@ from hildanext.evaluate.report import OURS, draw, hardware, markdown, take_over,
 from hildanext.evaluate.sandbox import require_sandbox
 from hildanext.evaluate.ways import Models, Outcome, ways
 from hildanext.files import sha256_of
-from hildanext.model.diffusion_lm import load_diffusion_lm
-from hildanext.model.pretrained import fingerprint_weights, load_causal_lm, parent_of
+from hildanext.model.loading import load_diffusion_lm
+from hildanext.model.pretrained import base_of, fingerprint_weights, load_causal_lm
 from hildanext.progress import say
-from hildanext.training.run_folder import git_revision, versions
+from hildanext.provenance import git_revision, versions
 
 Run = Callable[[], Outcome]
 
@@ -107,7 +107,7 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
     lm, policy = load_diffusion_lm(config.model)
     if lm.block_size is None:
         raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = parent_of(config.model, lm.record, base_name)
+    base_config = base_of(config.model, lm.record, base_name)
     base = load_causal_lm(base_config, policy, policy.compute)[0].eval()
     engine = TransformersEngine(config, {}, lm)
     about = {

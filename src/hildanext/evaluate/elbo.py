@@ -10,10 +10,9 @@ from torch import Tensor
 from hildanext.data.rows import Rows
 from hildanext.diffusion.noise import block_ids, block_starts, sample_generator
 from hildanext.diffusion.objective import predict
+from hildanext.evaluate.ar_likelihood import Likelihood
 from hildanext.evaluate.noisy_streams import denoise
-from hildanext.model.ar_generate import Likelihood
-from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.training.passes import Batch, make_batch
+from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 
 
 def mask_pair(

@@ -28,7 +28,7 @@ from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.intervals import Figure, mean, plain, ratio, share
 from hildanext.evaluate.likelihood import Pair, Score, score
 from hildanext.evaluate.records import check_local
-from hildanext.evaluate.ways import Answer, Models, Outcome, Question, Way, answer, cost
+from hildanext.evaluate.ways import Models, Outcome, Question, Way, WayAnswer, answer, cost
 
 SHIPPED = Path(__file__).parent / "tasks"
 # What a pair (log-likelihood, count) of a rolling task becomes; the interval goes the same way.
@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):
         self.models, self.how, self.way, self.block_size, self.greedy = models, how, way, block_size, greedy
         self.tokenizer = models.lm.tokenizer
         self.scores: list[Score] = []
-        self.answers: list[Answer] = []
+        self.answers: list[WayAnswer] = []
 
     @property
     def eot_token_id(self) -> int:

@@ -16,7 +16,7 @@ from hildanext.decoding.rule import Settings, edit_step, propose
 from hildanext.diffusion.noise import sample_generator
 from hildanext.evaluate.intervals import mean, share
 from hildanext.evaluate.judge import parent_log_likelihood
-from hildanext.evaluate.ways import Answer, Models, Outcome, Question, Way, answer, cost
+from hildanext.evaluate.ways import Models, Outcome, Question, Way, WayAnswer, answer, cost
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.progress import progress
 
@@ -67,7 +67,7 @@ def _spans(texts: list[list[int]], length: int, seed: int) -> list[range]:
     return found
 
 
-def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) -> list[Answer]:
+def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) -> list[WayAnswer]:
     if way.settings is None:
         # The AR base continues what is on the left, as far as the span goes.
         questions = [Question(text[: span.start], len(span)) for text, span in zip(texts, spans, strict=True)]
@@ -79,7 +79,7 @@ def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) 
             began = time.perf_counter()
             ids, forwards, edits = infill(models.lm, text, span, way.settings)
             seconds = time.perf_counter() - began
-            answers.append(Answer(models.engine.decode_tokens(ids), ids, False, seconds, forwards, edits))
+            answers.append(WayAnswer(models.engine.decode_tokens(ids), ids, False, seconds, forwards, edits))
             advance(len(answers))
     return answers
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hildanext.errors import DataError
-from hildanext.model.probe import n_embeddings
+from hildanext.model.backbone import n_embeddings
 
 
 @torch.no_grad()

@@ -11,9 +11,8 @@ from torch import Tensor
 from hildanext.diffusion.objective import predict
 from hildanext.evaluate.elbo import row_bounds, standard_errors
 from hildanext.evaluate.noisy_streams import denoise
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.progress import progress
-from hildanext.training.passes import Batch
 
 TOKENS_PER_FORWARD = 1024
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from hildanext.diffusion.masks import additive, streams_mask
 from hildanext.diffusion.noise import block_ids, block_starts
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.backbone import body
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.model.policy import compute_dtype
-from hildanext.model.probe import body
-from hildanext.training.passes import Batch
 
 
 def denoise(lm: DiffusionLM, batch: Batch, masked: list[Tensor], block_size: int) -> Iterator[Tensor]:

@@ -12,7 +12,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hildanext.config import Config
-from hildanext.data.documents import encode_document, read_documents
+from hildanext.data.documents import read_documents
+from hildanext.data.encode import encode_document
 from hildanext.errors import DataError
 
 

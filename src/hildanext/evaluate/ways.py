@@ -46,7 +46,7 @@ class Question(NamedTuple):
     seed: int = 0
 
 
-class Answer(NamedTuple):
+class WayAnswer(NamedTuple):
     """`seconds` is this answer's part of the time it ran beside others: the parts add up to the time of all."""
 
     text: str
@@ -81,7 +81,7 @@ def sampling_seed(seed: int, item: int, sample: int) -> int:
     return int(sample_generator(seed, item, f"sample {sample}").initial_seed())
 
 
-def answer(models: Models, way: Way, questions: list[Question], title: str) -> list[Answer]:
+def answer(models: Models, way: Way, questions: list[Question], title: str) -> list[WayAnswer]:
     """Answers in the order of the questions, `engine.slots` of them side by side. A short warm-up is not counted."""
     with progress(f"{title}, {way.name}", len(questions), "answers") as advance:
         if way.settings is None:
@@ -91,7 +91,7 @@ def answer(models: Models, way: Way, questions: list[Question], title: str) -> l
 
 def _engine_answers(
     engine: TransformersEngine, settings: Settings, questions: list[Question], advance: Any
-) -> list[Answer]:
+) -> list[WayAnswer]:
     requests = [
         Request(
             one.prompt_ids,
@@ -121,7 +121,7 @@ def _engine_answers(
             began = now
         advance(len(done))
     return [
-        Answer(
+        WayAnswer(
             one.text,
             one.token_ids,
             one.finish_reason == "stop",
@@ -141,20 +141,20 @@ def _alike(questions: list[Question], most: int) -> Iterator[list[Question]]:
             yield some[start : start + most]
 
 
-def _ar_answers(models: Models, questions: list[Question], advance: Any) -> list[Answer]:
-    tokenizer, found = models.lm.tokenizer, list[Answer]()
+def _ar_answers(models: Models, questions: list[Question], advance: Any) -> list[WayAnswer]:
+    tokenizer, found = models.lm.tokenizer, list[WayAnswer]()
     for group in _alike(questions, models.engine.slots):
         how: dict[str, Any] = {"stop": group[0].stop, "temperature": group[0].temperature, "seed": group[0].seed}
         prompts, budget = [one.prompt_ids for one in group], group[0].max_new_tokens
         if not found:
             ar_complete_batch(models.base, tokenizer, prompts[:1], 1, **how)
         for one in ar_complete_batch(models.base, tokenizer, prompts, budget, **how):
-            found.append(Answer(one.text, one.token_ids, one.ended, one.seconds, max(len(one.token_ids), 1), 0))
+            found.append(WayAnswer(one.text, one.token_ids, one.ended, one.seconds, max(len(one.token_ids), 1), 0))
         advance(len(found))
     return found
 
 
-def cost(answers: list[Answer], resamples: int, seed: int) -> dict[str, Figure]:
+def cost(answers: list[WayAnswer], resamples: int, seed: int) -> dict[str, Figure]:
     """Speed of some answers. The time is that of all of them together, side by side as they ran."""
     tokens = [float(len(one.token_ids)) for one in answers]
     return {

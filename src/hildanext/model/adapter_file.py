@@ -25,7 +25,7 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
-class Pair(NamedTuple):
+class LoraFactors(NamedTuple):
     """The factors of a matrix's change, float32."""
 
     a: Tensor  # [r, in]
@@ -36,7 +36,7 @@ class Adapter(NamedTuple):
     """A change of a base's weights."""
 
     scaling: float
-    pairs: dict[str, Pair]  # by module; of tied models the embedding's is the head's too
+    pairs: dict[str, LoraFactors]  # by module; of tied models the embedding's is the head's too
     embedding: str  # the input embedding's module
     row: Tensor  # [H] float32, added to the mask token's row of the embedding (of tied models, to the head's too)
     mask_token_id: int
@@ -90,12 +90,12 @@ def read_adapter(weights: Path, settings: Path) -> tuple[Adapter, dict[str, Any]
         raise CheckpointError(f"{weights}: no row of a mask token in it; not an adapter of a converted model")
     b, a = (tensors.pop(f"{embedding}.lora_embedding_{letter}").T for letter in "AB")
     pairs = {
-        name.removesuffix(".lora_A.weight"): Pair(tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
+        name.removesuffix(".lora_A.weight"): LoraFactors(tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
         for name, tensor in tensors.items()
         if name.endswith(".lora_A.weight")
     }
     if len(a) > 1:
-        pairs[embedding] = Pair(a[:-1].contiguous(), b[:, :-1].contiguous())
+        pairs[embedding] = LoraFactors(a[:-1].contiguous(), b[:, :-1].contiguous())
     return Adapter(scaling, pairs, embedding, a[-1].clone(), int(b[:, -1].argmax()), len(b)), stored
 
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hildanext.config import LoraConfig
 from hildanext.errors import ConfigError, ModelError
-from hildanext.model.adapter_file import Adapter, Pair
+from hildanext.model.adapter_file import Adapter, LoraFactors
 from hildanext.model.quantized import quiet_bitsandbytes
 
 _PEFT = ".lora_{}.default.weight"  # a linear layer's factors, by peft
@@ -207,7 +207,7 @@ def collect(model: PreTrainedModel, weights: dict[str, Tensor], scaling: float) 
     """The adapter in a model. weights: `trained_parameters`, or copies of them by the same names."""
     embedding, name = model.get_input_embeddings(), vocabulary_names(model).embedding
     assert isinstance(embedding, AdaptedEmbedding)
-    pairs = {module: Pair(weights[a], weights[b]) for module, (a, b) in _factors(weights).items()}
+    pairs = {module: LoraFactors(weights[a], weights[b]) for module, (a, b) in _factors(weights).items()}
     return Adapter(scaling, pairs, name, weights[f"{name}.row.0"], embedding.mask_token_id, embedding.weight.shape[0])
 
 

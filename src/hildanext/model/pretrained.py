@@ -104,7 +104,7 @@ def read_record(config: ModelConfig) -> dict[str, Any] | None:
     return read_config_dict(config).get("hilda")
 
 
-def parent_of(config: ModelConfig, record: dict[str, Any], named: str | None = None) -> ModelConfig:
+def base_of(config: ModelConfig, record: dict[str, Any], named: str | None = None) -> ModelConfig:
     """The configuration of a converted model's AR base, at the revision it was made of; or of the base that is named.
 
     record: the converted model's, as in config.json. `config.revision` is the converted model's own.

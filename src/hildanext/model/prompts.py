@@ -8,8 +8,9 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from hildanext.data.documents import check_text, leading_ids, parse_json
+from hildanext.data.documents import check_text, parse_json
 from hildanext.data.sources.shapes import to_messages
+from hildanext.data.tokenizer import leading_ids
 from hildanext.errors import DataError, UsageError
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -46,22 +45,6 @@ def check_quantized(kind: Quantization, device_type: str, capability: tuple[int,
         )
     if device_type not in ("cpu", "cuda"):
         raise ConfigError(f"'lora.base': '{kind}' runs on CPUs and NVIDIA GPUs, not on '{device_type}'; use 'native'")
-
-
-def adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """AdamW whose moments take a byte each (Dettmers et al. 2022, arXiv 2110.02861); small tensors keep theirs in fp32.
-
-    Raises ConfigError when bitsandbytes is not installed.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "'train.optimizer': 'adamw8bit' needs bitsandbytes; install it with: pip install 'hildanext[quant]', or use 'adafactor'"
-        )
-    quiet_bitsandbytes()
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=betas)
-    return optimizer
 
 
 def keep_packing(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of, write_json
 from hildanext.model.ar_generate import ar_complete_batch
 from hildanext.model.policy import choose_policy
-from hildanext.model.pretrained import fingerprint_weights, load_causal_lm, parent_of, read_record
+from hildanext.model.pretrained import base_of, fingerprint_weights, load_causal_lm, read_record
 from hildanext.model.prompts import read_asked
 from hildanext.progress import progress, say
 
@@ -64,7 +64,7 @@ def _write(config: Config, source: SourceConfig) -> None:
 def _writer(model: ModelConfig) -> ModelConfig:
     """The AR model: `model.base` itself, or what a converted checkpoint was made of."""
     record = read_record(model)
-    return model if record is None else parent_of(model, record)
+    return model if record is None else base_of(model, record)
 
 
 class _Writing:

@@ -22,11 +22,10 @@ from hildanext.jobs.backend import Backend
 from hildanext.jobs.local import LocalBackend
 from hildanext.jobs.store import Store
 from hildanext.jobs.watcher import Jobs
-from hildanext.progress import say
+from hildanext.progress import say, stop_on_signals
 from hildanext.server.app import make_app
 from hildanext.server.guard import STALL_S
 from hildanext.server.keys import KEYS_VARIABLE, read_keys
-from hildanext.signals import stop_on_signals
 
 __all__ = ["make_app", "serve"]
 

@@ -20,7 +20,7 @@ from hildanext.errors import HildaError
 from hildanext.jobs.store import STATES
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import problem, problems, status_of
-from hildanext.server.base import Parent, parent_routes
+from hildanext.server.base import BaseWorker, parent_routes
 from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
@@ -47,7 +47,7 @@ def make_app(
     """
     meters = Meters()
     worker = Worker(config, open_engine, meters)
-    parent = Parent(config, partial(open_base, threads=engines.n_threads()))
+    parent = BaseWorker(config, partial(open_base, threads=engines.n_threads()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

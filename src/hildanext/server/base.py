@@ -31,7 +31,7 @@ from hildanext.server.native import facts, submit
 from hildanext.server.worker import DeadlineError, NoBase, Ticket, Worker
 
 
-class Parent:
+class BaseWorker:
     """The base's own worker. There is none until the first request; one that could not open is tried again."""
 
     def __init__(self, config: Config, open_base: Callable[[Config], Engine]) -> None:
@@ -68,7 +68,7 @@ class Parent:
             self.worker.stop()
 
 
-def parent_routes(config: Config, parent: Parent) -> APIRouter:
+def parent_routes(config: Config, parent: BaseWorker) -> APIRouter:
     router = APIRouter()
 
     async def begin(body: BaseBody) -> tuple[Worker, Ticket]:

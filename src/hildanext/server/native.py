@@ -35,7 +35,7 @@ from hildanext.server.worker import Ticket, Worker
 
 
 @dataclass(frozen=True)
-class Answer(Completion):
+class GenerateAnswer(Completion):
     """A completion; with `trace`, every denoising step and the text of its tokens."""
 
     trace: list[dict[str, Any]] | None = None
@@ -126,7 +126,7 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
     @router.post(
         "/generate",
         responses={
-            200: {"model": Answer, **streams("application/json")},
+            200: {"model": GenerateAnswer, **streams("application/json")},
             **problems(400, 401, 403, 411, 413, 422, 429, 500, 503, 504),
         },
     )

@@ -19,18 +19,18 @@ TYPES = {
 }
 
 
-class File(NamedTuple):
+class StaticFile(NamedTuple):
     content: bytes
     media_type: str
     etag: str
 
 
-def read_files() -> dict[str, File]:
+def read_files() -> dict[str, StaticFile]:
     """Every file of the page, by its name."""
     found = {}
     for path in sorted(WEB.iterdir()):
         content = path.read_bytes()
-        found[path.name] = File(content, TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        found[path.name] = StaticFile(content, TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
     return found
 
 
@@ -50,7 +50,7 @@ def page_routes() -> APIRouter:
     return router
 
 
-def _answer(request: Request, file: File) -> Response:
+def _answer(request: Request, file: StaticFile) -> Response:
     """The file, or 304 to a browser that has it. `no-cache`: it asks each time, so a new version is seen at once."""
     headers = {"ETag": file.etag, "Cache-Control": "no-cache"}
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]

@@ -42,14 +42,14 @@ def rows_of(text: bytes) -> list[Any]:
     return rows
 
 
-class Place(NamedTuple):
+class LogPosition(NamedTuple):
     """How far a file has been read, and which file it was."""
 
     offset: int = 0
     inode: int | None = None
 
 
-def _next_piece(path: Path, place: Place, *, to_the_end: bool) -> tuple[str, Place, bool]:
+def _next_piece(path: Path, place: LogPosition, *, to_the_end: bool) -> tuple[str, LogPosition, bool]:
     """What comes next as events, where that ends, and whether there may be more at once."""
     try:
         with open(path, "rb") as file:
@@ -67,7 +67,7 @@ def _next_piece(path: Path, place: Place, *, to_the_end: bool) -> tuple[str, Pla
     whole = new[:cut]
     shown = rows_of(whole) if path.suffix == ".jsonl" else whole.decode(errors="replace").splitlines()
     events = (sse({}, "reset") if is_new else "") + "".join(map(sse, shown))
-    return events, Place(offset + cut, inode), is_full
+    return events, LogPosition(offset + cut, inode), is_full
 
 
 async def follow(jobs: Jobs, job_id: str, path: Path) -> AsyncIterator[str]:
@@ -75,7 +75,7 @@ async def follow(jobs: Jobs, job_id: str, path: Path) -> AsyncIterator[str]:
 
     While the database or the disk does not answer it waits; `error` is for a job that was deleted.
     """
-    place = Place()
+    place = LogPosition()
     while True:
         try:
             job = await asyncio.to_thread(jobs.store.get, job_id)

@@ -15,8 +15,7 @@ from hildanext.decoding.engines import Completion, Engine, Event, Request, as_st
 from hildanext.decoding.rule import Finished, Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.files import atomic_open
-from hildanext.progress import say
-from hildanext.signals import stop_on_signals
+from hildanext.progress import say, stop_on_signals
 from hildanext.terminal.cells import Settling, as_line
 from hildanext.terminal.console import NOT_UTF8, checked, input_lines
 from hildanext.terminal.dialogue import Dialogue

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hildanext.errors import CheckpointError
 from hildanext.files import fsync_folder, fsync_tree, write_json, writing
-from hildanext.model.diffusion_lm import DiffusionLM, save_diffusion_lm
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import save_diffusion_lm
 from hildanext.training.parallel import like, whole
 
 STATE, TENSORS = "trainer.json", "trainer.safetensors"

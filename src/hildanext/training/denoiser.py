@@ -12,10 +12,10 @@ from hildanext.config import LossConfig
 from hildanext.diffusion.noise import sample_generator
 from hildanext.diffusion.objective import Counts, Loss, Predicted, Soft, denoising_loss
 from hildanext.errors import ConfigError, ModelError
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.model.policy import Policy
 from hildanext.model.training_attention import Kind, use_training_attention
-from hildanext.training.passes import Batch, Pass
+from hildanext.training.passes import Pass
 
 # How far hidden states may be off, relative to their spread: in fp32, and where the weights themselves are rounded. A
 # wrong mask at one position of the row that is tried is off by 0.06.

@@ -13,12 +13,12 @@ from hildanext.config import Config
 from hildanext.data.rows import Rows, RowSource
 from hildanext.diffusion.objective import Predicted, Soft
 from hildanext.errors import NonFiniteLossError
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 from hildanext.training.denoiser import Denoised, Denoiser, embedding_noise
 from hildanext.training.held_out import evaluate_denoising
 from hildanext.training.parallel import sync_gradients
-from hildanext.training.passes import Batch, Pass, Piece, Recipe, drafted_pass, first_passes, make_batch
-from hildanext.training.teacher import Parent
+from hildanext.training.passes import Pass, Piece, Recipe, drafted_pass, first_passes
+from hildanext.training.teacher import Teacher
 
 
 class Denoise:
@@ -33,7 +33,7 @@ class Denoise:
         rows: RowSource,
         eval_rows: Rows | None,
         eval_block: int,
-        parent: Parent | None = None,
+        parent: Teacher | None = None,
     ) -> None:
         """parent: the teacher of `loss.distill`."""
         self.config, self.lm, self.accelerator, self.recipe = config, lm, accelerator, recipe

@@ -9,18 +9,18 @@ from torch import Tensor
 from hildanext.config import Config
 from hildanext.data.corpus import is_held_out
 from hildanext.data.documents import Rejects
-from hildanext.data.preferences import Answers, Pairs, encode_pairs, read_pairs
+from hildanext.data.preferences import ConversationPair, PreferencePairs, encode_pairs, read_pairs
 from hildanext.diffusion.schedule import sft_point
 from hildanext.errors import ConfigError, DataError, UsageError
 from hildanext.model.adapter_file import SETTINGS, WEIGHTS, read_adapter
+from hildanext.model.backbone import check_length
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.lora import fresh_values, values_of
 from hildanext.model.pretrained import find_file
-from hildanext.model.probe import check_length
 from hildanext.progress import say
-from hildanext.training.convert import open_run, run_job
 from hildanext.training.preference import Prefer, Preference
-from hildanext.training.trainer import Job
+from hildanext.training.run import open_run, run_job
+from hildanext.training.trainer import TrainingJob
 
 
 def dpo(config: Config, name: str = "dpo", resume: bool = False) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def dpo(config: Config, name: str = "dpo", resume: bool = False) -> dict[str, An
     check_length(lm.model, config.data.seq_len, "data.seq_len")
     pairs, held_out = open_pairs(config, lm, block)
     recipe = Preference(tune.beta, tune.draws, tune.complementary, *tune.mask_band)
-    job = Job(
+    job = TrainingJob(
         title="dpo",
         steps=tune.steps,
         point=lambda step: sft_point(step, tune, config.train.lr_final_ratio, block),
@@ -57,12 +57,12 @@ def dpo(config: Config, name: str = "dpo", resume: bool = False) -> dict[str, An
     return run_job(config, opened, job, task)
 
 
-def open_pairs(config: Config, lm: DiffusionLM, block_size: int) -> tuple[Pairs, Pairs | None]:
+def open_pairs(config: Config, lm: DiffusionLM, block_size: int) -> tuple[PreferencePairs, PreferencePairs | None]:
     """Pairs to train on and pairs held out, by a hash of the first question; None where none is held out."""
     assert config.dpo.pairs is not None
     rejects = Rejects()
     read = list(read_pairs(config.dpo.pairs, rejects))
-    parts: list[list[Answers]] = [[], []]
+    parts: list[list[ConversationPair]] = [[], []]
     for one in read:
         parts[is_held_out(one.chosen, config.data.eval_share)].append(one)
     length = config.data.seq_len
@@ -77,7 +77,7 @@ def open_pairs(config: Config, lm: DiffusionLM, block_size: int) -> tuple[Pairs,
             f"dpo: data.seq_len {length} cuts {n_cut} of {2 * n_pairs} answers and leaves out {n_left_out} pairs whose prompt "
             "is longer; raise it to keep more"
         )
-    found = [Pairs(part.pairs, lm.tokenizer, config.train.seed, length) for part in fitted]
+    found = [PreferencePairs(part.pairs, lm.tokenizer, config.train.seed, length) for part in fitted]
     if not found[0]:
         raise DataError(f"{config.dpo.pairs}: no preference pairs to train on")
     if not found[1]:

@@ -26,13 +26,13 @@ from hildanext.config import Config, ModelConfig
 from hildanext.diffusion import objective
 from hildanext.diffusion.masks import Pieces
 from hildanext.errors import ConfigError
+from hildanext.model.backbone import body
 from hildanext.model.lora import inject, one_matrix
 from hildanext.model.policy import Policy
 from hildanext.model.pretrained import locate
-from hildanext.model.probe import body
 from hildanext.model.training_attention import Kind, Visible, use_training_attention, visible_keys
 from hildanext.training.memory import checkpoint_activations, peak_memory_mb, trimmer
-from hildanext.training.trainer import make_optimizer
+from hildanext.training.optimizer import make_optimizer
 
 Command = Literal["convert-wsd", "sft", "dpo"]
 # Beside tensors: on a CPU what the first step loads, and what libraries and the C library's allocator hold between
@@ -104,7 +104,7 @@ def shape_of(model: ModelConfig) -> PreTrainedConfig:
     return found
 
 
-class Rows(NamedTuple):
+class RowShapes(NamedTuple):
     """A micro-batch as it costs most: every row one document, every token of it noised and supervised.
 
     Of preferences B is the rows of all pairs: two answers each, in every draw of the noise.
@@ -129,7 +129,9 @@ def kind_of(config: Config, policy: Policy) -> Kind:
     return kind
 
 
-def rows_of(config: Config, command: Command, policy: Policy, shape: PreTrainedConfig, device: torch.device) -> Rows:
+def rows_of(
+    config: Config, command: Command, policy: Policy, shape: PreTrainedConfig, device: torch.device
+) -> RowShapes:
     """Rows of `data.seq_len`; real tensors, small ones."""
     length, n_rows, block_size = config.data.seq_len, config.train.micro_batch, block_of(config, command)
     if command == "dpo":
@@ -145,7 +147,7 @@ def rows_of(config: Config, command: Command, policy: Policy, shape: PreTrainedC
     wanted = position_ids > 0
     row, column = wanted.nonzero(as_tuple=True)
     ids = (torch.arange(length, device=device) % text.vocab_size).expand(n_rows, length)
-    return Rows(
+    return RowShapes(
         ids.repeat(1, streams),
         position_ids.repeat(1, streams),
         ids[wanted],
@@ -191,7 +193,7 @@ def make_fake(model: PreTrainedModel) -> None:
             module.register_parameter(name, made[id(parameter)])
 
 
-def forward_backward(model: PreTrainedModel, rows: Rows, config: Config, policy: Policy, command: Command) -> None:
+def forward_backward(model: PreTrainedModel, rows: RowShapes, config: Config, policy: Policy, command: Command) -> None:
     """What a micro-batch costs: `DiffusionLM.forward` and the loss, with indices made beforehand."""
     autocast: AbstractContextManager[object] = nullcontext()
     if policy.compute != torch.float32:

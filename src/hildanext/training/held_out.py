@@ -11,8 +11,7 @@ from torch import Tensor
 from hildanext.data.rows import Rows
 from hildanext.diffusion.noise import add_noise, sample_generator
 from hildanext.diffusion.objective import Predicted, predict
-from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.training.passes import Batch, make_batch
+from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 
 RATES = tuple(i / 10 for i in range(1, 11))
 EVAL_SEED = 20260

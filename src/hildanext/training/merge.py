@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from hildanext.config import ModelConfig
 from hildanext.errors import CheckpointError, UsageError
 from hildanext.files import fsync_folder, fsync_tree, sha256_of, write_json, writing
-from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, Pair, read_adapter, write_adapter
-from hildanext.model.diffusion_lm import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, LoraFactors, read_adapter, write_adapter
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.progress import say
 from hildanext.training.checkpoint import STATE, TENSORS, list_checkpoints, verify
 
@@ -214,7 +214,7 @@ def mean_adapter(adapters: list[Adapter], folders: list[Path]) -> Adapter:
         if odd := sorted(set(first.pairs) ^ set(other.pairs)):
             raise CheckpointError(f"{folder}: '{odd[0]}' is not in both adapters; they cannot be merged")
     pairs = {
-        name: Pair(
+        name: LoraFactors(
             torch.cat([one.pairs[name].a for one in adapters]),
             torch.cat([one.pairs[name].b * (one.scaling / k) for one in adapters], dim=1),
         )
@@ -236,7 +236,7 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         q_a, r_a = torch.linalg.qr(a.double().T)
         u, values, v = torch.linalg.svd(r_b @ r_a.T)
         root = values[:rank].sqrt()
-        pairs[name] = Pair((root[:, None] * (v[:rank] @ q_a.T)).float(), (q_b @ u[:, :rank] * root).float())
+        pairs[name] = LoraFactors((root[:, None] * (v[:rank] @ q_a.T)).float(), (q_b @ u[:, :rank] * root).float())
         kept, lost = kept + values[:rank].square().sum().item(), lost + values[rank:].square().sum().item()
     return adapter._replace(scaling=1.0, pairs=pairs), math.sqrt(lost / (kept + lost)) if lost else 0.0
 

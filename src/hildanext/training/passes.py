@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hildanext.config import NoiseConfig
 from hildanext.diffusion.noise import Noisy, add_noise, block_ids, complement, noise_levels, sample_generator
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 
 
 class Recipe(NamedTuple):
@@ -37,23 +37,6 @@ class Piece(NamedTuple):
     loss: Tensor  # fp32 scalar, already divided by the count over the whole effective batch
     sums: dict[str, Tensor]  # for the log: added up over passes, micro-batches and processes
     name: str  # for an error
-
-
-class Batch(NamedTuple):
-    """Clean rows of a micro-batch. `samples` are global sample indices; the tensors are [B, L] on the model's device."""
-
-    samples: list[int]
-    input_ids: Tensor
-    doc_ids: Tensor
-    position_ids: Tensor
-    allowed: Tensor  # bool: may be noised and supervised
-
-
-def make_batch(lm: DiffusionLM, samples: list[int], rows: dict[str, Tensor]) -> Batch:
-    """Rows as read (see `rows.Rows.batch`) -> Batch on the model's device."""
-    allowed = lm.allowed(rows["loss_mask"], rows["position_ids"])
-    input_ids, doc_ids, position_ids = (rows[key].to(lm.device) for key in ("input_ids", "doc_ids", "position_ids"))
-    return Batch(samples, input_ids, doc_ids, position_ids, allowed.to(lm.device))
 
 
 def first_passes(

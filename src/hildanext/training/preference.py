@@ -21,14 +21,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hildanext.config import Config
-from hildanext.data.preferences import Pairs
+from hildanext.data.preferences import PreferencePairs
 from hildanext.data.rows import RowSource
 from hildanext.diffusion.noise import block_ids, sample_generator
 from hildanext.diffusion.objective import predict, weighted_cross_entropy
 from hildanext.errors import NonFiniteLossError
-from hildanext.model.diffusion_lm import DiffusionLM, set_adapter, weights_of
+from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
+from hildanext.model.loading import set_adapter, weights_of
 from hildanext.training.parallel import like, shard_again, sync_gradients
-from hildanext.training.passes import Batch, Pass, Piece, make_batch
+from hildanext.training.passes import Pass, Piece
 
 EVAL_SEED = 20261
 
@@ -117,8 +118,8 @@ class Prefer:
         lm: DiffusionLM,
         accelerator: Accelerator,
         recipe: Preference,
-        rows: Pairs,
-        eval_rows: Pairs | None,
+        rows: PreferencePairs,
+        eval_rows: PreferencePairs | None,
         eval_block: int,
         reference: dict[str, Tensor],
     ) -> None:

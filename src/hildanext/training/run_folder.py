@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from hildanext import __version__
 from hildanext.config import Config
 from hildanext.errors import UsageError
 from hildanext.files import atomic_open, write_json
+from hildanext.provenance import git_revision, versions
 
 # May change between a run and its resume: they do not touch the numbers, or (how a step fits the machine) their rounding only.
 FREE_ON_RESUME = {
@@ -21,30 +18,6 @@ FREE_ON_RESUME = {
     ("paths", "runs"),
     ("data", "workers"),
 }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes: Python and the packages that touch the numbers."""
-    names = ("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
-    return {"hildanext": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
-
-
-def git_revision() -> str | None:
-    """Commit of the source checkout this package runs from ('-dirty' with local changes); None outside one."""
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
 
 
 def run_path(config: Config, name: str) -> Path:

@@ -16,22 +16,23 @@ from transformers import PreTrainedModel
 from hildanext.config import Config
 from hildanext.diffusion.masks import additive, document_mask
 from hildanext.diffusion.objective import Soft
-from hildanext.model.diffusion_lm import DiffusionLM, adapted
+from hildanext.model.backbone import body
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from hildanext.model.loading import adapted
 from hildanext.model.lora import AdaptedHead, trained_parameters
 from hildanext.model.policy import Policy, compute_dtype
-from hildanext.model.pretrained import load_causal_lm, parent_of, read_record
-from hildanext.model.probe import body
-from hildanext.training.passes import Batch, Pass, left_visible
+from hildanext.model.pretrained import base_of, load_causal_lm, read_record
+from hildanext.training.passes import Pass, left_visible
 
 
-class Parent:
+class Teacher:
     """The base of a model in training: the model itself without its adapter, else a frozen copy beside it."""
 
     def __init__(self, lm: DiffusionLM, config: Config, policy: Policy) -> None:
         self.lm, self.share = lm, config.loss.distill
         self.beside: PreTrainedModel | None = None
         if lm.adapter is None or read_record(adapted(config.model, lm.record["adapter"])) is not None:
-            self.beside, _ = load_causal_lm(parent_of(config.model, lm.record), policy, policy.compute)
+            self.beside, _ = load_causal_lm(base_of(config.model, lm.record), policy, policy.compute)
             self.beside.eval().requires_grad_(False)
         head = (self.beside or lm.model).get_output_embeddings()
         self.head = head.base if isinstance(head, AdaptedHead) else head

@@ -18,16 +18,15 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hildanext.config import Config, TrainConfig
+from hildanext.config import Config
 from hildanext.data.rows import RowSource
-from hildanext.diffusion.schedule import Point
+from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import CheckpointError, NonFiniteLossError
-from hildanext.model.diffusion_lm import DiffusionLM, weights_of
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from hildanext.model.loading import weights_of
 from hildanext.model.policy import Policy
-from hildanext.model.quantized import adamw8bit
 from hildanext.plots import draw_curves
-from hildanext.progress import progress, say
-from hildanext.signals import stop_on_signals
+from hildanext.progress import progress, say, stop_on_signals
 from hildanext.training.checkpoint import (
     load_tensors,
     optimizer_tensors,
@@ -44,18 +43,19 @@ from hildanext.training.memory import (
     clear_cache,
     peak_memory_mb,
 )
+from hildanext.training.optimizer import make_optimizer
 from hildanext.training.parallel import average_gradients, gathered, spread, whole, whole_weights
-from hildanext.training.passes import Batch, Piece, Recipe
+from hildanext.training.passes import Piece, Recipe
 from hildanext.training.preference import Preference
 from hildanext.training.run_folder import RunFolder
 
 
-class Job(NamedTuple):
+class TrainingJob(NamedTuple):
     """What is to be trained: the commands build one each."""
 
     title: str
     steps: int
-    point: Callable[[int], Point]
+    point: Callable[[int], SchedulePoint]
     recipe: Recipe | Preference  # how rows become a loss
     eval_block: int  # block size of the held-out evaluation: the one decoded with
 
@@ -97,20 +97,6 @@ class State(NamedTuple):
     eval_losses: Mapping[int, float] = MappingProxyType({})
 
 
-def make_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
-    """AdamW, the same with moments in 8 bits, or Adafactor, whose state is negligible; weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if train.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=train.lr)
-    if train.optimizer == "adamw8bit":
-        return adamw8bit(groups, train.lr, train.betas)
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=fused)
-
-
 # Steps in which several processes find out whether a micro-batch fits all: the first has no optimizer state yet.
 TRIALS = 2
 
@@ -124,7 +110,7 @@ class Trainer:
         lm: DiffusionLM,
         policy: Policy,
         accelerator: Accelerator,
-        job: Job,
+        job: TrainingJob,
         task: Task,
         run: RunFolder,
     ):

@@ -46,7 +46,7 @@ def read(path: str, dtype: Literal["uint16", "uint32"], rejects: Rejects) -> Ite
         yield number, Document(id=name, source=str(record.get("source") or "pretokenized"), input_ids=ids)
 
 
-class Shard:
+class TokenFile:
     """The ids of a shard, read where they are asked for: `shape` is (tokens,) or (documents, tokens)."""
 
     def __init__(self, file: IO[bytes], dtype: str) -> None:
@@ -85,7 +85,7 @@ class Shard:
 def _from_shard(path: str, dtype: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
     with open_file(path) as file:
         try:
-            shard = Shard(file, dtype)
+            shard = TokenFile(file, dtype)
         except DataError as error:
             rejects.add(str(error), path, 1)
             return
@@ -96,7 +96,7 @@ def _from_shard(path: str, dtype: str, rejects: Rejects) -> Iterator[tuple[int, 
                 rejects.add(str(error), path, number)
 
 
-def _spans(path: str, shard: Shard, rejects: Rejects) -> Iterable[tuple[int, str, int, int]]:
+def _spans(path: str, shard: TokenFile, rejects: Rejects) -> Iterable[tuple[int, str, int, int]]:
     """(row, document id, first token, token after its last) of each document of a shard."""
     boundaries = path.removesuffix(".npy") + ".csv.gz"
     if len(shard.shape) == 2:

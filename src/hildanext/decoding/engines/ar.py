@@ -12,19 +12,19 @@ from hildanext.config import Config, ModelConfig
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.rule import Finished, Settings, Step, check_request, resolve
 from hildanext.errors import UsageError
+from hildanext.model.backbone import max_positions
 from hildanext.model.policy import choose_policy
-from hildanext.model.pretrained import load_causal_lm, locate, parent_of, read_record
-from hildanext.model.probe import max_positions
+from hildanext.model.pretrained import base_of, load_causal_lm, locate, read_record
 from hildanext.model.prompts import encode_prompt
 from hildanext.model.text_stream import TextStream
 
 
-def base_of(config: ModelConfig) -> ModelConfig:
+def converted_from(config: ModelConfig) -> ModelConfig:
     """The model that a converted checkpoint was made of. Raises UsageError when it is not converted."""
     record = read_record(config)
     if record is None:
         raise UsageError(f"'{config.base}' is not a converted checkpoint; it has no AR base to stand beside it")
-    return parent_of(config, record)
+    return base_of(config, record)
 
 
 class ArEngine:
@@ -36,7 +36,7 @@ class ArEngine:
     mask_token_id: int | None = None
 
     def __init__(self, config: Config, reasons: dict[str, str], threads: int | None = None) -> None:
-        base = base_of(config.model)
+        base = converted_from(config.model)
         if threads is not None:
             torch.set_num_threads(threads)  # of the calling thread: who computes in another keeps its own
         self.reasons, self.base = reasons, base.base
@@ -52,7 +52,7 @@ class ArEngine:
     @staticmethod
     def can_serve(config: Config) -> str | None:
         try:
-            locate(base_of(config.model).base)
+            locate(converted_from(config.model).base)
         except UsageError as error:
             return str(error)
         return None

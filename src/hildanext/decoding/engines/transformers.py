@@ -13,10 +13,11 @@ from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
 from hildanext.errors import HildaError, UsageError
-from hildanext.model.diffusion_lm import DiffusionLM, load_diffusion_lm
+from hildanext.model.backbone import max_positions
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import read_record
-from hildanext.model.probe import max_positions
 from hildanext.model.prompts import encode_prompt
 
 MOST_CONTEXT = 4096  # tokens a slot holds unless engine.context says otherwise

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from hildanext.decoding.cache import Place
+from hildanext.decoding.cache import SlotView
 from hildanext.decoding.runtimes.eager import EagerRuntime
-from hildanext.decoding.runtimes.protocol import Batch, pad_batch, widen
+from hildanext.decoding.runtimes.protocol import ForwardBatch, pad_batch, widen
 from hildanext.errors import ModelError
 from hildanext.progress import say
 
@@ -45,7 +45,7 @@ class CompiledRuntime(EagerRuntime):
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise ModelError(f"torch.compile does not work here: {reason}; use engine.runtime 'eager'") from error
 
-    def body(self, batch: Batch) -> Tensor:
+    def body(self, batch: ForwardBatch) -> Tensor:
         n, old = batch.ids.shape
         width = next((width for width in self.widths if old <= width), None)
         if width is None:
@@ -53,7 +53,7 @@ class CompiledRuntime(EagerRuntime):
         alone = n == 1 and batch.slot == 0
         return super().body(widen(batch, 1 if alone else self.slots, width))[batch.slot : batch.slot + n, :old]
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: Place) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: SlotView) -> Tensor:
         if ids.shape[1] not in self.widths or len(ids) not in (1, self.slots) or place.start is not None:
             return super().forward(ids, positions, visible, place)
         for tensor in (ids, positions, visible, place.columns, place.rows):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hildanext.decoding.cache import Place
+from hildanext.decoding.cache import SlotView
 from hildanext.decoding.runtimes.eager import EagerRuntime
-from hildanext.decoding.runtimes.protocol import Batch, widen
+from hildanext.decoding.runtimes.protocol import ForwardBatch, widen
 
 SHORTEST = 256  # keys of the smallest graph; the others have twice as many each
 
@@ -46,7 +46,7 @@ class CudaGraphRuntime(EagerRuntime):
         super().allocate(slots, context)
         self.slots = slots
 
-    def body(self, batch: Batch) -> Tensor:
+    def body(self, batch: ForwardBatch) -> Tensor:
         n, old = batch.ids.shape
         width = next((width for width in self.widths if old <= width), None)
         if width is None:
@@ -64,12 +64,12 @@ class CudaGraphRuntime(EagerRuntime):
         found.graph.replay()
         return found.hidden[batch.slot : batch.slot + n, :old]
 
-    def _record(self, batch: Batch, length: int) -> Recorded:
+    def _record(self, batch: ForwardBatch, length: int) -> Recorded:
         device = self.model.device
         ids, positions, visible = (part.to(device) for part in batch[:3])
         columns = batch.columns(self.cache.context).to(device)
         rows = torch.arange(len(batch.ids), device=device)[:, None]
-        place = Place(0, torch.arange(length, device=device), rows, columns, None)
+        place = SlotView(0, torch.arange(length, device=device), rows, columns, None)
         # As PyTorch asks: warm up on another stream, so that nothing is set up while recording.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

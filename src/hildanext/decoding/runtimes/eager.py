@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hildanext.decoding.cache import Place, SlotCache
-from hildanext.decoding.runtimes.protocol import Batch
+from hildanext.decoding.cache import SlotCache, SlotView
+from hildanext.decoding.runtimes.protocol import ForwardBatch
 from hildanext.diffusion.masks import additive
 from hildanext.model.decoding_attention import use_grouped_attention
 
@@ -30,17 +30,17 @@ class EagerRuntime:
         self.cache = SlotCache(0, 0, 0)  # freed first: two caches may not fit
         self.cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots, context)
 
-    def body(self, batch: Batch) -> Tensor:
+    def body(self, batch: ForwardBatch) -> Tensor:
         device, visible, rows, columns = self.device, None, None, None
         if not batch.sees_all:
             visible = batch.visible.to(device)
         if batch.start is None:
             rows = torch.arange(batch.slot, batch.slot + len(batch.ids), device=device)[:, None]
             columns = batch.columns(self.cache.context).to(device)
-        place = Place(batch.slot, torch.arange(batch.length, device=device), rows, columns, batch.start)
+        place = SlotView(batch.slot, torch.arange(batch.length, device=device), rows, columns, batch.start)
         return self.forward(batch.ids.to(device), batch.positions.to(device), visible, place)
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: Place) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: SlotView) -> Tensor:
         """ids, positions, visible [B, W] -> hidden states [B, W, H]; keys and values are read and written at `place`.
 
         visible None: every token sees all keys.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hildanext.decoding.runtimes.protocol import Batch, pad_batch
+from hildanext.decoding.runtimes.protocol import ForwardBatch, pad_batch
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
 from hildanext.model.decoding_attention import EXTRAS
@@ -258,7 +258,7 @@ class OpenVinoRuntime:
         self.memory, self.room = memory, room
         self.bound.clear()
 
-    def body(self, batch: Batch) -> Tensor:
+    def body(self, batch: ForwardBatch) -> Tensor:
         starts = [int(row[0]) if width else 0 for row, width in zip(batch.positions, batch.widths, strict=True)]
         self._grow(max(batch.length, max(starts)))
         n, width = batch.ids.shape
@@ -288,7 +288,7 @@ class OpenVinoRuntime:
             self.bound[id(request)], self.outputs[id(request)] = where, (hidden, new)
         return self.outputs[id(request)]
 
-    def _mask(self, batch: Batch, starts: Tensor) -> Tensor:
+    def _mask(self, batch: ForwardBatch, starts: Tensor) -> Tensor:
         """[B, 1, G W, W + room] additive: a sequence's new tokens, then stored positions before its first one."""
         n, width = batch.ids.shape
         real = torch.arange(width) < torch.tensor(batch.widths)[:, None]  # [B, W]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Batch(NamedTuple):
+class ForwardBatch(NamedTuple):
     """One forward of B sequences in neighbouring slots, W tokens each. Padding has position 0 and sees key 0 only."""
 
     ids: Tensor  # [B, W] int64
@@ -41,7 +41,7 @@ class Runtime(Protocol):
         """Make room for `slots` sequences of `context` tokens; what was stored is gone."""
         ...
 
-    def body(self, batch: Batch) -> Tensor:
+    def body(self, batch: ForwardBatch) -> Tensor:
         """Store the keys and values of the batch's tokens in place; return hidden states [B, W, H]."""
         ...
 
@@ -62,7 +62,7 @@ class Runtime(Protocol):
         ...
 
 
-def widen(batch: Batch, slots: int, width: int) -> Batch:
+def widen(batch: ForwardBatch, slots: int, width: int) -> ForwardBatch:
     """The same work in a forward of all slots from 0 on, `width` tokens each: what is new is padding."""
     n, old = batch.ids.shape
     frame = (0, width - old, batch.slot, slots - batch.slot - n)
@@ -80,7 +80,7 @@ def widen(batch: Batch, slots: int, width: int) -> Batch:
     )
 
 
-def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Batch:
+def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> ForwardBatch:
     """Sequences as (tokens, start, visible) -> one Batch, shorter ones padded. An empty one is a slot that sits out.
 
     `visible` never falls along a sequence, as later blocks see more.
@@ -94,7 +94,7 @@ def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Batch
         positions.append([*range(start, start + len(tokens)), *padding])
         visible.append(sees + [1] * len(padding))
     rows = torch.tensor([ids, positions, visible])  # one tensor made from lists costs less than three
-    return Batch(
+    return ForwardBatch(
         ids=rows[0],
         positions=rows[1],
         visible=rows[2],

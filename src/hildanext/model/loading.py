@@ -1,0 +1,214 @@
+"""Loading and saving: an AR base that gets a mask token, a converted checkpoint, an adapter with its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hildanext import __version__
+from hildanext.config import LoraConfig, ModelConfig
+from hildanext.data.tokenizer import fingerprint
+from hildanext.errors import ModelError, UsageError
+from hildanext.files import write_json
+from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, add_adapter, read_adapter, write_adapter
+from hildanext.model.backbone import n_embeddings
+from hildanext.model.diffusion_lm import DiffusionLM, Injected, add_mask_token
+from hildanext.model.lora import collect, inject, peft_settings, trained_parameters, values_of
+from hildanext.model.policy import Policy, choose_policy
+from hildanext.model.pretrained import (
+    find_file,
+    fingerprint_weights,
+    load_causal_lm,
+    load_tokenizer,
+    read_config_dict,
+    read_modes,
+    read_record,
+)
+from hildanext.model.probe import probe
+
+
+def load_diffusion_lm(
+    config: ModelConfig,
+    *,
+    training: bool = False,
+    seed: int = 0,
+    lora: LoraConfig | None = None,
+    added: Adapter | None = None,
+) -> tuple[DiffusionLM, Policy]:
+    """Load a converted checkpoint, an adapter with its base, or an AR base that gets a mask token and no block size yet.
+
+    training=True keeps fp32 weights (autocast computes lower); else weights are in the policy's type. With lora.rank the
+    weights are frozen, held as `lora.base` says, and an adapter is trained: the one that is loaded, or a fresh one.
+    Otherwise an adapter is added to its base's weights (`added` in its place, where given). Raises UsageError (no such model), ModelError (damaged, refused by
+    the probe, another convention than asked for, or an adapter whose base has other weights now).
+    """
+    policy = choose_policy(config.device, config.dtype)
+    stored = read_config_dict(config)
+    record: dict[str, Any] | None = stored.get("hilda")
+    if record is not None and config.convention not in (None, record["convention"]):
+        raise UsageError(
+            f"'model.convention' is '{config.convention}' but checkpoint '{config.base}' was trained with "
+            f"'{record['convention']}'; set it to null or convert again"
+        )
+    lora = lora if training and lora is not None and lora.rank is not None else None
+    part = record.get("adapter") if record is not None else None
+    source = config if part is None else adapter_base(config, part)
+    dtype = torch.float32 if training and lora is None else policy.compute
+    model, tokenizer = load_causal_lm(source, policy, dtype, "native" if lora is None else lora.base)
+    probe(model)
+    if record is None:
+        mask_id = add_mask_token(model, tokenizer, seed)
+        record = {
+            "base_model": config.base,
+            "base_revision": config.revision,
+            "convention": config.convention or "shifted",
+            "tokens_trained": 0,
+        }
+        lm = _assemble(model, tokenizer, mask_id, None, record)
+    else:
+        if part is not None:
+            if read_record(source) is None:
+                add_mask_token(model, tokenizer, part["seed"])
+            tokenizer = load_tokenizer(config)
+        _check_tokenizer(config, tokenizer, stored, record, model)
+        lm = _assemble(model, tokenizer, stored["mask_token_id"], stored["block_size"], record)
+        lm.modes = read_modes(config)
+    if lora is not None or part is not None:
+        _adapt(lm, config, part, lora, seed, added)
+    return lm, policy
+
+
+def _check_tokenizer(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stored: dict[str, Any],
+    record: dict[str, Any],
+    model: PreTrainedModel,
+) -> None:
+    same = tokenizer.mask_token_id == stored["mask_token_id"] and fingerprint(tokenizer) == record["tokenizer"]
+    if not same or len(tokenizer) > n_embeddings(model):
+        raise ModelError(
+            f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "
+            f"the one it was trained with (mask token {stored['mask_token_id']}); restore the tokenizer files"
+        )
+
+
+def adapted(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
+    """The configuration of the model that an adapter belongs to. part: `hilda.adapter` of its config.json."""
+    return config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
+
+
+def adapter_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
+    """`adapted`, once it is found to be what it was.
+
+    Raises UsageError when the base is not there, ModelError when its weights are not those the adapter was trained on.
+    """
+    source = adapted(config, part)
+    try:
+        found = fingerprint_weights(source)
+    except UsageError as error:
+        raise UsageError(f"adapter '{config.base}' needs its base: {error}") from None
+    if found != part["fingerprint"]:
+        raise ModelError(
+            f"adapter '{config.base}' was trained on other weights than those of '{part['base']}'; restore that base"
+        )
+    return source
+
+
+def _adapt(
+    lm: DiffusionLM,
+    config: ModelConfig,
+    part: dict[str, Any] | None,
+    lora: LoraConfig | None,
+    seed: int,
+    loaded: Adapter | None,
+) -> None:
+    """Train an adapter (lora), the one that config.base is (part) or a fresh one; or add the one it is to the weights."""
+    if part is not None and loaded is None:
+        weights, settings = find_file(config, WEIGHTS), find_file(config, SETTINGS)
+        if weights is None or settings is None:
+            raise ModelError(f"adapter '{config.base}': {WEIGHTS} or {SETTINGS} is missing")
+        loaded, _ = read_adapter(weights, settings)
+    if lora is None:
+        assert loaded is not None
+        add_adapter(lm.model, loaded, config.base)
+        lm.record = {key: value for key, value in lm.record.items() if key != "adapter"}
+        return
+    if loaded is not None and (loaded.rank, loaded.scaling) != (lora.rank, lora.scaling):
+        raise UsageError(
+            f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "
+            "lora.alpha to them, or make a whole checkpoint of it with 'hildanext merge-topk --full'"
+        )
+    lm.adapter = Injected(lora, inject(lm.model, lora, lm.mask_token_id, seed))
+    if loaded is not None:
+        set_adapter(lm, values_of(lm.model, loaded, config.base))
+    else:
+        base = str(Path(config.base).resolve()) if Path(config.base).exists() else config.base
+        known = {"base": base, "revision": config.revision, "fingerprint": fingerprint_weights(config), "seed": seed}
+        lm.record["adapter"] = known
+
+
+@torch.no_grad()
+def set_adapter(lm: DiffusionLM, values: dict[str, Tensor]) -> None:
+    """Put tensors into the adapter in training, by the names of `weights_of`."""
+    for name, parameter in trained_parameters(lm.model).items():
+        parameter.copy_(values[name])
+
+
+def _assemble(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_id: int, block: int | None, record: dict[str, Any]
+) -> DiffusionLM:
+    return DiffusionLM(
+        model, tokenizer, mask_token_id=mask_id, block_size=block, convention=record["convention"], record=record
+    )
+
+
+def weights_of(lm: DiffusionLM) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds: all weights, or the adapter's that is being trained."""
+    return trained_parameters(lm.model) if lm.adapter is not None else lm.model.state_dict()
+
+
+def save_diffusion_lm(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a plain Hugging Face folder (safetensors) that `AutoModelForCausalLM` loads; not atomic by itself.
+
+    With an adapter in training the folder holds the adapter in place of the weights, as peft writes it. config.json carries
+    block_size, mask_token_id and `hilda`, and both `rope_theta` and `rope_parameters`. weights: whole, as `weights_of` names
+    them.
+    """
+    config = lm.model.config
+    config.block_size = lm.block_size
+    config.mask_token_id = lm.mask_token_id
+    config.hilda = {
+        **lm.record,
+        "version": __version__,
+        "convention": lm.convention,
+        "tokenizer": fingerprint(lm.tokenizer),
+    }
+    if lm.adapter is None:
+        lm.model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    else:
+        config.architectures = [type(lm.model).__name__]
+        config.save_pretrained(folder)
+        _save_adapter(lm, folder, weights or weights_of(lm))
+    lm.tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored.pop("quantization_config", None)  # of the base in this training; the adapter goes with the base as it is
+    rope = stored.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of layer
+    if "rope_theta" in rope:
+        # transformers 5 writes rope_parameters only; other readers would fall back to 10,000.
+        stored["rope_theta"] = rope["rope_theta"]
+    write_json(path, stored)
+
+
+def _save_adapter(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor]) -> None:
+    assert lm.adapter is not None
+    known, (config, targets) = lm.record["adapter"], lm.adapter
+    settings = peft_settings(lm.model, targets, config.dropout, known["base"], known["revision"])
+    write_adapter(folder, collect(lm.model, weights, config.scaling), settings)

@@ -1,0 +1,95 @@
+"""Opening and resuming a run: its folder, the model, the rows, the other processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+
+from hildanext.config import Config
+from hildanext.data.corpus import PARTS, Use
+from hildanext.data.rows import RowSource, ShuffledRows, open_rows
+from hildanext.data.stream import RowStream
+from hildanext.data.tokenize import make_job
+from hildanext.errors import DataError
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm, weights_of
+from hildanext.model.policy import Policy, choose_policy
+from hildanext.progress import say
+from hildanext.training.checkpoint import newest_good
+from hildanext.training.parallel import start
+from hildanext.training.run_folder import RunFolder
+from hildanext.training.trainer import State, Task, Trainer, TrainingJob, train
+
+
+def open_row_source(config: Config, use: Use, lm: DiffusionLM, block_size: int | None) -> RowSource:
+    """What a training reads: tokenized rows shuffled, or with data.mode 'stream' the sources themselves.
+
+    `block_size`: responses are filled to whole blocks of it (SFT). Raises DataError when there is nothing to read.
+    """
+    split = PARTS[use][0]
+    if config.data.mode == "stream":
+        return RowStream(config, use, replace(make_job(config, split, lm.tokenizer), block_size=block_size))
+    rows = open_rows(config, split, lm.tokenizer)
+    if rows is None:
+        raise DataError(f"the split '{split}' has no rows; add documents to data.sources and tokenize again")
+    if block_size is not None and rows.meta["block_size"] % block_size:
+        raise DataError(
+            f"{split} was tokenized for blocks of {rows.meta['block_size']}, which {block_size} does not divide; set "
+            f"sft.block_size to {block_size} and tokenize again"
+        )
+    return ShuffledRows(rows, config.train.seed)
+
+
+class Opened(NamedTuple):
+    """A run before its first step."""
+
+    run: RunFolder
+    lm: DiffusionLM
+    policy: Policy
+    accelerator: Accelerator
+    saved: dict[str, Any] | None  # the state of the newest whole checkpoint, when resuming
+
+
+def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
+    """Join the other processes, then the run's folder and the model: the newest whole checkpoint when resuming."""
+    accelerator = start(choose_policy(config.model.device, config.model.dtype), config.train)
+    run = RunFolder.open(config, name, command, resume)
+    found = newest_good(run.checkpoints) if resume else None
+    # Everybody has looked before anybody writes.
+    accelerator.wait_for_everyone()
+    if found is None:
+        if resume:
+            say(f"{run.path}: no checkpoint yet; starting over")
+        lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
+        return Opened(run, lm, policy, accelerator, None)
+    path, saved, problems = found
+    for problem in problems:
+        say(f"{problem}; using {path.name} instead")
+    source = config.model.model_copy(update={"base": str(path), "convention": None})
+    lm, policy = load_diffusion_lm(source, training=True, lora=config.lora)
+    return Opened(run, lm, policy, accelerator, saved)
+
+
+def run_job(config: Config, opened: Opened, job: TrainingJob, task: Task) -> dict[str, Any]:
+    """Train from the run's beginning, or from where it was saved. Returns the run's summary."""
+    run, lm, policy, accelerator, saved = opened
+    say(
+        f"{job.title}: {lm.name} on {policy.device}, {policy.compute} ({policy.reason}), convention {lm.convention}, "
+        f"{task.rows.describe()}{described(lm)}"
+    )
+    trainer = Trainer(config, lm, policy, accelerator, job, task, run)
+    say(trainer.attention)
+    if saved is None and accelerator.is_main_process:
+        run.begin(config, job.title)
+    state = State() if saved is None else trainer.restore(run.checkpoints / f"step-{saved['step']}", saved)
+    return train(trainer, state)
+
+
+def described(lm: DiffusionLM) -> str:
+    """The adapter that is trained, for people; empty where all weights are."""
+    if lm.adapter is None:
+        return ""
+    trained = sum(parameter.numel() for parameter in weights_of(lm).values())
+    return f", adapter of rank {lm.adapter.config.rank} ({trained / 1e6:.1f} M parameters)"
