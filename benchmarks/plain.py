@@ -21,15 +21,14 @@ from hildanext.data.shards import compact, write_shard
 from hildanext.data.synthetic import synthetic_stories
 from hildanext.data.tokenizer import fingerprint, pad_id
 from hildanext.diffusion.masks import additive, training_mask
-from hildanext.diffusion.noise import block_ids
+from hildanext.diffusion.noise import Noisy, block_ids
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
-from hildanext.training.passes import Pass
 
 IGNORED = -100
 
 
 def plain_loss(
-    lm: DiffusionLM, config: Config, batch: Batch, one: Pass, block_size: int, n_tokens: int, dtype: torch.dtype
+    lm: DiffusionLM, config: Config, batch: Batch, noisy: Noisy, block_size: int, n_tokens: int, dtype: torch.dtype
 ) -> Tensor:
     """The loss of `hildanext.diffusion.objective` the plain way.
 
@@ -40,13 +39,13 @@ def plain_loss(
     length = batch.input_ids.shape[1]
     mask = additive(training_mask(batch.doc_ids, block_ids(batch.position_ids, block_size)), dtype)
     logits = lm.model(
-        input_ids=torch.cat([one.noisy_ids, batch.input_ids], dim=1),
+        input_ids=torch.cat([noisy.noisy_ids, batch.input_ids], dim=1),
         attention_mask=mask,
         position_ids=batch.position_ids.repeat(1, 2),
         use_cache=False,
     ).logits.float()
-    right = batch.allowed & ~one.masked & ~one.wrong
-    weight = loss.w_m2t * one.masked / one.t + loss.w_t2t * (one.wrong + loss.keep * right)
+    right = batch.allowed & ~noisy.masked & ~noisy.corrupted
+    weight = loss.w_m2t * noisy.masked / noisy.t + loss.w_t2t * (noisy.corrupted + loss.keep * right)
     wanted = weight > 0
     labels = torch.full((*batch.input_ids.shape[:1], 2 * length), IGNORED)
     weights = torch.zeros(labels.shape)

@@ -39,10 +39,9 @@ from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import load_tokenizer
 from hildanext.model.tiny import story_tokenizer, tiny_llama
-from hildanext.training.denoising import Denoise
+from hildanext.training.denoising import DenoisingTask, Recipe, noise_rows
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.parallel import start
-from hildanext.training.passes import Recipe, first_passes
 from hildanext.training.run_folder import RunFolder
 from hildanext.training.trainer import Trainer, TrainingJob
 
@@ -76,9 +75,9 @@ def our_side(config: Config, rows: Rows, folder: Path) -> tuple[Callable[[int], 
     """The product's own trainer: (step -> metrics, its model)."""
     lm, policy = load_diffusion_lm(config.model, training=True)
     recipe = Recipe(1, False, config.noise.t_min, config.noise.t_max, 0.0)
-    job = TrainingJob("bench", 1000, lambda step: SchedulePoint("stable", BLOCK, config.train.lr), recipe, BLOCK)
+    job = TrainingJob("bench", 1000, lambda step: SchedulePoint("stable", BLOCK, config.train.lr), BLOCK)
     accelerator = start(policy, config.train)
-    task = Denoise(config, lm, accelerator, recipe, ShuffledRows(rows, 0), None, BLOCK)
+    task = DenoisingTask(config, lm, accelerator, recipe, ShuffledRows(rows, 0), None, BLOCK)
     return Trainer(config, lm, policy, accelerator, job, task, RunFolder(folder / "unused")).train_step, lm
 
 
@@ -86,16 +85,16 @@ def plain_side(config: Config, rows: Rows) -> Callable[[int], float]:
     """The same rows, noise and optimizer, the plain way: step -> loss."""
     lm, policy = load_diffusion_lm(config.model, training=True)
     recipe = Recipe(1, False, config.noise.t_min, config.noise.t_max, 0.0)
-    task = Denoise(config, lm, start(policy, config.train), recipe, ShuffledRows(rows, 0), None, BLOCK)
+    task = DenoisingTask(config, lm, start(policy, config.train), recipe, ShuffledRows(rows, 0), None, BLOCK)
     optimizer = make_optimizer(lm.model, config.train, policy.fused)
     lm.model.train()
 
     def step(number: int) -> float:
         batch = task.fetch([number])
-        (one,) = first_passes(lm, batch, BLOCK, recipe, config.noise, config.train.seed)
+        noisy = noise_rows(lm, batch, BLOCK, recipe, config.noise.corrupt_rate, config.train.seed)
         n_tokens, _ = task.counts([batch])
         with torch.autocast(lm.device.type, dtype=policy.compute, enabled=policy.compute != torch.float32):
-            loss = plain_loss(lm, config, batch, one, BLOCK, n_tokens, policy.compute)
+            loss = plain_loss(lm, config, batch, noisy, BLOCK, n_tokens, policy.compute)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.model.parameters(), config.train.clip_norm)
         optimizer.step()

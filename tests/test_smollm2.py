@@ -17,7 +17,7 @@ from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.elbo import elbo, mask_pair
 from hildanext.model.ar_generate import ar_complete
 from hildanext.model.backbone import n_embeddings
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer, locate
 from hildanext.model.prompts import encode_prompt
@@ -105,7 +105,7 @@ def test_antithetic_masks_pay_on_a_real_model(lm: DiffusionLM) -> None:
     for half in (0, 1):
         masked, weight = (torch.stack(part) for part in zip(*(pair[half] for pair in drawn), strict=True))
         rows = [x.expand_as(masked) for x in (ids, docs, positions)]
-        hidden = lm(rows[0].masked_fill(masked, lm.mask_token_id), *rows, masked, len(ids))
+        hidden = lm(Batch([], *rows, masked), rows[0].masked_fill(masked, lm.mask_token_id), masked, len(ids))
         ce = (
             torch.nn.functional.cross_entropy(lm.decodable_logits(hidden), rows[0][masked], reduction="none")
             * weight[masked]

@@ -88,6 +88,6 @@ def test_a_sample_has_its_own_noise_whatever_surrounds_it():
 @settings(max_examples=30, deadline=None)
 def test_a_complementary_pair_masks_every_allowed_token_exactly_once(seed, rate):
     ids, allowed, noisy = noisy_of(40, rate, 0.3, seed)
-    inverse = complement(ids, allowed, noisy, MASK)
+    inverse = complement(ids, allowed, noisy, MASK, 0.05)
     assert torch.equal(noisy.masked.int() + inverse.masked.int(), allowed.int())
     assert (inverse.noisy_ids[~inverse.masked] == ids[~inverse.masked]).all()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hildanext.diffusion import objective
-from hildanext.diffusion.objective import denoising_loss
+from hildanext.diffusion.objective import Target, Weights, denoising_loss
 
 
 def brute_force(logits, labels, t, masked, wrong, n, weighting, w_m2t, w_t2t, keep, cap):
@@ -39,18 +39,7 @@ def test_loss_is_the_formula(weighting, w_m2t, w_t2t, keep, cap):
     kind = torch.randint(0, 3, (30,), generator=generator)
     masked, wrong = kind == 0, kind == 1
     loss, counts, predicted = denoising_loss(
-        logits,
-        nn.Identity(),
-        labels,
-        t,
-        masked,
-        wrong,
-        50,
-        weighting=weighting,
-        w_m2t=w_m2t,
-        w_t2t=w_t2t,
-        keep=keep,
-        cap_weight=cap,
+        logits, nn.Identity(), Target(labels, t, masked, wrong), 50, Weights(weighting, w_m2t, w_t2t, keep, cap)
     )
     expected = brute_force(
         logits, labels.tolist(), t.tolist(), masked.tolist(), wrong.tolist(), 50, weighting, w_m2t, w_t2t, keep, cap
@@ -68,9 +57,8 @@ def test_loss_is_the_formula(weighting, w_m2t, w_t2t, keep, cap):
 def test_loss_is_computed_in_float32_whatever_the_logits():
     logits = torch.randn(8, 5).to(torch.bfloat16)
     nothing = torch.zeros(8, dtype=torch.bool)
-    loss, *_ = denoising_loss(
-        logits, nn.Identity(), torch.zeros(8, dtype=torch.long), torch.ones(8), ~nothing, nothing, 8
-    )
+    target = Target(torch.zeros(8, dtype=torch.long), torch.ones(8), ~nothing, nothing)
+    loss, *_ = denoising_loss(logits, nn.Identity(), target, 8, Weights())
     assert loss.total.dtype == torch.float32
     expected = torch.nn.functional.cross_entropy(logits.float(), torch.zeros(8, dtype=torch.long))
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -81,9 +69,10 @@ def test_splitting_a_batch_changes_nothing_when_the_count_is_global():
     logits, labels = torch.randn(20, 6, generator=generator), torch.randint(0, 6, (20,), generator=generator)
     t, masked = torch.full((20,), 0.5), torch.rand(20, generator=generator) < 0.5
     wrong = torch.zeros(20, dtype=torch.bool)
-    whole = denoising_loss(logits, nn.Identity(), labels, t, masked, wrong, 20)[0].total
+    target = Target(labels, t, masked, wrong)
+    whole = denoising_loss(logits, nn.Identity(), target, 20, Weights())[0].total
     parts = [
-        denoising_loss(logits[i], nn.Identity(), labels[i], t[i], masked[i], wrong[i], 20)[0].total
+        denoising_loss(logits[i], nn.Identity(), Target(*(field[i] for field in target)), 20, Weights())[0].total
         for i in (slice(0, 7), slice(7, 20))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)
@@ -104,7 +93,8 @@ def test_gradients_are_those_of_the_plain_formula(monkeypatch, cap, n_chunks, tr
     masked, wrong = kind == 0, kind == 1
     with torch.no_grad():  # some are predicted rightly: CAP has something to do
         hidden[masked] += 3 * head.weight[labels[masked]]
-    loss, *_ = denoising_loss(hidden, head, labels, t, masked, wrong, 40, keep=0.3, w_t2t=0.5, cap_weight=cap)
+    weights = Weights(w_t2t=0.5, keep=0.3, cap_weight=cap)
+    loss, *_ = denoising_loss(hidden, head, Target(labels, t, masked, wrong), 40, weights)
     found = torch.autograd.grad(loss.total * 3, [hidden, *(p for p in head.parameters() if trained)])
     log_p = head(hidden).float().log_softmax(-1)
     ce = -log_p[torch.arange(size), labels]
@@ -124,7 +114,8 @@ def test_half_precision_gradients_do_not_vanish_in_a_large_batch():
     head = nn.Linear(4, 6, dtype=torch.float16)
     hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
     yes = torch.ones(3, dtype=torch.bool)
-    loss, *_ = denoising_loss(hidden, head, torch.tensor([0, 1, 2]), torch.ones(3), yes, ~yes, 1 << 24)
+    target = Target(torch.tensor([0, 1, 2]), torch.ones(3), yes, ~yes)
+    loss, *_ = denoising_loss(hidden, head, target, 1 << 24, Weights())
     (slope,) = torch.autograd.grad(loss.total * 2.0**24, [hidden])  # a loss scaler's factor
     wide = hidden.detach().double().requires_grad_()
     summed = nn.functional.cross_entropy(
@@ -146,7 +137,8 @@ def test_nothing_supervised_is_a_loss_of_zero():
     head = nn.Linear(4, 6)
     hidden = torch.empty(0, 4, requires_grad=True)
     nothing = torch.empty(0, dtype=torch.bool)
-    loss, counts, predicted = denoising_loss(hidden, head, torch.empty(0).long(), torch.empty(0), nothing, nothing, 1)
+    target = Target(torch.empty(0).long(), torch.empty(0), nothing, nothing)
+    loss, counts, predicted = denoising_loss(hidden, head, target, 1, Weights())
     loss.total.backward()
     assert (loss.total.item(), counts.masked.item(), len(predicted.best)) == (0.0, 0.0, 0)
     assert head.weight.grad is not None

@@ -57,7 +57,7 @@ def test_each_stream_is_as_if_alone(
     assert len(found) == len(masked)
     for one, hidden in zip(masked, found, strict=True):
         noisy_ids = batch.input_ids.masked_fill(one, MASK)
-        alone = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, one, size)
+        alone = lm(batch, noisy_ids, one, size)
         torch.testing.assert_close(hidden, alone, atol=2e-5, rtol=1e-4)
 
 

@@ -31,7 +31,7 @@ from hildanext.data.tokenizer import fingerprint
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.runtimes.protocol import pad_batch
 from hildanext.model.backbone import n_embeddings
-from hildanext.model.diffusion_lm import DiffusionLM, add_mask_token, ordinary_ids, special_ids
+from hildanext.model.diffusion_lm import Batch, DiffusionLM, add_mask_token, ordinary_ids, special_ids
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.pretrained import base_of, read_record
 
@@ -91,7 +91,7 @@ def run(lm: DiffusionLM, docs: list[Document], padding: int = 0, block: int = BL
     positions = torch.cat([torch.arange(n) for n in [*sizes, padding]])[None]
     wanted = lm.allowed(doc_ids >= 0, positions)
     logits = torch.full((sum(sizes) + padding, n_embeddings(lm.model)), torch.nan, dtype=torch.float64)
-    logits[wanted[0]] = lm.head(lm(noisy, clean, doc_ids, positions, wanted, block))
+    logits[wanted[0]] = lm.head(lm(Batch([0], clean, doc_ids, positions, wanted), noisy, wanted, block))
     return list(logits.split([*sizes, padding])[: len(docs)])
 
 
@@ -243,14 +243,15 @@ def test_block_size_one_is_the_ar_model(lm: DiffusionLM) -> None:
 def test_embedding_noise_reaches_the_noisy_stream_only(lm: DiffusionLM) -> None:
     doc = document(8)
     positions = torch.arange(8)[None]
-    args = (doc.noisy[None], doc.clean[None], torch.zeros(1, 8, dtype=torch.long), positions)
     wanted = lm.allowed(torch.ones(1, 8, dtype=torch.bool), positions)
+    batch = Batch([0], doc.clean[None], torch.zeros(1, 8, dtype=torch.long), positions, wanted)
+    args = (batch, doc.noisy[None], wanted)
     noise = torch.zeros(1, 8, 32, dtype=torch.float64)
     with torch.no_grad():
-        plain = lm(*args, wanted, BLOCK)
-        assert torch.equal(plain, lm(*args, wanted, BLOCK, noise))
+        plain = lm(*args, BLOCK)
+        assert torch.equal(plain, lm(*args, BLOCK, noise))
         noise[0, :BLOCK] = 1.0
-        same = (lm(*args, wanted, BLOCK, noise) == plain).all(-1)
+        same = (lm(*args, BLOCK, noise) == plain).all(-1)
     assert same.tolist() == [int(p) >= BLOCK for p in positions[wanted]]
 
 

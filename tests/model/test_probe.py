@@ -23,13 +23,13 @@ from hildanext.config import ModelConfig, NoiseConfig, parse_config
 from hildanext.data.packing import position_ids
 from hildanext.decoding.engines.protocol import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.diffusion.objective import denoising_loss
+from hildanext.diffusion.objective import Target, Weights, denoising_loss
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.backbone import check_length
 from hildanext.model.diffusion_lm import DiffusionLM, make_batch
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.probe import probe
-from hildanext.training.passes import Recipe, first_passes
+from hildanext.training.denoising import Recipe, noise_rows
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -88,19 +88,12 @@ def train(lm: DiffusionLM, steps: int = 8, block_size: int = 4) -> list[float]:
     """The denoising loss on the same rows and the same noise at every step."""
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, fused=True)
     batch = make_batch(lm, [0, 1], rows())
-    [one] = first_passes(lm, batch, block_size, Recipe(1, False, 0.3, 1.0, 0.0), NoiseConfig(), seed=0)
+    noisy = noise_rows(lm, batch, block_size, Recipe(1, False, 0.3, 1.0, 0.0), NoiseConfig().corrupt_rate, seed=0)
     wanted, losses = batch.allowed, []
     for _ in range(steps):
-        hidden = lm(one.noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, wanted, block_size)
-        loss, *_ = denoising_loss(
-            hidden,
-            lm.head,
-            batch.input_ids[wanted],
-            one.t[wanted],
-            one.masked[wanted],
-            one.wrong[wanted],
-            int(wanted.sum()),
-        )
+        hidden = lm(batch, noisy.noisy_ids, wanted, block_size)
+        target = Target(batch.input_ids[wanted], noisy.t[wanted], noisy.masked[wanted], noisy.corrupted[wanted])
+        loss, *_ = denoising_loss(hidden, lm.head, target, int(wanted.sum()), Weights())
         loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -136,12 +129,10 @@ def test_an_architecture_that_works(tmp_path: Path, model_type: str, attention: 
     assert (again.block_size, again.mask_token_id, again.convention) == (4, lm.mask_token_id, "shifted")
     assert json.loads((tmp_path / "converted/config.json").read_text())["architectures"] == [type(lm.model).__name__]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", attn_implementation=attention)
-    batch = rows()
-    args = [batch["input_ids"], batch["input_ids"], batch["doc_ids"], batch["position_ids"]]
+    batch = make_batch(lm, [0, 1], rows())
+    ids = batch.input_ids
     with torch.no_grad():
-        wanted = lm.allowed(batch["loss_mask"], batch["position_ids"])
-        assert torch.equal(lm.eval()(*args, wanted, 4), again.eval()(*args, wanted, 4))
-        ids = batch["input_ids"]
+        assert torch.equal(lm.eval()(batch, ids, batch.allowed, 4), again.eval()(batch, ids, batch.allowed, 4))
         assert torch.equal(plain(input_ids=ids).logits, lm.model(input_ids=ids).logits)
 
 

@@ -16,12 +16,12 @@ from hildanext.diffusion.masks import Pieces, document_mask, training_mask, trai
 from hildanext.diffusion.noise import block_ids
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model import training_attention
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.model.training_attention import in_pieces, use_training_attention, visible_keys
 from hildanext.training import memory
-from hildanext.training.denoiser import choose_attention
+from hildanext.training.attention_choice import choose_attention
 from hildanext.training.memory import checkpoint_activations
 
 
@@ -137,8 +137,8 @@ def test_short_rows_keep_the_dense_mask_and_long_ones_do_not() -> None:
     assert (kind(32), kind(1024)) == (torch.Tensor, Pieces)
 
 
-def rows(lm: DiffusionLM) -> tuple[torch.Tensor, ...]:
-    """Two rows of 300 tokens: noisy and clean ids, documents, positions, wanted."""
+def rows(lm: DiffusionLM) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """Two rows of 300 tokens: clean rows, x_t, wanted positions."""
     generator = torch.Generator().manual_seed(1)
     lengths = ([130, 1, 100, 60], [7, 200, 40])
     docs = torch.full((2, 300), -1)
@@ -151,7 +151,8 @@ def rows(lm: DiffusionLM) -> tuple[torch.Tensor, ...]:
             at += n
     clean = torch.randint(0, lm.vocab_size, (2, 300), generator=generator)
     noisy = clean.masked_fill(torch.rand(2, 300, generator=generator) < 0.5, lm.mask_token_id)
-    return noisy, clean, docs, positions, (docs >= 0) & (positions > 0)
+    wanted = (docs >= 0) & (positions > 0)
+    return Batch([0, 1], clean, docs, positions, wanted), noisy, wanted
 
 
 @pytest.fixture
@@ -180,12 +181,12 @@ def test_a_model_trains_the_same(lm: DiffusionLM, block_size: int, checkpointing
     if checkpointing:
         checkpoint_activations(lm.model)
     lm.model.train()
-    inputs = rows(lm)
+    inputs = batch, _, wanted = rows(lm)
 
     def run() -> tuple[float, list[torch.Tensor]]:
         lm.zero_grad()
         logits = lm.head(lm(*inputs, block_size))
-        loss = torch.nn.functional.cross_entropy(logits, inputs[1][inputs[4]])
+        loss = torch.nn.functional.cross_entropy(logits, batch.input_ids[wanted])
         loss.backward()
         return loss.item(), [p.grad.clone() for p in lm.model.parameters() if p.grad is not None]
 

@@ -19,8 +19,7 @@ from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import parallel
-from hildanext.training.denoising import Denoise
-from hildanext.training.passes import Recipe
+from hildanext.training.denoising import DenoisingTask, Recipe
 from hildanext.training.run_folder import RunFolder
 from hildanext.training.trainer import Trainer, TrainingJob
 
@@ -82,15 +81,14 @@ def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
     return parse_config(raw)
 
 
-def trainer_for(config: Config, job: TrainingJob, split: str = "train") -> tuple[Trainer, DiffusionLM]:
+def trainer_for(config: Config, job: TrainingJob, recipe: Recipe, split: str = "train") -> tuple[Trainer, DiffusionLM]:
     """A trainer outside any run folder."""
     lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
     rows = open_rows(config, split, lm.tokenizer)
     assert rows is not None
     accelerator = parallel.start(policy, config.train)
     source = ShuffledRows(rows, config.train.seed)
-    assert isinstance(job.recipe, Recipe)
-    task = Denoise(config, lm, accelerator, job.recipe, source, None, job.eval_block)
+    task = DenoisingTask(config, lm, accelerator, recipe, source, None, job.eval_block)
     return Trainer(config, lm, policy, accelerator, job, task, RunFolder(Path(config.paths.runs) / "unused")), lm
 
 

@@ -19,6 +19,7 @@ from hildanext.config import Config, LoraConfig
 from hildanext.data.documents import Rejects
 from hildanext.data.encode import Encoded
 from hildanext.data.preferences import PreferencePair, PreferencePairs, encode_pairs, read_pairs
+from hildanext.diffusion.noise import Noisy
 from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import CheckpointError, ConfigError, DataError, UsageError
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
@@ -27,8 +28,7 @@ from hildanext.model.tiny import story_tokenizer
 from hildanext.training import parallel
 from hildanext.training.convert import convert_wsd
 from hildanext.training.dpo import dpo, open_pairs, reference
-from hildanext.training.passes import Pass
-from hildanext.training.preference import ElboModule, Prefer, Preference, draw_noise
+from hildanext.training.preference import ElboModule, Preference, PreferenceTask, draw_noise
 from hildanext.training.run_folder import RunFolder
 from hildanext.training.trainer import Trainer, TrainingJob
 from support.resume import KILLS, assert_undisturbed, child
@@ -69,13 +69,13 @@ def shifted(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     return Path(convert_wsd(material(tmp_path_factory.mktemp("shifted"), tiny_base))["checkpoint"])
 
 
-def opened(config: Config, recipe: Preference) -> tuple[Trainer, Prefer]:
+def opened(config: Config, recipe: Preference) -> tuple[Trainer, PreferenceTask]:
     """What `dpo` makes, without a run folder. The learning rate is 0."""
     lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
     accelerator = parallel.start(policy, config.train)
     pairs, held_out = open_pairs(config, lm, BLOCK)
-    task = Prefer(config, lm, accelerator, recipe, pairs, held_out, BLOCK, reference(config, lm))
-    job = TrainingJob("dpo", 4, lambda step: SchedulePoint("stable", BLOCK, 0.0), recipe, BLOCK)
+    task = PreferenceTask(config, lm, accelerator, recipe, pairs, held_out, BLOCK, reference(config, lm))
+    job = TrainingJob("dpo", 4, lambda step: SchedulePoint("stable", BLOCK, 0.0), BLOCK)
     return Trainer(config, lm, policy, accelerator, job, task, RunFolder(Path(config.paths.runs) / "unused")), task
 
 
@@ -87,7 +87,7 @@ def stir(lm: DiffusionLM, seed: int = 1) -> None:
 # The loss, from the formulas, with the stock model one block of one answer at a time
 
 
-def answer_elbo(lm: DiffusionLM, batch: Batch, noisy: Pass, row: int) -> float:
+def answer_elbo(lm: DiffusionLM, batch: Batch, noisy: Noisy, row: int) -> float:
     """Eq. 7: minus the cross-entropy of every masked token over its t, each block seen after the clean ones before it."""
     n = int((batch.doc_ids[row] == 0).sum())
     clean, x_t, total = batch.input_ids[row, :n], noisy.noisy_ids[row, :n], 0.0
@@ -158,7 +158,7 @@ def test_its_gradient_is_the_loss_s(tmp_path: Path, shifted: Path):
     found.loss.backward()
     grads = {name: p.grad.clone() for name, p in weights_of(lm).items() if p.grad is not None}
     lm.model.zero_grad()
-    hidden = lm(noisy.noisy_ids, rows.input_ids, rows.doc_ids, rows.position_ids, noisy.masked, BLOCK)
+    hidden = lm(rows, noisy.noisy_ids, noisy.masked, BLOCK)
     log_p = lm.head(hidden).log_softmax(-1).gather(1, rows.input_ids[noisy.masked][:, None])[:, 0]
     terms = torch.zeros(noisy.masked.shape).masked_scatter(noisy.masked, log_p / noisy.t[noisy.masked])
     gained = terms.sum(1).view(4, 3, 2).mean(0) - target

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from conftest import make_tokenizer, random_llama
 from hildanext.config import Config, LoraConfig, ModelConfig, parse_config
 from hildanext.errors import ConfigError, HildaError, ModelError, UsageError
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.lora import one_matrix
 from hildanext.model.lora_linear import OneMatrix
@@ -136,8 +136,8 @@ def assert_near(found: torch.Tensor | None, expected: torch.Tensor) -> None:
 
 def one_step(config: Config, block: int) -> tuple[float, DiffusionLM]:
     """Loss of a step, and the model with the step's gradients still in it."""
-    trainer, lm = trainer_for(config, job(block, MULTI_TURN, lr=0.0))
-    trainer.prepared.zero_grad = lambda **_: None
+    trainer, lm = trainer_for(config, job(block, lr=0.0), MULTI_TURN)
+    trainer.optimizer.zero_grad = lambda **_: None
     return trainer.train_step(0)["loss"], lm
 
 
@@ -214,14 +214,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tiny_base: Path)
     ends = []
     for frugal in (False, True):
         config = material(tmp_path, tiny_base, lora={"rank": 4}, train={"gradient_checkpointing": frugal})
-        trainer, lm = trainer_for(config, job(4, MULTI_TURN))
+        trainer, lm = trainer_for(config, job(4), MULTI_TURN)
         losses = [trainer.train_step(step)["loss"] for step in range(3)]
         ends.append((losses, {name: value.detach().clone() for name, value in lm.model.named_parameters()}))
     assert_same(*ends)
 
 
 def test_the_base_is_frozen(tmp_path: Path, tiny_base: Path):
-    trainer, lm = trainer_for(material(tmp_path, tiny_base, lora={"rank": 4}), job(4, CONVERT))
+    trainer, lm = trainer_for(material(tmp_path, tiny_base, lora={"rank": 4}), job(4), CONVERT)
     before = {name: value.detach().clone() for name, value in lm.model.named_parameters()}
     for step in range(3):
         trainer.train_step(step)
@@ -231,7 +231,7 @@ def test_the_base_is_frozen(tmp_path: Path, tiny_base: Path):
 
 def test_frozen_weights_are_held_in_the_compute_type(tmp_path: Path, tiny_base: Path):
     config = material(tmp_path, tiny_base, lora={"rank": 4}, model={"dtype": "bfloat16"})
-    trainer, lm = trainer_for(config, job(4, CONVERT))
+    trainer, lm = trainer_for(config, job(4), CONVERT)
     trainer.train_step(0)
     assert lm.model.dtype == torch.bfloat16
     for name, value in lm.model.named_parameters():
@@ -252,7 +252,8 @@ def test_added_to_the_base_it_is_what_it_is_beside_it(base: Path, tmp_path: Path
     ids = torch.tensor([[5, 9, 8, 17, 20, 40, 299, 6]])
     noisy = ids.masked_fill(ids % 2 == 0, MASK)
     positions = torch.arange(8)[None]
-    args = (noisy, ids, torch.zeros_like(ids), positions, beside.allowed(ids > 0, positions), 4)
+    wanted = beside.allowed(ids > 0, positions)
+    args = (Batch([0], ids, torch.zeros_like(ids), positions, wanted), noisy, wanted, 4)
     with torch.no_grad():
         one, other = (lm.head(lm(*args)) for lm in (beside, added))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)

@@ -15,7 +15,7 @@ from hildanext.config import Config
 from hildanext.model.diffusion_lm import Batch
 from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.convert import convert_wsd
-from hildanext.training.denoiser import Denoiser
+from hildanext.training.denoising import DenoisingModule
 from hildanext.training.memory import MemoryShortError
 from hildanext.training.run_folder import FREE_ON_RESUME
 from support.resume import outcome
@@ -33,16 +33,16 @@ def room_for(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`room_for(rows, where)`: a larger micro-batch does not fit; it fails in its forward pass, from step `since` on."""
 
     def limit(rows: int, kind: str = "cuda", since: int = 0) -> None:
-        forward, calls = Denoiser.forward, []
+        forward, calls = DenoisingModule.forward, []
 
-        def narrow(self: Denoiser, batch: Batch, *rest: Any) -> Any:
+        def narrow(self: DenoisingModule, batch: Batch, *rest: Any) -> Any:
             if self.training or self.lm.model.training:
                 calls.append(batch.samples)
                 if len(batch.samples) > rows and min(batch.samples) >= 4 * since:
                     raise (torch.OutOfMemoryError if kind == "cuda" else RuntimeError)(LINES[kind])
             return forward(self, batch, *rest)
 
-        monkeypatch.setattr(Denoiser, "forward", narrow)
+        monkeypatch.setattr(DenoisingModule, "forward", narrow)
 
     return limit
 

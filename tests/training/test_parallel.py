@@ -36,7 +36,7 @@ LAUNCHED = """
 import os, signal, sys
 import torch
 from hildanext import cli
-from hildanext.training import denoiser, trainer
+from hildanext.training import denoising, trainer
 
 if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
     step_of, calls = trainer.Trainer.train_step, []
@@ -50,7 +50,7 @@ if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
     trainer.Trainer.train_step = train_step
 
 if (since := os.environ.get("SHORT")) and os.environ["RANK"] == "1":
-    forward = denoiser.Denoiser.forward
+    forward = denoising.DenoisingModule.forward
 
     def short(gradient):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
@@ -61,7 +61,7 @@ if (since := os.environ.get("SHORT")) and os.environ["RANK"] == "1":
             found.loss.total.register_hook(short)
         return found
 
-    denoiser.Denoiser.forward = narrow
+    denoising.DenoisingModule.forward = narrow
 sys.exit(cli.main(sys.argv[1:]))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # its options end with "--": it takes abbreviated ones

@@ -30,7 +30,7 @@ def test_an_adapter_learns_beside_a_quantized_base(
 ):
     lora = {"rank": 4, "base": kind}
     config = material(tmp_path, tiny_base, lora=lora, model={"dtype": dtype}, train={"lr": 0.02})
-    trainer, lm = trainer_for(config, job(4, CONVERT))
+    trainer, lm = trainer_for(config, job(4), CONVERT)
     layers = {n: p for n, p in lm.model.named_parameters() if ".layers." in n and n.endswith("base_layer.weight")}
     assert len(layers) == 14
     assert {p.dtype for p in layers.values()} == {KINDS[kind]}

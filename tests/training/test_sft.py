@@ -1,4 +1,4 @@
-"""Fine-tuning: what is supervised, the passes of a step, and the loss against a loop."""
+"""Instruction tuning: what is supervised, the turns of a step, and the loss against a loop."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from hildanext.config import Config
 from hildanext.data.prepare import prepare_data
 from hildanext.data.rows import Rows
 from hildanext.data.tokenize import tokenize_data
-from hildanext.diffusion.noise import sample_generator
+from hildanext.diffusion.noise import complement, sample_generator
 from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import DataError
 from hildanext.model.diffusion_lm import DiffusionLM, make_batch
 from hildanext.training.convert import convert_wsd, sft
-from hildanext.training.denoiser import Denoised
-from hildanext.training.passes import Recipe, first_passes
-from hildanext.training.trainer import TrainingJob
+from hildanext.training.denoising import Denoised, Recipe, noise_rows
+from hildanext.training.trainer import Sums, TrainingJob, TrainingStep
 from support.training import material, row_loss, trainer_for
 
 BLOCK = 4
 
 
-def job(recipe: Recipe) -> TrainingJob:
-    return TrainingJob("sft", 4, lambda step: SchedulePoint("stable", BLOCK, 0.0), recipe, BLOCK)
+JOB = TrainingJob("sft", 4, lambda step: SchedulePoint("stable", BLOCK, 0.0), BLOCK)
 
 
 def noised(lm: DiffusionLM, rows: Rows, recipe: Recipe, config: Config, samples: int) -> Tensor:
-    """[rows, L] bool: positions that some of the passes masked or corrupted."""
+    """[rows, L] bool: positions that the noise of some sample masked or corrupted."""
     touched = torch.zeros(len(rows), rows.seq_len, dtype=torch.bool)
     for row in range(len(rows)):
         for sample in range(samples):
             batch = make_batch(lm, [sample], rows.batch([row]))
-            for one in first_passes(lm, batch, BLOCK, recipe, config.noise, 0):
-                touched[row] |= (one.masked | one.wrong)[0]
-                assert torch.equal(one.noisy_ids[~(one.masked | one.wrong)], batch.input_ids[~(one.masked | one.wrong)])
+            noisy = noise_rows(lm, batch, BLOCK, recipe, config.noise.corrupt_rate, 0)
+            changed = noisy.masked | noisy.corrupted
+            touched[row] |= changed[0]
+            assert torch.equal(noisy.noisy_ids[~changed], batch.input_ids[~changed])
     return touched
 
 
@@ -68,7 +67,7 @@ def test_noise_falls_on_answers_and_their_ends_only(
     prepare_data(config)
     tokenize_data(config, tiny_tokenizer)
     rows = Rows.open(tmp_path / "data" / "tokenized" / "sft_train.rows")
-    _, lm = trainer_for(material(tmp_path / "other", tiny_base), job(Recipe(1, False, 0.5, 1.0, 0.0)))
+    _, lm = trainer_for(material(tmp_path / "other", tiny_base), JOB, Recipe(1, False, 0.5, 1.0, 0.0))
     monkeypatch.setattr(lm, "ordinary_ids", torch.arange(10, 20))
     touched = noised(lm, rows, Recipe(1, False, 0.5, 1.0, 0.0), config, samples=40)
     eos = tiny_tokenizer.eos_token_id
@@ -92,12 +91,14 @@ def test_noise_falls_on_answers_and_their_ends_only(
 
 
 def test_a_complementary_pair_is_two_halves_of_one_mask(tmp_path: Path, tiny_base: Path):
-    trainer, lm = trainer_for(material(tmp_path, tiny_base), job(Recipe(1, True, 0.05, 1.0, 0.0)), "sft_train")
+    recipe = Recipe(1, True, 0.05, 1.0, 0.0)
+    trainer, lm = trainer_for(material(tmp_path, tiny_base), JOB, recipe, "sft_train")
     batch = make_batch(lm, [0, 1, 2], trainer.rows.batch([0, 1, 2]))
-    first, second = first_passes(lm, batch, BLOCK, trainer.job.recipe, trainer.config.noise, 0)
+    first = noise_rows(lm, batch, BLOCK, recipe, trainer.config.noise.corrupt_rate, 0)
+    second = complement(batch.input_ids, batch.allowed, first, lm.mask_token_id, recipe.t_min)
     assert torch.equal(first.masked | second.masked, batch.allowed)
     assert not (first.masked & second.masked).any()
-    assert not second.wrong.any()
+    assert not second.corrupted.any()
     # Masking each token with probability t leaves each with probability 1 - t.
     torch.testing.assert_close(second.t, (1 - first.t).clamp_min(0.05))
     inverse = batch.input_ids.masked_fill(second.masked, lm.mask_token_id)
@@ -107,17 +108,17 @@ def test_a_complementary_pair_is_two_halves_of_one_mask(tmp_path: Path, tiny_bas
 def test_the_mask_ratio_stays_in_its_band(tmp_path: Path, tiny_base: Path):
     config = material(tmp_path, tiny_base)
     recipe = Recipe(1, False, 0.3, 0.6, 0.0)
-    trainer, lm = trainer_for(config, job(recipe), "sft_train")
+    trainer, lm = trainer_for(config, JOB, recipe, "sft_train")
     masked = allowed = 0
     for sample in range(300):
         batch = make_batch(lm, [sample], trainer.rows.batch([sample]))
-        one = first_passes(lm, batch, BLOCK, recipe, config.noise, 0)[0]
-        assert 0.3 <= one.t.min() <= one.t.max() <= 0.6
-        masked, allowed = masked + int(one.masked.sum()), allowed + int(batch.allowed.sum())
+        noisy = noise_rows(lm, batch, BLOCK, recipe, config.noise.corrupt_rate, 0)
+        assert 0.3 <= noisy.t.min() <= noisy.t.max() <= 0.6
+        masked, allowed = masked + int(noisy.masked.sum()), allowed + int(batch.allowed.sum())
     assert masked / allowed == pytest.approx(0.45, abs=0.02)
 
 
-# A step's loss over all its passes
+# A step's loss over all its turns
 
 
 def step_loss(config: Config, lm: DiffusionLM, rows: list[dict[str, Tensor]], recipe: Recipe) -> float:
@@ -127,22 +128,26 @@ def step_loss(config: Config, lm: DiffusionLM, rows: list[dict[str, Tensor]], re
         batch = make_batch(lm, [sample], row)
         ids, doc_ids, allowed = batch.input_ids[0], batch.doc_ids[0], batch.allowed[0]
         allowed_tokens += int(allowed.sum())
-        passes = first_passes(lm, batch, BLOCK, recipe, config.noise, config.train.seed)
-        drafts = None
-        for one in passes:
-            loss, filled = row_loss(
-                config, lm, ids, doc_ids, allowed, one.noisy_ids[0], one.masked[0], one.t[0], BLOCK, recipe.cap_weight
+        first = noise_rows(lm, batch, BLOCK, recipe, config.noise.corrupt_rate, config.train.seed)
+        turns = [(first.noisy_ids[0], first.masked[0], first.t[0])]
+        if recipe.complementary:
+            inverse = allowed & ~first.masked[0]
+            turns.append(
+                (ids.masked_fill(inverse, lm.mask_token_id), inverse, (1 - first.t[0]).clamp_min(recipe.t_min))
             )
+        drafts = None
+        for noisy_ids, masked, t in turns:
+            loss, filled = row_loss(config, lm, ids, doc_ids, allowed, noisy_ids, masked, t, BLOCK, recipe.cap_weight)
             total += loss
             drafts = filled if drafts is None else drafts
         if recipe.turns == 2:
             assert drafts is not None
             draws = torch.rand(len(ids), generator=sample_generator(config.train.seed, sample, "draft"))
-            shown = passes[0].masked[0] & (draws < config.noise.draft_share)
+            shown = first.masked[0] & (draws < config.noise.draft_share)
             assert shown.any()
-            noisy_ids = torch.where(shown, drafts, passes[0].noisy_ids[0])
-            t = (passes[0].t[0] * (1 - config.noise.draft_share)).clamp_min(recipe.t_min)
-            still_masked = passes[0].masked[0] & ~shown
+            noisy_ids = torch.where(shown, drafts, first.noisy_ids[0])
+            t = (first.t[0] * (1 - config.noise.draft_share)).clamp_min(recipe.t_min)
+            still_masked = first.masked[0] & ~shown
             total += row_loss(config, lm, ids, doc_ids, allowed, noisy_ids, still_masked, t, BLOCK, recipe.cap_weight)[
                 0
             ]
@@ -165,7 +170,7 @@ def test_the_loss_of_a_step(tmp_path: Path, tiny_base: Path, convention: str, re
         tmp_path, tiny_base,
         model={"convention": convention}, loss={"weighting": weighting, "w_t2t": 0.5, "keep": 0.7},
     )  # fmt: skip
-    trainer, lm = trainer_for(config, job(recipe), "sft_train")
+    trainer, lm = trainer_for(config, JOB, recipe, "sft_train")
     rows = [trainer.rows.batch([sample]) for sample in range(4)]
     with torch.no_grad():
         expected = step_loss(config, lm, rows, recipe)
@@ -175,12 +180,11 @@ def test_the_loss_of_a_step(tmp_path: Path, tiny_base: Path, convention: str, re
 def test_a_wrong_draft_is_an_edit_to_learn_and_a_right_one_is_kept(tmp_path: Path, tiny_base: Path):
     """The logged edit accuracy counts wrong tokens only, drafts included."""
     config = material(tmp_path, tiny_base, noise={"corrupt_rate": 0.0}, train={"rows_per_step": 2})
-    trainer, _ = trainer_for(config, job(Recipe(2, False, 0.9, 1.0, 0.0)), "sft_train")
+    trainer, _ = trainer_for(config, JOB, Recipe(2, False, 0.9, 1.0, 0.0), "sft_train")
     batch = make_batch(trainer.lm, [0, 1], trainer.rows.batch([0, 1]))
     seen: list[Denoised] = []
     trainer.task.module.register_forward_hook(lambda module, inputs, found: seen.append(found))
-    pieces = list(trainer.task.losses(batch, 0, BLOCK, 10, True))
-    assert [piece.name for piece in pieces] == ["turn 0", "turn 1"]
+    trainer.task.backward(batch, TrainingStep(0, trainer.job.point(0), 10), Sums(), sync=True)
     first, second = seen
     assert first.counts.corrupted == 0
     assert 0 < second.counts.corrupted <= first.counts.masked - second.counts.masked
@@ -188,11 +192,12 @@ def test_a_wrong_draft_is_an_edit_to_learn_and_a_right_one_is_kept(tmp_path: Pat
 
 def test_no_weight_is_above_that_of_t_min(tmp_path: Path, tiny_base: Path):
     """Drafts lower the noise level; 1/t stays clipped, in both turns."""
-    trainer, _ = trainer_for(material(tmp_path, tiny_base), job(Recipe(2, False, 0.3, 0.5, 0.0)), "sft_train")
+    trainer, _ = trainer_for(material(tmp_path, tiny_base), JOB, Recipe(2, False, 0.3, 0.5, 0.0), "sft_train")
     levels: list[Tensor] = []
     trainer.task.module.register_forward_hook(lambda module, inputs, found: levels.append(inputs[1].t))
     batch = make_batch(trainer.lm, [0, 1], trainer.rows.batch([0, 1]))
-    assert len(list(trainer.task.losses(batch, 0, BLOCK, 10, True))) == 2
+    trainer.task.backward(batch, TrainingStep(0, trainer.job.point(0), 10), Sums(), sync=True)
+    assert len(levels) == 2
     assert all(t.min() >= 0.3 for t in levels)
 
 

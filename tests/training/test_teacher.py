@@ -9,14 +9,14 @@ from torch import nn
 from hildanext.config import parse_config
 from hildanext.data.rows import Rows
 from hildanext.diffusion import objective
-from hildanext.diffusion.objective import Soft, denoising_loss
+from hildanext.diffusion.noise import Noisy, left_visible
+from hildanext.diffusion.objective import Soft, Target, Weights, denoising_loss
 from hildanext.errors import ConfigError
 from hildanext.model.diffusion_lm import make_batch
 from hildanext.model.loading import load_diffusion_lm, weights_of
 from hildanext.model.pretrained import load_causal_lm
 from hildanext.training.ar_base import next_token_losses
 from hildanext.training.convert import convert_wsd
-from hildanext.training.passes import Pass, left_visible
 from hildanext.training.teacher import Teacher
 from support.training import material
 
@@ -33,8 +33,8 @@ def test_fair_positions_are_those_a_loop_finds(data):
         before = range(i - position % block_size, i)  # in its own block; earlier blocks are clean
         expected.append(kinds[i] == "m" and all(kinds[j] == "o" for j in before))
     masked, wrong = (torch.tensor([[k == kind for k in kinds]]) for kind in "mw")
-    one = Pass(torch.zeros(1, len(kinds)), masked, wrong, torch.ones(1, len(kinds)))
-    assert left_visible(one, torch.tensor([positions]), block_size).tolist() == [expected]
+    noisy = Noisy(torch.zeros(1, len(kinds)), masked, wrong, torch.ones(1, len(kinds)))
+    assert left_visible(noisy, torch.tensor([positions]), block_size).tolist() == [expected]
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 5 * 7])
@@ -55,8 +55,8 @@ def test_loss_and_gradient_are_those_of_autograd_on_all_logits(monkeypatch, chun
         logits[:, 6] = -torch.inf
         return logits
 
-    names = {"mask_token_id": 6, "weighting": "elbo", "cap_weight": cap}
-    loss, *_ = denoising_loss(hidden, head, labels, t, masked, wrong, 30, **names, soft=Soft(taught, teach, share))
+    target, weights, soft = Target(labels, t, masked, wrong), Weights(cap_weight=cap), Soft(taught, teach, share)
+    loss, *_ = denoising_loss(hidden, head, target, 30, weights, mask_token_id=6, soft=soft)
     found = torch.autograd.grad(loss.total, [hidden, *head.parameters()])
 
     log_p, q = head(hidden).log_softmax(-1), teach(taught).softmax(-1)
@@ -82,17 +82,17 @@ def opened(config):
 def test_the_teacher_is_the_base_and_leaves_the_student_alone(tmp_path, tiny_base, rank):
     """An adapter that has moved is off while the base speaks, and as it was afterwards."""
     config = material(tmp_path, tiny_base, lora={"rank": rank}, loss={"distill": 0.5})
-    lm, parent, batch = opened(config)
-    assert (parent.beside is None) == (rank is not None)
+    lm, teacher, batch = opened(config)
+    assert (teacher.beside is None) == (rank is not None)
     with torch.no_grad():
         for value in weights_of(lm).values():
             value.add_(torch.randn(value.shape) * 0.1)
     lm.model.train()
     before = {name: value.clone() for name, value in weights_of(lm).items()}
-    states = parent.states(batch)
+    states = teacher.states(batch)
     wanted = batch.allowed & (batch.position_ids > 0)
     row, column = wanted.nonzero(as_tuple=True)
-    logits = parent.logits(states[row, column - 1])
+    logits = teacher.logits(states[row, column - 1])
     assert all(torch.equal(before[name], value) for name, value in weights_of(lm).items())
     assert lm.model.training
 
@@ -110,15 +110,15 @@ def test_the_teacher_is_the_base_and_leaves_the_student_alone(tmp_path, tiny_bas
 def test_a_fresh_adapter_at_block_size_one_has_nothing_to_learn_from_the_base(tmp_path, tiny_base):
     """There the student sees what the base sees: KL is 0, so only the labels' share of the loss is left."""
     config = material(tmp_path, tiny_base, lora={"rank": 4}, loss={"distill": 1.0})
-    lm, parent, batch = opened(config)
+    lm, teacher, batch = opened(config)
     masked = batch.allowed
-    one = Pass(batch.input_ids.masked_fill(masked, lm.mask_token_id), masked, masked & False, torch.ones(masked.shape))
-    soft = parent.soft(parent.states(batch), batch, one, masked, 1)
+    noisy_ids = batch.input_ids.masked_fill(masked, lm.mask_token_id)
+    noisy = Noisy(noisy_ids, masked, masked & False, torch.ones(masked.shape))
+    soft = teacher.soft(teacher.states(batch), batch, noisy, masked, 1)
     assert (soft.share == 1).all()
-    hidden = lm(one.noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, masked, 1)
-    loss, *_ = denoising_loss(
-        hidden, lm.head, batch.input_ids[masked], one.t[masked], masked[masked], ~masked[masked], 10, soft=soft
-    )
+    hidden = lm(batch, noisy_ids, masked, 1)
+    target = Target(batch.input_ids[masked], noisy.t[masked], masked[masked], ~masked[masked])
+    loss, *_ = denoising_loss(hidden, lm.head, target, 10, Weights(), soft=soft)
     # The student's own distribution also has the mask token and the padding rows; hence not exactly 0.
     assert abs(loss.total.item()) < 0.02 * loss.m2t.item()
 

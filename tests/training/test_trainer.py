@@ -20,14 +20,14 @@ from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.training.convert import convert_wsd
-from hildanext.training.passes import Recipe
+from hildanext.training.denoising import Recipe
 from hildanext.training.run_folder import RunFolder
 from hildanext.training.trainer import TrainingJob
 from support.training import LENGTHS, SEQ_LEN, material, row_loss, trainer_for
 
 
-def job(block: int, recipe: Recipe, lr: float = 0.003) -> TrainingJob:
-    return TrainingJob("test", 4, lambda step: SchedulePoint("stable", block, lr), recipe, block)
+def job(block: int, lr: float = 0.003) -> TrainingJob:
+    return TrainingJob("test", 4, lambda step: SchedulePoint("stable", block, lr), block)
 
 
 CONVERT = Recipe(turns=1, complementary=False, t_min=0.05, t_max=1.0, cap_weight=0.0)
@@ -58,7 +58,7 @@ def test_the_loss_of_a_step(tmp_path: Path, tiny_base: Path, convention: str, bl
     config = material(
         tmp_path, tiny_base, model={"convention": convention}, loss=loss, noise={"corrupt_rate": 0.3, "embed_std": 0}
     )
-    trainer, lm = trainer_for(config, job(block, CONVERT, lr=0.0))
+    trainer, lm = trainer_for(config, job(block, lr=0.0), CONVERT)
     for step in (0, 2):
         samples = list(range(step * 4, step * 4 + 4))
         rows = [trainer.rows.batch([sample]) for sample in samples]
@@ -72,7 +72,7 @@ def test_the_loss_of_a_step(tmp_path: Path, tiny_base: Path, convention: str, bl
 
 def after_steps(config: Config, block: int, recipe: Recipe = CONVERT) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and weights of three steps."""
-    trainer, lm = trainer_for(config, job(block, recipe))
+    trainer, lm = trainer_for(config, job(block), recipe)
     losses = [trainer.train_step(step)["loss"] for step in range(3)]
     return losses, {name: value.detach().clone() for name, value in lm.model.named_parameters()}
 
@@ -110,7 +110,7 @@ def test_gradient_checkpointing_recomputes_activations(
     calls = {}
     for frugal in (False, True):
         trainer, lm = trainer_for(
-            material(tmp_path, tiny_base, train={"gradient_checkpointing": frugal}), job(4, CONVERT)
+            material(tmp_path, tiny_base, train={"gradient_checkpointing": frugal}), job(4), CONVERT
         )
         count = 0
 
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_recomputes_activations(
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_a_step_without_overlap(tmp_path: Path, tiny_base: Path, world: int):
     config = material(tmp_path, tiny_base, train={"rows_per_step": 8, "micro_batch": 2})
-    trainer, _ = trainer_for(config, job(4, CONVERT))
+    trainer, _ = trainer_for(config, job(4), CONVERT)
     seen: list[int] = []
     for rank in range(world):
         trainer.accelerator = SimpleNamespace(num_processes=world, process_index=rank)  # type: ignore[assignment]
@@ -180,11 +180,11 @@ def test_a_run_learns_and_leaves_its_record(tmp_path: Path, tiny_base: Path):
 
 def test_tokens_seen_are_the_real_ones(tmp_path: Path, tiny_base: Path):
     """Padding is not text: a pass over all rows has seen each document's tokens once."""
-    trainer, _ = trainer_for(material(tmp_path, tiny_base), job(4, CONVERT))
+    trainer, _ = trainer_for(material(tmp_path, tiny_base), job(4), CONVERT)
     assert isinstance(trainer.rows, ShuffledRows)
     n_rows = len(trainer.rows.rows)
     config = material(tmp_path, tiny_base, train={"rows_per_step": n_rows, "micro_batch": n_rows})
-    trainer, _ = trainer_for(config, job(4, CONVERT))
+    trainer, _ = trainer_for(config, job(4), CONVERT)
     assert trainer.train_step(0)["tokens"] == sum(LENGTHS)
 
 
@@ -209,7 +209,7 @@ def test_ruined_weights_stop_the_run_with_the_step_and_its_rows(
     assert cli.main(["convert-wsd", "--config", str(file)]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("hildanext convert-wsd: step 2: the gradient is nan (block size 12, rows [")
-    trainer, _ = trainer_for(config, job(4, CONVERT))
+    trainer, _ = trainer_for(config, job(4), CONVERT)
     assert isinstance(trainer.rows, ShuffledRows)
     rows = sorted(trainer.rows.order.row(sample) for sample in range(4, 8))
     assert f"rows {rows})" in last
@@ -235,12 +235,12 @@ def test_a_held_out_loss_that_is_no_number_is_not_saved(
 
 
 def test_a_loss_that_is_no_number_moves_no_weight(tmp_path: Path, tiny_base: Path):
-    trainer, lm = trainer_for(material(tmp_path, tiny_base), job(4, CONVERT))
+    trainer, lm = trainer_for(material(tmp_path, tiny_base), job(4), CONVERT)
     with torch.no_grad():
         lm.model.model.norm.weight[0] = float("nan")
     before = [parameter.detach().clone() for parameter in lm.model.parameters()]
     with pytest.raises(
-        NonFiniteLossError, match=r"step 4: the loss is nan \(block size 4, rows \[\d+, \d+\], turn 0\)"
+        NonFiniteLossError, match=r"step 4: the loss is nan \(block size 4, rows \[\d+, \d+\], turn 'noised'\)"
     ):
         trainer.train_step(3)
     for old, new in zip(before, lm.model.parameters(), strict=True):
@@ -249,13 +249,13 @@ def test_a_loss_that_is_no_number_moves_no_weight(tmp_path: Path, tiny_base: Pat
 
 def test_embedding_noise_decays_and_marks_masks_only(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     config = material(tmp_path, tiny_base, noise={"embed_std": 0.5, "embed_steps": 4})
-    trainer, lm = trainer_for(config, job(4, CONVERT, lr=0.0))
+    trainer, lm = trainer_for(config, job(4, lr=0.0), CONVERT)
     seen: list[tuple[Tensor, Tensor | None]] = []
     forward = type(lm).forward
 
-    def spy(self: Any, noisy_ids: Tensor, *rest: Any) -> Tensor:
+    def spy(self: Any, batch: Any, noisy_ids: Tensor, *rest: Any) -> Tensor:
         seen.append((noisy_ids, rest[-1]))
-        return forward(self, noisy_ids, *rest)
+        return forward(self, batch, noisy_ids, *rest)
 
     monkeypatch.setattr(type(lm), "forward", spy)
     for step in (0, 2, 4):

@@ -14,11 +14,12 @@ from torch import Tensor
 
 
 class Noisy(NamedTuple):
-    """x_t and what was done to it."""
+    """A noised row or micro-batch: x_t, what differs from x_0, and the noise level. One *turn* trains on one of these."""
 
-    noisy_ids: Tensor  # [..., L] int64
+    noisy_ids: Tensor  # [..., L] int64, x_t
     masked: Tensor  # [..., L] bool, positions set to the mask token (M2T)
-    corrupted: Tensor  # [..., L] bool, observed positions holding a wrong token (T2T); disjoint from masked
+    corrupted: Tensor  # [..., L] bool, observed positions that hold a wrong token (T2T); disjoint from masked
+    t: Tensor  # [..., L] float32, noise level of the position's block
 
 
 def sample_generator(seed: int, index: int, stream: str = "train") -> torch.Generator:
@@ -82,13 +83,41 @@ def add_noise(
     masked = (torch.rand(input_ids.shape, generator=generator) < t) & loss_mask
     corrupted = (torch.rand(input_ids.shape, generator=generator) < corrupt_rate) & loss_mask & ~masked
     noisy_ids = torch.where(corrupted, wrong_tokens(input_ids, ordinary_ids, generator), input_ids)
-    return Noisy(noisy_ids.masked_fill(masked, mask_token_id), masked, corrupted)
+    return Noisy(noisy_ids.masked_fill(masked, mask_token_id), masked, corrupted, t)
 
 
-def complement(input_ids: Tensor, loss_mask: Tensor, noisy: Noisy, mask_token_id: int) -> Noisy:
-    """The inverse mask of a sample: what was masked is observed and the other way round (LLaDA2.0 section 5.1).
+def complement(input_ids: Tensor, loss_mask: Tensor, noisy: Noisy, mask_token_id: int, t_min: float) -> Noisy:
+    """The complementary mask: masked tokens become observed and observed ones masked (LLaDA2.0 section 5.1).
 
-    Every allowed token is masked in exactly one of the two, so a pair supervises all of them. No corruption here.
+    Each allowed token is masked in exactly one of the two, so the pair supervises every allowed token. No token is
+    corrupted. The complement of a mask drawn at level t is a mask drawn at level 1 - t, clipped to `t_min`.
+    All tensors [..., L].
     """
     masked = loss_mask & ~noisy.masked
-    return Noisy(input_ids.masked_fill(masked, mask_token_id), masked, torch.zeros_like(masked))
+    noisy_ids = input_ids.masked_fill(masked, mask_token_id)
+    return Noisy(noisy_ids, masked, torch.zeros_like(masked), (1.0 - noisy.t).clamp_min(t_min))
+
+
+def put_drafts(input_ids: Tensor, noisy: Noisy, drafts: Tensor, uniform: Tensor, share: float, t_min: float) -> Noisy:
+    """x_t of the multi-turn forward (LLaDA2.1 section 3): a share of the masked positions holds the model's own draft.
+
+    drafts [..., L] int64: the model's predictions, read at masked positions only. uniform [..., L] float32 in [0, 1): a
+    masked position gets its draft where this is below `share`. Right drafts are to be kept, wrong ones to be edited. The
+    other masks stay, at noise level t * (1 - share), clipped to `t_min`.
+    """
+    drafted = noisy.masked & (uniform < share)
+    noisy_ids = torch.where(drafted, drafts, noisy.noisy_ids)
+    corrupted = noisy.corrupted | (drafted & (drafts != input_ids))
+    return Noisy(noisy_ids, noisy.masked & ~drafted, corrupted, (noisy.t * (1.0 - share)).clamp_min(t_min))
+
+
+def left_visible(noisy: Noisy, position_ids: Tensor, block_size: int) -> Tensor:
+    """Masked positions whose left context is clean: no masked or corrupted token precedes them in their block.
+
+    position_ids [B, L] int64 -> [B, L] bool. Earlier blocks are read from the clean stream.
+    """
+    hidden = (noisy.masked | noisy.corrupted).long()
+    before = hidden.cumsum(1) - hidden
+    index = torch.arange(hidden.shape[1], device=hidden.device)
+    block_start = (index - position_ids % block_size).clamp_min(0)  # padding has no blocks
+    return noisy.masked & (before == before.gather(1, block_start))

@@ -1,19 +1,21 @@
-"""The denoising loss: M2T (fill masks) plus T2T (repair wrong tokens, keep right ones). fp32 sums over a global count.
+"""The denoising loss: M2T (predict masked tokens) plus T2T (repair wrong tokens, keep right ones).
 
-Source: LLaDA2.0 eq. 1-2 (ELBO weight 1/t of the linear schedule) and section 5.2 (CAP), LLaDA2.1 section 3 (T2T).
-The head runs on a few supervised positions at a time, forward and backward together: [S, V] logits never exist.
+Sources: LLaDA2.0 (arXiv 2512.15745) eq. 1-2 for the ELBO weight 1/t of the linear schedule and section 5.2 for CAP;
+LLaDA2.1 (arXiv 2602.08676) section 3 for T2T.
+The head runs on a chunk of supervised positions at a time, forward and backward together: full [S, V] logits never exist.
+Sums are fp32 and divided by a count over the whole effective batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = 1 << 24  # numbers in a chunk of logits: 64 MB in fp32, whatever the vocabulary
+LOGITS_AT_ONCE = 1 << 24  # elements in a chunk of logits: 64 MB in fp32 for any vocabulary
 
 
 class Loss(NamedTuple):
@@ -25,7 +27,7 @@ class Loss(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What the logs need, as sums over positions (float32 scalars without gradient)."""
+    """Sums over positions for the log: float32 scalars without gradient."""
 
     masked: Tensor
     masked_ce: Tensor  # unweighted cross-entropy in nats
@@ -34,76 +36,87 @@ class Counts(NamedTuple):
     corrupted_correct: Tensor
 
 
+class Target(NamedTuple):
+    """The S supervised positions of a noised micro-batch. A position neither masked nor corrupted is observed and right."""
+
+    labels: Tensor  # [S] int64, always x_0
+    t: Tensor  # [S] float32, noise level
+    masked: Tensor  # [S] bool
+    corrupted: Tensor  # [S] bool, observed and not the clean token
+
+
+class Weights(NamedTuple):
+    """How much each kind of supervised position counts."""
+
+    weighting: Literal["elbo", "uniform"] = "elbo"  # of a masked token: 1/t or 1
+    w_m2t: float = 1.0
+    w_t2t: float = 1.0
+    keep: float = 1.0  # of observed right tokens, within T2T
+    cap_weight: float = 0.0
+
+
 class Soft(NamedTuple):
-    """A distribution that takes a share of the label's place as the target, made a few positions at a time."""
+    """A teacher's distribution that replaces a share of the one-hot target; its logits are made a few positions at a time."""
 
     hidden: Tensor  # [S, H'] the teacher's hidden states
-    logits: Callable[[Tensor], Tensor]  # [n, H'] -> [n, V] float32; -inf where nothing is predicted
-    share: Tensor  # [S] float32 in [0, 1]; 0: the label alone
+    logits: Callable[[Tensor], Tensor]  # [n, H'] -> [n, V] float32; -inf for ids that are never predicted
+    share: Tensor  # [S] float32 in [0, 1]; 0 keeps the one-hot target
 
 
 class Predicted(NamedTuple):
-    """What the head said at S positions, without gradient."""
+    """Predictions at S positions, without gradient."""
 
     ce: Tensor  # [S] float32, nats
-    best: Tensor  # [S] int64, the most likely id but for the mask token
+    best: Tensor  # [S] int64, the most likely id other than the mask token
 
 
 def denoising_loss(
     hidden: Tensor,
     head: nn.Module,
-    labels: Tensor,
-    t: Tensor,
-    is_masked: Tensor,
-    is_wrong: Tensor,
+    target: Target,
     n_tokens: int,
+    weights: Weights,
     *,
     mask_token_id: int | None = None,
-    weighting: str = "elbo",
-    w_m2t: float = 1.0,
-    w_t2t: float = 1.0,
-    keep: float = 1.0,
-    cap_weight: float = 0.0,
     soft: Soft | None = None,
 ) -> tuple[Loss, Counts, Predicted]:
-    """Loss over the supervised positions only (S of them, over the whole micro-batch), counts, and what was predicted.
+    """The loss over S supervised positions of a micro-batch, counts for the log, and the predictions.
 
-    hidden [S, H] any float dtype, head: [n, H] -> logits [n, V], labels [S] int64 (always x_0), t [S] float32, is_masked
-    [S] bool, is_wrong [S] bool (observed, and not the clean token). The other positions are observed and right: "keep"
-    positions, weighted `keep` inside T2T. n_tokens: allowed tokens of the whole effective batch, over all processes.
+    hidden [S, H] any float dtype; head: [n, H] -> logits [n, V]; n_tokens N: allowed tokens of the whole effective batch,
+    over all processes and turns.
 
-        total = w_m2t * sum_masked(w(t) CE) / N + w_t2t * (sum_wrong CE + keep * sum_right CE) / N,  w(t) = 1/t or 1
+        total = w_m2t * sum_masked(w(t) CE) / N + w_t2t * (sum_corrupted CE + keep * sum_right CE) / N,  w(t) = 1/t or 1
 
-    The mask token is never the best id: decoding cannot predict it either.
-    cap_weight adds the confidence loss of LLaDA2.0 section 5.2: the entropy of correctly predicted masked tokens.
-    soft: CE becomes (1 - share) CE + share KL(q || p) with the teacher's q (Hinton et al. 2015, arXiv 1503.02531, at
-    temperature 1) in `total`; the other numbers keep the label's CE.
+    mask_token_id: never counted as the best id, since decoding cannot predict it.
+    weights.cap_weight adds the confidence loss of LLaDA2.0 section 5.2: the entropy of correctly predicted masked tokens.
+    soft: in `total`, CE becomes (1 - share) CE + share KL(q || p) with the teacher's q (Hinton et al. 2015, arXiv
+    1503.02531, temperature 1); the other numbers keep the label's CE.
     """
-    masked, wrong = is_masked.float(), is_wrong.float()
-    m2t_weight = masked / t if weighting == "elbo" else masked
-    t2t_weight = wrong + keep * (1.0 - masked - wrong)
-    # The function works with weights of about 1 and divides by N at the end: fp16 gradients of 1/N would vanish.
+    masked, corrupted = target.masked.float(), target.corrupted.float()
+    m2t_weight = masked / target.t if weights.weighting == "elbo" else masked
+    t2t_weight = corrupted + weights.keep * (1.0 - masked - corrupted)
+    # The sum has weights of about 1 and is divided by N at the end: fp16 gradients of 1/N would vanish.
     summed, ce, best = _HeadLoss.apply(
         hidden,
         head,
-        labels,
-        w_m2t * m2t_weight + w_t2t * t2t_weight,
-        cap_weight * masked if cap_weight else None,
+        target.labels,
+        weights.w_m2t * m2t_weight + weights.w_t2t * t2t_weight,
+        weights.cap_weight * masked if weights.cap_weight else None,
         mask_token_id,
         soft,
         *trainable(head),
     )
-    correct = (best == labels).float()
     with torch.no_grad():
-        loss = Loss(summed / n_tokens, (ce * m2t_weight).sum() / n_tokens, (ce * t2t_weight).sum() / n_tokens)
+        correct = (best == target.labels).float()
+        m2t, t2t = (ce * m2t_weight).sum() / n_tokens, (ce * t2t_weight).sum() / n_tokens
         counts = Counts(
-            masked.sum(), (ce * masked).sum(), (correct * masked).sum(), wrong.sum(), (correct * wrong).sum()
+            masked.sum(), (ce * masked).sum(), (correct * masked).sum(), corrupted.sum(), (correct * corrupted).sum()
         )
-    return loss._replace(total=summed / n_tokens), counts, Predicted(ce, best)
+    return Loss(summed / n_tokens, m2t, t2t), counts, Predicted(ce, best)
 
 
 def weighted_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, weight: Tensor) -> Tensor:
-    """sum(weight * CE) over S positions, fp32 scalar; weights [S] may be negative. The head runs on a few at a time."""
+    """sum(weight * CE) over S positions, fp32 scalar. weight [S] float32 may be negative. The head runs chunk by chunk."""
     summed, _, _ = _HeadLoss.apply(hidden, head, labels, weight, None, None, None, *trainable(head))
     return summed
 
@@ -116,7 +129,7 @@ def trainable(head: nn.Module) -> list[nn.Parameter]:
 def predict(
     hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, mask_token_id: int | None = None
 ) -> Predicted:
-    """Cross-entropy of `labels` [S] and the best id at hidden states [S, H], a few positions at a time."""
+    """Cross-entropy of `labels` [S] and the best id at hidden states [S, H], chunk by chunk."""
     parts = [
         _predict(head(h).to(torch.float32, copy=True), y, mask_token_id)[0] for h, y in _chunks(hidden, head, labels)
     ]
@@ -124,23 +137,23 @@ def predict(
 
 
 def _chunks(hidden: Tensor, head: Callable[[Tensor], Tensor], *others: Tensor) -> zip[tuple[Tensor, ...]]:
-    """Tensors of S positions each, cut so that a chunk's logits stay below LOGITS_AT_ONCE; one empty chunk for S = 0."""
+    """Cut tensors of S positions so that a chunk's logits stay below LOGITS_AT_ONCE; S = 0 gives one empty chunk."""
     vocabulary = head(hidden[:1].detach()).shape[-1] if len(hidden) else 1
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     return zip(*(tensor.split(size) for tensor in (hidden, *others)), strict=True)
 
 
 def _predict(logits: Tensor, labels: Tensor, mask_token_id: int | None) -> tuple[Predicted, Tensor]:
-    """What float32 logits [n, V] predict, and the sum [n, 1] of their exponentials, which take the logits' place."""
+    """Predictions from float32 logits [n, V], and the sum [n, 1] of their exponentials. Overwrites the logits by these."""
     if mask_token_id is None:
         best = logits.argmax(-1)
         top = logits.gather(-1, best[:, None])
     else:
-        its_own = logits[:, mask_token_id, None].clone()
+        at_mask = logits[:, mask_token_id, None].clone()
         logits[:, mask_token_id] = -torch.inf
         best = logits.argmax(-1)
-        top = torch.maximum(logits.gather(-1, best[:, None]), its_own)
-        logits[:, mask_token_id, None] = its_own
+        top = torch.maximum(logits.gather(-1, best[:, None]), at_mask)
+        logits[:, mask_token_id, None] = at_mask
     logits.sub_(top)
     at_label = logits.gather(-1, labels[:, None])
     z = logits.exp_().sum(-1, keepdim=True)
@@ -148,12 +161,12 @@ def _predict(logits: Tensor, labels: Tensor, mask_token_id: int | None) -> tuple
 
 
 def _cast(head: nn.Module, device_type: str) -> dict[str, Tensor]:
-    """The head's weights as autocast would cast them: once, not for every chunk; leaves whose gradients stay in that type."""
+    """The head's weights in autocast's type: cast once, not for every chunk. They are leaves with gradients of that type."""
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     return {
         name: parameter.detach().to(dtype or parameter.dtype).requires_grad_(parameter.requires_grad)
         for name, parameter in head.named_parameters()
-        if parameter.is_floating_point()  # not what is quantized
+        if parameter.is_floating_point()  # quantized weights are integers
     }
 
 
@@ -188,9 +201,9 @@ class _HeadLoss(torch.autograd.Function):
                 leaf = h.detach().requires_grad_(wanted)
                 logits = run(leaf)
             chunk = None if soft is None else Soft(*(_cut(part, start, len(h)) for part in soft))
-            value, one, slope = _slope(logits.detach(), y, w, None if cap is None else c, mask_token_id, chunk)
+            value, predicted, slope = _slope(logits.detach(), y, w, None if cap is None else c, mask_token_id, chunk)
             total += value
-            found.append(one)
+            found.append(predicted)
             if wanted:
                 slope = slope.to(logits.dtype)
                 at_hidden[start : start + len(h)], *more = torch.autograd.grad(logits, [leaf, *leaves], slope)
@@ -225,18 +238,19 @@ def _slope(
     mask_token_id: int | None,
     soft: Soft | None = None,
 ) -> tuple[Tensor, Predicted, Tensor]:
-    """Value of a chunk's loss, what it predicts, and the loss's gradient at its logits [n, V], float32.
+    """A chunk's loss, its predictions, and the gradient of the loss at its logits [n, V], float32.
 
-    With p = softmax(logits), the cross-entropy's is p - onehot, KL(q || p)'s p - q, the entropy's -p (log p + H).
+    With p = softmax(logits), the gradient of the cross-entropy is p - onehot, of KL(q || p) p - q, and of the entropy
+    -p (log p + H).
     """
     p = logits.to(torch.float32, copy=True)
     taught = None if soft is None else _teach(p, labels, soft)
-    one, z = _predict(p, labels, mask_token_id)
-    value = (weight * one.ce).sum()
+    predicted, z = _predict(p, labels, mask_token_id)
+    value = (weight * predicted.ce).sum()
     if cap is None:
         slope = p.mul_(weight[:, None] / z)
     else:
-        cap = (cap * (one.best == labels))[:, None]
+        cap = (cap * (predicted.best == labels))[:, None]
         p /= z
         p_log_p = torch.xlogy(p, p)
         entropy = -p_log_p.sum(-1, keepdim=True)
@@ -248,11 +262,11 @@ def _slope(
         hard, part = weight * (1.0 - soft.share), weight[rows] * soft.share[rows]
         value = value + (part * gap).sum()
         slope[rows] -= part[:, None] * q
-    return value, one, slope.scatter_add_(-1, labels[:, None], -hard[:, None])
+    return value, predicted, slope.scatter_add_(-1, labels[:, None], -hard[:, None])
 
 
 def _teach(logits: Tensor, labels: Tensor, soft: Soft) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that have a share [m], the teacher's q there [m, V], and KL(q || p) - CE [m], float32."""
+    """Rows with a nonzero share [m], the teacher's q there [m, V], and KL(q || p) - CE [m], float32."""
     rows = soft.share.nonzero()[:, 0]
     q = soft.logits(soft.hidden[rows]).softmax(-1)
     own = logits[rows]

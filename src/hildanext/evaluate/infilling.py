@@ -17,7 +17,7 @@ from hildanext.diffusion.noise import sample_generator
 from hildanext.evaluate.intervals import mean, share
 from hildanext.evaluate.judge import parent_log_likelihood
 from hildanext.evaluate.ways import Models, Outcome, Question, Way, WayAnswer, answer, cost
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.progress import progress
 
 NAME = "infilling"
@@ -37,7 +37,7 @@ def infill(lm: DiffusionLM, tokens: list[int], span: range, settings: Settings) 
     forwards = edits = post_steps = 0
     while True:
         ids = torch.tensor([text], device=lm.device)
-        hidden = lm(ids, ids, torch.zeros_like(ids), positions, wanted, len(text))
+        hidden = lm(Batch([0], ids, torch.zeros_like(ids), positions, wanted), ids, wanted, len(text))
         proposed, confidence = propose(lm.head(hidden), mask_token_id=lm.mask_token_id, vocab_size=lm.vocab_size)
         before = text[span.start : span.stop]
         was_clean = lm.mask_token_id not in before

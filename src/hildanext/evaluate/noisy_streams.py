@@ -27,7 +27,7 @@ def denoise(lm: DiffusionLM, batch: Batch, masked: list[Tensor], block_size: int
     if block_size >= length or columns.shape[1] == length:
         for one in masked:
             noisy_ids = batch.input_ids.masked_fill(one, lm.mask_token_id)
-            yield lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, one, block_size)
+            yield lm(batch, noisy_ids, one, block_size)
         return
     together = length // max(columns.shape[1], 1)
     for start in range(0, len(masked), together):

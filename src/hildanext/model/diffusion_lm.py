@@ -26,6 +26,16 @@ class Injected(NamedTuple):
     targets: list[str]  # names of the adapted linear layers, as peft matches them
 
 
+class Batch(NamedTuple):
+    """Clean rows x_0 of a micro-batch. All tensors are [B, L], on the model's device."""
+
+    samples: list[int]  # global sample indices, which seed the noise
+    input_ids: Tensor  # int64
+    doc_ids: Tensor  # int64, -1 for padding
+    position_ids: Tensor  # int64, from 0 in each document
+    allowed: Tensor  # bool: may be noised and supervised
+
+
 class DiffusionLM(nn.Module):
     """A model, its tokenizer and the three facts that make it a block-diffusion model."""
 
@@ -93,28 +103,26 @@ class DiffusionLM(nn.Module):
 
     def forward(
         self,
+        batch: Batch,
         noisy_ids: Tensor,
-        input_ids: Tensor,
-        doc_ids: Tensor,
-        position_ids: Tensor,
         wanted: Tensor,
         block_size: int,
         embed_noise: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [S, H] whose logits predict x_0 at the S wanted positions, in row-major order.
 
-        noisy_ids, input_ids, doc_ids, position_ids: [B, L] int64. wanted: [B, L] bool. block_size >= L is full
-        diffusion over x_t alone (eq. 4); else the model runs on [x_t ; x_0], 2L long, same positions twice (eq. 3).
-        embed_noise [B, L, H] is added to the embeddings of x_t.
+        noisy_ids [B, L] int64: x_t. wanted [B, L] bool. embed_noise [B, L, H] is added to the embeddings of x_t.
+        block_size >= L is full diffusion over x_t alone (LLaDA2.0 eq. 4). Otherwise the model runs on [x_t ; x_0], 2L
+        long, with the same positions twice (eq. 3).
         """
-        length = noisy_ids.shape[1]
+        length, position_ids = noisy_ids.shape[1], batch.position_ids
         full_diffusion = block_size >= length
-        ids = noisy_ids if full_diffusion else torch.cat([noisy_ids, input_ids], dim=1)
+        ids = noisy_ids if full_diffusion else torch.cat([noisy_ids, batch.input_ids], dim=1)
         embeds = self.embedding(ids)
         if embed_noise is not None:
             embeds = embeds + nn.functional.pad(embed_noise, (0, 0, 0, ids.shape[1] - length))
         visible = visible_keys(
-            self.attention, doc_ids, position_ids, block_size, compute_dtype(embeds), query_groups(self.model)
+            self.attention, batch.doc_ids, position_ids, block_size, compute_dtype(embeds), query_groups(self.model)
         )
         dense = isinstance(visible, Tensor)
         hidden = body(
@@ -185,16 +193,6 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     if head is not embedding:  # not tied
         head[mask_id] = head[:before].mean(0)
     return mask_id
-
-
-class Batch(NamedTuple):
-    """Clean rows of a micro-batch. `samples` are global sample indices; the tensors are [B, L] on the model's device."""
-
-    samples: list[int]
-    input_ids: Tensor
-    doc_ids: Tensor
-    position_ids: Tensor
-    allowed: Tensor  # bool: may be noised and supervised
 
 
 def make_batch(lm: DiffusionLM, samples: list[int], rows: dict[str, Tensor]) -> Batch:

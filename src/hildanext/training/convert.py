@@ -14,17 +14,17 @@ from hildanext.errors import UsageError
 from hildanext.model.backbone import check_length
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.progress import say
-from hildanext.training.denoising import Denoise
+from hildanext.training.denoising import DenoisingTask, Recipe
 from hildanext.training.held_out import evaluate_denoising
-from hildanext.training.passes import Recipe
 from hildanext.training.run import Opened, open_row_source, open_run, run_job
 from hildanext.training.teacher import Teacher
 from hildanext.training.trainer import TrainingJob
 
 
-def _train(config: Config, opened: Opened, job: TrainingJob, use: Use, block_size: int | None = None) -> dict[str, Any]:
+def _train(
+    config: Config, opened: Opened, job: TrainingJob, recipe: Recipe, use: Use, block_size: int | None = None
+) -> dict[str, Any]:
     lm = opened.lm
-    assert isinstance(job.recipe, Recipe)
     check_length(lm.model, config.data.seq_len, "data.seq_len")
     held_out = PARTS[use][1]
     with closing(open_row_source(config, use, lm, block_size)) as rows:
@@ -33,8 +33,8 @@ def _train(config: Config, opened: Opened, job: TrainingJob, use: Use, block_siz
             say(
                 f"no held-out rows in '{held_out}': no evaluation, and no best checkpoints are kept (raise data.eval_share)"
             )
-        parent = Teacher(lm, config, opened.policy) if config.loss.distill else None
-        task = Denoise(config, lm, opened.accelerator, job.recipe, rows, eval_rows, job.eval_block, parent)
+        teacher = Teacher(lm, config, opened.policy) if config.loss.distill else None
+        task = DenoisingTask(config, lm, opened.accelerator, recipe, rows, eval_rows, job.eval_block, teacher)
         return run_job(config, opened, job, task)
 
 
@@ -59,10 +59,10 @@ def convert_wsd(config: Config, name: str = "convert", resume: bool = False) -> 
         title="convert-wsd",
         steps=total_steps(config.wsd),
         point=lambda step: wsd_point(step, config.wsd, config.train, config.data.seq_len),
-        recipe=Recipe(noise.turns, noise.complementary, noise.t_min, noise.t_max, config.loss.cap_weight),
         eval_block=min(config.wsd.final_block, config.data.seq_len),
     )
-    return _train(config, opened, job, "train")
+    recipe = Recipe(noise.turns, noise.complementary, noise.t_min, noise.t_max, config.loss.cap_weight)
+    return _train(config, opened, job, recipe, "train")
 
 
 def sft(config: Config, name: str = "sft", resume: bool = False) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def sft(config: Config, name: str = "sft", resume: bool = False) -> dict[str, An
         title="sft",
         steps=tune.steps,
         point=lambda step: sft_point(step, tune, config.train.lr_final_ratio, block),
-        recipe=Recipe(tune.turns, tune.complementary, *tune.mask_band, tune.cap_weight),
         eval_block=block,
     )
-    return _train(config, opened, job, "sft", block)
+    recipe = Recipe(tune.turns, tune.complementary, *tune.mask_band, tune.cap_weight)
+    return _train(config, opened, job, recipe, "sft", block)

@@ -1,9 +1,17 @@
-"""What conversion and instruction tuning optimize: the denoising loss of noised rows."""
+"""A micro-batch of `convert-wsd` and `sft`, from clean rows x_0 to gradients. Read `DenoisingTask.backward` first.
+
+A micro-batch is noised and learned from in one to three *turns*, each a forward and backward of its own:
+
+    noised      x_t, drawn at the noise level t of each block
+    drafts      x_t where some masks hold the model's own predictions (multi-turn forward, LLaDA2.1 section 3)
+    complement  x_0 under the complementary mask (LLaDA2.0 section 5.1)
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -11,18 +19,107 @@ from torch import Tensor, nn
 
 from hildanext.config import Config
 from hildanext.data.rows import Rows, RowSource
-from hildanext.diffusion.objective import Predicted, Soft
+from hildanext.diffusion.noise import (
+    Noisy,
+    add_noise,
+    block_ids,
+    complement,
+    noise_levels,
+    put_drafts,
+    sample_generator,
+)
+from hildanext.diffusion.objective import Counts, Loss, Predicted, Soft, Target, Weights, denoising_loss
 from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
-from hildanext.training.denoiser import Denoised, Denoiser, embedding_noise
 from hildanext.training.held_out import evaluate_denoising
 from hildanext.training.parallel import sync_gradients
-from hildanext.training.passes import Pass, Piece, Recipe, drafted_pass, first_passes
 from hildanext.training.teacher import Teacher
+from hildanext.training.trainer import Sums, TrainingStep, backward
+
+Turn = Literal["noised", "drafts", "complement"]
 
 
-class Denoise:
-    """A `train.Task`."""
+class Recipe(NamedTuple):
+    """How rows are noised: the part that differs between `convert-wsd` and `sft`."""
+
+    turns: int  # 2 adds the turn "drafts"
+    complementary: bool  # adds the turn "complement"
+    t_min: float
+    t_max: float
+    cap_weight: float
+
+    def order(self) -> list[Turn]:
+        """The turns of a micro-batch."""
+        turns: list[Turn] = ["noised"]
+        if self.turns == 2:
+            turns.append("drafts")
+        if self.complementary:
+            turns.append("complement")
+        return turns
+
+
+class Denoised(NamedTuple):
+    """Result of one turn. Only `loss.total` carries a gradient."""
+
+    loss: Loss
+    counts: Counts
+    predicted: Predicted  # at the wanted positions
+
+
+class DenoisingModule(nn.Module):
+    """Mask, forward, head and loss in one call: DDP and FSDP2 prepare parameters when the module they wrap is called."""
+
+    def __init__(self, lm: DiffusionLM, weights: Weights) -> None:
+        super().__init__()
+        self.lm, self.weights = lm, weights
+
+    def forward(
+        self,
+        batch: Batch,
+        noisy: Noisy,
+        wanted: Tensor,
+        block_size: int,
+        n_tokens: int,
+        embed_noise: Tensor | None = None,
+        soft: Soft | None = None,
+    ) -> Denoised:
+        """The loss over the wanted positions [B, L] bool.
+
+        n_tokens: allowed tokens of the whole effective batch, over all turns. embed_noise [B, L, H] is added to the
+        embeddings of x_t, in units of the embeddings' standard deviation. soft: a teacher's targets at the wanted positions.
+        """
+        if embed_noise is not None:
+            embed_noise = embed_noise * self.lm.embedding_std()
+        hidden = self.lm(batch, noisy.noisy_ids, wanted, block_size, embed_noise)
+        labels = batch.input_ids[wanted]
+        target = Target(labels, noisy.t[wanted], noisy.masked[wanted], noisy.corrupted[wanted])
+        mask_id, head = self.lm.mask_token_id, self.lm.head
+        return Denoised(*denoising_loss(hidden, head, target, n_tokens, self.weights, mask_token_id=mask_id, soft=soft))
+
+
+def noise_rows(lm: DiffusionLM, batch: Batch, block_size: int, recipe: Recipe, corrupt_rate: float, seed: int) -> Noisy:
+    """x_t of the first turn, [B, L]: each row's noise comes from the generator of its sample."""
+    rows = zip(*(x.cpu() for x in (batch.input_ids, batch.doc_ids, batch.position_ids, batch.allowed)), strict=True)
+    noised = []
+    for sample, (input_ids, doc_ids, position_ids, allowed) in zip(batch.samples, rows, strict=True):
+        generator = sample_generator(seed, sample)
+        t = noise_levels(doc_ids, block_ids(position_ids, block_size), recipe.t_min, recipe.t_max, generator)
+        noised.append(
+            add_noise(
+                input_ids,
+                allowed,
+                t,
+                mask_token_id=lm.mask_token_id,
+                ordinary_ids=lm.ordinary_ids,
+                corrupt_rate=corrupt_rate,
+                generator=generator,
+            )
+        )
+    return Noisy(*(torch.stack(field).to(lm.device) for field in zip(*noised, strict=True)))
+
+
+class DenoisingTask:
+    """The `Task` of a trainer whose rows are text. Its noise depends on (seed, global sample index) alone."""
 
     def __init__(
         self,
@@ -33,84 +130,103 @@ class Denoise:
         rows: RowSource,
         eval_rows: Rows | None,
         eval_block: int,
-        parent: Teacher | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        """parent: the teacher of `loss.distill`."""
+        """teacher: of `loss.distill`."""
         self.config, self.lm, self.accelerator, self.recipe = config, lm, accelerator, recipe
-        self.rows, self.eval_rows, self.eval_block, self.parent = rows, eval_rows, eval_block, parent
-        self.module: nn.Module = Denoiser(lm, config.loss, recipe.cap_weight)
+        self.rows, self.eval_rows, self.eval_block, self.teacher = rows, eval_rows, eval_block, teacher
+        loss = config.loss
+        weights = Weights(loss.weighting, loss.w_m2t, loss.w_t2t, loss.keep, recipe.cap_weight)
+        self.module: nn.Module = DenoisingModule(lm, weights)
 
     def fetch(self, samples: list[int]) -> Batch:
         return make_batch(self.lm, samples, self.rows.batch(samples))
 
     def counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Allowed tokens, which the loss is divided by, and tokens that are no padding."""
+        """Allowed tokens, by which the loss is divided, and tokens other than padding."""
         return (
             sum(int(batch.allowed.sum()) for batch in batches),
             sum(int((batch.doc_ids >= 0).sum()) for batch in batches),
         )
 
-    def losses(self, batch: Batch, step: int, block_size: int, n_tokens: int, final: bool) -> Iterator[Piece]:
-        """Each pass of a micro-batch. A caller runs backward before asking for the next.
+    def backward(self, batch: Batch, step: TrainingStep, sums: Sums, sync: bool) -> None:
+        """Forward and backward of every turn of a micro-batch: gradients and `sums` (for the log) add up.
 
-        Gradients meet those of other processes at the last pass of the step's final micro-batch only.
+        sync: exchange gradients with other processes, at the last turn. Raises NonFiniteLossError.
         """
-        noise, recipe, seed = self.config.noise, self.recipe, self.config.train.seed
-        std = noise.embed_std * max(0.0, 1 - step / noise.embed_steps) if noise.embed_steps else 0.0
-        firsts = first_passes(self.lm, batch, block_size, recipe, noise, seed)
-        n_passes = len(firsts) + (recipe.turns - 1)
-        n_tokens *= n_passes
-        hidden_size = self.lm.model.config.get_text_config().hidden_size
-        todo = [(one, number, std) for number, one in enumerate(firsts)]
-        taught = self.taught(batch, block_size)
-        done = 0
-        while todo:
-            one, turn, std = todo.pop(0)
-            done += 1
-            drawn = embedding_noise(hidden_size, batch, one.masked, std, seed)
-            wanted = self.wanted(batch, one)
-            with sync_gradients(self.accelerator, self.module, final and done == n_passes):
-                soft = taught and taught(one, wanted)
-                found = self.one_pass(batch, one, wanted, block_size, n_tokens, drawn, soft)
-                # Accuracy on masks: turn 0, comparable across recipes.
-                logged = (found.loss._asdict() | found.counts._asdict()).items()
-                sums = {name: value for name, value in logged if turn == 0 or not name.startswith("masked")}
-                yield Piece(found.loss.total, sums, f"turn {turn}")
-            if recipe.turns == 2 and done == 1:
-                drafts = batch.input_ids.clone()
-                drafts[wanted] = found.predicted.best
-                todo.insert(0, (drafted_pass(batch, one, drafts, noise.draft_share, seed, recipe.t_min), 1, 0.0))
+        order, block_size = self.recipe.order(), step.point.block_size
+        n_tokens = step.n_items * len(order)
+        with self.accelerator.autocast():  # read once for all turns
+            teacher_states = None if self.teacher is None else self.teacher.states(batch)
+        seed, corrupt_rate = self.config.train.seed, self.config.noise.corrupt_rate
+        first = noise_rows(self.lm, batch, block_size, self.recipe, corrupt_rate, seed)
+        drafts = batch.input_ids.clone()
+        for turn in order:
+            # 1. noise: x_0 -> x_t
+            noisy = self.noise_of(turn, batch, first, drafts)
+            wanted = self.wanted(batch, noisy)
+            embed_noise = None if turn == "drafts" else self.embedding_noise(batch, noisy.masked, step.number)
+            soft = None
+            if self.teacher is not None and teacher_states is not None:
+                soft = self.teacher.soft(teacher_states, batch, noisy, wanted, block_size)
+            with sync_gradients(self.accelerator, self.module, sync and turn == order[-1]):
+                # 2. mask, 3. forward, 4. loss
+                loss, counts, predicted = self.run(batch, noisy, wanted, block_size, n_tokens, embed_noise, soft)
+                # 5. backward
+                backward(self.accelerator, loss.total, step, self.rows.describe(batch.samples), turn)
+            if turn == "noised":
+                drafts[wanted] = predicted.best
+            # Accuracy on masks is logged of the first turn only, so that it compares across recipes.
+            for name, value in (loss._asdict() | counts._asdict()).items():
+                if turn == "noised" or not name.startswith("masked"):
+                    sums.add(name, value)
 
-    def taught(self, batch: Batch, block_size: int) -> Callable[[Pass, Tensor], Soft] | None:
-        """What the parent says of a pass at the wanted positions; it reads a micro-batch once for all passes."""
-        parent = self.parent
-        if parent is None:
-            return None
-        with self.accelerator.autocast():
-            states = parent.states(batch)
-        return lambda one, wanted: parent.soft(states, batch, one, wanted, block_size)
+    def noise_of(self, turn: Turn, batch: Batch, first: Noisy, drafts: Tensor) -> Noisy:
+        """x_t of a turn. first: x_t of the first turn; drafts [B, L] int64: the model's predictions at its masks."""
+        t_min = self.recipe.t_min
+        if turn == "noised":
+            return first
+        if turn == "complement":
+            return complement(batch.input_ids, batch.allowed, first, self.lm.mask_token_id, t_min)
+        seed, length = self.config.train.seed, drafts.shape[1]
+        uniform = torch.stack([torch.rand(length, generator=sample_generator(seed, s, "draft")) for s in batch.samples])
+        return put_drafts(
+            batch.input_ids, first, drafts, uniform.to(drafts.device), self.config.noise.draft_share, t_min
+        )
 
-    def wanted(self, batch: Batch, one: Pass) -> Tensor:
-        """The positions that have a loss, [B, L] bool."""
+    def wanted(self, batch: Batch, noisy: Noisy) -> Tensor:
+        """The supervised positions, [B, L] bool."""
         loss = self.config.loss
-        return batch.allowed if loss.w_t2t > 0 and loss.keep > 0 else one.masked | one.wrong
+        return batch.allowed if loss.w_t2t > 0 and loss.keep > 0 else noisy.masked | noisy.corrupted
 
-    def one_pass(
+    def embedding_noise(self, batch: Batch, masked: Tensor, step: int) -> Tensor | None:
+        """Gaussian noise [B, L, H] at masked positions, decaying linearly to zero (LLaDA2.0 section 4.1); None when off."""
+        noise = self.config.noise
+        std = noise.embed_std * max(0.0, 1 - step / noise.embed_steps) if noise.embed_steps else 0.0
+        if std == 0:
+            return None
+        shape = (masked.shape[1], self.lm.model.config.get_text_config().hidden_size)
+        seed = self.config.train.seed
+        draws = torch.stack([torch.randn(shape, generator=sample_generator(seed, s, "embed")) for s in batch.samples])
+        return draws.to(masked.device) * masked[..., None] * std
+
+    def run(
         self,
         batch: Batch,
-        one: Pass,
+        noisy: Noisy,
         wanted: Tensor,
         block_size: int,
         n_tokens: int,
-        noise: Tensor | None,
+        embed_noise: Tensor | None = None,
         soft: Soft | None = None,
     ) -> Denoised:
+        """`DenoisingModule.forward` of the wrapped module, in the accelerator's precision."""
         with self.accelerator.autocast():
-            result: Denoised = self.module(batch, one, wanted, block_size, n_tokens, noise, soft)
+            result: Denoised = self.module(batch, noisy, wanted, block_size, n_tokens, embed_noise, soft)
         return result
 
     def metrics(self, total: dict[str, float]) -> dict[str, float]:
-        """What the log keeps of a step. total: its `Loss` and `Counts`, summed over everything."""
+        """What the log keeps of a step. total: its `Loss` and `Counts`, summed over turns, micro-batches and processes."""
         return {
             "loss": total["total"],
             "m2t": total["m2t"],
@@ -128,12 +244,11 @@ class Denoise:
         if self.eval_rows is None:
             return {}
 
-        def model(batch: Batch, noisy_ids: Tensor, masked: Tensor) -> Predicted:
-            one = Pass(noisy_ids, masked, torch.zeros_like(masked), torch.ones(masked.shape, device=masked.device))
-            return self.one_pass(batch, one, masked, self.eval_block, 1, None).predicted
+        def predict(batch: Batch, noisy: Noisy) -> Predicted:
+            return self.run(batch, noisy, noisy.masked, self.eval_block, 1).predicted
 
         n_rows = self.config.train.eval_rows
-        result = evaluate_denoising(self.lm, self.eval_rows, self.eval_block, n_rows, batch_rows, model=model)
+        result = evaluate_denoising(self.lm, self.eval_rows, self.eval_block, n_rows, batch_rows, model=predict)
         if not math.isfinite(result.loss):
             raise NonFiniteLossError(f"step {step}: the held-out loss is {result.loss}; lower the learning rate")
         return {"eval_loss": result.loss, "eval_accuracy": result.accuracy}

@@ -18,7 +18,7 @@ from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.lora import fresh_values, values_of
 from hildanext.model.pretrained import find_file
 from hildanext.progress import say
-from hildanext.training.preference import Prefer, Preference
+from hildanext.training.preference import Preference, PreferenceTask
 from hildanext.training.run import open_run, run_job
 from hildanext.training.trainer import TrainingJob
 
@@ -50,10 +50,9 @@ def dpo(config: Config, name: str = "dpo", resume: bool = False) -> dict[str, An
         title="dpo",
         steps=tune.steps,
         point=lambda step: sft_point(step, tune, config.train.lr_final_ratio, block),
-        recipe=recipe,
         eval_block=block,
     )
-    task = Prefer(config, lm, opened.accelerator, recipe, pairs, held_out, block, reference(config, lm))
+    task = PreferenceTask(config, lm, opened.accelerator, recipe, pairs, held_out, block, reference(config, lm))
     return run_job(config, opened, job, task)
 
 

@@ -119,7 +119,7 @@ class RowShapes(NamedTuple):
 
 
 def kind_of(config: Config, policy: Policy) -> Kind:
-    """How attention is computed, as `denoiser.choose_attention` takes it where the model allows it."""
+    """How attention is computed, as `attention_choice.choose_attention` takes it where the model allows it."""
     asked = config.train.attention
     if asked == "dense" or config.model.attention != "sdpa":
         return "dense"
@@ -220,9 +220,8 @@ def _loss(hidden: Tensor, head: nn.Module, labels: Tensor, config: Config, comma
         return objective.weighted_cross_entropy(hidden, head, labels, ones)
     masked = torch.ones(n, dtype=torch.bool, device=hidden.device)
     cap = config.sft.cap_weight if command == "sft" else config.loss.cap_weight
-    loss, _, _ = objective.denoising_loss(
-        hidden, head, labels, ones, masked, ~masked, n, mask_token_id=0, cap_weight=cap
-    )
+    target, weights = objective.Target(labels, ones, masked, ~masked), objective.Weights(cap_weight=cap)
+    loss, _, _ = objective.denoising_loss(hidden, head, target, n, weights, mask_token_id=0)
     return loss.total
 
 

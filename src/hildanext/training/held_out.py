@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from hildanext.data.rows import Rows
-from hildanext.diffusion.noise import add_noise, sample_generator
+from hildanext.diffusion.noise import Noisy, add_noise, sample_generator
 from hildanext.diffusion.objective import Predicted, predict
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 
@@ -26,13 +25,14 @@ class Denoising(NamedTuple):
     by_rate: dict[float, tuple[float, float]]
 
 
-# (clean rows, x_t [B, L], masked [B, L]) -> what is predicted at the masked positions.
-Predict = Callable[[Batch, Tensor, Tensor], Predicted]
+# (clean rows, x_t) -> predictions at the masked positions.
+Predict = Callable[[Batch, Noisy], Predicted]
 
 
-def predict_masked(lm: DiffusionLM, batch: Batch, noisy_ids: Tensor, masked: Tensor, block_size: int) -> Predicted:
-    hidden = lm(noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, masked, block_size)
-    return predict(hidden, lm.head, batch.input_ids[masked], lm.mask_token_id)
+def predict_masked(lm: DiffusionLM, batch: Batch, noisy: Noisy, block_size: int) -> Predicted:
+    """Predictions of `lm` at the masked positions of a noised micro-batch."""
+    hidden = lm(batch, noisy.noisy_ids, noisy.masked, block_size)
+    return predict(hidden, lm.head, batch.input_ids[noisy.masked], lm.mask_token_id)
 
 
 @torch.no_grad()
@@ -60,9 +60,9 @@ def evaluate_denoising(
         items = work[start : start + batch_rows]
         indices = [i for i, _ in items]
         batch = make_batch(lm, indices, rows.batch(indices))
-        noisy = []
+        noised = []
         for (index, rate), ids, allowed in zip(items, batch.input_ids.cpu(), batch.allowed.cpu(), strict=True):
-            noisy.append(
+            noised.append(
                 add_noise(
                     ids,
                     allowed,
@@ -73,14 +73,11 @@ def evaluate_denoising(
                     generator=sample_generator(EVAL_SEED, index * 10 + rate, "eval"),
                 )
             )
-        noisy_ids = torch.stack([one.noisy_ids for one in noisy]).to(lm.device)
-        masked = torch.stack([one.masked for one in noisy]).to(lm.device)
-        predicted = (
-            model(batch, noisy_ids, masked) if model else predict_masked(lm, batch, noisy_ids, masked, block_size)
-        )
-        labels = batch.input_ids[masked]
+        noisy = Noisy(*(torch.stack(field).to(lm.device) for field in zip(*noised, strict=True)))
+        predicted = model(batch, noisy) if model else predict_masked(lm, batch, noisy, block_size)
+        labels = batch.input_ids[noisy.masked]
         ce, correct = predicted.ce.double().cpu(), (predicted.best == labels).double().cpu()
-        place = torch.tensor([r for _, r in items])[:, None].expand(masked.shape)[masked.cpu()]
+        place = torch.tensor([r for _, r in items])[:, None].expand(noisy.masked.shape)[noisy.masked.cpu()]
         sums.index_add_(0, place, torch.stack([ce, correct, torch.ones_like(ce)], dim=1))
     lm.model.train(was_training)
     loss, accuracy, n_masked = sums.sum(0).tolist()

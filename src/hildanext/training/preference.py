@@ -3,9 +3,9 @@
     loss = -log sigmoid(beta * [(B(y_w) - B_ref(y_w)) - (B(y_l) - B_ref(y_l))])
     B(y) = -sum over masked i of CE_i / t, of one draw of t (a block's) and masks, or the mean of several
 
-The reference is the same model with the adapter as it was at the start; a fresh one changes nothing, so it is then the
-model without it. Policy and reference see the same noise, chosen and rejected the same levels and draws (common random
-numbers: LLaDA 1.5, arXiv 2505.19223, section 3): what is left in the difference is the answers', not the masks'.
+The reference is the same model with the adapter's values of the run's start; for a new adapter, which changes nothing,
+that is the model without it. Policy and reference see the same noise, and chosen and rejected answers the same levels and
+draws (common random numbers: LLaDA 1.5, arXiv 2505.19223, section 3), so the difference comes from the answers, not the masks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from hildanext.config import Config
 from hildanext.data.preferences import PreferencePairs
 from hildanext.data.rows import RowSource
-from hildanext.diffusion.noise import block_ids, sample_generator
+from hildanext.diffusion.noise import Noisy, block_ids, sample_generator
 from hildanext.diffusion.objective import predict, weighted_cross_entropy
 from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 from hildanext.model.loading import set_adapter, weights_of
 from hildanext.training.parallel import like, shard_again, sync_gradients
-from hildanext.training.passes import Pass, Piece
+from hildanext.training.trainer import Sums, TrainingStep, backward
 
 EVAL_SEED = 20261
 
@@ -45,27 +45,27 @@ class Preference(NamedTuple):
 
 
 class Preferred(NamedTuple):
-    """Of P pairs. Only `loss` carries a gradient."""
+    """Result for P pairs. Only `loss` carries a gradient."""
 
     loss: Tensor  # fp32 scalar, the sum over the pairs
     rewards: Tensor  # [P, 2] float32: beta * (B - B_ref) of the chosen and of the rejected answer
 
 
 class ElboModule(nn.Module):
-    """Forward, head and loss in one call, so that whatever gathers or shards parameters has them at hand."""
+    """Forward, head and loss in one call: DDP and FSDP2 prepare parameters when the module they wrap is called."""
 
     def __init__(self, lm: DiffusionLM, beta: float) -> None:
         super().__init__()
         self.lm, self.beta = lm, beta
 
-    def forward(self, batch: Batch, one: Pass, block_size: int, reference: Tensor | None) -> Tensor | Preferred:
-        """Without `reference` the ELBO of every answer [P, 2] float32 in nats; with it, what the pairs' loss is.
+    def forward(self, batch: Batch, noisy: Noisy, block_size: int, reference: Tensor | None) -> Tensor | Preferred:
+        """Without `reference`: the ELBO of every answer [P, 2] float32 in nats. With it: the pairs' loss.
 
-        batch, one: rows [R, L], R = draws * P * 2; a draw's rows are chosen, rejected, chosen, ... (`draw_noise`).
+        batch, noisy: rows [R, L], R = draws * P * 2; a draw's rows are chosen, rejected, chosen, ... (`draw_noise`).
         """
-        hidden = self.lm(one.noisy_ids, batch.input_ids, batch.doc_ids, batch.position_ids, one.masked, block_size)
-        labels, weight = batch.input_ids[one.masked], 1.0 / one.t[one.masked]
-        row = one.masked.nonzero()[:, 0]
+        hidden = self.lm(batch, noisy.noisy_ids, noisy.masked, block_size)
+        labels, weight = batch.input_ids[noisy.masked], 1.0 / noisy.t[noisy.masked]
+        row = noisy.masked.nonzero()[:, 0]
         n_rows, n_pairs = len(batch.input_ids), len(batch.samples)
         draws = n_rows // (2 * n_pairs)
         ce = predict(hidden.detach(), self.lm.head, labels).ce
@@ -83,12 +83,12 @@ class ElboModule(nn.Module):
 
 def draw_noise(
     lm: DiffusionLM, batch: Batch, block_size: int, length: int, recipe: Preference, seed: int, stream: str
-) -> tuple[Batch, Pass]:
-    """Noise for the pairs of a batch ([2P, L], chosen and rejected in turn): rows [draws * 2P, L], and what was masked.
+) -> tuple[Batch, Noisy]:
+    """Noise for the pairs of a batch ([2P, L], chosen and rejected in turn): clean rows and x_t, [draws * 2P, L].
 
-    One t ~ U[t_min, t_max] for each block of the pair, one uniform number for each position, both the same for the two
-    answers: they are aligned, since their prompt is one. length: the longest row there is. The draws of a pair do not
-    depend on its batch.
+    Each block of a pair draws one t ~ U[t_min, t_max] and each position one uniform number. Both answers use the same
+    draws: they are aligned because they share the prompt. length: of the longest row. The draws of a pair do not depend
+    on its batch.
     """
     levels, uniform = [], []
     for k in range(recipe.draws):
@@ -102,15 +102,15 @@ def draw_noise(
     )
     t = torch.stack(levels).to(ids.device).gather(1, block_ids(positions, block_size))
     masked = (torch.stack(uniform).to(ids.device)[:, : ids.shape[1]] < t) & allowed
-    if recipe.complementary:  # an inverse mask is one drawn at level 1 - t
+    if recipe.complementary:  # the complement of a mask drawn at level t is a mask drawn at level 1 - t
         ids, docs, positions, allowed = (tensor.repeat(2, 1) for tensor in (ids, docs, positions, allowed))
         masked, t = torch.cat([masked, allowed[: len(masked)] & ~masked]), torch.cat([t, 1.0 - t])
-    noisy = Pass(ids.masked_fill(masked, lm.mask_token_id), masked, torch.zeros_like(masked), t)
+    noisy = Noisy(ids.masked_fill(masked, lm.mask_token_id), masked, torch.zeros_like(masked), t)
     return Batch(batch.samples, ids, docs, positions, allowed), noisy
 
 
-class Prefer:
-    """A `train.Task`: rows are pairs of answers."""
+class PreferenceTask:
+    """The `Task` of a trainer whose rows are pairs of answers."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Prefer:
         eval_block: int,
         reference: dict[str, Tensor],
     ) -> None:
-        """reference: the adapter's values at the start, by the names of `model.weights_of`."""
+        """reference: the adapter's values at the start of the run, by the names of `weights_of`."""
         self.config, self.lm, self.accelerator, self.recipe = config, lm, accelerator, recipe
         self.eval_rows, self.eval_block = eval_rows, eval_block
         self.rows: RowSource = rows
@@ -134,16 +134,19 @@ class Prefer:
         return make_batch(self.lm, samples, self.rows.batch(samples))
 
     def counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Pairs, which the loss is divided by, and tokens that are no padding."""
+        """Pairs, by which the loss is divided, and tokens other than padding."""
         return sum(len(batch.samples) for batch in batches), sum(int((b.doc_ids >= 0).sum()) for b in batches)
 
-    def losses(self, batch: Batch, step: int, block_size: int, n_pairs: int, final: bool) -> Iterator[Piece]:
-        """One piece: policy and reference on the same noise."""
-        with sync_gradients(self.accelerator, self.module, final):
-            found = self.preferred(batch, block_size, self.config.train.seed, "dpo")
-            yield Piece(found.loss / n_pairs, self.sums(found), "policy")
+    def backward(self, batch: Batch, step: TrainingStep, sums: Sums, sync: bool) -> None:
+        """Forward and backward of a micro-batch: gradients and `sums` (for the log) add up. Raises NonFiniteLossError."""
+        with sync_gradients(self.accelerator, self.module, sync):
+            found = self.preferred(batch, step.point.block_size, self.config.train.seed, "dpo")
+            backward(self.accelerator, found.loss / step.n_items, step, self.rows.describe(batch.samples), "policy")
+        for name, value in self.sums(found).items():
+            sums.add(name, value)
 
     def preferred(self, batch: Batch, block_size: int, seed: int, stream: str) -> Preferred:
+        """The loss of pairs: policy and reference on the same noise."""
         rows, noisy = draw_noise(self.lm, batch, block_size, self.config.data.seq_len, self.recipe, seed, stream)
         with self.accelerator.autocast():
             with self.as_reference(), torch.no_grad():
@@ -153,7 +156,7 @@ class Prefer:
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within the block the adapter is what it was at the start, without dropout."""
+        """Within the block the adapter has its values of the run's start, and dropout is off."""
         shard_again(self.module)
         weights = weights_of(self.lm)
         now = {name: parameter.detach().clone() for name, parameter in weights.items()}
@@ -180,7 +183,7 @@ class Prefer:
         }
 
     def metrics(self, total: dict[str, float]) -> dict[str, float]:
-        """Means over a step's pairs. Rewards are beta * (B - B_ref), in nats; accuracy: the chosen answer's is higher."""
+        """Means over a step's pairs. Rewards are beta * (B - B_ref), in nats; accuracy: share of pairs whose chosen answer's is higher."""
         n = total["pairs"]
         return {
             "loss": total["loss"] / n,
@@ -195,7 +198,7 @@ class Prefer:
 
     @torch.no_grad()
     def evaluate(self, step: int, batch_rows: int) -> dict[str, float]:
-        """The same on held-out pairs, with noise that never changes; empty without any."""
+        """Loss, margin and accuracy on held-out pairs, with fixed noise; empty without held-out pairs."""
         if self.eval_rows is None:
             return {}
         was_training = self.lm.model.training

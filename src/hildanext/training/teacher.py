@@ -1,6 +1,6 @@
-"""The AR base as a teacher: what it expects next, at masked tokens whose left context the student sees whole.
+"""The AR base as a teacher: its next-token distribution is the soft target of `loss.distill`.
 
-Elsewhere its expectation is no fair target: it would look at tokens that are hidden from the student.
+It is used at masked tokens whose left context is clean. Elsewhere the teacher would see tokens hidden from the student.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hildanext.config import Config
 from hildanext.diffusion.masks import additive, document_mask
+from hildanext.diffusion.noise import Noisy, left_visible
 from hildanext.diffusion.objective import Soft
 from hildanext.model.backbone import body
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
@@ -22,11 +23,10 @@ from hildanext.model.loading import adapted
 from hildanext.model.lora import AdaptedHead, trained_parameters
 from hildanext.model.policy import Policy, compute_dtype
 from hildanext.model.pretrained import base_of, load_causal_lm, read_record
-from hildanext.training.passes import Pass, left_visible
 
 
 class Teacher:
-    """The base of a model in training: the model itself without its adapter, else a frozen copy beside it."""
+    """The base of a model in training: the model without its adapter, or a frozen copy if the weights are trained."""
 
     def __init__(self, lm: DiffusionLM, config: Config, policy: Policy) -> None:
         self.lm, self.share = lm, config.loss.distill
@@ -39,7 +39,7 @@ class Teacher:
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
-        """Hidden states [B, L, H'] of the clean rows, each token behind those to its left in its document."""
+        """Hidden states [B, L, H'] of the clean rows, causal within each document."""
         with self.as_base() as model:
             embeds = model.get_input_embeddings()(batch.input_ids)
             mask = additive(document_mask(batch.doc_ids).tril(), compute_dtype(embeds))
@@ -47,23 +47,23 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, H'] -> [n, V] float32, V as the student's; -inf at what decoding cannot predict."""
+        """[n, H'] -> [n, V] float32 with the student's V; -inf for ids that decoding cannot predict."""
         assert isinstance(self.head, nn.Module)
         assert isinstance(self.lm.head.weight, Tensor)
-        known = self.head(hidden).float()[:, : self.lm.vocab_size]  # the base may lack the mask token's row
-        logits = F.pad(known, (0, len(self.lm.head.weight) - known.shape[1]), value=-torch.inf)
+        logits = self.head(hidden).float()[:, : self.lm.vocab_size]  # the base may lack the mask token's row
+        logits = F.pad(logits, (0, len(self.lm.head.weight) - logits.shape[1]), value=-torch.inf)
         logits[:, self.lm.mask_token_id] = -torch.inf
         return logits
 
-    def soft(self, states: Tensor, batch: Batch, one: Pass, wanted: Tensor, block_size: int) -> Soft:
-        """Targets at the wanted positions [B, L] bool of a pass, in row-major order."""
+    def soft(self, states: Tensor, batch: Batch, noisy: Noisy, wanted: Tensor, block_size: int) -> Soft:
+        """Soft targets at the wanted positions [B, L] bool of a turn, in row-major order. states: from `states(batch)`."""
         row, column = wanted.nonzero(as_tuple=True)
-        fair = left_visible(one, batch.position_ids, block_size) & (batch.position_ids > 0)
+        fair = left_visible(noisy, batch.position_ids, block_size) & (batch.position_ids > 0)
         return Soft(states[row, (column - 1).clamp_min(0)], self.logits, fair[wanted].float() * self.share)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[PreTrainedModel]:
-        """The base within the block. Meanwhile the student's adapter is zero, in place: no graph may hold its values."""
+        """Yield the base. Within the block the student's adapter is set to zero in place, so no graph may need its values."""
         if self.beside is not None:
             yield self.beside
             return

@@ -1,7 +1,8 @@
-"""One training loop for conversion (`convert-wsd`), fine-tuning (`sft`) and preferences (`dpo`), on accelerate.
+"""One training loop for conversion (`convert-wsd`), instruction tuning (`sft`) and preferences (`dpo`), on accelerate.
 
-A step: fetch rows, count tokens over all processes, noise, forward and backward, clip, check finite, optimizer, log.
-The state of a run is its step: data order and noise are functions of (seed, global sample index).
+A step: fetch rows, count tokens over all processes, forward and backward, clip, check finite, optimizer, log. What a
+micro-batch does between rows and gradients is its task's: `denoising.DenoisingTask`, `preference.PreferenceTask`.
+Data order and noise are functions of (seed, global sample index), so the step number is all the state of a run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hildanext.model.loading import weights_of
 from hildanext.model.policy import Policy
 from hildanext.plots import draw_curves
 from hildanext.progress import progress, say, stop_on_signals
+from hildanext.training.attention_choice import choose_attention
 from hildanext.training.checkpoint import (
     load_tensors,
     optimizer_tensors,
@@ -35,7 +37,6 @@ from hildanext.training.checkpoint import (
     rewind_checkpoints,
     save_checkpoint,
 )
-from hildanext.training.denoiser import choose_attention
 from hildanext.training.memory import (
     AllShortError,
     MemoryShortError,
@@ -45,39 +46,54 @@ from hildanext.training.memory import (
 )
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.parallel import average_gradients, gathered, spread, whole, whole_weights
-from hildanext.training.passes import Piece, Recipe
-from hildanext.training.preference import Preference
 from hildanext.training.run_folder import RunFolder
 
 
 class TrainingJob(NamedTuple):
-    """What is to be trained: the commands build one each."""
+    """Title and schedule of a training. Each training command builds one."""
 
     title: str
     steps: int
-    point: Callable[[int], SchedulePoint]
-    recipe: Recipe | Preference  # how rows become a loss
-    eval_block: int  # block size of the held-out evaluation: the one decoded with
+    point: Callable[[int], SchedulePoint]  # block size, phase and learning rate of a step
+    eval_block: int  # block size of the held-out evaluation and of decoding
+
+
+class TrainingStep(NamedTuple):
+    """An optimizer step, as a task sees it."""
+
+    number: int  # from 0
+    point: SchedulePoint
+    n_items: int  # tokens or pairs by which the loss is divided, over all micro-batches and processes
+
+
+class Sums(dict[str, Tensor]):
+    """Figures for the log, added up over turns and micro-batches: fp32 scalars without gradient."""
+
+    def add(self, name: str, value: Tensor) -> None:
+        self[name] = self[name] + value.detach() if name in self else value.detach().float()
 
 
 class Task(Protocol):
-    """What a step optimizes: rows, and the losses of a micro-batch of them. The `Trainer` does the rest."""
+    """Turns rows into gradients. The `Trainer` does the rest of a step."""
 
-    module: nn.Module  # forward and loss in one call; the trainer puts in its place what spreads it over processes
+    module: nn.Module  # forward and loss in one call; the trainer wraps it (DDP, FSDP2)
     rows: RowSource
 
     def fetch(self, samples: list[int]) -> Batch: ...
 
     def counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """What the loss is divided by, and tokens that are no padding."""
+        """Tokens or pairs by which the loss is divided, and tokens other than padding."""
         ...
 
-    def losses(self, batch: Batch, step: int, block_size: int, count: int, final: bool) -> Iterator[Piece]:
-        """The passes of a micro-batch; the caller runs backward before asking for the next. final: the step's last one."""
+    def backward(self, batch: Batch, step: TrainingStep, sums: Sums, sync: bool) -> None:
+        """Forward and backward of a micro-batch: adds to the parameters' gradients and to `sums`.
+
+        sync: exchange gradients with other processes, at the micro-batch's last backward. Raises NonFiniteLossError.
+        """
         ...
 
     def metrics(self, total: dict[str, float]) -> dict[str, float]:
-        """What the log keeps of a step, from the pieces' sums."""
+        """What the log keeps of a step, from its sums."""
         ...
 
     def line(self, row: dict[str, Any]) -> str:
@@ -89,20 +105,35 @@ class Task(Protocol):
         ...
 
 
+def backward(accelerator: Accelerator, loss: Tensor, step: TrainingStep, rows: str, turn: str) -> None:
+    """Backward of one loss. Raises NonFiniteLossError that names the step, the rows and the turn."""
+    if not torch.isfinite(loss):
+        raise not_finite("loss", loss, step, f"{rows}, turn '{turn}'")
+    # DDP and FSDP average gradients over processes; the loss is already divided by the global count.
+    accelerator.backward(loss * accelerator.num_processes)
+
+
+def not_finite(what: str, value: Tensor, step: TrainingStep, rows: str) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"step {step.number + 1}: the {what} is {value.item()} (block size {step.point.block_size}, {rows}); "
+        "lower the learning rate or check the rows"
+    )
+
+
 class State(NamedTuple):
-    """What a resume restores besides weights and optimizer."""
+    """What a resume restores beside weights and optimizer."""
 
     step: int = 0  # steps done
     tokens_seen: int = 0
     eval_losses: Mapping[int, float] = MappingProxyType({})
 
 
-# Steps in which several processes find out whether a micro-batch fits all: the first has no optimizer state yet.
+# Steps in which several processes agree on a micro-batch that fits all of them. The first has no optimizer state yet.
 TRIALS = 2
 
 
 class Trainer:
-    """The pieces that live as long as a run."""
+    """Model, optimizer and processes of a run."""
 
     def __init__(
         self,
@@ -124,9 +155,9 @@ class Trainer:
         layers = lm.model._no_split_modules or []
         self.task = task
         task.module = spread(accelerator, task.module, list(layers), config.train.sharding)
-        optimizer = make_optimizer(lm.model, config.train, policy.fused)
-        self.optimizer = optimizer
-        self.prepared = accelerator.prepare(optimizer)
+        self.optimizer: torch.optim.Optimizer = accelerator.prepare(
+            make_optimizer(lm.model, config.train, policy.fused)
+        )
         self.micro_batch = config.train.micro_batch  # halved when memory is short
         self.trials = TRIALS if isinstance(task.module, DistributedDataParallel) else 0
         self.names = {id(p): name for name, p in lm.model.named_parameters()}
@@ -139,22 +170,12 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         return [list(range(start, start + micro)) for start in starts[rank::world]]
 
-    def not_finite(
-        self, what: str, value: Tensor, step: int, samples: list[int], piece: str | None = None
-    ) -> NonFiniteLossError:
-        """The error of a loss or gradient that is no number: which step, rows and pass it was."""
-        where = f"block size {self.job.point(step).block_size}, {self.rows.describe(samples)}" + (
-            "" if piece is None else f", {piece}"
-        )
-        return NonFiniteLossError(
-            f"step {step + 1}: the {what} is {value.item()} ({where}); lower the learning rate or check the rows"
-        )
-
     def train_step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; returns its metrics. Forward or backward out of memory, it is done again in smaller micro-batches.
+        """One optimizer step; returns its metrics. If forward or backward runs out of memory, repeat it in smaller micro-batches.
 
-        Of several processes one cannot do so alone: the others would wait for its gradients. All do in the first steps.
-        Raises NonFiniteLossError naming step and rows, MemoryShortError when a single row is too much, or the optimizer.
+        With several processes all must do so together, because they wait for each other's gradients: they agree on it in
+        the first steps only. Raises NonFiniteLossError naming step and rows, and MemoryShortError if a single row or the
+        optimizer does not fit.
         """
         while True:
             try:
@@ -166,14 +187,14 @@ class Trainer:
                 if not together and not should_reduce_batch_size(error):
                     raise
                 line = str(error).splitlines()[0]
-            # Outside the handler: the error holds the frames, and they the memory.
+            # Outside the handler: the error holds the frames and these hold the memory.
             if self.accelerator.num_processes > 1 and not together:
                 raise self.memory_short(step, line)
             self.make_room(step, line)
 
     @contextlib.contextmanager
     def only_once(self, step: int) -> Iterator[None]:
-        """What half done cannot be done again: out of memory within the block ends the run."""
+        """Within the block, running out of memory ends the run: half an optimizer step cannot be repeated."""
         try:
             yield
         except RuntimeError as error:
@@ -187,8 +208,8 @@ class Trainer:
         return MemoryShortError(self.config, self.micro_batch, step + 1, reason, processes, in_optimizer)
 
     def make_room(self, step: int, reason: str) -> None:
-        """Smaller micro-batches, and more of them: the same effective batch. Raises MemoryShortError if there are none."""
-        self.prepared.zero_grad(set_to_none=True)
+        """Lower the micro-batch and keep the effective batch. Raises MemoryShortError if no smaller one divides it."""
+        self.optimizer.zero_grad(set_to_none=True)
         clear_cache(self.lm.device)
         rows, world = self.config.train.rows_per_step, self.accelerator.num_processes
         smaller = next((size for size in range(self.micro_batch // 2, 0, -1) if rows % (size * world) == 0), None)
@@ -202,72 +223,70 @@ class Trainer:
         self.trials = TRIALS if world > 1 else 0
 
     def one_step(self, step: int) -> dict[str, Any]:
-        point, accelerator, task = self.job.point(step), self.accelerator, self.task
+        """One try of an optimizer step."""
+        accelerator, task, point = self.accelerator, self.task, self.job.point(step)
         # 1. fetch
         batches = [task.fetch(samples) for samples in self.samples_of(step)]
-        # 2. count globally, so that every token (or pair) weighs the same however rows are split
+        # 2. count over all processes, so that every token (or pair) has the same weight however rows are split
         counts = torch.tensor(task.counts(batches), device=self.lm.device)
         count, tokens = accelerator.reduce(counts).tolist()
         # 3. noise, forward, backward
-        sums = self.try_gradients(step, batches, count) if self.trials else self.gradients(step, batches, count)
+        this = TrainingStep(step, point, max(count, 1))
+        sums = self.try_gradients(this, batches) if self.trials else self.gradients(this, batches)
         with self.only_once(step):
             # 4. clip, 5. optimizer
             grad_norm = whole(accelerator.clip_grad_norm_(self.lm.model.parameters(), self.config.train.clip_norm))
-            # fp16's scaler skips such a step by itself
+            # fp16's loss scaler skips a step with a non-finite gradient by itself
             if accelerator.scaler is None and not torch.isfinite(grad_norm):
-                raise self.not_finite("gradient", grad_norm, step, [s for batch in batches for s in batch.samples])
+                samples = [sample for batch in batches for sample in batch.samples]
+                raise not_finite("gradient", grad_norm, this, self.rows.describe(samples))
             for group in self.optimizer.param_groups:
                 group["lr"] = point.lr
-            self.prepared.step()
-            self.prepared.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             # 6. log
             totals = accelerator.reduce(torch.stack(list(sums.values()))).tolist()
         norm = float(grad_norm) if torch.isfinite(grad_norm) else None  # None: the scaler skipped the step
         point_log = {"block_size": point.block_size, "phase": point.phase, "lr": point.lr}
         return {**task.metrics(dict(zip(sums, totals, strict=True))), **point_log, "grad_norm": norm, "tokens": tokens}
 
-    def gradients(self, step: int, batches: list[Batch], count: int, meet: bool = True) -> dict[str, Tensor]:
-        """Forward and backward of all micro-batches; returns the sums for the log. meet: with those of other processes."""
-        sums: dict[str, Tensor] = {}
-        block_size = self.job.point(step).block_size
-        for i, batch in enumerate(batches):
-            final = meet and i == len(batches) - 1
-            for loss, found, name in self.task.losses(batch, step, block_size, max(count, 1), final):
-                if not torch.isfinite(loss):
-                    raise self.not_finite("loss", loss, step, batch.samples, name)
-                # DDP and FSDP average gradients over processes; the loss is already divided by the global count.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-                for key, value in found.items():
-                    sums[key] = sums.get(key, torch.zeros((), device=self.lm.device)) + value.detach()
+    def gradients(self, step: TrainingStep, batches: list[Batch], sync: bool = True) -> Sums:
+        """Forward and backward of all micro-batches; returns the sums for the log. sync: exchange gradients."""
+        sums = Sums()
+        for batch in batches:
+            self.task.backward(batch, step, sums, sync and batch is batches[-1])
         return sums
 
-    def try_gradients(self, step: int, batches: list[Batch], count: int) -> dict[str, Tensor]:
-        """The same, but gradients meet afterwards, once every process has told that its own were done.
+    def try_gradients(self, step: TrainingStep, batches: list[Batch]) -> Sums:
+        """Like `gradients`, but processes exchange gradients only after all of them report that their own are complete.
 
-        Raises AllShortError in all of them when one is out of memory. Slower: nothing is sent while backward computes.
+        Raises AllShortError in every process if one is out of memory. Slower, since nothing is sent during backward.
         """
-        reason, sums = None, dict[str, Tensor]()
+        reason, sums = None, Sums()
         try:
-            sums = self.gradients(step, batches, count, meet=False)
+            sums = self.gradients(step, batches, sync=False)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             reason = str(error).splitlines()[0]
-        # Outside the handler, see train_step.
+        # Outside the handler, as in train_step.
         if self.agreed(reason):
             raise AllShortError(reason or "another process is")
         average_gradients(self.accelerator, self.lm.model)
         return sums
 
     def agreed(self, reason: str | None) -> bool:
-        """Whether any of the processes has a reason to stop: all do at the same step, or none."""
+        """Whether any process has a reason to stop. All processes get the same answer."""
         if self.accelerator.num_processes == 1:
             return reason is not None
         flag = torch.tensor(float(reason is not None), device=self.lm.device)
         return bool(self.accelerator.reduce(flag) > 0)
 
     def save(self, state: State) -> None:
-        """Checkpoint weights, optimizer, generators, loss scaler and cursor; then prune. All processes call it, one writes."""
+        """Checkpoint weights, optimizer, random generators, loss scaler and data position; then prune.
+
+        Every process must call it; the main one writes.
+        """
         train = self.config.train
         self.lm.block_size = self.job.eval_block
         lm, keep = self.lm, self.is_main
@@ -290,7 +309,7 @@ class Trainer:
         prune(self.run.checkpoints, train.keep_last, train.keep_best, state.eval_losses)
 
     def restore(self, path: Any, record: dict[str, Any]) -> State:
-        """Put back what `save` wrote, by however many processes; the weights were loaded with the model."""
+        """Restore what `save` wrote, with any number of processes. The weights were loaded with the model."""
         tensors = load_tensors(path)
         torch.set_rng_state(tensors.pop("rng|cpu"))
         if (cuda := tensors.pop("rng|cuda", None)) is not None and self.lm.device.type == "cuda":
@@ -299,18 +318,21 @@ class Trainer:
         if record["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(record["scaler"])
         if record["next_sample"] != record["step"] * self.config.train.rows_per_step:
-            raise CheckpointError(f"{path}: saved with another train.rows_per_step; restore it to resume")
+            raise CheckpointError(f"{path}: saved with another train.rows_per_step; set it back to resume")
         self.rows.restore(record["rows"])
         return State(record["step"], record["tokens_seen"], {int(k): v for k, v in record["eval_losses"].items()})
 
 
 def train(trainer: Trainer, state: State) -> dict[str, Any]:
-    """Run the job from `state` to its end, or to a signal. Returns a summary; metrics, curves and checkpoints are in the run's folder."""
+    """Run the job from `state` to its end or to a signal. Metrics, curves and checkpoints go to the run's folder.
+
+    Returns a summary: run, checkpoint, steps, finished, tokens_seen and the last held-out figures.
+    """
     job, run, train_config = trainer.job, trainer.run, trainer.config.train
     if trainer.is_main:
         run.rewind_metrics(state.step)
         for path in rewind_checkpoints(run.checkpoints, state.step):
-            say(f"{path}: removed, since the run goes on from step {state.step}")
+            say(f"{path}: removed, because the run continues from step {state.step}")
     tokens_before = trainer.lm.record["tokens_trained"] - state.tokens_seen
     history = run.read_metrics()
     stopped: str | None = None
