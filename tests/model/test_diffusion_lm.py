@@ -6,6 +6,7 @@ The truth: transformers' own forward under masks written here by hand, and the s
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,10 @@ from hildanext.config import Convention, ModelConfig
 from hildanext.data.tokenizer import fingerprint
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.runtimes.protocol import pad_batch
+from hildanext.errors import UsageError
 from hildanext.model.backbone import n_embeddings
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, add_mask_token, ordinary_ids, special_ids
-from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm, load_with_base, save_diffusion_lm
 from hildanext.model.pretrained import base_of, read_record
 
 MASK, BLOCK = 300, 4
@@ -335,18 +337,30 @@ def checkpoint(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def test_a_parent_is_found_at_the_revision_that_was_converted(base: Path, tmp_path: Path) -> None:
+def test_a_base_is_found_at_the_revision_that_was_converted(base: Path, tmp_path: Path) -> None:
     lm = load(base, revision="v1")
     lm.block_size = 8
     save_diffusion_lm(lm, tmp_path / "checkpoint")
     converted = ModelConfig(base=str(tmp_path / "checkpoint"), revision="mine")
     record = read_record(converted)
     assert record is not None
-    parent = base_of(converted, record)
-    assert (parent.base, parent.revision, parent.convention) == (str(base), "v1", None)
+    found = base_of(converted, record)
+    assert (found.base, found.revision, found.convention) == (str(base), "v1", None)
     assert base_of(converted, record, "another").revision is None
     del record["base_revision"]  # of an older version
     assert base_of(converted, record).revision is None
+
+
+def test_a_checkpoint_loads_together_with_its_base(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    config = ModelConfig(base=str(checkpoint), device="cpu", dtype="bfloat16")
+    loaded = load_with_base(config)
+    assert (loaded.block_size, loaded.base_config.base) == (loaded.lm.block_size, str(base))
+    assert loaded.base.dtype == loaded.lm.model.dtype == torch.bfloat16
+    assert not loaded.base.training
+    other = shutil.copytree(base, tmp_path / "other")
+    assert load_with_base(config, str(other)).base_config.base == str(other)
+    with pytest.raises(UsageError, match="is not a converted checkpoint; run 'hildanext convert-wsd' first"):
+        load_with_base(ModelConfig(base=str(base), device="cpu"))
 
 
 def test_config_json(base: Path, checkpoint: Path) -> None:

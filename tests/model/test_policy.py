@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hildanext.errors import ConfigError
-from hildanext.model.policy import DtypeName, check_build, choose_policy, native_dtype
+from hildanext.model.policy import DtypeName, check_build, choose_policy, is_out_of_memory, native_dtype
 
 
 class Machine:
@@ -197,3 +197,18 @@ def test_a_torch_without_kernels_for_the_card_is_said(
         return
     with pytest.raises(ConfigError, match=rf"no kernels for sm_{capability[0]}{capability[1]}; install a build"):
         check_build(capability, built)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA: something new"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 1.16 GiB."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError("can't allocate memory"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from hildanext.model.diffusion_lm import DiffusionLM, Injected, add_mask_token
 from hildanext.model.lora import collect, inject, peft_settings, trained_parameters, values_of
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.model.pretrained import (
+    base_of,
     find_file,
     fingerprint_weights,
     load_causal_lm,
@@ -81,6 +82,31 @@ def load_diffusion_lm(
     if lora is not None or part is not None:
         _adapt(lm, config, part, lora, seed, added)
     return lm, policy
+
+
+class CheckpointWithBase(NamedTuple):
+    """A converted checkpoint and the AR base it is compared with, on the same device and in the same dtype."""
+
+    lm: DiffusionLM
+    block_size: int  # `lm.block_size`, which a converted checkpoint always has
+    base: PreTrainedModel  # in eval mode
+    base_tokenizer: PreTrainedTokenizerBase
+    base_config: ModelConfig
+    policy: Policy
+
+
+def load_with_base(config: ModelConfig, base_name: str | None = None) -> CheckpointWithBase:
+    """Load the converted checkpoint `config.base` and its AR base, both in the policy's compute dtype.
+
+    base_name: a base to load instead of the one that the checkpoint records. Raises UsageError for a model that is not
+    converted, and whatever `load_diffusion_lm` and `load_causal_lm` raise.
+    """
+    lm, policy = load_diffusion_lm(config)
+    if lm.block_size is None:
+        raise UsageError(f"'{config.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
+    base_config = base_of(config, lm.record, base_name)
+    base, base_tokenizer = load_causal_lm(base_config, policy, policy.compute)
+    return CheckpointWithBase(lm, lm.block_size, base.eval(), base_tokenizer, base_config, policy)
 
 
 def _check_tokenizer(

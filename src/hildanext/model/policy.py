@@ -131,6 +131,21 @@ def check_build(capability: tuple[int, int], architectures: list[str]) -> None:
     )
 
 
+_OUT_OF_MEMORY = (
+    " out of memory.",  # CUDA, ROCm, XPU
+    "MPS backend out of memory",
+    "can't allocate memory",  # torch's allocator on CPUs
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.",  # cuDNN's report when its workspace does not fit
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised `error` because memory ran out: by its type on GPUs, else by the allocator's message."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The type that is computed in with a tensor: autocast's where it is on, else the tensor's."""
     kind = tensor.device.type
