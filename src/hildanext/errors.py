@@ -1,32 +1,34 @@
-"""The exceptions that reach a user. Each message is one line: what is wrong, where, and what to do."""
+"""Exceptions with a message for the user: one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
 
 
 class HildaError(Exception):
-    """A run could not be done (exit code 1)."""
+    """A command failed (exit code 1)."""
 
 
 class UsageError(HildaError):
-    """The request itself is wrong: configuration, arguments, a missing input (exit code 2)."""
+    """The request is wrong: its configuration, its arguments or a missing input (exit code 2)."""
 
 
 class ContextError(UsageError):
-    """A prompt and its answer do not fit the model's context together."""
+    """The prompt and its answer together exceed the model's context."""
 
 
 class ConfigError(UsageError):
-    """A configuration key is unknown, of the wrong type or impossible. The message names the key."""
+    """A configuration key is unknown or has an invalid value. The message names the key."""
 
 
 class DataError(HildaError):
-    """Input text or tokens are unusable. The message names the file (and line where there is one)."""
+    """Input text or tokens are unusable. The message names the file and, in text files, the line."""
 
 
 class UnreachableError(HildaError):
-    """A URL cannot be read. The message names it, the reason and, in the middle of a file, the byte."""
+    """A URL cannot be read. The message gives the URL, the reason and, after a partial read, the byte."""
 
 
 class ModelError(HildaError):
-    """A model or checkpoint cannot be used. The message names it and the reason."""
+    """A model or checkpoint cannot be used. The message gives its name and the reason."""
 
 
 class CheckpointError(HildaError):
@@ -34,8 +36,8 @@ class CheckpointError(HildaError):
 
 
 class WriteError(HildaError):
-    """A file or folder cannot be written. The message names it and the reason."""
+    """A file or folder cannot be written. The message gives its path and the reason."""
 
 
 class NonFiniteLossError(HildaError):
-    """The loss became NaN or infinite. The message names the step and the rows of the batch that did it."""
+    """The loss or a gradient became NaN or infinite. The message names the step and the rows of the batch."""

@@ -1,4 +1,4 @@
-"""Writing files so that a crash never leaves half a file where a good one stood: write beside, fsync, rename."""
+"""Write files atomically: to a temporary name first, then fsync and rename. A crash never leaves a partial file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hildanext.errors import WriteError
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries (a rename, a new file) durable. A no-op where folders cannot be opened (Windows)."""
+    """Make a folder's entries (a rename, a new file) durable. On Windows, which cannot open folders, do nothing."""
     with contextlib.suppress(PermissionError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -27,7 +27,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Make a folder with all it holds durable, folders within it included."""
+    """Make a folder and everything in it durable, subfolders included."""
     for path in folder.rglob("*"):
         if path.is_dir():
             fsync_folder(path)
@@ -39,22 +39,23 @@ def fsync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise WriteError, which names `path`, where weights or a tokenizer cannot be written: a full disk, no permission."""
+    """Turn errors of writing weights or a tokenizer (full disk, no permission) into a WriteError that names `path`."""
     try:
         yield
     except BaseException as error:
-        # safetensors has an exception of its own for a full disk, and tokenizers raises a bare Exception.
+        # On a full disk, safetensors raises its own exception and tokenizers a bare Exception.
         if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise WriteError(f"{path}: cannot be written: {reason}; make room, or choose another folder") from None
+            raise WriteError(f"{path}: cannot be written: {reason}; free some space or choose another folder") from None
         raise
 
 
 @contextlib.contextmanager
 def atomic_open(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open `path` for writing ("w" text as UTF-8, "wb" bytes); it appears only when the block ends without an error.
+    """Open `path` for writing, with mode "w" (UTF-8 text) or "wb". The file is replaced when the block ends.
 
-    Until then the old file stays. The text goes to `.NAME.tmp` in the same folder, which is removed on failure.
+    Until then the data is in `.NAME.tmp` in the same folder. On an exception that file is removed and an existing file
+    at `path` is left untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,9 +74,9 @@ def atomic_open(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def workspace(data: Path, name: str) -> Iterator[Path]:
-    """A temporary folder beside the outputs (same file system), removed at the end whatever happens.
+    """A temporary folder `.NAME.tmp` in `data`, on the file system of the outputs. It is removed when the block ends.
 
-    What a killed run left in it is removed first, so leftovers never pile up.
+    The folder of an earlier, killed run is removed first.
     """
     folder = data / f".{name}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +88,7 @@ def workspace(data: Path, name: str) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder with all it holds; nothing there is fine."""
+    """Remove a file, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -95,10 +96,10 @@ def _remove(path: Path) -> None:
 
 
 def replace_together(moves: Sequence[tuple[Path, Path]]) -> None:
-    """Rename each (new, final) file or folder to its final name: all of them, or none.
+    """Rename each (new, final) file or folder to its final name: all or none.
 
-    What stood under the final names waits as `.NAME.old` until every rename is done, and comes back if one fails. The
-    pairs must lie in one file system. Raises OSError of the rename that failed.
+    Existing files are kept as `.NAME.old` until every rename is done, and are restored if a rename fails. The two
+    paths of a pair must be on one file system. Raises the OSError of the failed rename.
     """
     undo: list[tuple[Path, Path | None]] = []
     try:
@@ -131,14 +132,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: IO[bytes]) -> str:
-    # Python 3.10 has no hashlib.file_digest.
+    """SHA-256 (hex) of a file's bytes."""
     digest = hashlib.sha256()
-    while piece := file.read(1 << 20):
-        digest.update(piece)
+    with open(path, "rb") as file:  # Python 3.10 has no hashlib.file_digest
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return digest.hexdigest()

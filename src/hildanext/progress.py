@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, one plain line now and then where there is none (logs, CI)."""
+"""Progress on stderr (a bar on a terminal, a line every ten seconds elsewhere), messages, and stop signals."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ PLAIN_EVERY_S = 10.0
 
 
 class Advance(Protocol):
+    """Sets the progress: `done` is the absolute count, `note` a text shown after it."""
+
     def __call__(self, done: float, note: str = "") -> None: ...
 
 
 def say(message: str) -> None:
-    """One line for people, on stderr."""
+    """Print a message on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """4210.0 -> '1:10:10'."""
+    """Format seconds: 4210.0 -> '1:10:10', 70.0 -> '1:10'."""
     minutes, whole = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
@@ -34,9 +36,10 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(title: str, total: float | None, unit: str = "", start: float = 0) -> Iterator[Advance]:
-    """Yield `advance(done, note)`; `done` is the absolute count out of `total` (None: unknown).
+    """Yield `advance(done, note)`, where `done` counts from 0 to `total` (None: unknown).
 
-    On a terminal rich draws a bar with the time left; elsewhere a line with rate and time left appears every ten seconds.
+    On a terminal rich draws a bar with rate and remaining time; elsewhere a line with both appears every ten seconds.
+    start: the count at the beginning, for resumed work. It is left out of the rate.
     """
     began = last = time.monotonic()
 
@@ -75,7 +78,11 @@ def progress(title: str, total: float | None, unit: str = "", start: float = 0) 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str | None]]:
-    """Within the block SIGINT and SIGTERM are remembered instead of killing; yields 'which one came, if any'."""
+    """Record SIGINT and SIGTERM within the block instead of ending the process.
+
+    Yields a function that returns the name of the last signal, or None. Outside the main thread, signals are not
+    recorded.
+    """
     received: list[str] = []
 
     def remember(number: int, frame: object) -> None:
@@ -83,7 +90,7 @@ def stop_on_signals() -> Iterator[Callable[[], str | None]]:
 
     try:
         old = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are the caller's
+    except ValueError:  # only the main thread may set handlers
         yield lambda: None
         return
     try:

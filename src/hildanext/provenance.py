@@ -1,4 +1,4 @@
-"""Where a result comes from: versions of the packages that touch the numbers, and the source's revision."""
+"""Provenance of a result: versions of the packages that affect the numbers, and the revision of the source code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hildanext import __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes: Python and the packages that touch the numbers."""
+    """Versions of Python, HildaNext and the packages that affect the numbers, by name."""
     names = ("torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
     return {"hildanext": __version__, "python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
@@ -19,7 +19,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the source checkout this package runs from ('-dirty' with local changes); None outside one."""
+    """Git commit of the source checkout, with '-dirty' after local changes. None outside a git checkout."""
     here = Path(__file__).parent
     try:
         answer = subprocess.run(

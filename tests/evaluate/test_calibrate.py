@@ -173,7 +173,7 @@ def test_prompt_files(checkpoint, tmp_path):
         read_prompts(bad, engine.lm.tokenizer)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    with pytest.raises(DataError, match="no prompts in it"):
+    with pytest.raises(DataError, match="no prompts in the file"):
         read_prompts(empty, engine.lm.tokenizer)
 
 

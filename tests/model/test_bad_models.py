@@ -118,13 +118,13 @@ def test_a_missing_weight_is_not_filled_with_random_numbers(base: Path) -> None:
 def test_a_weight_of_another_shape_is_not_filled_with_random_numbers(base: Path) -> None:
     edit_config(base, intermediate_size=96)
     message = refusal(ModelError, base)
-    assert "LlamaForCausalLM: 'model.layers.0.mlp.down_proj.weight' and 5 more are missing or of another" in message
+    assert "LlamaForCausalLM: 'model.layers.0.mlp.down_proj.weight' and 5 more are missing or have another" in message
 
 
 NO_FOLDER = {
     "": "no such folder",
     "/deeper/still": "no such folder",
-    "/config.json": "is a file; give the folder it lies in, or a .gguf file",
+    "/config.json": "is a file; give its folder, or a .gguf file",
 }
 
 

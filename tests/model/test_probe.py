@@ -150,9 +150,9 @@ REFUSED = [
         if Gemma2PreTrainedModel._supports_sdpa
         else [("gemma2", "sdpa", NO_SOFTCAP, "Gemma2ForCausalLM does not support")]
     ),
-    ("gemma2", "eager", {"head_dim": 16}, "Gemma2ForCausalLM does more than one projection"),
-    ("cohere", "sdpa", {}, "CohereForCausalLM does more than one projection"),
-    ("granite", "sdpa", {"logits_scaling": 2.0}, "GraniteForCausalLM does more than one projection"),
+    ("gemma2", "eager", {"head_dim": 16}, "Gemma2ForCausalLM computes more than one projection"),
+    ("cohere", "sdpa", {}, "CohereForCausalLM computes more than one projection"),
+    ("granite", "sdpa", {"logits_scaling": 2.0}, "GraniteForCausalLM computes more than one projection"),
     # Token mixing that no mask reaches.
     ("lfm2", "sdpa", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM gives a packed document other"),
     ("recurrent_gemma", "sdpa", {}, "RecurrentGemmaForCausalLM ignores a bidirectional"),
@@ -215,9 +215,9 @@ def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) 
     monkeypatch.setattr(model.model, "forward", broken)
     reason = {
         "mask": "ignores a bidirectional 4-D",
-        "causality": "lets tokens see what a causal 4-D attention mask forbids",
+        "causality": "does not honour a causal 4-D attention mask",
         "position_ids": "ignores position_ids",
-        "embeddings": "more than an embedding before them",
+        "embeddings": "uses ids beside the input embeddings",
     }
     with pytest.raises(ModelError, match=f"LlamaForCausalLM .*{reason[wrong]}"):
         probe(model)

@@ -103,7 +103,7 @@ def test_repeated_and_empty_answers_are_left_out(config, monkeypatch, capsys):
     one = config()
     write_answers(one)
     assert [record.get("text") for record in records(one)] == [None, "one", None, "two", None]
-    assert "3 of 5 answers stood there already and are left out" in capsys.readouterr().err
+    assert "3 of 5 answers are empty or duplicates and are left out" in capsys.readouterr().err
     prepare(one)  # and again: what is read back is counted alike
     assert "3 of 5" in capsys.readouterr().err
 
@@ -130,7 +130,7 @@ def test_repetitions_are_left_out_and_counted(config, monkeypatch, capsys):
     ):
         one = config(cut_repeats=n)  # of the same file: nothing is asked again
         manifest = prepare(one)
-        assert f"{told} of 16 tokens repeat what stands before them and are left out" in capsys.readouterr().err
+        assert f"{told} of 16 tokens repeat earlier text and are left out" in capsys.readouterr().err
         assert manifest["rejects"]["total"] == 0
         found = read_documents(Path(one.paths.data) / "processed" / "train.jsonl")
         assert sorted(doc.input_ids[doc.n_prompt :] for doc in found) == sorted(kept)
@@ -191,17 +191,17 @@ def test_another_model_or_prompt_is_no_silent_mixture(config):
     other = config()
     other = other.model_copy(update={"train": other.train.model_copy(update={"seed": 7})})
     with pytest.raises(
-        DataError, match=r"prompts-\w+.jsonl: written with another seed; delete it and prompts-\w+.json"
+        DataError, match=r"prompts-\w+.jsonl: written with another value of seed; delete it and prompts-\w+.json"
     ):
         write_answers(other)
     Path(config().data.sources[0].path).write_text("Another prompt\n")
-    with pytest.raises(DataError, match="written with another prompts"):
+    with pytest.raises(DataError, match="written with another value of prompts"):
         write_answers(config())
     assert written(config()).read_bytes() == before
 
 
 def test_bad_input(config, tmp_path):
-    with pytest.raises(UsageError, match="is no file of prompts"):
+    with pytest.raises(UsageError, match="is not a file of prompts"):
         write_answers(config(path=str(tmp_path / "nowhere.txt")))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "fine"}\n{"promt": "not"}\n')

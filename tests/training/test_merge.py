@@ -226,7 +226,7 @@ def test_an_existing_folder_is_never_replaced(trained: Trained, tmp_path: Path):
 def test_a_full_disk_leaves_nothing(trained: Trained, make_disk: Callable[[int], Path]):
     """The weights are larger than the disk."""
     small_disk = make_disk(64)
-    with pytest.raises(WriteError, match=r"merged: cannot be written: .*No space left on device.*; make room"):
+    with pytest.raises(WriteError, match=r"merged: cannot be written: .*No space left on device.*; free some space"):
         merge(best_checkpoints(trained.run.path, 2), small_disk / "merged")
     assert not list(small_disk.iterdir())
     assert list_checkpoints(trained.run.checkpoints)

@@ -70,7 +70,7 @@ def test_a_quantized_run_resumes(tmp_path: Path, tiny_base: Path, kind: str):
 @pytest.mark.parametrize(
     ("device", "capability", "named"),
     [
-        ("cuda", (5, 2), "needs compute capability 6.0, and this GPU has 5.2"),
+        ("cuda", (5, 2), "needs compute capability 6.0, but this GPU has 5.2"),
         ("mps", None, "runs on CPUs and NVIDIA GPUs, not on 'mps'"),
     ],
 )

@@ -1,8 +1,9 @@
-"""Adapter files: a low-rank change of a base's weights in peft's format; read, written, averaged, added to the base.
+"""Adapter files: read and write low-rank weight changes in peft's format, and add them to a base.
 
-A matrix W [out, in] becomes W + scaling * B A with A [r, in] and B [out, r] (Hu et al. 2021, arXiv 2106.09685). The mask
-token's row of the embedding is changed by a vector of its own. In the file it is the last rank of the embedding's pair,
-whose B is one-hot at the mask token, so that peft reads it as what it is.
+A matrix W [out, in] becomes W + scaling * B A with A [r, in] and B [out, r] (Hu et al. 2021, arXiv 2106.09685). The
+mask token's embedding row has a full-rank change of its own, a vector [H]. In the file it is the last rank of the
+embedding's pair, with a B that is one-hot at the mask token, so that peft applies it without knowing about mask
+tokens.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ _PREFIX = "base_model.model."
 
 
 class LoraFactors(NamedTuple):
-    """The factors of a matrix's change, float32."""
+    """The two factors of a low-rank change, float32."""
 
     a: Tensor  # [r, in]
     b: Tensor  # [out, r]
 
 
 class Adapter(NamedTuple):
-    """A change of a base's weights."""
+    """A low-rank change of a base's weights. In tied models, changes of the embedding also apply to the head."""
 
     scaling: float
-    pairs: dict[str, LoraFactors]  # by module; of tied models the embedding's is the head's too
-    embedding: str  # the input embedding's module
-    row: Tensor  # [H] float32, added to the mask token's row of the embedding (of tied models, to the head's too)
+    pairs: dict[str, LoraFactors]  # by module name
+    embedding: str  # name of the input embedding's module
+    row: Tensor  # [H] float32, added to the mask token's embedding row
     mask_token_id: int
-    n_rows: int  # V, of the embedding
+    n_rows: int  # V, the number of embedding rows
 
     @property
     def rank(self) -> int:
@@ -48,10 +49,10 @@ class Adapter(NamedTuple):
 
 
 def write_adapter(folder: Path, adapter: Adapter, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`; not atomic by itself.
+    """Write `adapter_model.safetensors` and `adapter_config.json` into `folder`. The write is not atomic.
 
-    settings: peft's LoraConfig but for ranks and scaling; the keys of its rank_pattern are the modules that share the
-    embedding's matrix.
+    settings: peft's LoraConfig without ranks and scaling. The keys of its `rank_pattern` name the modules that share
+    the embedding's matrix. dtype: the type of the tensors in the file.
     """
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in adapter.pairs.items():
@@ -59,23 +60,27 @@ def write_adapter(folder: Path, adapter: Adapter, settings: dict[str, Any], dtyp
             tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = a, b
     one_hot = torch.zeros(adapter.n_rows, 1)
     one_hot[adapter.mask_token_id] = 1 / adapter.scaling
-    # peft's names are those of the transposed matrix here.
+    # For embeddings, peft names the factors after the transposed matrix: A holds our B, and B our A.
     a, b = adapter.row[None].cpu(), one_hot
     if adapter.embedding in adapter.pairs:
-        own = adapter.pairs[adapter.embedding]
-        a, b = torch.cat([own.a.cpu(), a]), torch.cat([own.b.cpu(), b], dim=1)
+        low_rank = adapter.pairs[adapter.embedding]
+        a, b = torch.cat([low_rank.a.cpu(), a]), torch.cat([low_rank.b.cpu(), b], dim=1)
     tensors[f"{_PREFIX}{adapter.embedding}.lora_embedding_A"] = b.T
     tensors[f"{_PREFIX}{adapter.embedding}.lora_embedding_B"] = a.T
     save_file({n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
-    # The embedding has one rank more than the rest, or that one only: its scaling must come out the same.
-    odd = dict.fromkeys(settings["rank_pattern"], len(a))
-    ranks = {"r": adapter.rank, "lora_alpha": adapter.scaling * adapter.rank, "rank_pattern": odd}
-    alphas = {"alpha_pattern": {name: adapter.scaling * rank for name, rank in odd.items()}}
+    # The embedding's rank differs (r + 1, or 1 in untied models). peft scales by alpha / rank, so its alpha differs
+    # too.
+    embedding_ranks = dict.fromkeys(settings["rank_pattern"], len(a))
+    ranks = {"r": adapter.rank, "lora_alpha": adapter.scaling * adapter.rank, "rank_pattern": embedding_ranks}
+    alphas = {"alpha_pattern": {name: adapter.scaling * rank for name, rank in embedding_ranks.items()}}
     write_json(folder / SETTINGS, settings | ranks | alphas)
 
 
 def read_adapter(weights: Path, settings: Path) -> tuple[Adapter, dict[str, Any]]:
-    """What `write_adapter` wrote, and its settings. Raises CheckpointError naming the file that is damaged or foreign."""
+    """Read the files of `write_adapter`: (adapter, settings).
+
+    Raises CheckpointError, which names the file, for a damaged adapter and for one without a mask token's row.
+    """
     try:
         stored = json.loads(settings.read_text(encoding="utf-8"))
         scaling = stored["lora_alpha"] / stored["r"]
@@ -87,7 +92,9 @@ def read_adapter(weights: Path, settings: Path) -> tuple[Adapter, dict[str, Any]
         raise CheckpointError(f"{weights}: damaged: {error}") from None
     embedding = next((n.removesuffix(".lora_embedding_A") for n in tensors if n.endswith(".lora_embedding_A")), None)
     if embedding is None:
-        raise CheckpointError(f"{weights}: no row of a mask token in it; not an adapter of a converted model")
+        raise CheckpointError(
+            f"{weights}: has no embedding row for a mask token; this is not an adapter of a converted model"
+        )
     b, a = (tensors.pop(f"{embedding}.lora_embedding_{letter}").T for letter in "AB")
     pairs = {
         name.removesuffix(".lora_A.weight"): LoraFactors(tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
@@ -100,27 +107,33 @@ def read_adapter(weights: Path, settings: Path) -> tuple[Adapter, dict[str, Any]
 
 
 @torch.no_grad()
-def add_adapter(model: PreTrainedModel, adapter: Adapter, what: str) -> None:
-    """Add the change to a model's weights, computed in float32. Raises ModelError (naming `what`) if it does not fit."""
+def add_adapter(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> None:
+    """Add the change to the model's weights in place, computed in float32.
+
+    Raises ModelError, which names `adapter_name`, when the model lacks a module or its shape differs.
+    """
     for name, (a, b) in adapter.pairs.items():
-        weight = _weight_of(model, name, what)
-        flipped = isinstance(model.get_submodule(name), Conv1D)
+        weight = _parameter(model, name, adapter_name)
+        transposed = isinstance(model.get_submodule(name), Conv1D)  # GPT-2 stores [in, out]
         a, b = a.to(weight.device), b.to(weight.device)
-        change = adapter.scaling * (a.T @ b.T if flipped else b @ a)
+        change = adapter.scaling * (a.T @ b.T if transposed else b @ a)
         if change.shape != weight.shape:
             raise ModelError(
-                f"adapter '{what}' changes '{name}' as a matrix of {list(change.shape)}, but the base's is {list(weight.shape)}"
+                f"adapter '{adapter_name}' changes '{name}' as a matrix of shape {list(change.shape)}, but in the base it "
+                f"has shape {list(weight.shape)}"
             )
         weight.copy_(weight.float() + change)
-    weight = _weight_of(model, adapter.embedding, what)
+    weight = _parameter(model, adapter.embedding, adapter_name)
     row = weight[adapter.mask_token_id]
     weight[adapter.mask_token_id] = (row.float() + adapter.row.to(row.device)).to(row.dtype)
 
 
-def _weight_of(model: PreTrainedModel, name: str, what: str) -> nn.Parameter:
+def _parameter(model: PreTrainedModel, name: str, adapter_name: str) -> nn.Parameter:
     try:
         weight = model.get_submodule(name).weight
     except AttributeError:
-        raise ModelError(f"adapter '{what}' changes '{name}', which {type(model).__name__} does not have") from None
+        raise ModelError(
+            f"adapter '{adapter_name}' changes '{name}', which {type(model).__name__} does not have"
+        ) from None
     assert isinstance(weight, nn.Parameter)
     return weight

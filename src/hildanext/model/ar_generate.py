@@ -1,7 +1,4 @@
-"""The autoregressive side: exact likelihood of the base model, its training from scratch (demo), its completions.
-
-It is what the diffusion model is measured against, on the same packed rows.
-"""
+"""Completions by the autoregressive base, which the diffusion model is compared with and can learn from."""
 
 from __future__ import annotations
 
@@ -23,20 +20,24 @@ from hildanext.model.text_stream import TextStream
 
 
 class ArCompletion(NamedTuple):
-    """Text of the AR model and what it cost."""
+    """A completion by the AR model."""
 
     text: str
     token_ids: list[int]
-    seconds: float
-    ended: bool  # by an end-of-text token or a stop string, not by the budget
+    seconds: float  # the batch's time divided by its size
+    ended: bool  # by an end-of-text token or a stop string; False when the token budget ended it
 
 
 class _StopAt(StoppingCriteria):
-    """Ends a row whose new text holds a stop string. transformers' own also finds those that begin in the prompt."""
+    """Ends a row when its new text contains a stop string.
+
+    The criterion of transformers would also match strings that begin in the prompt.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, n_prompt: int, stop: tuple[str, ...]) -> None:
         self.tokenizer, self.n_prompt, self.stop = tokenizer, n_prompt, stop
-        self.window = 2 * max(map(len, stop))  # tokens at the end that can hold one that is new; bytes may be tokens
+        # Number of last tokens to search. A character can take several tokens, so this exceeds the string's length.
+        self.window = 2 * max(map(len, stop))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         ends = input_ids[:, max(self.n_prompt, input_ids.shape[1] - self.window) :].tolist()
@@ -47,19 +48,21 @@ class _StopAt(StoppingCriteria):
 
 @contextlib.contextmanager
 def _generation(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """`generate` by this configuration only: what a caller leaves open it takes from the model's file (generation_config.json),
-    such as penalties and samplers, which greedy text and the model's own distribution know nothing of."""
-    own, model.generation_config = model.generation_config, config
+    """Make `generate` use `config` alone within the block.
+
+    Otherwise it fills unset values, such as penalties and sampling settings, from the model's generation_config.json.
+    """
+    original, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 def ar_complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
 ) -> ArCompletion:
-    """Greedy completion by transformers' own `generate` (with its KV cache), batch of one."""
+    """Greedy completion of one prompt, see `ar_complete_batch`."""
     return ar_complete_batch(model, tokenizer, [prompt_ids], max_new_tokens)[0]
 
 
@@ -74,31 +77,31 @@ def ar_complete_batch(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[ArCompletion]:
-    """Completions by transformers' own `generate`, side by side (padded on the left); each has its part of the seconds.
+    """Completions by `generate` of transformers, as one batch padded on the left, with a KV cache.
 
-    Text and tokens end before the first of the `stop` strings. Temperature 0 is greedy; else the draws depend on the
-    seed and on who is in the batch.
+    Text and tokens end before the first stop string. Temperature 0 is greedy decoding. Otherwise the sampled tokens
+    depend on the seed and on the other prompts in the batch.
     """
     eos, longest = tokenizer.eos_token_id, max(map(len, prompts))
     ids = torch.full((len(prompts), longest), eos, device=model.device)
-    seen = torch.zeros_like(ids)
+    attention_mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        seen[row, longest - len(prompt) :] = 1
-    how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    plain = GenerationConfig(max_new_tokens=max_new_tokens, top_k=0, pad_token_id=eos, eos_token_id=eos, **how)
+        attention_mask[row, longest - len(prompt) :] = 1
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    plain = GenerationConfig(max_new_tokens=max_new_tokens, top_k=0, pad_token_id=eos, eos_token_id=eos, **sampling)
     criteria = StoppingCriteriaList([_StopAt(tokenizer, longest, stop)] if stop else [])
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _generation(model, plain):
         torch.manual_seed(seed)
         began = time.perf_counter()
-        output = cast(Any, model).generate(ids, attention_mask=seen, stopping_criteria=criteria)
+        output = cast(Any, model).generate(ids, attention_mask=attention_mask, stopping_criteria=criteria)
         seconds = (time.perf_counter() - began) / len(prompts)
-    found = []
+    completions = []
     for new in output[:, longest:].tolist():
         new = new[: new.index(eos) + 1] if eos in new else new  # the rest is padding
         text = TextStream(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), stop)
         text.push(new, last=True)
         ended = text.stopped or new[-1:] == [eos]
-        found.append(ArCompletion(text.text, text.token_ids, seconds, ended))
-    return found
+        completions.append(ArCompletion(text.text, text.token_ids, seconds, ended))
+    return completions

@@ -1,7 +1,7 @@
-"""Attention for decoding: query heads that share a key head are stacked, so that stored keys are not copied for each.
+"""Attention for decoding: query heads that share a key head are stacked, so that cached keys are not copied for each.
 
-transformers repeats keys and values for grouped-query attention whenever there is a mask. Behind a long cache that copying
-costs more than the attention itself.
+For grouped-query attention with a mask, transformers repeats keys and values. With a long cache, the copies take
+longer than the attention itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "hildanext_grouped"
-# What else an architecture may ask of its attention; those that do get transformers' own.
+# Features that `grouped_attention` lacks. Layers that use one get the attention of transformers.
 EXTRAS = ("softcap", "sliding_window", "s_aux", "position_bias")
 
 
@@ -28,9 +28,10 @@ def grouped_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As `sdpa` of transformers. query [B, Hq, W, D]; key, value [B, Hkv, K, D]; mask [B, 1, W, K] or [1, 1, 1, K] additive.
+    """The same result as `sdpa` of transformers. Query head h uses key head h // (Hq / Hkv).
 
-    Returns [B, W, Hq, D]. Query head h belongs to key head h // (Hq / Hkv); the group's queries stand one behind the other.
+    query [B, Hq, W, D]; key, value [B, Hkv, K, D]; attention_mask [B, 1, W, K] or [1, 1, 1, K], additive.
+    Returns [B, W, Hq, D].
     """
     batch, n_heads, width, dim = query.shape
     n_kv = key.shape[1]
@@ -39,6 +40,7 @@ def grouped_attention(
     if not plain or any(kwargs.get(name) is not None for name in EXTRAS):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     assert attention_mask is not None
+    # The queries of a group are concatenated along the width.
     stacked = query.reshape(batch, n_kv, groups * width, dim)
     mask = attention_mask.repeat(1, 1, groups, 1) if attention_mask.shape[2] > 1 else attention_mask
     output = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
@@ -46,7 +48,7 @@ def grouped_attention(
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let a model whose attention is SDPA decode with `grouped_attention`; another implementation stays."""
+    """Switch a model with SDPA attention to `grouped_attention`. Other implementations are kept."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, cast(Any, grouped_attention))
         model.set_attn_implementation(NAME)

@@ -1,6 +1,7 @@
-"""A stock causal LM that denoises blocks: loading, the mask token, the [x_t ; x_0] forward, saving.
+"""A stock causal LM that denoises blocks: the forward over [x_t ; x_0], the mask token, and batches of rows.
 
-The base architecture is never changed; attention mask, mask token and training are all that differ (DESIGN section 2).
+The base architecture is never changed. Only the attention mask, the mask token and the training differ
+(docs/design.md).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.config import Convention, LoraConfig
-from hildanext.model.backbone import body
+from hildanext.model.backbone import body, weight_matrix
 from hildanext.model.policy import compute_dtype
 from hildanext.model.training_attention import Kind, visible_keys
 
@@ -20,7 +21,7 @@ MASK_TOKEN = "<|mask|>"
 
 
 class Injected(NamedTuple):
-    """The adapter that a model is being trained with."""
+    """The adapter that is being trained in a model."""
 
     config: LoraConfig
     targets: list[str]  # names of the adapted linear layers, as peft matches them
@@ -37,7 +38,10 @@ class Batch(NamedTuple):
 
 
 class DiffusionLM(nn.Module):
-    """A model, its tokenizer and the three facts that make it a block-diffusion model."""
+    """A causal LM with its tokenizer, mask token, block size and prediction convention.
+
+    convention "in_place": the logits at position i predict token i. "shifted": the logits at i-1 predict token i.
+    """
 
     def __init__(
         self,
@@ -53,13 +57,13 @@ class DiffusionLM(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.mask_token_id = mask_token_id
-        self.block_size = block_size  # the decoding block; None until a conversion has set it
+        self.block_size = block_size  # of decoding; None before a conversion
         self.convention = convention
         self.record = record  # the `hilda` section of config.json
-        self.modes: dict[str, Any] = {}  # the `hilda` section of generation_config.json: what `calibrate` wrote
+        self.modes: dict[str, Any] = {}  # the `hilda` section of generation_config.json, written by `calibrate`
         self.ordinary_ids = torch.tensor(ordinary_ids(tokenizer))
-        self.attention: Kind = "dense"  # how `forward` computes attention: see `training_attention`
-        self.adapter: Injected | None = None  # in training with `lora.rank`; else every weight is the model's own
+        self.attention: Kind = "dense"  # the attention that `forward` uses, see `training_attention`
+        self.adapter: Injected | None = None  # set in training with `lora.rank`
 
     @property
     def device(self) -> torch.device:
@@ -72,20 +76,21 @@ class DiffusionLM(nn.Module):
         return layer
 
     def embedding_std(self) -> Tensor:
-        """Of the embeddings' elements: the unit of embedding noise."""
-        return _weight(self.embedding).detach().std()
+        """Standard deviation of the embeddings' elements, a scalar: the unit of embedding noise."""
+        return weight_matrix(self.embedding).detach().std()
 
     @property
     def vocab_size(self) -> int:
-        """Ids the tokenizer knows. Rows of the embedding beyond it are padding and never decoded."""
+        """Number of ids in the tokenizer. Embedding rows beyond it are padding and never decoded."""
         return len(self.tokenizer)
 
     @property
     def name(self) -> str:
+        """Name of the base, as it was given for the conversion."""
         return str(self.record["base_model"])
 
     def allowed(self, loss_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Tokens that may be noised: `loss_mask`, less each document's first token when it cannot be predicted."""
+        """Tokens that may be noised and supervised, [B, L] bool. "shifted" cannot predict a document's first token."""
         return loss_mask & (position_ids > 0) if self.convention == "shifted" else loss_mask
 
     @property
@@ -95,7 +100,7 @@ class DiffusionLM(nn.Module):
         return head
 
     def decodable_logits(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V] float32 without what decoding cannot predict: the mask token, and the vocabulary's padding rows."""
+        """[n, H] -> [n, V] float32, with -inf at ids that are never decoded: the mask token and the padding rows."""
         logits: Tensor = self.head(hidden).float()
         logits[:, self.mask_token_id] = -torch.inf
         logits[:, self.vocab_size :] = -torch.inf
@@ -143,7 +148,7 @@ class DiffusionLM(nn.Module):
 
 
 def query_groups(model: PreTrainedModel) -> int:
-    """Query heads that share a key head."""
+    """Number of query heads that share a key head."""
     config = model.config.get_text_config()
     if not hasattr(config, "num_key_value_heads"):
         return 1
@@ -152,44 +157,37 @@ def query_groups(model: PreTrainedModel) -> int:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every id with a meaning of its own, the unnamed added special tokens included."""
+    """Ids of all special tokens, including added ones without a named role."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Sorted ids that noise may put in place of a token: no special token, nothing beyond the tokenizer."""
+    """Sorted ids that may replace a token as noise: those of the tokenizer, without special tokens."""
     special = special_ids(tokenizer)
     return [i for i in range(len(tokenizer)) if i not in special]
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 @torch.no_grad()
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> int:
-    """Give the model a mask token and return its id.
+    """Return the id of the tokenizer's mask token; add the special token `<|mask|>` if there is no such token.
 
-    The tokenizer's own if it has one, else the new atomic special token `<|mask|>`. A row of a padded vocabulary is
-    used before anything is resized. Its embedding is the mean row plus small noise; tied heads stay tied. An existing
-    special token with a meaning is never reused (DESIGN section 2).
+    The new token's embedding is the mean row plus small noise, and its row of an untied head is the head's mean row.
+    The embedding is resized only if it has no padding row left. Existing special tokens are never reused.
     """
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
     before = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     mask_id = tokenizer.get_vocab()[MASK_TOKEN]
-    embedding = _weight(model.get_input_embeddings())
+    embedding = weight_matrix(model.get_input_embeddings())
     mean, std = embedding[:before].mean(0), embedding[:before].std(0)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
     if mask_id >= embedding.shape[0]:
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    embedding = _weight(model.get_input_embeddings())
+    embedding = weight_matrix(model.get_input_embeddings())
     embedding[mask_id] = mean + 0.02 * std * noise
-    head = _weight(model.get_output_embeddings())
+    head = weight_matrix(model.get_output_embeddings())
     if head is not embedding:  # not tied
         head[mask_id] = head[:before].mean(0)
     return mask_id

@@ -1,4 +1,4 @@
-"""Loading and saving: an AR base that gets a mask token, a converted checkpoint, an adapter with its base."""
+"""Load and save the models that denoise: an AR base with a new mask token, a converted checkpoint, or an adapter."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ def load_diffusion_lm(
     lora: LoraConfig | None = None,
     added: Adapter | None = None,
 ) -> tuple[DiffusionLM, Policy]:
-    """Load a converted checkpoint, an adapter with its base, or an AR base that gets a mask token and no block size yet.
+    """Load a converted checkpoint, an adapter with its base, or an AR base, which gets a mask token and no block size.
 
-    training=True keeps fp32 weights (autocast computes lower); else weights are in the policy's type. With lora.rank the
-    weights are frozen, held as `lora.base` says, and an adapter is trained: the one that is loaded, or a fresh one.
-    Otherwise an adapter is added to its base's weights (`added` in its place, where given). Raises UsageError (no such model), ModelError (damaged, refused by
-    the probe, another convention than asked for, or an adapter whose base has other weights now).
+    training: keep float32 weights and compute in autocast's dtype; else the weights have the policy's compute dtype.
+    lora: with a rank and in training, freeze the weights in the format `lora.base` and train the adapter that
+    `config.base` names, or a new one. Otherwise that adapter is added to the weights of its base.
+    added: an adapter to use instead of the one in `config.base`.
+
+    Raises UsageError for a model that does not exist and for another `model.convention` than the checkpoint's. Raises
+    ModelError for damaged files, an architecture that the probe refuses, and an adapter whose base has changed.
     """
     policy = choose_policy(config.device, config.dtype)
     stored = read_config_dict(config)
@@ -58,7 +61,7 @@ def load_diffusion_lm(
         )
     lora = lora if training and lora is not None and lora.rank is not None else None
     part = record.get("adapter") if record is not None else None
-    source = config if part is None else adapter_base(config, part)
+    source = config if part is None else _checked_base(config, part)
     dtype = torch.float32 if training and lora is None else policy.compute
     model, tokenizer = load_causal_lm(source, policy, dtype, "native" if lora is None else lora.base)
     probe(model)
@@ -99,7 +102,7 @@ def load_with_base(config: ModelConfig, base_name: str | None = None) -> Checkpo
     """Load the converted checkpoint `config.base` and its AR base, both in the policy's compute dtype.
 
     base_name: a base to load instead of the one that the checkpoint records. Raises UsageError for a model that is not
-    converted, and whatever `load_diffusion_lm` and `load_causal_lm` raise.
+    converted, and the errors of `load_diffusion_lm` and `load_causal_lm`.
     """
     lm, policy = load_diffusion_lm(config)
     if lm.block_size is None:
@@ -125,14 +128,14 @@ def _check_tokenizer(
 
 
 def adapted(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
-    """The configuration of the model that an adapter belongs to. part: `hilda.adapter` of its config.json."""
+    """The configuration of an adapter's base. part: the section `hilda.adapter` of the adapter's config.json."""
     return config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
 
 
-def adapter_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
-    """`adapted`, once it is found to be what it was.
+def _checked_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
+    """`adapted`, after a check of the base's weights.
 
-    Raises UsageError when the base is not there, ModelError when its weights are not those the adapter was trained on.
+    Raises UsageError when the base does not exist, ModelError when its weights differ from those in training.
     """
     source = adapted(config, part)
     try:
@@ -141,7 +144,7 @@ def adapter_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
         raise UsageError(f"adapter '{config.base}' needs its base: {error}") from None
     if found != part["fingerprint"]:
         raise ModelError(
-            f"adapter '{config.base}' was trained on other weights than those of '{part['base']}'; restore that base"
+            f"adapter '{config.base}' was trained on other weights than '{part['base']}' has now; restore that base"
         )
     return source
 
@@ -154,7 +157,10 @@ def _adapt(
     seed: int,
     loaded: Adapter | None,
 ) -> None:
-    """Train an adapter (lora), the one that config.base is (part) or a fresh one; or add the one it is to the weights."""
+    """Prepare an adapter for training (`lora` given), or add it to the weights.
+
+    The adapter is `loaded` if given, else the one that `config.base` names (`part` given), else a new one.
+    """
     if part is not None and loaded is None:
         weights, settings = find_file(config, WEIGHTS), find_file(config, SETTINGS)
         if weights is None or settings is None:
@@ -168,20 +174,20 @@ def _adapt(
     if loaded is not None and (loaded.rank, loaded.scaling) != (lora.rank, lora.scaling):
         raise UsageError(
             f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "
-            "lora.alpha to them, or make a whole checkpoint of it with 'hildanext merge-topk --full'"
+            "lora.alpha to these values, or make a full checkpoint of it with 'hildanext merge-topk --full'"
         )
     lm.adapter = Injected(lora, inject(lm.model, lora, lm.mask_token_id, seed))
     if loaded is not None:
         set_adapter(lm, values_of(lm.model, loaded, config.base))
     else:
         base = str(Path(config.base).resolve()) if Path(config.base).exists() else config.base
-        known = {"base": base, "revision": config.revision, "fingerprint": fingerprint_weights(config), "seed": seed}
-        lm.record["adapter"] = known
+        part = {"base": base, "revision": config.revision, "fingerprint": fingerprint_weights(config), "seed": seed}
+        lm.record["adapter"] = part
 
 
 @torch.no_grad()
 def set_adapter(lm: DiffusionLM, values: dict[str, Tensor]) -> None:
-    """Put tensors into the adapter in training, by the names of `weights_of`."""
+    """Copy tensors, named as by `weights_of`, into the adapter that is being trained."""
     for name, parameter in trained_parameters(lm.model).items():
         parameter.copy_(values[name])
 
@@ -195,16 +201,16 @@ def _assemble(
 
 
 def weights_of(lm: DiffusionLM) -> dict[str, Tensor]:
-    """What a checkpoint of the model holds: all weights, or the adapter's that is being trained."""
+    """The tensors that a checkpoint stores, by name: those of the adapter in training, or else all weights."""
     return trained_parameters(lm.model) if lm.adapter is not None else lm.model.state_dict()
 
 
 def save_diffusion_lm(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a plain Hugging Face folder (safetensors) that `AutoModelForCausalLM` loads; not atomic by itself.
+    """Write a Hugging Face folder (safetensors) that `AutoModelForCausalLM` loads. The write is not atomic.
 
-    With an adapter in training the folder holds the adapter in place of the weights, as peft writes it. config.json carries
-    block_size, mask_token_id and `hilda`, and both `rope_theta` and `rope_parameters`. weights: whole, as `weights_of` names
-    them.
+    With an adapter in training, the folder holds the adapter in peft's format instead of the weights. config.json gets
+    block_size, mask_token_id and the section `hilda`, and both `rope_theta` and `rope_parameters`.
+    weights: unsharded tensors, named as by `weights_of`; by default the model's own.
     """
     config = lm.model.config
     config.block_size = lm.block_size
@@ -220,21 +226,16 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor] 
     else:
         config.architectures = [type(lm.model).__name__]
         config.save_pretrained(folder)
-        _save_adapter(lm, folder, weights or weights_of(lm))
+        known, (lora, targets) = lm.record["adapter"], lm.adapter
+        settings = peft_settings(lm.model, targets, lora.dropout, known["base"], known["revision"])
+        write_adapter(folder, collect(lm.model, weights or weights_of(lm), lora.scaling), settings)
     lm.tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
-    stored.pop("quantization_config", None)  # of the base in this training; the adapter goes with the base as it is
+    stored.pop("quantization_config", None)  # of this training only; the adapter also fits the unquantized base
     rope = stored.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of layer
+    rope = rope.get("full_attention", rope)  # Gemma 3 has parameters for each kind of layer
     if "rope_theta" in rope:
-        # transformers 5 writes rope_parameters only; other readers would fall back to 10,000.
+        # transformers 5 writes rope_parameters only. Other readers would fall back to a rope_theta of 10,000.
         stored["rope_theta"] = rope["rope_theta"]
     write_json(path, stored)
-
-
-def _save_adapter(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor]) -> None:
-    assert lm.adapter is not None
-    known, (config, targets) = lm.record["adapter"], lm.adapter
-    settings = peft_settings(lm.model, targets, config.dropout, known["base"], known["revision"])
-    write_adapter(folder, collect(lm.model, weights, config.scaling), settings)

@@ -1,9 +1,11 @@
-"""Low-rank adapters in training (LoRA, Hu et al. 2021, arXiv 2106.09685): the base is frozen, small matrices beside it learn.
+"""Training of low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the base is frozen, factors A and B learn.
 
-peft puts them beside the linear layers, quantized ones too; `lowrank` computes the others. Three things are done here. The
-mask token's row is new to the base, so it is trained whole: peft's own way copies the whole embedding, and the head with it,
-in every forward. The head gets a low-rank change. Where head and embedding are one matrix that change is the matrix's, as in
-full training: tied heads stay tied, and a merged model is no larger than its base.
+peft adapts the linear layers, including quantized ones; `lora_linear` computes those without quantization and dropout
+as one matrix. This file adapts the vocabulary:
+- The mask token's embedding row is new to the base and gets a full-rank change. peft's own option for trained rows
+  copies the whole embedding, and a tied head, in every forward.
+- The head gets a low-rank change. In tied models the embedding shares it, so that tied heads stay tied and a merged
+  model is no larger than its base.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ from transformers.pytorch_utils import Conv1D
 from hildanext.config import LoraConfig
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model.adapter_file import Adapter, LoraFactors
+from hildanext.model.backbone import weight_matrix
 from hildanext.model.quantized import quiet_bitsandbytes
 
-_PEFT = ".lora_{}.default.weight"  # a linear layer's factors, by peft
-_OURS = ".low_rank.{}"
+# Names of a module's factors among the parameters, with "A" or "B" for {}.
+_PEFT = ".lora_{}.default.weight"  # linear layers
+_OURS = ".low_rank.{}"  # embedding and head
 
 
 class LowRank(nn.Module):
-    """The change scaling * B A of a matrix [n_out, n_in]; zero at first."""
+    """The change scaling * B A of a matrix [n_out, n_in]. It is initialised to zero."""
 
     def __init__(self, rank: int, n_in: int, n_out: int, scaling: float) -> None:
         super().__init__()
@@ -38,23 +42,22 @@ class LowRank(nn.Module):
 
 
 class AdaptedEmbedding(nn.Module):
-    """The input embedding with the mask token's row trained, and a low-rank change where it is the head's matrix too."""
+    """The input embedding with a trained row for the mask token and, in tied models, a low-rank change."""
 
     def __init__(self, base: nn.Module, mask_token_id: int, low_rank: LowRank | None) -> None:
         super().__init__()
         self.base, self.low_rank, self.mask_token_id = base, low_rank, mask_token_id
-        # In a list, which is a module: the model's first parameter, whose type is the model's, stays the base's.
+        # transformers takes a model's dtype from its first parameter. A ParameterList, being a submodule, comes after
+        # the base's weight, which a plain parameter would precede.
         self.row = nn.ParameterList([torch.zeros(self.weight.shape[1])])
-        # Gemma multiplies what it looks up.
+        # Gemma multiplies its embeddings by a constant.
         scale = cast(Tensor, base.embed_scale) if hasattr(base, "embed_scale") else torch.ones(())
         self.scale = torch.as_tensor(scale).to(self.weight.dtype).item()
 
     @property
     def weight(self) -> Tensor:
-        """The frozen [V, H] matrix, without the change."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The frozen matrix [V, H], without the change."""
+        return weight_matrix(self.base)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 -> [..., H]."""
@@ -66,7 +69,10 @@ class AdaptedEmbedding(nn.Module):
 
 
 class AdaptedHead(nn.Module):
-    """The output head with a low-rank change. row: the embedding's, where the two are one matrix."""
+    """The output head with a low-rank change.
+
+    row: in tied models, the trained row of the embedding.
+    """
 
     def __init__(self, base: nn.Module, mask_token_id: int, low_rank: LowRank, row: nn.ParameterList | None) -> None:
         super().__init__()
@@ -74,9 +80,8 @@ class AdaptedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The frozen matrix [V, H], without the change."""
+        return weight_matrix(self.base)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]."""
@@ -89,22 +94,22 @@ class AdaptedHead(nn.Module):
         return logits
 
 
-class Names(NamedTuple):
-    """Modules of a model that carry its vocabulary."""
+class VocabularyNames(NamedTuple):
+    """Names of the modules whose weights have a row for each token."""
 
     embedding: str
     head: str
     tied: bool
 
 
-def vocabulary_names(model: PreTrainedModel) -> Names:
+def vocabulary_names(model: PreTrainedModel) -> VocabularyNames:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    return Names(names[id(embedding)], names[id(head)], head.weight is embedding.weight)
+    return VocabularyNames(names[id(embedding)], names[id(head)], head.weight is embedding.weight)
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the body's linear layers, the head left out."""
+    """Names of the linear layers, without the head."""
     head = model.get_output_embeddings()
     return [
         name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
@@ -112,17 +117,17 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def one_matrix(config: LoraConfig) -> bool:
-    """Whether an adapted layer is computed as one matrix; the others are computed by peft, the change beside the layer."""
+    """Whether adapted layers are computed as one matrix (`lora_linear`). Otherwise peft adds the change's output."""
     return config.rank is not None and config.base == "native" and not config.dropout
 
 
 def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed: int) -> list[str]:
-    """Freeze a model and put a fresh adapter of `config.rank` into it, which changes nothing yet. The model stays what it is.
+    """Freeze a model and insert a new adapter of `config.rank`. The model's outputs do not change yet.
 
-    Its factors are float32 whatever the base's type. Returns the adapted layers' names as peft matches them. Raises
-    ConfigError for a target that the model does not have.
+    The factors are float32 for every dtype of the base. Returns the names of the adapted layers in the form that peft
+    matches. Raises ConfigError for a target that the model does not have.
     """
-    quiet_bitsandbytes()  # peft imports it where it is installed
+    quiet_bitsandbytes()  # peft imports bitsandbytes if it is installed
     import peft
 
     assert config.rank is not None
@@ -137,7 +142,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed:
     targets = sorted(kinds) if config.targets == "all-linear" else list(config.targets)
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.scaling * config.rank,  # type: ignore[arg-type]  # any number does
+        lora_alpha=config.scaling * config.rank,  # type: ignore[arg-type]  # floats work too
         lora_dropout=config.dropout,
         target_modules=targets,
         exclude_modules=[names.head],
@@ -148,7 +153,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed:
 
         settings._register_custom_module({nn.Linear: OneMatrix})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2 has both kinds of layers
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2 has layers of both orientations
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model)
         _adapt_vocabulary(model, config, names, mask_token_id)
@@ -158,7 +163,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed:
     return targets
 
 
-def _adapt_vocabulary(model: PreTrainedModel, config: LoraConfig, names: Names, mask_token_id: int) -> None:
+def _adapt_vocabulary(model: PreTrainedModel, config: LoraConfig, names: VocabularyNames, mask_token_id: int) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     n_out, n_in = head.weight.shape
     assert config.rank is not None
@@ -171,7 +176,10 @@ def _adapt_vocabulary(model: PreTrainedModel, config: LoraConfig, names: Names, 
 def peft_settings(
     model: PreTrainedModel, targets: list[str], dropout: float, base: str, revision: str | None
 ) -> dict[str, Any]:
-    """What `adapter.write_adapter` takes: peft's LoraConfig but for ranks and scaling, for a model with an adapter in it."""
+    """The settings for `adapter_file.write_adapter`: peft's LoraConfig without ranks and scaling.
+
+    model: with an adapter inserted. base, revision: the model that the adapter belongs to.
+    """
     names = vocabulary_names(model)
     return {
         "peft_type": "LORA",
@@ -189,11 +197,12 @@ def peft_settings(
 
 
 def trained_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _factors(weights: dict[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """Module -> names of its A and B among trained parameters."""
+    """Map each adapted module's name to the names of its A and B in `weights`."""
     found = {}
     for name in weights:
         for form in (_PEFT, _OURS):
@@ -204,20 +213,25 @@ def _factors(weights: dict[str, Tensor]) -> dict[str, tuple[str, str]]:
 
 
 def collect(model: PreTrainedModel, weights: dict[str, Tensor], scaling: float) -> Adapter:
-    """The adapter in a model. weights: `trained_parameters`, or copies of them by the same names."""
+    """The adapter that is inserted in a model. weights: its `trained_parameters`, or copies with the same names."""
     embedding, name = model.get_input_embeddings(), vocabulary_names(model).embedding
     assert isinstance(embedding, AdaptedEmbedding)
     pairs = {module: LoraFactors(weights[a], weights[b]) for module, (a, b) in _factors(weights).items()}
     return Adapter(scaling, pairs, name, weights[f"{name}.row.0"], embedding.mask_token_id, embedding.weight.shape[0])
 
 
-def values_of(model: PreTrainedModel, adapter: Adapter, what: str) -> dict[str, Tensor]:
-    """An adapter's tensors by the names of `trained_parameters`. Raises ModelError (naming `what`) for other layers or shapes."""
+def values_of(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's tensors, named as by `trained_parameters`.
+
+    Raises ModelError, which names `adapter_name`, when the model's adapted layers or their shapes differ.
+    """
     weights = trained_parameters(model)
     factors = _factors(weights)
-    if odd := sorted(set(factors) ^ set(adapter.pairs)):
+    if unmatched := sorted(set(factors) ^ set(adapter.pairs)):
+        where = "the file" if unmatched[0] in adapter.pairs else "'lora.targets'"
         raise ModelError(
-            f"adapter '{what}': '{odd[0]}' is adapted in it or by lora.targets, not in both; set lora.targets"
+            f"adapter '{adapter_name}': only {where} has the layer '{unmatched[0]}'; set lora.targets to the "
+            "layers in the file"
         )
     values = {f"{adapter.embedding}.row.0": adapter.row}
     for module, (a, b) in factors.items():
@@ -225,13 +239,14 @@ def values_of(model: PreTrainedModel, adapter: Adapter, what: str) -> dict[str, 
     for name, value in values.items():
         if value.shape != weights[name].shape:
             raise ModelError(
-                f"adapter '{what}': '{name}' is {list(value.shape)}, the base needs {list(weights[name].shape)}"
+                f"adapter '{adapter_name}': '{name}' has shape {list(value.shape)}, but the base needs "
+                f"{list(weights[name].shape)}"
             )
     return values
 
 
 def fresh_values(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of an adapter that changes nothing, by the same names."""
+    """The tensors of an adapter that changes nothing, named as by `trained_parameters`."""
     weights = trained_parameters(model)
     zero = {name for _, name in _factors(weights).values()} | {name for name in weights if name.endswith(".row.0")}
     return {name: torch.zeros_like(w) if name in zero else w.detach().clone() for name, w in weights.items()}

@@ -1,6 +1,7 @@
-"""One policy from the hardware to number format, loss scaler, attention kernel, compiler and optimizer.
+"""The policy of a machine: device, number format, loss scaler, attention kernel, compiler and optimizer.
 
-Pascal (sm_6x) gets fp16 with a loss scaler or fp32, SDPA in pieces, no Triton and never bf16. Nothing falls back later.
+Everything is decided at the start, and nothing falls back later. Pascal (sm_6x) gets fp16 with a loss scaler or fp32,
+SDPA in pieces, no Triton and never bf16.
 """
 
 from __future__ import annotations
@@ -18,37 +19,37 @@ from hildanext.errors import ConfigError
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLEX_FROM = (8, 0)  # FlexAttention's kernels want the shared memory and bf16 of Ampere
+FLEX_FROM = (8, 0)  # FlexAttention's kernels need the shared memory and bf16 of Ampere
 
 
 class Policy(NamedTuple):
-    """What runs on a machine and how; weights in training are always fp32 (autocast computes in `compute`)."""
+    """Device and number formats. Weights in training are float32, and autocast computes in `compute`."""
 
     device: torch.device
     compute: torch.dtype
-    reason: str
-    attention: Literal["flex", "pieces"] = "pieces"  # in training: see `training_attention`
-    fused: bool = False  # whether the optimizer's step is one kernel
+    reason: str  # for the choice of `compute`
+    attention: Literal["flex", "pieces"] = "pieces"  # in training, see `training_attention`
+    fused: bool = False  # whether the optimizer updates all weights in one kernel
 
     @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
-        """accelerate's name: fp16 brings a loss scaler."""
+        """accelerate's name for `compute`. With fp16 accelerate adds a loss scaler."""
         return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.compute]  # type: ignore[return-value]
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Within it a training's forward computes in `compute`, as within `Accelerator.autocast`."""
+        """A context in which a training's forward computes in `compute`, like `Accelerator.autocast`."""
         if self.compute == torch.float32:
             return contextlib.nullcontext()
-        # A forward uses a weight once: keeping its cast form until the end is memory for nothing.
+        # A forward uses each weight once, so a cache of cast weights would only cost memory.
         return torch.autocast(self.device.type, self.compute, cache_enabled=False)
 
     @property
     def compile(self) -> bool:
-        """Whether a training compiles anything: FlexAttention alone, which uncompiled computes and keeps every score."""
+        """Whether training compiles kernels. Only FlexAttention needs it: uncompiled, it stores every score."""
         return self.attention == "flex"
 
     def as_dict(self) -> dict[str, object]:
-        """For people and for /health."""
+        """The policy as JSON values, for logs and `/health`."""
         return {
             "device": str(self.device),
             "dtype": str(self.compute).removeprefix("torch."),
@@ -61,7 +62,7 @@ class Policy(NamedTuple):
 
 
 def native_dtype(device_type: str, capability: tuple[int, int] | None, cpu_bf16: bool) -> tuple[torch.dtype, str]:
-    """The fastest safe compute type: (dtype, reason). `capability` is CUDA's (major, minor)."""
+    """The fastest safe compute dtype, with the reason. capability: CUDA's (major, minor)."""
     if device_type == "cuda" and capability is not None:
         name = f"sm_{capability[0]}{capability[1]}"
         if capability >= (8, 0):
@@ -75,13 +76,13 @@ def native_dtype(device_type: str, capability: tuple[int, int] | None, cpu_bf16:
 def policy_for(
     device: torch.device, capability: tuple[int, int] | None, compute: torch.dtype, reason: str, has_triton: bool
 ) -> Policy:
-    """The rest of the policy, from device, compute capability (CUDA only) and compute type. Looks at no machine."""
+    """Derive the policy from device, CUDA's compute capability and compute dtype, without querying the machine."""
     flex = capability is not None and capability >= FLEX_FROM and has_triton and compute != torch.float32
     return Policy(device, compute, reason, "flex" if flex else "pieces", fused=device.type in ("cpu", "cuda"))
 
 
 def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:
-    """Resolve 'auto' on this machine. Raises ConfigError for a device or format that is not there."""
+    """Resolve 'auto' on this machine. Raises ConfigError for an unavailable device or number format."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -112,10 +113,10 @@ def choose_policy(device: str = "auto", dtype: DtypeName = "auto") -> Policy:
 
 
 def check_build(capability: tuple[int, int], architectures: list[str]) -> None:
-    """Raise ConfigError when this build of torch has no kernels for a GPU: current wheels leave old cards out.
+    """Raise ConfigError when this build of torch has no kernels for a GPU. Current wheels leave old GPUs out.
 
-    architectures: torch.cuda.get_arch_list(), for example ['sm_50', 'sm_60', 'compute_90']. Binaries run on the same major
-    version from their minor version on, PTX (compute_XY) on everything later.
+    architectures: torch.cuda.get_arch_list(), for example ['sm_50', 'sm_60', 'compute_90']. Binaries (sm_XY) run on
+    GPUs of the same major version with at least their minor version. PTX (compute_XY) runs on all newer GPUs.
     """
     major, minor = capability
     for name in architectures:
@@ -126,8 +127,8 @@ def check_build(capability: tuple[int, int], architectures: list[str]) -> None:
         if (kind == "sm" and built[0] == major and built[1] <= minor) or (kind == "compute" and built <= capability):
             return
     raise ConfigError(
-        f"'model.device': this torch ({torch.__version__}) has no kernels for sm_{major}{minor}; install a build that has "
-        "(CUDA 12.6 wheels are the last ones for Pascal and Volta), or set model.device to 'cpu'"
+        f"'model.device': this torch ({torch.__version__}) has no kernels for sm_{major}{minor}; install a build that "
+        "has them (CUDA 12.6 wheels are the last for Pascal and Volta), or set model.device to 'cpu'"
     )
 
 
@@ -147,6 +148,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type that is computed in with a tensor: autocast's where it is on, else the tensor's."""
+    """The dtype of operations on `tensor`: autocast's if it is enabled, else the tensor's."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

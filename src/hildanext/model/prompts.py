@@ -1,4 +1,4 @@
-"""Prompts: messages through the tokenizer's chat template, plain text as it is; files of them."""
+"""Turn prompts into token ids: plain text, messages (through the tokenizer's chat template), and files of prompts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from hildanext.errors import DataError, UsageError
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], known: list[int] | None = None
 ) -> list[int]:
-    """Token ids of a prompt. A string is continued as it stands; messages are rendered with the generation prompt.
+    """Token ids of a prompt: plain text without a template, or messages rendered with the generation prompt.
 
-    `known`: ids that a conversation begins with, as it was decoded. The tokenizer may cut that text otherwise, and then
-    nothing of it would be found in a cache: where the messages render to the same text, these ids are kept.
-    Raises UsageError for an empty prompt, for messages when the tokenizer has no chat template, or that it refuses.
+    known: ids of the conversation so far, as they were decoded. The tokenizer may split the same text into other ids,
+    which no cache would contain. So if the rendered messages begin with the text of `known`, these ids are kept.
+    Raises UsageError for an empty prompt, for messages without a chat template, and for messages that the template
+    refuses.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -36,25 +37,25 @@ def encode_prompt(
     except jinja2.TemplateError as error:
         raise UsageError(f"the model's chat template refuses these messages: {error}") from None
     if known:
-        begun = str(tokenizer.decode(known))
-        if text.startswith(begun):
-            ids = known + list(tokenizer(text[len(begun) :], add_special_tokens=False)["input_ids"])
-            if tokenizer.decode(ids) == text:  # some tokenizers add a space to what they take for a beginning
+        prefix = str(tokenizer.decode(known))
+        if text.startswith(prefix):
+            ids = known + list(tokenizer(text[len(prefix) :], add_special_tokens=False)["input_ids"])
+            if tokenizer.decode(ids) == text:  # some tokenizers add a space at the start of a text
                 return ids
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of `read_asked`."""
+    """Token ids of the prompts in a file, see `read_asked`."""
     return [ids for ids, _ in read_asked(path, tokenizer)]
 
 
 def read_asked(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], str]]:
-    """Prompts as token ids, each with its text or the first message of its user: a line of text each, which is a user's turn, or JSON lines.
+    """Read prompts from a file: (token ids, text) of each, where the text of a conversation is its first user message.
 
-    A record of a `.jsonl` has "prompt" (text, continued as it stands), "messages" that end with the user's, or a shape of
-    instruction data, of which the last answer is left out. Without a chat template every text is continued as it stands.
-    Raises DataError that names file and line.
+    In a `.jsonl` file each record has "prompt" (plain text), "messages" that end with a user message, or a format of
+    instruction data, whose last answer is left out. In other files each line is a user message, or plain text if the
+    tokenizer has no chat template. Raises DataError, which names file and line.
     """
     prompts = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -73,19 +74,19 @@ def read_asked(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[lis
         except (DataError, UsageError) as error:
             raise DataError(f"{path}:{number}: {error}") from None
     if not prompts:
-        raise DataError(f"{path}: no prompts in it")
+        raise DataError(f"{path}: no prompts in the file")
     return prompts
 
 
 def _prompt_of(line: bytes) -> str | list[dict[str, Any]]:
-    """Text to continue, or messages. Raises DataError for a record that has neither."""
+    """Parse a JSON line into plain text or messages. Raises DataError for a record with neither."""
     try:
         record = parse_json(line)
         if isinstance(record.get("prompt"), str) and "completion" not in record:
             return str(record["prompt"])
         messages = record.get("messages")
         if isinstance(messages, list) and messages and messages[-1]["role"] == "user":
-            return [{"role": str(one["role"]), "content": check_text(one["content"])} for one in messages]
+            return [{"role": str(message["role"]), "content": check_text(message["content"])} for message in messages]
         return to_messages(record)[:-1]
     except (DataError, KeyError, TypeError):
         raise DataError('expected {"prompt": ...} or {"messages": [...]}') from None

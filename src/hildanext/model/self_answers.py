@@ -1,7 +1,7 @@
-"""Text that the base model writes itself: answers to prompts, to learn from in place of the answers of people.
+"""Training data that the base writes: its own answers to prompts, instead of human answers.
 
-A student that learns from its parent's own answers has one right continuation to learn where human text has many
-(sequence-level distillation, Kim and Rush 2016, arXiv 1606.07947), and nothing of what the parent knew is unlearned.
+This is sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947). A prompt has many human answers, but only
+one most likely answer of the base, which is easier to learn, and training on it keeps what the base knows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from hildanext.progress import progress, say
 
 
 def write_answers(config: Config) -> None:
-    """Let the base answer the prompts of every 'self' source, into data/self; what stands there already is kept.
+    """Let the base answer the prompts of every 'self' source and write the answers into data/self.
 
-    A killed run goes on with the batch it was in, and ends with the file of an undisturbed one. Raises UsageError or
-    DataError for prompts that are not there or not usable, and for a file written by another model or from other prompts.
+    Answers from an earlier run are kept. A killed run resumes at its last complete batch, and its file ends up the
+    same as that of an uninterrupted run. Raises UsageError or DataError for missing or unusable prompts, and for a
+    file that another model wrote or that belongs to other prompts.
     """
     for source in config.data.sources:
         if source.kind == "self":
@@ -38,52 +39,51 @@ def write_answers(config: Config) -> None:
 
 
 def _write(config: Config, source: SourceConfig) -> None:
+    """Check the settings that a file of answers was begun with, then write or complete the file."""
     assert source.path is not None
     prompts_file, path = Path(source.path), written_file(config.paths.data, source)
     if not prompts_file.is_file():
-        raise UsageError(f"data.sources: '{source.path}' is no file of prompts")
-    model = _writer(config.model)
+        raise UsageError(f"data.sources: '{source.path}' is not a file of prompts")
+    record = read_record(config.model)
+    base_config = config.model if record is None else base_of(config.model, record)
     settings = {
-        "base": model.base,
-        "weights": fingerprint_weights(model),
+        "base": base_config.base,
+        "weights": fingerprint_weights(base_config),
         "prompts": sha256_of(prompts_file),
         **{key: getattr(source, key) for key in ASKED},
         "seed": config.train.seed,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".json")
-    if not beside.exists():
-        write_json(beside, settings)
-    elif (stored := json.loads(beside.read_text(encoding="utf-8"))) != settings:
-        other = next(key for key in settings if stored.get(key) != settings[key])
-        raise DataError(f"{path}: written with another {other}; delete it and {beside.name} to have it written again")
+    settings_file = path.with_suffix(".json")
+    if not settings_file.exists():
+        write_json(settings_file, settings)
+    elif (stored := json.loads(settings_file.read_text(encoding="utf-8"))) != settings:
+        key = next(key for key in settings if stored.get(key) != settings[key])
+        raise DataError(
+            f"{path}: written with another value of {key}; delete it and {settings_file.name} to write it again"
+        )
     with open(path, "ab+") as file:
-        _Writing(config, source, model, file).run()
+        _AnswerFile(config, source, base_config, file).write()
 
 
-def _writer(model: ModelConfig) -> ModelConfig:
-    """The AR model: `model.base` itself, or what a converted checkpoint was made of."""
-    record = read_record(model)
-    return model if record is None else base_of(model, record)
+class _AnswerFile:
+    """A file of answers, with a line for each prompt. It is appended to batch by batch."""
 
-
-class _Writing:
-    """One file of answers, a line a prompt, appended batch by batch."""
-
-    def __init__(self, config: Config, source: SourceConfig, model: ModelConfig, file: IO[bytes]) -> None:
-        self.config, self.source, self.model, self.file = config, source, model, file
+    def __init__(self, config: Config, source: SourceConfig, base_config: ModelConfig, file: IO[bytes]) -> None:
+        self.config, self.source, self.base_config, self.file = config, source, base_config, file
         self.seen: set[bytes] = set()  # hashes of the answers so far
         self.tokens = self.duplicates = self.repeated = 0
 
-    def run(self) -> None:
+    def write(self) -> None:
+        """Answer the prompts that have no line yet."""
         policy = choose_policy(self.config.model.device, self.config.model.dtype)
-        base, tokenizer = load_causal_lm(self.model, policy, policy.compute)
+        base, tokenizer = load_causal_lm(self.base_config, policy, policy.compute)
         base.eval()
         asked = self._prompts(tokenizer)
         prompts = [list(ids) for ids in asked]
         size = self.source.batch
         done = self._resume(len(prompts))
-        title = f"self: {self.model.base}"
+        title = f"self: {self.base_config.base}"
         with progress(title, len(prompts), "answers", done) as advance:
             for start in range(done, len(prompts), size):
                 batch = prompts[start : start + size]
@@ -91,14 +91,13 @@ class _Writing:
                 self._append(start, batch, texts, self._answers(base, tokenizer, batch, start))
                 advance(start + len(batch), f"{self.tokens} tokens")
         if self.duplicates:
-            say(f"{self.file.name}: {self.duplicates} of {len(prompts)} answers stood there already and are left out")
+            left_out = f"{self.duplicates} of {len(prompts)} answers"
+            say(f"{self.file.name}: {left_out} are empty or duplicates and are left out")
         if self.repeated:
-            say(
-                f"{self.file.name}: {self.repeated} of {self.tokens} tokens repeat what stands before them and are left out"
-            )
+            say(f"{self.file.name}: {self.repeated} of {self.tokens} tokens repeat earlier text and are left out")
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[int, ...], str]:
-        """Each prompt once, the shortest first (those of like length are padded less side by side), with what was asked."""
+        """Map each distinct prompt to its text, the shortest first: prompts of similar length need less padding."""
         assert self.source.path is not None
         prompts = read_asked(Path(self.source.path), tokenizer)[: self.source.max_documents]
         asked = {tuple(ids): text for ids, text in prompts}
@@ -107,7 +106,7 @@ class _Writing:
     def _answers(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], start: int
     ) -> Iterator[tuple[list[int], str]]:
-        done = ar_complete_batch(
+        completions = ar_complete_batch(
             base,
             tokenizer,
             prompts,
@@ -115,7 +114,7 @@ class _Writing:
             temperature=self.source.temperature,
             seed=self.config.train.seed + start,
         )
-        return ((one.token_ids, one.text) for one in done)
+        return ((completion.token_ids, completion.text) for completion in completions)
 
     def _append(
         self, start: int, prompts: list[list[int]], asked: list[str], answers: Iterator[tuple[list[int], str]]
@@ -132,7 +131,7 @@ class _Writing:
         os.fsync(self.file.fileno())
 
     def _is_new(self, text: str) -> bool:
-        """Whether an answer has not been given before, case and spacing aside; empty ones never are."""
+        """Whether an answer is not empty and not seen before, ignoring case and spacing. Counts and remembers it."""
         key = " ".join(text.lower().split())
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if not key or digest in self.seen:
@@ -146,11 +145,11 @@ class _Writing:
         self.repeated += len(answer) - until_repeat(answer, self.source.cut_repeats)
 
     def _resume(self, n_prompts: int) -> int:
-        """How many prompts are done: whole batches only; what a kill left of one is cut off."""
+        """Number of prompts with an answer. An incomplete last batch, left by a killed run, is cut off the file."""
         self.file.seek(0)
         lines = self.file.read().splitlines(keepends=True)
-        whole = len(lines) if not lines or lines[-1].endswith(b"\n") else len(lines) - 1
-        done = whole if whole == n_prompts else whole - whole % self.source.batch
+        complete = len(lines) if not lines or lines[-1].endswith(b"\n") else len(lines) - 1
+        done = complete if complete == n_prompts else complete - complete % self.source.batch
         self.file.truncate(sum(map(len, lines[:done])))
         self.file.seek(0, os.SEEK_END)
         for line in lines[:done]:

@@ -1,4 +1,4 @@
-"""A tokenizer and a Llama made on the spot, for the demo and the smoke test: no download, no data beyond the stories."""
+"""A small tokenizer and a small Llama for the demo and the smoke test, made without downloads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def story_tokenizer(vocab_size: int = 700) -> PreTrainedTokenizerFast:
 def tiny_llama(
     tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, context: int, seed: int
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama for `tokenizer`, heads of 32."""
+    """A randomly initialised Llama with tied embeddings and heads of width 32. context: its positions."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -51,7 +51,7 @@ def tiny_llama(
             num_attention_heads=hidden // 32,
             num_key_value_heads=hidden // 32,
             max_position_embeddings=context,
-            # 0.02 suits wide models: at this width the copying heads form late or never with it.
+            # The usual 0.02 suits wide models. In narrow ones, induction heads then form late or never.
             initializer_range=0.06,
             tie_word_embeddings=True,
             bos_token_id=None,

@@ -1,6 +1,6 @@
-"""Attention for training that does not compute what the mask forbids: in pieces everywhere, FlexAttention where Triton runs.
+"""Attention for training that skips most masked scores: FlexAttention on GPUs with Triton, SDPA in pieces elsewhere.
 
-A [x_t ; x_0] row of 1,024 tokens in blocks of 32 allows a tenth to a third of its 2,048 x 2,048 scores.
+For a [x_t ; x_0] row of 1,024 tokens in blocks of 32, the mask allows a tenth to a third of the 2,048 x 2,048 scores.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from hildanext.model.decoding_attention import EXTRAS, grouped_attention
 NAME = "hildanext_training"
 Kind = Literal["dense", "pieces", "flex"]
 Visible = Tensor | Pieces | BlockMask
-# Pieces are slower than the dense mask unless they save this much: measured on rows of 64 to 1,024 tokens.
+# Pieces are faster than the dense mask if they compute at most this share of its scores (rows of 64 to 1,024 tokens).
 WORTH = 0.75
-# Kernels of FlexAttention in a process: rows of a training have a few shapes, with and without gradients.
+# Limit of FlexAttention kernels in a process. A training has rows of a few shapes, with and without gradients.
 SHAPES = 64
-CHUNK = 128  # queries in a piece: the fastest of 32 to 512 on a CPU
+CHUNK = 128  # queries in a piece; the fastest size from 32 to 512 on a CPU
 
 
 def visible_keys(
@@ -39,10 +39,11 @@ def visible_keys(
     groups: int,
     chunk: int = CHUNK,
 ) -> Visible:
-    """What each query may see, in the form that attention of `kind` takes. groups: query heads to a key head.
+    """The attention mask in the form that `kind` needs: an additive tensor, pieces or a BlockMask.
 
-    doc_ids, position_ids [B, L] int64. block_size >= L is full diffusion over x_t alone (LLaDA2.0 eq. 4), else the mask is
-    over [x_t ; x_0] (eq. 3). "pieces" gives the dense mask for rows so short that cutting gains nothing.
+    doc_ids, position_ids [B, L] int64. With block_size >= L the mask is for full diffusion over x_t alone (LLaDA2.0,
+    arXiv 2512.15745, eq. 4), else for [x_t ; x_0] (eq. 3). dtype: of additive masks. groups: query heads per key head.
+    chunk: queries in a piece. For short rows "pieces" returns the dense mask, which is faster there.
     """
     n_rows, length = doc_ids.shape
     blocks = block_ids(position_ids, block_size) if block_size < length else None
@@ -56,22 +57,24 @@ def visible_keys(
 
 
 def flex_mask(doc_ids: Tensor, blocks: Tensor | None) -> BlockMask:
-    """The same rule for FlexAttention. Ids are inputs of the compiled kernel, so that other rows need no other kernel."""
+    """The same mask for FlexAttention. The ids are inputs of the compiled kernel, so new rows need no new kernel.
+
+    doc_ids [B, L] int64. blocks [B, L] int64: the block of each token, or None for full diffusion.
+    """
     n_rows, length = doc_ids.shape
-    places = torch.arange(length, device=doc_ids.device)
-    docs = torch.where(doc_ids < 0, -1 - places, doc_ids)  # a padding token is a document of its own
+    indices = torch.arange(length, device=doc_ids.device)
+    docs = torch.where(doc_ids < 0, -1 - indices, doc_ids)  # each padding token is a document of its own
 
     def same_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return docs[row, query] == docs[row, key]
 
     if blocks is None:
         return create_block_mask(same_document, n_rows, None, length, length, device=str(doc_ids.device))
-    own = blocks
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         q, k = query % length, key % length
         noisy_query, noisy_key = query < length, key < length
-        b_q, b_k = own[row, q], own[row, k]
+        b_q, b_k = blocks[row, q], blocks[row, k]
         seen = torch.where(noisy_key, noisy_query & (b_q == b_k), torch.where(noisy_query, b_q > b_k, b_q >= b_k))
         return seen & (docs[row, q] == docs[row, k])
 
@@ -89,10 +92,11 @@ def training_attention(
     visible: Pieces | BlockMask | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers. query [B, Hq, W, D]; key, value [B, Hkv, W, D]. Returns [B, W, Hq, D].
+    """An attention function for transformers. query [B, Hq, W, D]; key, value [B, Hkv, W, D]. Returns [B, W, Hq, D].
 
-    `visible` comes through the model's forward; without it, it is decoding's attention. Raises ModelError for what it
-    does not do (soft caps, sinks, position biases): the check at the start of a training then takes the dense mask.
+    visible: passed to the model's forward by the caller; without it, this is `grouped_attention`. Raises ModelError
+    for dropout, soft caps, sinks and position biases. The check at the start of a training then chooses the dense
+    mask.
     """
     if visible is None:
         return grouped_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
@@ -108,8 +112,11 @@ def training_attention(
 
 @functools.cache
 def compiled_flex() -> Callable[..., Any]:
-    """FlexAttention as one kernel for each shape of rows. Raises ModelError for more than SHAPES of them: torch would go on,
-    without a word, with attention that computes and keeps every score."""
+    """FlexAttention, compiled to a kernel for each shape of rows.
+
+    Raises ModelError for more than SHAPES shapes. torch would silently run it uncompiled instead, which stores every
+    score.
+    """
     from torch._dynamo import config, exc  # slow to import
 
     config.recompile_limit = max(config.recompile_limit, SHAPES)
@@ -120,18 +127,19 @@ def compiled_flex() -> Callable[..., Any]:
             return compiled(*args, **kwargs)
         except exc.FailOnRecompileLimitHit:
             raise ModelError(
-                f"FlexAttention has a kernel for each of {SHAPES} shapes of rows and met another; set train.attention to "
-                "'pieces', or data.seq_len lower"
+                f"FlexAttention has compiled kernels for {SHAPES} shapes of rows, which is the limit, and needs "
+                "another; set train.attention to 'pieces', or lower data.seq_len"
             ) from None
 
     return run
 
 
 def in_pieces(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scaling: float | None) -> Tensor:
-    """Attention piece by piece. [B, Hq, W, D], [B, Hkv, W, D] twice -> [B, Hq, W, D].
+    """Attention piece by piece. query [B, Hq, W, D]; key, value [B, Hkv, W, D]. Returns [B, Hq, W, D].
 
-    Query heads that share a key head are stacked, as in decoding. Everything is cut by one `split` and one `index_select`,
-    whose gradients are one `cat` and one `index_add`: slices would each fill a gradient of the whole row.
+    Query heads that share a key head are stacked, as in decoding. Queries are cut by one `split`, keys by one
+    `index_select`, whose gradients are one `cat` and one `index_add`. Slices would each allocate a gradient of a whole
+    row.
     """
     n_rows, n_heads, width, dim = query.shape
     n_kv = key.shape[1]
@@ -153,6 +161,6 @@ def in_pieces(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scaling
 
 
 def use_training_attention(model: PreTrainedModel) -> None:
-    """Let a model's attention take `visible`."""
+    """Switch a model to `training_attention`, so that its forward takes `visible`."""
     AttentionInterface.register(NAME, cast(Any, training_attention))
     model.set_attn_implementation(NAME)
