@@ -410,7 +410,11 @@ def test_a_bad_adapter_is_one_line(adapter: Path, what: str):
             "has rank 4 and alpha 6; set lora.rank and lora.alpha to these values",
         ),
         (LoraConfig(rank=4), UsageError, "has rank 4 and alpha 6"),
-        (LoraConfig(rank=4, alpha=6.0, targets=["q_proj"]), ModelError, "in it or by lora.targets, not in both"),
+        (
+            LoraConfig(rank=4, alpha=6.0, targets=["q_proj"]),
+            ModelError,
+            "only the file has the layer .*; set lora.targets",
+        ),
     ],
 )
 def test_another_adapter_is_not_continued(adapter: Path, lora: LoraConfig, kind: type[HildaError], named: str):
