@@ -194,7 +194,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 
 
 def make_batch(lm: DiffusionLM, samples: list[int], rows: dict[str, Tensor]) -> Batch:
-    """Rows as read (see `rows.Rows.batch`) -> Batch on the model's device."""
+    """Rows as `RowSource.batch` returns them, as a Batch on the model's device."""
     allowed = lm.allowed(rows["loss_mask"], rows["position_ids"])
     input_ids, doc_ids, position_ids = (rows[key].to(lm.device) for key in ("input_ids", "doc_ids", "position_ids"))
     return Batch(samples, input_ids, doc_ids, position_ids, allowed.to(lm.device))

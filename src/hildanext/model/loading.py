@@ -127,17 +127,17 @@ def _check_tokenizer(
         )
 
 
-def adapted(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
+def adapter_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
     """The configuration of an adapter's base. part: the section `hilda.adapter` of the adapter's config.json."""
     return config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
 
 
 def _checked_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
-    """`adapted`, after a check of the base's weights.
+    """`adapter_base`, after a check of the base's weights.
 
     Raises UsageError when the base does not exist, ModelError when its weights differ from those in training.
     """
-    source = adapted(config, part)
+    source = adapter_base(config, part)
     try:
         found = fingerprint_weights(source)
     except UsageError as error:

@@ -19,7 +19,7 @@ from hildanext.diffusion.noise import Noisy, left_visible
 from hildanext.diffusion.objective import Soft
 from hildanext.model.backbone import body
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
-from hildanext.model.loading import adapted
+from hildanext.model.loading import adapter_base
 from hildanext.model.lora import AdaptedHead, trained_parameters
 from hildanext.model.policy import Policy, compute_dtype
 from hildanext.model.pretrained import base_of, load_causal_lm, read_record
@@ -31,7 +31,7 @@ class Teacher:
     def __init__(self, lm: DiffusionLM, config: Config, policy: Policy) -> None:
         self.lm, self.share = lm, config.loss.distill
         self.beside: PreTrainedModel | None = None
-        if lm.adapter is None or read_record(adapted(config.model, lm.record["adapter"])) is not None:
+        if lm.adapter is None or read_record(adapter_base(config.model, lm.record["adapter"])) is not None:
             self.beside, _ = load_causal_lm(base_of(config.model, lm.record), policy, policy.compute)
             self.beside.eval().requires_grad_(False)
         head = (self.beside or lm.model).get_output_embeddings()

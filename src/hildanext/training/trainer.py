@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +24,7 @@ from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import CheckpointError, NonFiniteLossError
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.model.loading import weights_of
-from hildanext.model.policy import Policy
+from hildanext.model.policy import Policy, is_out_of_memory
 from hildanext.plots import draw_curves
 from hildanext.progress import progress, say, stop_on_signals
 from hildanext.training.attention_choice import choose_attention
@@ -184,7 +183,7 @@ class Trainer:
                 return found
             except RuntimeError as error:
                 together = isinstance(error, AllShortError)
-                if not together and not should_reduce_batch_size(error):
+                if not together and not is_out_of_memory(error):
                     raise
                 line = str(error).splitlines()[0]
             # Outside the handler: the error holds the frames and these hold the memory.
@@ -198,7 +197,7 @@ class Trainer:
         try:
             yield
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
             raise self.memory_short(step, reason, in_optimizer=True) from None
@@ -266,7 +265,7 @@ class Trainer:
         try:
             sums = self.gradients(step, batches, sync=False)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
         # Outside the handler, as in train_step.
