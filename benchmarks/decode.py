@@ -37,7 +37,9 @@ from hildanext.provenance import versions
 
 RESULTS = Path("runs/bench-decode.json")
 PAGE = Path("docs/benchmarks/decode.md")
-TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def load(model: str, dtype: str, block: int = 8, **engine: Any) -> TransformersEngine:
@@ -59,7 +61,7 @@ def settings(tau_mask: float, tau_edit: float | None, block: int, new: int, post
 
 
 def prompts(engine: TransformersEngine, length: int, n: int = 1) -> list[list[int]]:
-    """Pieces of this project's README as token ids."""
+    """Pieces of this project's documentation as token ids."""
     ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert len(ids) > length + 50 * n
     return [ids[50 * i : 50 * i + length] for i in range(n)]

@@ -16,7 +16,7 @@ def write_page(results: dict[str, Any], path: Path) -> None:
     lines = [
         "# Decoding",
         "",
-        "Made by `make bench-decode` ([benchmarks/decode.py](../../benchmarks/decode.py)): one process, the two sides of a pair in",
+        "Made by `make bench-decode` (`benchmarks/decode.py`): one process, the two sides of a pair in",
         f"turn, medians. CPU `{about['cpu']}` with {about['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "hildanext")
         + ".",

@@ -177,7 +177,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
     page = [
         "# Learning from few tokens",
         "",
-        "Made by [benchmarks/recipes.py](../../benchmarks/recipes.py): SmolLM2-135M-Instruct, GSM8K in rows of 256, four rows",
+        "Made by `benchmarks/recipes.py`: SmolLM2-135M-Instruct, GSM8K in rows of 256, four rows",
         "a step, block size 4. Each recipe differs from *base* (full fine-tuning, `shifted`, blocks of 4 from the first step, learning",
         "rate 3e-4, uniform weights, one in ten observed tokens wrong, people's answers) in what its name says. Accuracy and loss (nats): masked tokens",
         f"of {HELD_OUT_ROWS} held-out rows of people's answers at mask rates 0.1 to 1.0, with noise that never changes. Several seeds: mean and range.",

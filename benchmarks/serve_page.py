@@ -11,9 +11,9 @@ NAMES = {
 }
 HEAD = """# Serving
 
-Made by `make bench-serve` ([benchmarks/serve.py](../../benchmarks/serve.py)): `hildanext serve` with the runtime and dtype of
+Made by `make bench-serve` (`benchmarks/serve.py`): `hildanext serve` with the runtime and dtype of
 `--runtime` and `--dtype` (eager and float32 unless given: a text is then the same in every batch), all else as it comes, and an
-asyncio client ([benchmarks/client.py](../../benchmarks/client.py)) in a process of its own, over loopback, on the same cores.
+asyncio client (`benchmarks/client.py`) in a process of its own, over loopback, on the same cores.
 Each client keeps a connection and asks `POST /generate` again as soon as it has its answer; one that gets 429 waits as
 `Retry-After` says and asks again. Answers are streamed, with every denoising step, which is the most that a client can ask
 for. Before and after each run of N clients there is one of a single client, and the ratio is to the mean of those two; medians.

@@ -11,8 +11,8 @@ from hildanext.files import atomic_open
 
 HEAD = """# Training
 
-Made by `make bench-train` ([benchmarks/train.py](../../benchmarks/train.py)) from [train.json](train.json). The plain way, which
-it is compared with ([benchmarks/plain.py](../../benchmarks/plain.py)): a dense [2L, 2L] mask for transformers' own attention,
+Made by `make bench-train` (`benchmarks/train.py`) from [train.json](train.json). The plain way, which
+it is compared with (`benchmarks/plain.py`): a dense [2L, 2L] mask for transformers' own attention,
 logits of all 2L positions in fp32, the same optimizer.
 """
 CARD = 8e9
