@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ tell a user to type, to set and to open exists."""
+"""What the README, docs/, the recipe and the model's card tell a user to type, to set and to open exists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from hildanext.config import Config, apply_overrides, parse_config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = sorted([README, *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted(
+    [README, *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "src").rglob("*.md")]
+)
 GUIDE = [page for page in PAGES if page.name != "LOG.md"]  # the log keeps names of its day
 SECTIONS = "|".join(Config.model_fields)
 LAUNCHED = re.compile(r"^(?:torchrun|accelerate launch) .* hildanext\.cli ")
