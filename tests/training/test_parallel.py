@@ -162,7 +162,7 @@ def test_all_processes_make_room_for_one(bench: Bench) -> None:
     done = bench.launch(torchrun(2), "short", "--set", "train.micro_batch=2", SHORT="0")
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "out of memory" in line]
-    assert said == ["step 1: out of memory; trainer.micro_batch 2 -> 1, 4 forwards a step, the same 4 rows"]
+    assert said == ["step 1: out of memory; train.micro_batch 2 -> 1, 4 forwards a step, the same 4 rows"]
     assert_the_same(bench.run("short"), bench.run("one"))
 
 
@@ -173,7 +173,7 @@ def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("hildanext convert-wsd:")]
     assert line.startswith(
         "hildanext convert-wsd: step 4: out of memory (CUDA out of memory. Tried to allocate 1.16 GiB.); lower "
-        "train.micro_batch (2) or set trainer.gradient_checkpointing or set trainer.sharding to 'fsdp2', and continue with --resume; or"
+        "train.micro_batch (2) or set train.gradient_checkpointing or set train.sharding to 'fsdp2', and continue with --resume; or"
     )
     assert [step for step, _ in list_checkpoints(bench.run("late") / "checkpoints")] == [2]
 
@@ -361,6 +361,6 @@ def test_a_batch_that_cannot_be_shared_is_one_line(bench: Bench) -> None:
 def test_plugins_of_accelerate_are_refused(plugin: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
     with pytest.raises(
-        UsageError, match=f"accelerate's {plugin} plugin; launch plainly and set trainer.sharding to 'fsdp2'"
+        UsageError, match=f"accelerate's {plugin} plugin; launch plainly and set train.sharding to 'fsdp2'"
     ):
         parallel.start(choose_policy("cpu", "float32"), parse_config({}).train)
