@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | bench | bench-decode | bench-serve | bench-train | bench-shipped | clean
+# make demo | test | test-all | coverage | lint | docs | bench | bench-decode | bench-serve | bench-train | bench-shipped | clean
 #
 # Each target first makes its own .venv (PYTHON=python3.12 chooses another interpreter; 'make clean' before changing it).
 # ARGS="..." goes to what the target runs: make test ARGS="tests/test_policy.py"
@@ -12,13 +12,28 @@ DEV := .venv/.dev
 DOCS := .venv/.docs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint docs bench bench-decode bench-serve bench-train bench-shipped clean
+.PHONY: demo test test-all coverage lint docs bench bench-decode bench-serve bench-train bench-shipped clean
 
 demo: $(RUNTIME)
 	$(BIN)/hildanext demo $(ARGS)
 
+# worksteal: a process that runs out of tests takes some from the other's end.
+PYTEST = -m pytest -n auto --dist worksteal
+
+# What a change must pass, in minutes.
 test: $(DEV)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+# All tests: those of `make test`, and kills at every moment, process matrices, Ray, measured memory, Chromium's states, the wheel.
+test-all: $(DEV)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+# Lines and branches that `make test` covers, child processes included.
+coverage: $(DEV)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(PYTEST) -m "not slow" $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from support.training import write_base
 
-# Models in the tests are tiny: a second thread only waits for the first.
+# Models in the tests are tiny: a second thread only waits for the first. The variables are for child processes.
 torch.set_num_threads(1)
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 

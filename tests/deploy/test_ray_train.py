@@ -29,6 +29,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 QUIET = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_process_does(tmp_path: Path, tiny_base: Path) -> None:
     for package in ("ray", "pandas"):
         pytest.importorskip(

@@ -150,6 +150,7 @@ def until_state(jobs: Jobs, job: Job, state: str) -> Job:
     return until(reached)
 
 
+@pytest.mark.slow
 def test_a_real_job_is_done(config: Config) -> None:
     pairs = [{"question": f"What is {n} plus one?", "answer": f"It is {n + 1}."} for n in range(60)]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -164,6 +165,7 @@ def test_a_real_job_is_done(config: Config) -> None:
         assert client.get("/health").json()["jobs"] == {"backend": "ray", "trouble": None}
 
 
+@pytest.mark.slow
 def test_cancel_one_that_runs_and_one_that_waits(
     watched: Jobs, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +188,7 @@ def test_cancel_one_that_runs_and_one_that_waits(
     assert not (watched.path(second.id) / "stdout-1.json").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_finds_its_jobs(
     watched: Jobs, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,7 @@ def copy(source: socket.socket, sink: socket.socket) -> None:
     sink.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.slow
 def test_while_ray_does_not_answer_nothing_changes(
     config: Config,
     cluster: Cluster,
@@ -296,6 +300,7 @@ def looks(jobs: Jobs) -> None:
         until(lambda: jobs.wake() or len(seen) > 2)
 
 
+@pytest.mark.slow
 def test_what_the_cluster_cannot_run_says_why(watched: Jobs, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watched.backend, "workspace", Path("/nowhere/at all"))
     failed = until_state(watched, job := ready(watched, config), "failed")
@@ -304,6 +309,7 @@ def test_what_the_cluster_cannot_run_says_why(watched: Jobs, config: Config, mon
     assert "/nowhere/at all" in (watched.path(job.id) / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_forgot_a_job(
     watched: Jobs, config: Config, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ def _stream(server: str) -> str:
     return httpx2.post(f"{server}/generate", json={"prompt": PROMPT, "max_new_tokens": 1, "stream": True}).text
 
 
+@pytest.mark.slow
 def test_the_base_beside_both_modes(visit: Any, server: str) -> None:
     here = visit(server)
     here.ask(max_new_tokens="12")
@@ -238,6 +239,7 @@ def test_the_base_beside_both_modes(visit: Any, server: str) -> None:
     here.look("compare")
 
 
+@pytest.mark.slow
 def test_a_base_that_cannot_be_had_is_said_in_its_column(visit: Any, converted: Config, tmp_path: Path) -> None:
     shutil.copytree(converted.model.base, tmp_path / "model")
     stored = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -267,6 +269,7 @@ def test_a_base_that_cannot_be_had_is_said_in_its_column(visit: Any, converted: 
         ({"deadline_s": "0.000001"}, "504, too slow: the deadline passed"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_refused_is_one_clear_line(visit: Any, server: str, settings: dict[str, str], line: str) -> None:
     here = visit(server)
     here.ask(**settings)
@@ -277,6 +280,7 @@ def test_what_is_refused_is_one_clear_line(visit: Any, server: str, settings: di
     here.complaints[:] = [said for said in here.complaints if "Failed to load resource" not in said]
 
 
+@pytest.mark.slow
 def test_stop_ends_the_request(visit: Any, server: str) -> None:
     here = visit(server)
     here.page.route("**/generate", lambda route: None)  # it never answers
@@ -288,6 +292,7 @@ def test_stop_ends_the_request(visit: Any, server: str) -> None:
     expect(here.page.locator("#generate")).to_be_enabled()
 
 
+@pytest.mark.slow
 def test_a_server_with_keys_is_asked_with_one(visit: Any, served: Config) -> None:
     with serving.running(served, keys=["schlüssel".encode()]) as (url, _):
         here = visit(url)
@@ -309,6 +314,7 @@ def test_a_server_with_keys_is_asked_with_one(visit: Any, served: Config) -> Non
         here.complaints[:] = [said for said in here.complaints if "401" not in said]
 
 
+@pytest.mark.slow
 def test_health_shows_what_health_says(visit: Any, server: str) -> None:
     here = visit(server, "/#health")
     health = httpx2.get(f"{server}/health").json()
@@ -331,6 +337,7 @@ def test_health_shows_what_health_says(visit: Any, server: str) -> None:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("phone", [False, True])
+@pytest.mark.slow
 def test_every_section_on_every_screen(visit: Any, server: str, phone: bool, dark: bool) -> None:
     here = visit(server, phone=phone, dark=dark)
     name = f"{'phone' if phone else 'desktop'}-{'dark' if dark else 'light'}"
@@ -347,6 +354,7 @@ def test_every_section_on_every_screen(visit: Any, server: str, phone: bool, dar
     here.look(f"{name}-health")
 
 
+@pytest.mark.slow
 def test_without_a_mouse(visit: Any, server: str) -> None:
     here = visit(server)
     keys = here.page.keyboard
@@ -403,6 +411,7 @@ def last_step(page: Any, chart: str) -> int:
     return int((re.findall(r"at step (\d+)", label) or ["0"])[0])
 
 
+@pytest.mark.slow
 def test_a_job_is_started_watched_cancelled_and_resumed(visit: Any, workplace: str) -> None:
     here = visit(workplace, "/#jobs")
     page = here.page
@@ -466,6 +475,7 @@ print(json.dumps({"finished": True, "steps": 2000}))
 """
 
 
+@pytest.mark.slow
 def test_runs_are_laid_over_each_other(
     visit: Any, workplace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,6 +510,7 @@ def test_runs_are_laid_over_each_other(
     phone.look("phone-dark-job-form")
 
 
+@pytest.mark.slow
 def test_a_server_without_a_jobs_table_says_so(visit: Any, server: str) -> None:
     here = visit(server, "/#jobs")
     expect(here.page.locator("#jobs-problem")).to_have_text("This server runs no jobs.")

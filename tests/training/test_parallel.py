@@ -150,6 +150,7 @@ def torchrun(n: int) -> list[str]:
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.slow
 def test_four_processes_give_the_losses_of_one(bench: Bench, sharding: str) -> None:
     done = bench.launch(torchrun(4), f"four-{sharding}", "--set", f"train.sharding={sharding}")
     assert done.returncode == 0, done.stderr
@@ -157,6 +158,7 @@ def test_four_processes_give_the_losses_of_one(bench: Bench, sharding: str) -> N
     assert_the_same(bench.run(f"four-{sharding}"), bench.run("one"))
 
 
+@pytest.mark.slow
 def test_all_processes_make_room_for_one(bench: Bench) -> None:
     """One of two is out of memory in the first step's backward: both go on in smaller micro-batches, with the same numbers."""
     done = bench.launch(torchrun(2), "short", "--set", "train.micro_batch=2", SHORT="0")
@@ -166,6 +168,7 @@ def test_all_processes_make_room_for_one(bench: Bench) -> None:
     assert_the_same(bench.run("short"), bench.run("one"))
 
 
+@pytest.mark.slow
 def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
     """Gradients are under way then. The line names what --resume takes."""
     done = bench.launch(torchrun(2), "late", "--set", "train.micro_batch=2", SHORT="12")
@@ -178,6 +181,7 @@ def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
     assert [step for step, _ in list_checkpoints(bench.run("late") / "checkpoints")] == [2]
 
 
+@pytest.mark.slow
 def test_two_processes_train_an_adapter_as_one_does(bench: Bench, tmp_path: Path) -> None:
     raw = bench.config.model_dump(mode="json")
     raw |= {"lora": {"rank": 4}, "wsd": raw["wsd"] | {"warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}}
@@ -205,6 +209,7 @@ def preferring(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.slow
 def test_two_processes_learn_the_preferences_of_one(preferring: Bench, sharding: str) -> None:
     """The reference too is gathered from shards, and the policy is back in them before the gradients are."""
     done = preferring.launch(torchrun(2), sharding, "--set", f"train.sharding={sharding}")
@@ -248,6 +253,7 @@ def sharded(bench: Bench) -> Path:
     return bench.run("sharded")
 
 
+@pytest.mark.slow
 def test_fsdp2_under_accelerate_launch(bench: Bench, sharded: Path) -> None:
     """Sharded parameters, the same numbers; a checkpoint that one process takes up."""
     assert_the_same(sharded, bench.run("one"))
@@ -259,6 +265,7 @@ def test_fsdp2_under_accelerate_launch(bench: Bench, sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("saved_by", ["one", "sharded"])
+@pytest.mark.slow
 def test_fsdp2_takes_up_a_checkpoint(bench: Bench, sharded: Path, saved_by: str) -> None:
     """Weights and optimizer that one process or two sharded ones saved go into the shards of two."""
     bench.half_of(saved_by, f"{saved_by}-on")
@@ -325,6 +332,7 @@ def hosts() -> Iterator[list[Host]]:
                 ip("netns", "del", name)
 
 
+@pytest.mark.slow
 def test_two_hosts_take_up_what_one_process_saved(bench: Bench, hosts: list[Host]) -> None:
     """Two torchrun agents that share no network but a cable, one process each."""
     bench.half_of("one", "hosts")
@@ -345,6 +353,7 @@ def test_two_hosts_take_up_what_one_process_saved(bench: Bench, hosts: list[Host
     assert_the_same(bench.run("hosts"), bench.run("one"))
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_one_line(bench: Bench) -> None:
     done = bench.launch(torchrun(2), "odd", "--set", "train.rows_per_step=3")
     assert done.returncode == 1

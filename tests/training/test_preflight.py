@@ -71,6 +71,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_the_prediction_is_within_15_percent_of_the_measured_peak(base, tmp_path, name):
     """In a process of its own, whose peak resident memory is the truth."""
     if name == "bf16" and choose_policy("cpu").compute != torch.bfloat16:
@@ -92,6 +93,7 @@ def test_the_prediction_is_within_15_percent_of_the_measured_peak(base, tmp_path
 
 
 @pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.slow
 def test_the_prediction_is_within_15_percent_of_a_real_run(base, tmp_path, turns):
     """Against what `convert-wsd` itself logs: loading, noise, optimizer and all; a second turn has the first one's gradients."""
     tokenizer = story_tokenizer(300)

@@ -26,6 +26,8 @@ from hildanext.training.run_folder import RunFolder
 from support.resume import KILLS, assert_undisturbed, child, outcome
 from support.training import material
 
+# The moments whose true SIGKILL stays in `make test`.
+REAL = ("in a step", "between the weights and the optimizer", "while an old checkpoint is removed")
 MakeRun = Callable[..., tuple[Config, Path]]
 
 
@@ -44,7 +46,9 @@ def make_run(tmp_path: Path, tiny_base: Path) -> MakeRun:
     return make
 
 
-@pytest.mark.parametrize("moment", KILLS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(name, marks=[] if name in REAL else pytest.mark.slow) for name in KILLS]
+)
 def test_a_killed_run_resumes_bit_for_bit(make_run: MakeRun, moment: str):
     config, file = make_run()
     killed = child(KILLS[moment], "convert-wsd", "--config", file)
@@ -59,6 +63,7 @@ def test_a_killed_run_resumes_bit_for_bit(make_run: MakeRun, moment: str):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_every_optimizer_and_format_resumes(make_run: MakeRun, optimizer: str, dtype: str):
     config, file = make_run(train={"optimizer": optimizer, "weight_decay": 0.1}, model={"dtype": dtype})
     assert child(KILLS["in a step"], "convert-wsd", "--config", file).returncode == -signal.SIGKILL
@@ -68,6 +73,7 @@ def test_every_optimizer_and_format_resumes(make_run: MakeRun, optimizer: str, d
     assert_undisturbed(runs / "convert", runs / "reference")
 
 
+@pytest.mark.slow
 def test_a_killed_tuning_resumes(make_run: MakeRun):
     converted = convert_wsd(make_run()[0])
     sections = {
@@ -82,6 +88,7 @@ def test_a_killed_tuning_resumes(make_run: MakeRun):
     assert_undisturbed(runs / "sft", runs / "reference")
 
 
+@pytest.mark.slow
 def test_a_killed_adapter_resumes(make_run: MakeRun):
     config, file = make_run(lora={"rank": 4, "dropout": 0.1})
     assert child(KILLS["in a step"], "convert-wsd", "--config", file).returncode == -signal.SIGKILL
