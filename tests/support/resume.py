@@ -1,10 +1,13 @@
-"""Runs in a process of their own that kill themselves at a chosen moment, and what two runs must have in common."""
+"""Runs that are killed at a chosen moment, and what two runs must have in common."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import pkgutil
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,48 +15,60 @@ import torch
 from safetensors.torch import load_file
 
 from hildanext.training.checkpoint import list_checkpoints
+from hildanext.training.run_folder import RunFolder
 
-# The command line in a process of its own that kills itself. FAULT runs first and may replace parts of the package.
-CHILD = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from hildanext.training import checkpoint, run_folder, trainer
-from hildanext import cli
+Fault = Callable[[], None]
 
-def die(*_, **__):
+
+def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
-def at(number, what, then=die):
-    # `what`, but on its call `number` (from 1) `then` runs first.
-    calls = 0
-    def counted(*arguments, **options):
+
+def strike(owner: str, name: str, call: int, then: Callable[..., Any] = die) -> None:
+    """Replace `owner.name` by a function that runs `then` first on its call number `call` (from 1)."""
+    holder = pkgutil.resolve_name(owner)
+    function, calls = getattr(holder, name), 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == number:
+        if calls == call:
             then(*arguments, **options)
-        return what(*arguments, **options)
-    return counted
+        return function(*arguments, **options)
 
-FAULT
-sys.exit(cli.main(sys.argv[1:]))
-"""
+    setattr(holder, name, counted)
 
-# Where SIGKILL strikes a run of 6 steps that saves every 2: (moment, fault).
-KILLS = {
-    "before anything is saved": "run_folder.RunFolder.log = at(2, run_folder.RunFolder.log)",
-    "in a step": "trainer.Trainer.train_step = at(5, trainer.Trainer.train_step)",
-    "in a line of the metrics": """
-def half(run, row):
+
+def fault(owner: str, name: str, call: int, then: Callable[..., Any] = die) -> Fault:
+    """`strike` as something that can be sent to a process."""
+    return partial(strike, f"hildanext.training.{owner}", name, call, then)
+
+
+def half_a_line(run: RunFolder, row: dict[str, Any]) -> None:
     with open(run.metrics, "a") as file:
         file.write('{"step": 5, "loss": 0.1')
     die()
-run_folder.RunFolder.log = at(5, run_folder.RunFolder.log, half)""",
-    "between the weights and the optimizer": "checkpoint.save_file = at(2, checkpoint.save_file)",
-    "before the checkpoint gets its name": "checkpoint.os.replace = at(2, checkpoint.os.replace)",
-    "while an old checkpoint is removed": "checkpoint.remove_checkpoint = at(1, checkpoint.remove_checkpoint)",
-    "before the curves": "trainer.draw_curves = at(2, trainer.draw_curves)",
-    "after the last step": "trainer.draw_curves = at(3, trainer.draw_curves)",
+
+
+def _send(number: int, *_: object) -> None:
+    os.kill(os.getpid(), number)
+
+
+def signal_in_step(call: int, name: str) -> Fault:
+    """The signal `name` when the run begins its step number `call`."""
+    return fault("trainer:Trainer", "train_step", call, partial(_send, signal.Signals[name]))
+
+
+# Where SIGKILL strikes a run of 6 steps that saves every 2.
+KILLS: dict[str, Fault] = {
+    "before anything is saved": fault("run_folder:RunFolder", "log", 2),
+    "in a step": fault("trainer:Trainer", "train_step", 5),
+    "in a line of the metrics": fault("run_folder:RunFolder", "log", 5, half_a_line),
+    "between the weights and the optimizer": fault("checkpoint", "save_file", 2),
+    "before the checkpoint gets its name": fault("checkpoint:os", "replace", 2),
+    "while an old checkpoint is removed": fault("checkpoint", "remove_checkpoint", 1),
+    "before the curves": fault("trainer", "draw_curves", 2),
+    "after the last step": fault("trainer", "draw_curves", 3),
 }
 
 
@@ -83,8 +98,3 @@ def assert_undisturbed(run: Path, reference: Path) -> None:
         assert torch.equal(found.tensors[name], value), name
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.rglob(".*"))
-
-
-def child(fault: str, *argv: object) -> subprocess.CompletedProcess[str]:
-    code = CHILD.replace("FAULT", fault)
-    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)

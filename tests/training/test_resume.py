@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +24,64 @@ from hildanext.training.checkpoint import list_checkpoints, newest_good
 from hildanext.training.convert import convert_wsd, sft
 from hildanext.training.merge import best_checkpoints
 from hildanext.training.run_folder import RunFolder
-from support.resume import KILLS, assert_undisturbed, child, outcome
+from support import forked
+from support.resume import KILLS, assert_undisturbed, outcome, signal_in_step
 from support.training import material
 
-# The moments whose true SIGKILL stays in `make test`.
-REAL = ("in a step", "between the weights and the optimizer", "while an old checkpoint is removed")
 MakeRun = Callable[..., tuple[Config, Path]]
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_base: Path) -> MakeRun:
-    """A configuration with every kind of state: warm-up, drafts, embedding noise; and the file that holds it."""
-
-    def make(**sections: Any) -> tuple[Config, Path]:
-        sections["noise"] = {"turns": 2, "embed_std": 0.3, "embed_steps": 4}
-        sections["train"] = {"keep_last": 1, "keep_best": 1} | sections.get("train", {})
-        config = material(tmp_path, tiny_base, **sections)
-        file = tmp_path / "config.json"
-        file.write_text(config.model_dump_json())
-        return config, file
-
-    return make
+    """A configuration with every kind of state, and the file that holds it."""
+    return partial(make_config, tmp_path, tiny_base)
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(name, marks=[] if name in REAL else pytest.mark.slow) for name in KILLS]
-)
-def test_a_killed_run_resumes_bit_for_bit(make_run: MakeRun, moment: str):
-    config, file = make_run()
-    killed = child(KILLS[moment], "convert-wsd", "--config", file)
+def make_config(folder: Path, base: Path, **sections: Any) -> tuple[Config, Path]:
+    """Warm-up, drafts, embedding noise."""
+    sections["noise"] = {"turns": 2, "embed_std": 0.3, "embed_steps": 4}
+    sections["train"] = {"keep_last": 1, "keep_best": 1} | sections.get("train", {})
+    config = material(folder, base, **sections)
+    file = folder / "config.json"
+    file.write_text(config.model_dump_json())
+    return config, file
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """The run of `make_run()` that nothing disturbed."""
+    config, _ = make_config(tmp_path_factory.mktemp("reference"), tiny_base)
+    convert_wsd(config, name="reference")
+    return Path(config.paths.runs) / "reference"
+
+
+def kill(moment: str, config: Config, file: Path, command: str = "convert-wsd") -> Path:
+    """Start a run and kill it at that moment: its folder."""
+    killed = forked.run([command, "--config", file], file.parent, KILLS[moment])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    for _, path in list_checkpoints(Path(config.paths.runs) / "convert" / "checkpoints"):
+    return Path(config.paths.runs) / ("convert" if command == "convert-wsd" else command)
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_run_resumes_bit_for_bit(make_run: MakeRun, reference: Path, moment: str):
+    config, file = make_run()
+    run = kill(moment, config, file)
+    for _, path in list_checkpoints(run / "checkpoints"):
         checkpoint.verify(path)  # what has a checkpoint's name is whole
     assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 0
-    convert_wsd(config, name="reference")
-    runs = Path(config.paths.runs)
-    assert_undisturbed(runs / "convert", runs / "reference")
+    assert_undisturbed(run, reference)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.slow
 def test_every_optimizer_and_format_resumes(make_run: MakeRun, optimizer: str, dtype: str):
     config, file = make_run(train={"optimizer": optimizer, "weight_decay": 0.1}, model={"dtype": dtype})
-    assert child(KILLS["in a step"], "convert-wsd", "--config", file).returncode == -signal.SIGKILL
+    run = kill("in a step", config, file)
     convert_wsd(config, resume=True)
     convert_wsd(config, name="reference")
-    runs = Path(config.paths.runs)
-    assert_undisturbed(runs / "convert", runs / "reference")
+    assert_undisturbed(run, run.with_name("reference"))
 
 
-@pytest.mark.slow
 def test_a_killed_tuning_resumes(make_run: MakeRun):
     converted = convert_wsd(make_run()[0])
     sections = {
@@ -81,47 +89,38 @@ def test_a_killed_tuning_resumes(make_run: MakeRun):
         "sft": {"steps": 6, "complementary": True, "cap_weight": 0.3},
     }
     config, file = make_run(**sections)
-    assert child(KILLS["in a step"], "sft", "--config", file).returncode == -signal.SIGKILL
+    run = kill("in a step", config, file, "sft")
     sft(config, resume=True)
     sft(config, name="reference")
-    runs = Path(config.paths.runs)
-    assert_undisturbed(runs / "sft", runs / "reference")
+    assert_undisturbed(run, run.with_name("reference"))
 
 
-@pytest.mark.slow
 def test_a_killed_adapter_resumes(make_run: MakeRun):
     config, file = make_run(lora={"rank": 4, "dropout": 0.1})
-    assert child(KILLS["in a step"], "convert-wsd", "--config", file).returncode == -signal.SIGKILL
+    run = kill("in a step", config, file)
     convert_wsd(config, resume=True)
     convert_wsd(config, name="reference")
-    runs = Path(config.paths.runs)
-    assert_undisturbed(runs / "convert", runs / "reference")
+    assert_undisturbed(run, run.with_name("reference"))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_and_exits_0(make_run: MakeRun, name: str):
+def test_a_signal_saves_and_exits_0(make_run: MakeRun, reference: Path, name: str):
     config, file = make_run()
-    fault = f"trainer.Trainer.train_step = at(3, trainer.Trainer.train_step, lambda *_: os.kill(os.getpid(), signal.{name}))"
-    stopped = child(fault, "convert-wsd", "--config", file, "--json")
+    stopped = forked.run(["convert-wsd", "--config", file, "--json"], file.parent, signal_in_step(3, name))
     assert stopped.returncode == 0, stopped.stderr
     assert f"{name}: saved step 3 of 6" in stopped.stderr
     assert "--resume" in stopped.stderr
     answer = json.loads(stopped.stdout)
     assert (answer["steps"], answer["finished"]) == (3, False)
     assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 0
-    convert_wsd(config, name="reference")
-    runs = Path(config.paths.runs)
-    assert_undisturbed(runs / "convert", runs / "reference")
+    assert_undisturbed(Path(config.paths.runs) / "convert", reference)
 
 
-def test_what_does_not_touch_the_numbers_may_change(make_run: MakeRun):
-    config, file = make_run()
-    child(KILLS["in a step"], "convert-wsd", "--config", file)
+def test_what_does_not_touch_the_numbers_may_change(make_run: MakeRun, reference: Path):
+    run = kill("in a step", *make_run())
     changed, _ = make_run(train={"keep_last": 3, "keep_best": 0, "save_every": 2}, decode={"mode": "S_MODE"})
     convert_wsd(changed, resume=True)
-    convert_wsd(config, name="reference")
-    runs = Path(config.paths.runs)
-    assert outcome(runs / "convert").metrics == outcome(runs / "reference").metrics
+    assert outcome(run).metrics == outcome(reference).metrics
 
 
 def test_what_touches_the_numbers_may_not(make_run: MakeRun):
@@ -151,9 +150,8 @@ def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def test_a_damaged_checkpoint_is_passed_over(make_run: MakeRun, capsys: pytest.CaptureFixture[str]):
+def test_a_damaged_checkpoint_is_passed_over(make_run: MakeRun, reference: Path, capsys: pytest.CaptureFixture[str]):
     config, _ = make_run(train={"keep_last": 3})
-    convert_wsd(config, name="reference")
     convert_wsd(config)
     runs = Path(config.paths.runs)
     damage(runs / "convert" / "checkpoints" / "step-6" / "model.safetensors")
@@ -165,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over(make_run: MakeRun, capsys: pytest.C
         r"step-6/model\.safetensors has \d+ bytes instead of \d+; the checkpoint is damaged; using step-2", said
     )
     assert re.search(r"step-4/trainer\.safetensors is missing", said)
-    assert_undisturbed(runs / "convert", runs / "reference")
+    assert_undisturbed(runs / "convert", reference)
 
 
 def test_without_a_whole_checkpoint_nothing_is_overwritten(make_run: MakeRun):
@@ -192,6 +190,7 @@ FITS = {
 @pytest.mark.parametrize("what", FITS)
 def test_a_full_disk_keeps_the_last_checkpoint(
     make_run: MakeRun,
+    reference: Path,
     make_disk: Callable[[int], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -216,8 +215,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert os.listdir(checkpoints) == ["step-2"]
     (disk / "filler").unlink()
     convert_wsd(config, resume=True)
-    convert_wsd(config, name="reference")
-    assert_undisturbed(disk / "convert", disk / "reference")
+    assert_undisturbed(disk / "convert", reference)
 
 
 def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(make_run: MakeRun, capsys: pytest.CaptureFixture[str]):
@@ -227,8 +225,7 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(make_run: MakeRun, c
     checkpoints = Path(config.paths.runs) / "convert" / "checkpoints"
     damage(checkpoints / "step-6" / "model.safetensors")
     make_run(train={"keep_last": 1, "keep_best": 0})
-    stop = "trainer.Trainer.train_step = at(1, trainer.Trainer.train_step, lambda *_: os.kill(os.getpid(), signal.SIGTERM))"
-    stopped = child(stop, "convert-wsd", "--config", file, "--resume")
+    stopped = forked.run(["convert-wsd", "--config", file, "--resume"], file.parent, signal_in_step(1, "SIGTERM"))
     assert "SIGTERM: saved step 5 of 6" in stopped.stderr, stopped.stderr
     assert f"{checkpoints / 'step-6'}: removed, since the run goes on from step 4" in stopped.stderr
     assert [step for step, _ in list_checkpoints(checkpoints)] == [5]
