@@ -19,11 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hildanext import plots
 from hildanext.config import Config, Convention, parse_config
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
-from support.training import write_base
+from hildanext.training import trainer
+from support.training import plain_curves, write_base
 
 # Models in the tests are tiny: a second thread only waits for the first. The variables are for child processes.
 torch.set_num_threads(1)
@@ -49,13 +51,13 @@ def make_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    learner = trainers.BpeTrainer(
         vocab_size=300,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
         show_progress=False,
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator(CORPUS, learner)
     names = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"} | special
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = CHATML
@@ -97,6 +99,20 @@ def random_lm(convention: Convention, vocab_size: int, mask_token_id: int) -> Di
 def eager_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """`engine.runtime: auto` is eager in tests, whatever is installed; test_runtimes.py looks at the others."""
     monkeypatch.setattr("hildanext.decoding.runtimes.has_openvino", lambda: False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> Iterator[None]:
+    """Runs draw no curves: see `plain_curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_curves", plain_curves)
+        yield
+
+
+@pytest.fixture
+def with_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of this test draw their curves."""
+    monkeypatch.setattr(trainer, "draw_curves", plots.draw_curves)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,8 @@ from hildanext.data.tokenize import make_job
 from hildanext.errors import CheckpointError, DataError
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.training.run import open_row_source
-from support.resume import KILLS, assert_undisturbed, child
+from support import forked
+from support.resume import KILLS, assert_undisturbed
 from support.training import material
 
 MakeConfig = Callable[..., Config]
@@ -268,7 +269,7 @@ def test_a_killed_training_on_a_stream_resumes_bit_for_bit(tmp_path: Path, tiny_
         assert cli.main([step, "--config", str(file)]) == 0
     assert not list((tmp_path / "data").rglob("*train*"))
     run = [command, "--config", str(file), "--run", "killed"]
-    assert child(KILLS["in a step"], *run).returncode == -signal.SIGKILL
+    assert forked.run(run, tmp_path, KILLS["in a step"]).returncode == -signal.SIGKILL
     assert cli.main([*run, "--resume"]) == 0
     assert cli.main([command, "--config", str(file), "--run", "reference"]) == 0
     assert_undisturbed(tmp_path / "runs/killed", tmp_path / "runs/reference")
@@ -299,6 +300,7 @@ stream.close()
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Peak resident memory over a whole pass, of a process that streams a corpus and of one that streams ten times as much."""
     text = "the cat saw a dog and the dog saw the cat in a garden of the house " * 60  # 4 KB

@@ -13,7 +13,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-PRELOADED = ["hildanext.cli", "hildanext.training.convert", "hildanext.training.dpo", "hildanext.server"]
+from torch.distributed import TCPStore
+
+from hildanext import cli
+from hildanext.training import trainer
+from support.training import plain_curves
+
+PRELOADED = ["hildanext.training.convert", "hildanext.training.dpo", "hildanext.server", "support.forked"]
 
 
 class Process(Protocol):
@@ -72,8 +78,6 @@ def run_group(
     n: int, argv: list[object], folder: Path, fault: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`hildanext ARGV` in `n` processes of one training, as torchrun starts them: where one fails, the others get SIGTERM."""
-    from torch.distributed import TCPStore
-
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -109,11 +113,10 @@ def _main(argv: list[str], fault: Callable[[], None] | None, env: dict[str, str]
         os.dup2(target, number)
         os.close(target)
     os.environ |= env
+    trainer.draw_curves = plain_curves
     try:
         if fault is not None:
             fault()
-        from hildanext import cli
-
         sys.exit(cli.main(argv))
     finally:
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from hildanext.data.packing import pack
 from hildanext.data.rows import ShuffledRows, open_rows, write_meta
 from hildanext.data.shards import compact, write_shard
 from hildanext.data.tokenizer import fingerprint, pad_id
+from hildanext.files import atomic_open
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
@@ -79,6 +80,12 @@ def material(folder: Path, base: Path, **sections: dict[str, Any]) -> Config:
     for name, section in sections.items():
         raw[name] = raw.get(name, {}) | section
     return parse_config(raw)
+
+
+def plain_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """In place of `draw_curves`: a file that begins as a PNG. Drawing takes four times as long as a tiny run's steps."""
+    with atomic_open(path, "wb") as file:
+        file.write(b"\x89PNG" + f"{title}: {len(rows)} rows".encode())
 
 
 def trainer_for(config: Config, job: TrainingJob, recipe: Recipe, split: str = "train") -> tuple[Trainer, DiffusionLM]:

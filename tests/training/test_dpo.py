@@ -31,7 +31,8 @@ from hildanext.training.dpo import dpo, open_pairs, reference
 from hildanext.training.preference import ElboModule, Preference, PreferenceTask, draw_noise
 from hildanext.training.run_folder import RunFolder
 from hildanext.training.trainer import Trainer, TrainingJob
-from support.resume import KILLS, assert_undisturbed, child
+from support import forked
+from support.resume import KILLS, assert_undisturbed
 from support.training import material, predictions
 
 WORDS = ["the cat", "a dog", "one bird", "the old tree", "a red house", "my friend", "the sun", "a small boat"]
@@ -276,6 +277,7 @@ def test_pairing_the_noise_lowers_the_variance(tmp_path: Path, shifted: Path):
 # Whole runs
 
 
+@pytest.mark.usefixtures("with_curves")
 def test_the_margin_grows_and_the_record_is_kept(tmp_path: Path, shifted: Path):
     config = preferring(tmp_path, shifted, dpo={"steps": 30, "beta": 0.5}, train={"eval_every": 10, "save_every": 15})
     done = dpo(config)
@@ -308,7 +310,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, shifted: Path):
     config = preferring(tmp_path, shifted, train={"keep_last": 1, "keep_best": 1}, lora={"dropout": 0.1})
     file = tmp_path / "config.json"
     file.write_text(config.model_dump_json())
-    assert child(KILLS["in a step"], "dpo", "--config", file).returncode == -signal.SIGKILL
+    assert forked.run(["dpo", "--config", file], tmp_path, KILLS["in a step"]).returncode == -signal.SIGKILL
     assert cli.main(["dpo", "--config", str(file), "--resume"]) == 0
     dpo(config, name="reference")
     assert_undisturbed(tmp_path / "runs" / "dpo", tmp_path / "runs" / "reference")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,20 +24,20 @@ from torch.distributed.tensor import DTensor
 from hildanext.config import Config, parse_config
 from hildanext.errors import UsageError
 from hildanext.model.policy import choose_policy
-from hildanext.training import parallel
+from hildanext.training import denoising, parallel
 from hildanext.training.checkpoint import list_checkpoints, optimizer_tensors
 from hildanext.training.convert import convert_wsd
 from hildanext.training.dpo import dpo
 from hildanext.training.parallel import whole_weights
+from support import forked
+from support.resume import Fault
 from support.training import material
 
-# Rank 0 sends the launcher a signal before its third step; more than a row is too much for rank 1, in the backward pass,
-# from row SHORT on. `launched.py ARGUMENTS` is the command line else.
+# `launched.py ARGUMENTS` is the command line; rank 0 sends the launcher $SIGNAL before its third step.
 LAUNCHED = """
 import os, signal, sys
-import torch
 from hildanext import cli
-from hildanext.training import denoising, trainer
+from hildanext.training import trainer
 
 if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
     step_of, calls = trainer.Trainer.train_step, []
@@ -48,20 +49,6 @@ if (name := os.environ.get("SIGNAL")) and os.environ["RANK"] == "0":
         return step_of(self, step)
 
     trainer.Trainer.train_step = train_step
-
-if (since := os.environ.get("SHORT")) and os.environ["RANK"] == "1":
-    forward = denoising.DenoisingModule.forward
-
-    def short(gradient):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
-
-    def narrow(self, batch, *rest):
-        found = forward(self, batch, *rest)
-        if torch.is_grad_enabled() and len(batch.samples) > 1 and min(batch.samples) >= int(since):
-            found.loss.total.register_hook(short)
-        return found
-
-    denoising.DenoisingModule.forward = narrow
 sys.exit(cli.main(sys.argv[1:]))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # its options end with "--": it takes abbreviated ones
@@ -86,13 +73,19 @@ class Bench(NamedTuple):
     def run(self, name: str) -> Path:
         return Path(self.config.paths.runs) / name
 
+    def words(self, run: str, *options: str) -> list[str]:
+        return [self.name, "--config", str(self.file), "--run", run, "--json", *options]
+
     def command(self, launcher: list[str], run: str, *options: str) -> list[str]:
-        told = ["--config", str(self.file), "--run", run, "--json", *options]
-        return [*launcher, str(self.script), self.name, *told]
+        return [*launcher, str(self.script), *self.words(run, *options)]
+
+    def two(self, run: str, *options: str, fault: Fault | None = None) -> subprocess.CompletedProcess[str]:
+        """Two processes, forked: see `forked.run_group`."""
+        return forked.run_group(2, self.words(run, *options), self.file.parent, fault)
 
     def launch(self, launcher: list[str], run: str, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
         command = self.command(launcher, run, *options)
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
 
     def half_of(self, name: str, copy: str) -> None:
         """A run that was killed after step 4 of 6: its folder without the last checkpoint."""
@@ -117,6 +110,24 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Bench:
     script.write_text(LAUNCHED)
     convert_wsd(config, "one")
     return Bench(config, file, script)
+
+
+def out_of_memory(since: int) -> None:
+    """A fault: more than a row is too much for rank 1, in the backward pass, from sample `since` on."""
+    if os.environ["RANK"] != "1":
+        return
+    forward = denoising.DenoisingModule.forward
+
+    def short(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.")
+
+    def narrow(self: Any, batch: Any, *rest: Any) -> Any:
+        found = forward(self, batch, *rest)
+        if torch.is_grad_enabled() and len(batch.samples) > 1 and min(batch.samples) >= since:
+            found.loss.total.register_hook(short)
+        return found
+
+    denoising.DenoisingModule.forward = narrow  # type: ignore[method-assign]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -150,7 +161,15 @@ def torchrun(n: int) -> list[str]:
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_processes_give_the_losses_of_one(bench: Bench, sharding: str) -> None:
+    done = bench.two(f"two-{sharding}", "--set", f"train.sharding={sharding}")
+    assert done.returncode == 0, done.stderr
+    assert answer(done)["finished"]
+    assert_the_same(bench.run(f"two-{sharding}"), bench.run("one"))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_four_processes_give_the_losses_of_one(bench: Bench, sharding: str) -> None:
     done = bench.launch(torchrun(4), f"four-{sharding}", "--set", f"train.sharding={sharding}")
     assert done.returncode == 0, done.stderr
@@ -158,20 +177,18 @@ def test_four_processes_give_the_losses_of_one(bench: Bench, sharding: str) -> N
     assert_the_same(bench.run(f"four-{sharding}"), bench.run("one"))
 
 
-@pytest.mark.slow
 def test_all_processes_make_room_for_one(bench: Bench) -> None:
     """One of two is out of memory in the first step's backward: both go on in smaller micro-batches, with the same numbers."""
-    done = bench.launch(torchrun(2), "short", "--set", "train.micro_batch=2", SHORT="0")
+    done = bench.two("short", "--set", "train.micro_batch=2", fault=partial(out_of_memory, 0))
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "out of memory" in line]
     assert said == ["step 1: out of memory; train.micro_batch 2 -> 1, 4 forwards a step, the same 4 rows"]
     assert_the_same(bench.run("short"), bench.run("one"))
 
 
-@pytest.mark.slow
 def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
     """Gradients are under way then. The line names what --resume takes."""
-    done = bench.launch(torchrun(2), "late", "--set", "train.micro_batch=2", SHORT="12")
+    done = bench.two("late", "--set", "train.micro_batch=2", fault=partial(out_of_memory, 12))
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("hildanext convert-wsd:")]
     assert line.startswith(
@@ -181,14 +198,13 @@ def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
     assert [step for step, _ in list_checkpoints(bench.run("late") / "checkpoints")] == [2]
 
 
-@pytest.mark.slow
 def test_two_processes_train_an_adapter_as_one_does(bench: Bench, tmp_path: Path) -> None:
     raw = bench.config.model_dump(mode="json")
     raw |= {"lora": {"rank": 4}, "wsd": raw["wsd"] | {"warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}}
     adapted = Bench(parse_config(raw), tmp_path / "config.json", bench.script)
     adapted.file.write_text(json.dumps(raw))
     convert_wsd(adapted.config, "adapter-one")
-    done = adapted.launch(torchrun(2), "adapter-two")
+    done = adapted.two("adapter-two")
     assert done.returncode == 0, done.stderr
     assert_the_same(adapted.run("adapter-two"), adapted.run("adapter-one"), steps=3)
 
@@ -209,10 +225,9 @@ def preferring(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-@pytest.mark.slow
 def test_two_processes_learn_the_preferences_of_one(preferring: Bench, sharding: str) -> None:
     """The reference too is gathered from shards, and the policy is back in them before the gradients are."""
-    done = preferring.launch(torchrun(2), sharding, "--set", f"train.sharding={sharding}")
+    done = preferring.two(sharding, "--set", f"train.sharding={sharding}")
     assert done.returncode == 0, done.stderr
     rows, others = metrics(preferring.run(sharding)), metrics(preferring.run("one"))
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -242,21 +257,13 @@ def test_a_signal_to_the_launcher_saves_and_one_process_goes_on(bench: Bench) ->
 
 @pytest.fixture(scope="module")
 def sharded(bench: Bench) -> Path:
-    """A run of two processes that `accelerate launch` started, sharded."""
-    launcher = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"),
-        *("--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"),
-    ]
-    done = bench.launch(launcher, "sharded", "--set", "train.sharding=fsdp2")
+    """A run of two processes, sharded."""
+    done = bench.two("sharded", "--set", "train.sharding=fsdp2")
     assert done.returncode == 0, done.stderr
-    assert answer(done)["finished"]
     return bench.run("sharded")
 
 
-@pytest.mark.slow
-def test_fsdp2_under_accelerate_launch(bench: Bench, sharded: Path) -> None:
-    """Sharded parameters, the same numbers; a checkpoint that one process takes up."""
-    assert_the_same(sharded, bench.run("one"))
+def test_one_process_takes_up_a_sharded_checkpoint(bench: Bench, sharded: Path) -> None:
     bench.half_of("sharded", "unsharded")
     record = json.loads((bench.run("unsharded") / "config.json").read_text())
     changed = parse_config(record["config"])
@@ -264,12 +271,24 @@ def test_fsdp2_under_accelerate_launch(bench: Bench, sharded: Path) -> None:
     assert_the_same(bench.run("unsharded"), bench.run("one"))
 
 
-@pytest.mark.parametrize("saved_by", ["one", "sharded"])
 @pytest.mark.slow
+def test_fsdp2_under_accelerate_launch(bench: Bench) -> None:
+    """Sharded parameters, the same numbers."""
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"),
+        *("--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"),
+    ]
+    done = bench.launch(launcher, "launched", "--set", "train.sharding=fsdp2")
+    assert done.returncode == 0, done.stderr
+    assert answer(done)["finished"]
+    assert_the_same(bench.run("launched"), bench.run("one"))
+
+
+@pytest.mark.parametrize("saved_by", ["one", "sharded"])
 def test_fsdp2_takes_up_a_checkpoint(bench: Bench, sharded: Path, saved_by: str) -> None:
     """Weights and optimizer that one process or two sharded ones saved go into the shards of two."""
     bench.half_of(saved_by, f"{saved_by}-on")
-    done = bench.launch(torchrun(2), f"{saved_by}-on", "--resume", "--set", "train.sharding=fsdp2")
+    done = bench.two(f"{saved_by}-on", "--resume", "--set", "train.sharding=fsdp2")
     assert done.returncode == 0, done.stderr
     assert_the_same(bench.run(f"{saved_by}-on"), bench.run("one"))
 
@@ -343,7 +362,7 @@ def test_two_hosts_take_up_what_one_process_saved(bench: Bench, hosts: list[Host
             *host.prefix, *TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
             "--master-addr", hosts[0].address, "--master-port", str(port), "--",
         ]  # fmt: skip
-        env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host.interface}
+        env = os.environ | {"GLOO_SOCKET_IFNAME": host.interface}
         command = bench.command(launcher, "hosts", "--resume")
         agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
     outputs = [agent.communicate() for agent in agents]
@@ -353,10 +372,9 @@ def test_two_hosts_take_up_what_one_process_saved(bench: Bench, hosts: list[Host
     assert_the_same(bench.run("hosts"), bench.run("one"))
 
 
-@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_one_line(bench: Bench) -> None:
-    done = bench.launch(torchrun(2), "odd", "--set", "train.rows_per_step=3")
-    assert done.returncode == 1
+    done = bench.two("odd", "--set", "train.rows_per_step=3")
+    assert done.returncode == 2
     assert done.stdout == ""
     lines = {line for line in done.stderr.splitlines() if line.startswith("hildanext convert-wsd:")}
     assert lines == {

@@ -145,6 +145,7 @@ def test_the_seed_is_the_run(tmp_path: Path, tiny_base: Path):
 # A whole run
 
 
+@pytest.mark.usefixtures("with_curves")
 def test_a_run_learns_and_leaves_its_record(tmp_path: Path, tiny_base: Path):
     config = material(
         tmp_path, tiny_base,
