@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from httpx2._config import DEFAULT_TIMEOUT_CONFIG
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -26,10 +27,14 @@ from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import trainer
 from support.training import plain_curves, write_base
+from support.waiting import LAST_RESORT
 
 # Models in the tests are tiny: a second thread only waits for the first. The variables are for child processes.
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# Clients would give a busy machine 5 seconds for an answer.
+for limit in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, limit, LAST_RESORT)
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 

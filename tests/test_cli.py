@@ -23,6 +23,7 @@ from hildanext.cli import main
 from hildanext.config import Config, load_config
 from hildanext.data.synthetic import synthetic_instructions
 from hildanext.model.tiny import story_tokenizer, tiny_llama
+from support import forked
 
 COMMANDS = [
     "init", "prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk",
@@ -198,10 +199,8 @@ def test_generate_reads_stdin(way: Way, monkeypatch: pytest.MonkeyPatch):
     )
 
 
-def test_smoke_test_prints_ok():
-    done = subprocess.run(
-        [sys.executable, "-m", "hildanext.cli", "smoke-test"], capture_output=True, text=True, check=False
-    )
+def test_smoke_test_prints_ok(tmp_path: Path):
+    done = forked.run(["smoke-test"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("OK")
     assert len(done.stdout.splitlines()) == 1

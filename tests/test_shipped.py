@@ -95,6 +95,7 @@ def test_chat_answers_with_it_and_no_network(no_network, monkeypatch, capsys):
 
 
 @needs_base
+@pytest.mark.slow
 def test_serve_answers_with_it_and_no_network(no_network):
     config = load_config(None, ["decode.max_new_tokens=16"], SHIPPED_MODEL)
     with serving.client(config) as client:
@@ -106,6 +107,7 @@ def test_serve_answers_with_it_and_no_network(no_network):
 
 
 @needs_base
+@pytest.mark.slow
 def test_generate_answers_with_it_and_no_network(no_network, capsys):
     prompt = "Tell me a short story about a shy fox who learns to share."
     assert cli.main(["generate", prompt, "--json", "--set", "decode.max_new_tokens=24"]) == 0

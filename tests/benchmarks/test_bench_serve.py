@@ -60,6 +60,7 @@ def test_percentiles_and_slope(serve: Any) -> None:
     assert serve.slope([(t, 5.0 + 0.25 * t) for t in range(10)]) == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_the_whole_of_it(tmp_path: Path) -> None:
     """Tiny numbers, more clients than slots and queue: 429 and all."""
     results, page = tmp_path / "results.json", tmp_path / "page" / "serve.md"

@@ -1,6 +1,7 @@
 """Every runtime against the eager one: hidden states within a tolerance, and the same tokens where it is exact."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -202,7 +203,12 @@ def compiler():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up(compiler, tiny_tokenizer):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up(
+    compiler, tiny_tokenizer, monkeypatch, backend
+):
+    """Graphs are traced alike by every backend; the one that generates code takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     wanted = list(requests())
     expected = [done.token_ids for done in engine(tiny_tokenizer, "eager").generate_batch(wanted)]

@@ -9,8 +9,7 @@ import random
 import signal
 import sqlite3
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,13 @@ from hildanext.jobs.watcher import Jobs
 from hildanext.server import open_jobs, tail
 from support import serving
 from support.training import material
+from support.waiting import until
 
 FOREVER = "import time\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
 OBEDIENT = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('{\"a\": 1}', flush=True)\nwhile True: time.sleep(0.01)"
 STUBBORN = (
     "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
 )
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for what another process is about to do."""
-    for _ in range(12_000):
-        if found := condition():
-            return found
-        time.sleep(0.01)
-    pytest.fail("it did not happen within two minutes")
 
 
 @pytest.fixture
@@ -260,7 +251,7 @@ def test_a_log_is_followed_while_it_grows(config: Config, monkeypatch: pytest.Mo
     scripted(monkeypatch, f"import os, sys, time\nprint('one', file=sys.stderr, flush=True)\n{wait}\nsys.exit('two')")
     with (
         serving.running(config, jobs=open_jobs(config)) as (url, _),
-        httpx2.Client(base_url=url, timeout=120) as client,
+        httpx2.Client(base_url=url) as client,
     ):
         job = client.post("/jobs", json={"kind": "tokenize"}).json()["id"]
         with client.stream("GET", f"/jobs/{job}/logs?follow=true") as answer:
@@ -509,14 +500,14 @@ def test_a_storm_of_cancels_and_resumes(config: Config, monkeypatch: pytest.Monk
 
     def bother(url: str, ids: list[str], seed: int) -> set[int]:
         rng, seen = random.Random(seed), set()
-        with httpx2.Client(base_url=url, timeout=60) as client:
+        with httpx2.Client(base_url=url) as client:
             for _ in range(40):
                 what, job = rng.choice(["cancel", "cancel", "resume", ""]), rng.choice(ids)
                 path = f"/jobs/{job}/{what}" if what else f"/jobs/{job}"
                 seen.add(client.request("POST" if what else "GET", path, headers=headers).status_code)
         return seen
 
-    with serving.running(busy, jobs=open_jobs(busy)) as (url, _), httpx2.Client(base_url=url, timeout=60) as client:
+    with serving.running(busy, jobs=open_jobs(busy)) as (url, _), httpx2.Client(base_url=url) as client:
         ids = [client.post("/jobs", json={"kind": "convert-wsd"}).json()["id"] for _ in range(8)]
         with ThreadPoolExecutor(6) as pool:
             seen = set().union(*pool.map(lambda seed: bother(url, ids, seed), range(6)))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_jobs import OBEDIENT, ended, queued, scripted, start, until
+from test_jobs import OBEDIENT, ended, queued, scripted, start
 
 from hildanext import server
 from hildanext.config import Config, ConfigError, parse_config
@@ -30,6 +30,7 @@ from hildanext.jobs.watcher import Jobs
 from hildanext.server import open_jobs
 from support import serving
 from support.training import material
+from support.waiting import until
 
 
 def free_ports(count: int) -> list[int]:

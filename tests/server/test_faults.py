@@ -9,8 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,9 @@ from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training.checkpoint import list_checkpoints, verify
 from support import serving
 from support.training import material
+from support.waiting import until
 
 LONG = {"wsd": {"stable_steps": 50_000}}  # a training that is still there when its time has come
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for what another process is about to do."""
-    for _ in range(2_400):
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    pytest.fail("it did not happen within two minutes")
 
 
 @pytest.fixture(scope="module")
@@ -74,40 +64,40 @@ def ask(n_tokens: int) -> dict[str, Any]:
 def test_kill_9_and_then_sigterm_in_the_middle_of_a_stream(talkative: Config, tmp_path: Path) -> None:
     port = serving.free_port()
     with serving.process(talkative, tmp_path, port=port) as (url, server):
-        with httpx2.stream("POST", f"{url}/generate", json=ask(4000), timeout=60) as answer:
+        with httpx2.stream("POST", f"{url}/generate", json=ask(4000)) as answer:
             pieces = answer.iter_text()
             seen = next(pieces)
             server.kill()
             # Cut off in the middle of a chunked body: no client can take it for the end of the answer.
             with pytest.raises(httpx2.TransportError):
                 seen += "".join(pieces)
-        server.wait(60)
-        assert server.returncode == -signal.SIGKILL
+        server.wait()
+        assert server.poll() == -signal.SIGKILL
         assert "event: done" not in seen
     patient = talkative.model_copy(update={"server": talkative.server.model_copy(update={"drain_s": 600})})
     with serving.process(patient, tmp_path, port=port) as (url, server):  # nothing it left behind is in the way
-        with httpx2.stream("POST", f"{url}/generate", json=ask(2000), timeout=60) as answer:
+        with httpx2.stream("POST", f"{url}/generate", json=ask(2000)) as answer:
             pieces = answer.iter_text()
             seen = next(pieces)
             server.send_signal(signal.SIGTERM)
             until(lambda: is_refused(port))  # it is stopping, and nothing more of the answer was taken yet
             seen += "".join(pieces)
-        server.wait(60)
-        assert server.returncode == 0
+        server.wait()
+        assert server.poll() == 0
         assert seen.count("event: done") == 1  # what runs is finished
 
 
 def test_what_is_not_finished_in_time_is_cut_and_the_end_is_good(talkative: Config, tmp_path: Path) -> None:
     hasty = talkative.model_copy(update={"server": talkative.server.model_copy(update={"drain_s": 0})})
     with serving.process(hasty, tmp_path) as (url, server):
-        with httpx2.stream("POST", f"{url}/generate", json=ask(4000), timeout=60) as answer:
+        with httpx2.stream("POST", f"{url}/generate", json=ask(4000)) as answer:
             pieces = answer.iter_text()
             seen = next(pieces)
             server.send_signal(signal.SIGTERM)
             with contextlib.suppress(httpx2.TransportError):
                 seen += "".join(pieces)
-        server.wait(60)
-        assert server.returncode == 0
+        server.wait()
+        assert server.poll() == 0
         assert "event: done" not in seen
 
 
@@ -155,17 +145,18 @@ def resume_and_cancel(client: httpx2.Client, job: str) -> None:
     assert after == list(range(1, len(after) + 1))
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_server_and_of_its_job(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / ".jobs"
-    with serving.process(config, tmp_path) as (url, server), httpx2.Client(base_url=url, timeout=60) as client:
+    with serving.process(config, tmp_path) as (url, server), httpx2.Client(base_url=url) as client:
         training = start(client, config=LONG)
         until(lambda: len(steps(client, training)) >= 4)
         waiting = start(client, "merge-topk", options={"run": training, "k": 1})
         server.kill()
         os.killpg(json.loads((folder / training / "started-1.json").read_text())["group"], signal.SIGKILL)
-        server.wait(60)
+        server.wait()
     until(lambda: not is_held(folder / training))
-    with serving.process(config, tmp_path) as (url, _), httpx2.Client(base_url=url, timeout=60) as client:
+    with serving.process(config, tmp_path) as (url, _), httpx2.Client(base_url=url) as client:
         lost = ended(client, training)
         assert (lost["state"], lost["note"], lost["attempt"]) == ("interrupted", watcher.INTERRUPTED, 1)
         merged = ended(client, waiting)  # it waited through it all, and the run's checkpoint is whole
@@ -200,12 +191,13 @@ def fill(path: Path) -> None:
                 continue
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces are Linux's")
 def test_a_full_disk_while_a_job_writes(config: Config, tmp_path: Path) -> None:
     disk = small_disk(tmp_path / "runs", 16)
     with (
-        serving.process(config, tmp_path, before=disk) as (url, server),
-        httpx2.Client(base_url=url, timeout=60) as client,
+        serving.launched(config, tmp_path, disk) as (url, server),
+        httpx2.Client(base_url=url) as client,
     ):
         runs = Path(f"/proc/{server.pid}/root{tmp_path}/runs")
         training = start(client, config=LONG)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from hildanext.config import Config
 from hildanext.jobs import watcher
 from hildanext.jobs.store import ENDED
 from hildanext.server import open_jobs
-from support import serving
+from support import serving, waiting
 from support.training import material
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -42,7 +41,7 @@ SWITCHES = [
 ]
 PROMPT = "Once upon a time"
 expect = sync_api.expect
-expect.set_options(timeout=120_000)  # a machine may be busy; nothing here waits longer than it must
+expect.set_options(timeout=900_000)  # a machine may be busy; nothing here waits longer than it must
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ class Visit:
         scheme = "dark" if dark else "light"
         self.context = browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce")
         self.page = self.context.new_page()
-        self.page.set_default_timeout(120_000)
+        self.page.set_default_timeout(900_000)
         self.url, self.complaints, self.asked = url, [], []
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -388,21 +387,16 @@ def workplace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) 
         for job in httpx2.get(f"{url}/jobs").json()["jobs"]:
             if job["state"] not in ENDED:
                 httpx2.post(f"{url}/jobs/{job['id']}/cancel", json={})
-        for _ in range(2400):
-            if all(job["state"] in ENDED for job in httpx2.get(f"{url}/jobs").json()["jobs"]):
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("a cancelled job did not end within two minutes")
+        waiting.until(lambda: all(job["state"] in ENDED for job in httpx2.get(f"{url}/jobs").json()["jobs"]))
 
 
 def until(page: Any, condition: Callable[[], bool]) -> None:
     """Wait for what the page is about to show."""
-    for _ in range(2400):
+    for _ in range(18_000):
         if condition():
             return
         page.wait_for_timeout(50)
-    pytest.fail("the page did not show it within two minutes")
+    pytest.fail("the page did not show it within 15 minutes")
 
 
 def last_step(page: Any, chart: str) -> int:

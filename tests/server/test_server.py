@@ -3,15 +3,12 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
@@ -25,6 +22,7 @@ from hildanext.server import keys as server_keys
 from hildanext.server import make_app, meters, openai, serve
 from hildanext.server.keys import is_authorized, is_loopback, is_own_page, read_keys
 from support import serving
+from support.waiting import until
 
 
 def dummy(decode: dict[str, Any] | None = None, **keys: Any) -> Config:
@@ -203,10 +201,7 @@ def test_an_engine_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
     heard: list[Exception] = []
     app = make_app(dummy(), broken, [], on_failure=heard.append)
     with TestClient(app, base_url="http://localhost:1") as client:
-        for _ in range(60_000):
-            if app.state.worker.state != "loading" and heard:
-                break
-            time.sleep(0.001)
+        until(lambda: app.state.worker.state != "loading" and heard)
         assert client.get("/health").json()["status"] == "stopped"
         assert client.get("/health/live").status_code == 200
         assert client.get("/health/ready").status_code == 503
@@ -446,37 +441,14 @@ def test_the_socket_lets_asyncio_turn_nagle_off() -> None:
         assert sock.proto == socket.IPPROTO_TCP
 
 
-def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM does not exist there")
 def test_the_command_answers_and_stops_with_0(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    (tmp_path / "c.json").write_text(json.dumps({"engine": {"order": ["dummy"]}, "server": {"port": port}}))
-    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(tmp_path / "c.json")]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(3_000):
-            try:
-                ask(f"http://127.0.0.1:{port}/health/ready")
-                break
-            except urllib.error.URLError:  # not there yet, or 503
-                assert process.poll() is None, process.communicate()[1]
-                time.sleep(0.1)
-        else:
-            pytest.fail("the server was not ready within 5 minutes")
-        assert ask(f"http://127.0.0.1:{port}/health")["engine"] == "dummy"
-        assert ask(f"http://127.0.0.1:{port}/generate", {"prompt": "hi"})["text"] == NOTICE + "hi"
+    config = parse_config({"engine": {"order": ["dummy"]}})
+    with serving.process(config, tmp_path) as (url, process):
+        assert httpx2.get(f"{url}/health").json()["engine"] == "dummy"
+        assert httpx2.post(f"{url}/generate", json={"prompt": "hi"}).json()["text"] == NOTICE + "hi"
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 0, err
-    assert json.loads(out) == {"url": f"http://127.0.0.1:{port}", "engine": "dummy", "stopped_by": "SIGTERM"}
-    assert "Traceback" not in err
+        done = process.wait()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"url": url, "engine": "dummy", "stopped_by": "SIGTERM"}
+    assert "Traceback" not in done.stderr

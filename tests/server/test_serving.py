@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from hildanext.jobs.watcher import Jobs
 from hildanext.server import guard, make_app, open_jobs
 from hildanext.server import worker as server_worker
 from hildanext.server.worker import Worker
-from support import serving
+from support import serving, waiting
 
 
 class Stepping(DummyEngine):
@@ -90,18 +90,20 @@ def stepping(*, held: bool = False, with_jobs: bool = False, **settings: Any) ->
             engine.go.release(10_000)
 
 
-def until(worker: Worker, condition: Any) -> None:
-    """Wait for what another thread is about to do."""
-    for _ in range(60_000):
+def until(worker: Worker, condition: Callable[[], Any]) -> None:
+    """Wait for what another thread is about to do; fail at once where the worker has stopped."""
+
+    def reached() -> bool:
         if condition():
-            return
+            return True
         assert worker.state in ("ready", "failing")
-        time.sleep(0.001)
-    pytest.fail("it did not happen within a minute")
+        return False
+
+    waiting.until(reached)
 
 
 def post(url: str, **body: Any) -> httpx2.Response:
-    return httpx2.post(f"{url}/generate", json={"prompt": "x", "max_new_tokens": 3} | body, timeout=60)
+    return httpx2.post(f"{url}/generate", json={"prompt": "x", "max_new_tokens": 3} | body)
 
 
 def test_beyond_slots_and_queue_there_is_429_and_every_accepted_request_is_answered_once() -> None:
@@ -158,7 +160,7 @@ def test_a_client_that_goes_away_frees_its_slot_within_a_pass(stream: bool) -> N
         host, port = url.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "x", "max_new_tokens": 1000, "stream": stream}).encode()
         head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        with socket.create_connection((host, int(port))) as client:
+        with socket.create_connection((host, int(port)), timeout=waiting.LAST_RESORT) as client:
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             until(worker, lambda: engine.waiting)
             engine.go.release()
@@ -177,7 +179,7 @@ def test_a_client_that_reads_a_byte_at_a_time_holds_no_slot() -> None:
         host, port = url.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "x", "max_new_tokens": 2000, "stream": True}).encode()
         head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        with socket.create_connection((host, int(port))) as client:
+        with socket.create_connection((host, int(port)), timeout=waiting.LAST_RESORT) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             for _ in range(20):
@@ -196,7 +198,7 @@ def test_a_client_that_takes_nothing_is_dropped(
         body = json.dumps({"prompt": "x", "max_new_tokens": 50_000, "stream": True}).encode()
         head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nX-Request-Id: idle\r\n"
         head += "Content-Type: application/json\r\n"
-        with socket.create_connection((host, int(port))) as client:
+        with socket.create_connection((host, int(port)), timeout=waiting.LAST_RESORT) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             log = ""
@@ -219,7 +221,7 @@ def test_a_storm_of_clients_that_give_up() -> None:
 
         async def storm() -> None:
             rng = random.Random(0)
-            async with httpx2.AsyncClient(timeout=300, limits=httpx2.Limits(max_connections=None)) as client:
+            async with httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None)) as client:
                 bodies = [{"prompt": "x", "max_new_tokens": 5000, "stream": rng.random() < 0.5} for _ in range(100)]
                 asking = [asyncio.create_task(client.post(f"{url}/generate", json=body)) for body in bodies]
                 await asyncio.to_thread(until, worker, lambda: len(worker.accepted) == 66)
@@ -285,7 +287,7 @@ def test_a_body_that_says_two_lengths_is_not_read() -> None:
         host, port = url.removeprefix("http://").split(":")
         head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
         head += "Content-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n"
-        with socket.create_connection((host, int(port)), timeout=60) as client:
+        with socket.create_connection((host, int(port)), timeout=waiting.LAST_RESORT) as client:
             client.sendall(head.encode())  # and no body: the answer does not wait for one
             assert b" 411 " in client.recv(1000).split(b"\r\n")[0]
         assert post(url).status_code == 200
@@ -295,7 +297,7 @@ def is_refused(url: str) -> bool:
     """Whether nobody listens there any more."""
     host, port = url.removeprefix("http://").split(":")
     try:
-        socket.create_connection((host, int(port))).close()
+        socket.create_connection((host, int(port)), timeout=waiting.LAST_RESORT).close()
     except ConnectionRefusedError:
         return True
     return False
@@ -387,7 +389,9 @@ def test_prompts_that_are_being_read_have_a_place_a_deadline_and_a_client(monkey
             until(worker, lambda: len(worker.accepted) == 1)
             assert post(url, deadline_s=0.01).status_code == 504
             with pytest.raises(httpx2.ReadTimeout):
-                httpx2.post(f"{url}/generate", json={"prompt": "gone"}, timeout=httpx2.Timeout(60, read=0.01))
+                httpx2.post(
+                    f"{url}/generate", json={"prompt": "gone"}, timeout=httpx2.Timeout(waiting.LAST_RESORT, read=0.01)
+                )
             until(worker, lambda: len(worker.accepted) == 1)
             others = [pool.submit(post, url) for _ in range(2)]
             until(worker, lambda: len(worker.accepted) == 3)

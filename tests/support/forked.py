@@ -8,10 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 from torch.distributed import TCPStore
 
@@ -19,31 +18,60 @@ from hildanext import cli
 from hildanext.training import trainer
 from support.training import plain_curves
 
-PRELOADED = ["hildanext.training.convert", "hildanext.training.dpo", "hildanext.server", "support.forked"]
+Fault = Callable[
+    [], None
+]  # runs in the child before the command and may replace parts of the package; sent by its name
+PRELOADED = [
+    "support.forked",
+    "hildanext.training.dpo",
+    "hildanext.server",
+    "peft",
+    "bitsandbytes",
+    "torch.distributed.fsdp",
+]
 
 
-class Process(Protocol):
-    """What is used of `multiprocessing.process.BaseProcess`."""
+class Child:
+    """`hildanext ARGV` in a forked process; its output goes into two files of `folder`, where it also runs if told so."""
 
-    pid: int | None
-    exitcode: int | None
-    sentinel: int
+    def __init__(
+        self,
+        argv: Sequence[object],
+        folder: Path,
+        fault: Fault | None = None,
+        env: Mapping[str, str] | None = None,
+        *,
+        moves: bool = False,
+    ) -> None:
+        self.argv = [str(word) for word in argv]
+        number = len(list(folder.glob("stdout-*.txt")))
+        self.stdout, self.stderr = (folder / f"{name}-{number}.txt" for name in ("stdout", "stderr"))
+        for file in (self.stdout, self.stderr):
+            file.touch()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        home = folder if moves else Path.cwd()
+        self.process = context.Process(
+            target=_main, args=(self.argv, fault, dict(env or {}), home, self.stdout, self.stderr)
+        )
+        self.process.start()
 
-    def join(self, timeout: float | None = None) -> None: ...
-    def kill(self) -> None: ...
-    def terminate(self) -> None: ...
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
 
+    def poll(self) -> int | None:
+        """Its exit status, or minus the number of the signal that ended it; None while it runs."""
+        return self.process.exitcode
 
-class Child(NamedTuple):
-    """A command that runs; its output goes into two files."""
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
-    argv: list[str]
-    process: Process
-    stdout: Path
-    stderr: Path
+    def kill(self) -> None:
+        self.process.kill()
 
     def wait(self) -> subprocess.CompletedProcess[str]:
-        """Its exit status and output; a process that a signal ended has minus its number."""
         self.process.join()
         assert self.process.exitcode is not None
         return subprocess.CompletedProcess(
@@ -51,31 +79,15 @@ class Child(NamedTuple):
         )
 
 
-def start(
-    argv: list[object], folder: Path, fault: Callable[[], None] | None = None, env: Mapping[str, str] | None = None
-) -> Child:
-    """`hildanext ARGV` in a forked process. `fault` runs there first and may replace parts of the package; output goes to `folder`."""
-    words, changes = [str(word) for word in argv], dict(env or {})
-    number = len(list(folder.glob("stdout-*.txt")))
-    files = [folder / f"{name}-{number}.txt" for name in ("stdout", "stderr")]
-    for file in files:
-        file.touch()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_main, args=(words, fault, changes, *files))
-    process.start()
-    return Child(words, process, *files)
-
-
 def run(
-    argv: list[object], folder: Path, fault: Callable[[], None] | None = None, env: Mapping[str, str] | None = None
+    argv: Sequence[object], folder: Path, fault: Fault | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`start`, and wait for its end."""
-    return start(argv, folder, fault, env).wait()
+    """Wait for a command's end."""
+    return Child(argv, folder, fault, env).wait()
 
 
 def run_group(
-    n: int, argv: list[object], folder: Path, fault: Callable[[], None] | None = None
+    n: int, argv: Sequence[object], folder: Path, fault: Fault | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`hildanext ARGV` in `n` processes of one training, as torchrun starts them: where one fails, the others get SIGTERM."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -87,15 +99,13 @@ def run_group(
         "LOCAL_WORLD_SIZE": str(n),
         "GROUP_RANK": "0",
     }
-    children = [start(argv, folder, fault, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n)]
-    running = {child.process.sentinel: child.process for child in children}
+    children = [Child(argv, folder, fault, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n)]
+    running = {child.process.sentinel: child for child in children}
     while running:
         for ended in wait(list(running)):
-            process = running.pop(ended)  # type: ignore[index]
-            process.join()
-            if process.exitcode:
+            if running.pop(ended).wait().returncode:  # type: ignore[index]
                 for other in running.values():
-                    other.terminate()
+                    other.send_signal(signal.SIGTERM)
     done = [child.wait() for child in children]
     failed = [each.returncode for each in done if each.returncode not in (0, -signal.SIGTERM)]
     return subprocess.CompletedProcess(
@@ -106,13 +116,14 @@ def run_group(
     )
 
 
-def _main(argv: list[str], fault: Callable[[], None] | None, env: dict[str, str], stdout: Path, stderr: Path) -> None:
+def _main(argv: list[str], fault: Fault | None, env: dict[str, str], home: Path, stdout: Path, stderr: Path) -> None:
     """The child: as `python -m hildanext.cli` would run and end."""
     for file, number in ((stdout, 1), (stderr, 2)):
         target = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(target, number)
         os.close(target)
     os.environ |= env
+    os.chdir(home)
     trainer.draw_curves = plain_curves
     try:
         if fault is not None:

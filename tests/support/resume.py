@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.run_folder import RunFolder
-
-Fault = Callable[[], None]
+from support.forked import Fault
 
 
 def die(*_: object, **__: object) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
-import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
@@ -23,6 +20,8 @@ from hildanext.decoding.engines import Engine, open_engine
 from hildanext.jobs.watcher import Jobs
 from hildanext.server import make_app
 from hildanext.server.worker import Worker
+from support import forked
+from support.waiting import LAST_RESORT, until
 
 
 @contextlib.contextmanager
@@ -57,12 +56,7 @@ def stoppable(
         thread.start()
         worker: Worker = app.state.worker
         try:
-            for _ in range(30_000):
-                if (worker.state != "loading" and server.started) or not thread.is_alive():
-                    break
-                thread.join(0.01)
-            else:
-                pytest.fail("the engine was not open within 5 minutes")
+            until(lambda: (worker.state != "loading" and server.started) or not thread.is_alive())
             yield f"http://127.0.0.1:{sock.getsockname()[1]}", worker, server
         finally:
             server.should_exit = True
@@ -76,12 +70,7 @@ def client(
     """A client that calls the application without a socket, once its engine is open."""
     app = make_app(config, lambda config: engine or open_engine(config), keys or [], jobs)
     with TestClient(app, base_url="http://127.0.0.1:8000") as found:
-        for _ in range(30_000):
-            if app.state.worker.state != "loading":
-                break
-            time.sleep(0.01)
-        else:
-            pytest.fail("the engine was not open within 5 minutes")
+        until(lambda: app.state.worker.state != "loading")
         yield found
 
 
@@ -93,32 +82,50 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(
-    config: Config, folder: Path, *, port: int | None = None, before: tuple[str, ...] = ()
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """(URL, process) of `hildanext serve`, once it is ready; killed when the block ends. `before`: what starts it."""
-    port = port or free_port()
-    raw = config.model_dump(mode="json")
-    raw["server"]["port"] = port
-    (folder / "serve.json").write_text(json.dumps(raw))
-    command = [sys.executable, "-m", "hildanext.cli", "serve", "--json", "--config", str(folder / "serve.json")]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest.py does for this process
-    with open(folder / "log.txt", "ab") as log:
-        server = subprocess.Popen(
-            [*before, *command], cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True, env=one_thread
-        )
-    url = f"http://127.0.0.1:{port}"
+def process(config: Config, folder: Path, *, port: int | None = None) -> Iterator[tuple[str, forked.Child]]:
+    """(URL, process) of `hildanext serve`, once it is ready; killed when the block ends."""
+    url, argv = _command(config, folder, port)
+    server = forked.Child(argv, folder, moves=True)
     try:
-        with httpx2.Client(base_url=url) as client:
-            for _ in range(6_000):
-                assert server.poll() is None, (folder / "log.txt").read_text()
-                with contextlib.suppress(httpx2.TransportError):
-                    if client.get("/health/ready").status_code == 200:
-                        break
-                time.sleep(0.05)
-            else:
-                pytest.fail(f"the server was not ready within 5 minutes:\n{(folder / 'log.txt').read_text()}")
+        until_ready(url, lambda: server.poll() is None, server.stderr)
+        yield url, server
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextlib.contextmanager
+def launched(config: Config, folder: Path, before: tuple[str, ...]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """As `process`, started by the command `before`, in an interpreter of its own."""
+    url, argv = _command(config, folder, None)
+    with open(folder / "log.txt", "ab") as log:
+        command = [*before, sys.executable, "-m", "hildanext.cli", *argv]
+        server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        until_ready(url, lambda: server.poll() is None, folder / "log.txt")
         yield url, server
     finally:
         server.kill()
         server.communicate()
+
+
+def _command(config: Config, folder: Path, port: int | None) -> tuple[str, list[str]]:
+    """(URL, arguments) of a server on loopback."""
+    port = port or free_port()
+    raw = config.model_dump(mode="json")
+    raw["server"]["port"] = port
+    (folder / "serve.json").write_text(json.dumps(raw))
+    return f"http://127.0.0.1:{port}", ["serve", "--json", "--config", str(folder / "serve.json")]
+
+
+def until_ready(url: str, lives: Callable[[], bool], log: Path) -> None:
+    """Wait until the server answers that it is ready; fail at once where its process has ended."""
+    with httpx2.Client(base_url=url, timeout=LAST_RESORT) as client:
+
+        def ready() -> bool:
+            assert lives(), log.read_text()
+            with contextlib.suppress(httpx2.TransportError):
+                return client.get("/health/ready").status_code == 200
+            return False
+
+        until(ready)

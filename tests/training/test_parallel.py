@@ -30,7 +30,7 @@ from hildanext.training.convert import convert_wsd
 from hildanext.training.dpo import dpo
 from hildanext.training.parallel import whole_weights
 from support import forked
-from support.resume import Fault
+from support.forked import Fault
 from support.training import material
 
 # `launched.py ARGUMENTS` is the command line; rank 0 sends the launcher $SIGNAL before its third step.
