@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 # Clients would give a busy machine 5 seconds for an answer.
 for limit in ("connect", "read", "write", "pool"):
     setattr(DEFAULT_TIMEOUT_CONFIG, limit, LAST_RESORT)
+
+
+def pytest_sessionfinish() -> None:
+    """Keep what coverage measured in this process: xdist kills a worker that takes more than 10 seconds to exit."""
+    if (coverage := sys.modules.get("coverage")) is not None and (measured := coverage.Coverage.current()) is not None:
+        measured.save()
+
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
