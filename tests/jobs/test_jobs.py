@@ -94,6 +94,7 @@ def test_convert_then_merge(client: TestClient, config: Config) -> None:
     assert (Path(job["run"]) / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_cancelled_resumes_where_it_was(client: TestClient) -> None:
     job = start(client, config={"wsd": {"stable_steps": 50_000}, "train": {"save_every": 50_000}})
     path = f"/jobs/{job['id']}/metrics"
@@ -109,10 +110,21 @@ def test_a_training_that_is_cancelled_resumes_where_it_was(client: TestClient) -
     assert after[: len(before)] == before
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_says_why(client: TestClient) -> None:
     failed = ended(client, start(client, "merge-topk", options={"run": "nowhere"}))
     assert (failed["state"], failed["exit_code"]) == ("failed", 2)
     assert "nowhere" in failed["note"]
+
+
+def test_the_note_of_a_failed_job_is_the_last_line_of_its_log(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(
+        monkeypatch, "import sys\nprint('begun', file=sys.stderr)\nprint('no run there', file=sys.stderr)\nsys.exit(2)"
+    )
+    failed = ended(client, start(client, "merge-topk", options={"run": "nowhere"}))
+    assert (failed["state"], failed["exit_code"], failed["note"]) == ("failed", 2, "no run there")
 
 
 # --- The state machine

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from hildanext.errors import ConfigError
-from hildanext.model.policy import DtypeName, check_build, choose_policy, is_out_of_memory, native_dtype
+from hildanext.model.policy import check_build, choose_policy, is_out_of_memory, native_dtype
 
 
 class Machine:
@@ -38,9 +36,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "mixed"),
-    [
+def test_gpus(machine: Machine, subtests: pytest.Subtests) -> None:
+    for capability, dtype, mixed in [
         ((6, 1), torch.float16, "fp16"),
         ((7, 0), torch.float16, "fp16"),
         ((7, 5), torch.float16, "fp16"),
@@ -48,14 +45,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         ((8, 9), torch.bfloat16, "bf16"),
         ((9, 0), torch.bfloat16, "bf16"),
         ((10, 0), torch.bfloat16, "bf16"),
-    ],
-)
-def test_gpus(machine: Machine, capability: tuple[int, int], dtype: torch.dtype, mixed: str) -> None:
-    machine.gpus(capability)
-    policy = choose_policy()
-    assert (policy.device.type, policy.compute, policy.mixed_precision) == ("cuda", dtype, mixed)
-    assert policy.reason.startswith(f"sm_{capability[0]}{capability[1]} ")
-    assert native_dtype("cuda", capability, cpu_bf16=True)[0] == dtype  # the CPU beside it has no say
+    ]:
+        with subtests.test(capability=capability, dtype=dtype, mixed=mixed):
+            machine.gpus(capability)
+            policy = choose_policy()
+            assert (policy.device.type, policy.compute, policy.mixed_precision) == ("cuda", dtype, mixed)
+            assert policy.reason.startswith(f"sm_{capability[0]}{capability[1]} ")
+            assert native_dtype("cuda", capability, cpu_bf16=True)[0] == dtype  # the CPU beside it has no say
 
 
 def test_each_gpu_has_its_own_say(machine: Machine) -> None:
@@ -64,19 +60,17 @@ def test_each_gpu_has_its_own_say(machine: Machine) -> None:
     assert choose_policy("cuda:1").compute == torch.float16
 
 
-@pytest.mark.parametrize(
-    ("avx512", "amx", "dtype"),
-    [
+def test_cpus(machine: Machine, subtests: pytest.Subtests) -> None:
+    for avx512, amx, dtype in [
         (False, False, torch.float32),
         (True, False, torch.bfloat16),
         (False, True, torch.bfloat16),
-    ],
-)
-def test_cpus(machine: Machine, avx512: bool, amx: bool, dtype: torch.dtype) -> None:
-    machine.cpu(avx512, amx)
-    policy = choose_policy()
-    assert (policy.device.type, policy.compute) == ("cpu", dtype)
-    assert policy.mixed_precision == {torch.float32: "no", torch.bfloat16: "bf16"}[dtype]
+    ]:
+        with subtests.test(avx512=avx512, amx=amx, dtype=dtype):
+            machine.cpu(avx512, amx)
+            policy = choose_policy()
+            assert (policy.device.type, policy.compute) == ("cpu", dtype)
+            assert policy.mixed_precision == {torch.float32: "no", torch.bfloat16: "bf16"}[dtype]
 
 
 def test_mps_computes_in_fp32_whatever_the_cpu_can(machine: Machine) -> None:
@@ -88,29 +82,27 @@ def test_mps_computes_in_fp32_whatever_the_cpu_can(machine: Machine) -> None:
     assert choose_policy("cpu").device.type == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "compute"),
-    [
+def test_what_is_asked_for_and_possible_is_done(machine: Machine) -> None:
+    for capability, dtype, compute in [
         ((6, 1), "float32", torch.float32),
         ((6, 1), "float16", torch.float16),
         ((9, 0), "float16", torch.float16),
         ((9, 0), "bfloat16", torch.bfloat16),
-    ],
-)
-def test_what_is_asked_for_and_possible_is_done(
-    machine: Machine, capability: tuple[int, int], dtype: DtypeName, compute: torch.dtype
-) -> None:
-    machine.gpus(capability)
-    assert choose_policy("cuda", dtype)[1:3] == (compute, "asked for in the configuration")
+    ]:
+        machine.gpus(capability)
+        assert choose_policy("cuda", dtype)[1:3] == (compute, "asked for in the configuration"), (
+            capability,
+            dtype,
+            compute,
+        )
 
 
 def test_bf16_may_be_asked_for_on_any_cpu() -> None:
     assert choose_policy("cpu", "bfloat16").compute == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "asked", "line"),
-    [
+def test_the_impossible_is_refused_by_key(machine: Machine, subtests: pytest.Subtests) -> None:
+    for capabilities, asked, line in [
         ([], {"device": "cuda"}, r"'model.device': 'cuda' is not available"),
         ([], {"device": "mps"}, r"'model.device': 'mps' is not available"),
         ([], {"device": "gpu"}, r"'model.device': unknown device 'gpu'"),
@@ -120,47 +112,38 @@ def test_bf16_may_be_asked_for_on_any_cpu() -> None:
         ([(6, 1)], {"dtype": "bfloat16"}, r"'model.dtype': bfloat16 is not native on sm_61; use 'float16' or 'auto'"),
         ([(7, 5)], {"dtype": "bfloat16"}, r"'model.dtype': bfloat16 is not native on sm_75"),
         ([], {"dtype": "float16"}, r"'model.dtype': float16 is for GPUs"),
-    ],
-)
-def test_the_impossible_is_refused_by_key(
-    machine: Machine, capabilities: list[tuple[int, int]], asked: dict[str, Any], line: str
+    ]:
+        with subtests.test(capabilities=capabilities, asked=asked, line=line):
+            machine.gpus(*capabilities)
+            with pytest.raises(ConfigError, match=line):
+                choose_policy(**asked)
+
+
+def test_kernels_follow_the_capability(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    machine.gpus(*capabilities)
-    with pytest.raises(ConfigError, match=line):
-        choose_policy(**asked)
-
-
-@pytest.mark.parametrize("triton", [False, True])
-@pytest.mark.parametrize(
-    ("capability", "dtype", "scaler", "flex"),
-    [
+    for capability, dtype, scaler, flex in [
         ((6, 1), torch.float16, True, False),
         ((7, 0), torch.float16, True, False),
         ((7, 5), torch.float16, True, False),
         ((8, 0), torch.bfloat16, False, True),
         ((8, 9), torch.bfloat16, False, True),
         ((9, 0), torch.bfloat16, False, True),
-    ],
-)
-def test_kernels_follow_the_capability(
-    machine: Machine,
-    monkeypatch: pytest.MonkeyPatch,
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    scaler: bool,
-    flex: bool,
-    triton: bool,
-) -> None:
-    machine.gpus(capability)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
-    policy = choose_policy()
-    assert policy.compute == dtype
-    assert (policy.mixed_precision == "fp16") == scaler
-    assert policy.attention == ("flex" if flex and triton else "pieces")
-    assert policy.compile == policy.as_dict()["compile"] == (flex and triton)  # nothing else is compiled
-    assert policy.fused
-    shown = policy.as_dict()
-    assert (shown["loss_scaler"], shown["dtype"]) == (scaler, str(dtype).removeprefix("torch."))
+    ]:
+        for triton in [False, True]:
+            with subtests.test(triton=triton, capability=capability, dtype=dtype, scaler=scaler, flex=flex):
+                machine.gpus(capability)
+                monkeypatch.setattr(
+                    "importlib.util.find_spec", lambda name, triton=triton: object() if triton else None
+                )
+                policy = choose_policy()
+                assert policy.compute == dtype
+                assert (policy.mixed_precision == "fp16") == scaler
+                assert policy.attention == ("flex" if flex and triton else "pieces")
+                assert policy.compile == policy.as_dict()["compile"] == (flex and triton)  # nothing else is compiled
+                assert policy.fused
+                shown = policy.as_dict()
+                assert (shown["loss_scaler"], shown["dtype"]) == (scaler, str(dtype).removeprefix("torch."))
 
 
 @pytest.mark.parametrize("mps", [False, True])
@@ -177,9 +160,8 @@ def test_fp32_on_a_gpu_is_attended_in_pieces(machine: Machine, monkeypatch: pyte
     assert choose_policy("cuda", "float32").attention == "pieces"
 
 
-@pytest.mark.parametrize(
-    ("capability", "built", "runs"),
-    [
+def test_a_torch_without_kernels_for_the_card_is_said(subtests: pytest.Subtests) -> None:
+    for capability, built, runs in [
         ((6, 1), ["sm_50", "sm_60", "sm_70"], True),  # a binary of the same major version
         ((6, 1), ["sm_75", "sm_80", "sm_90", "compute_90"], False),
         ((6, 1), ["sm_50", "compute_50"], True),  # PTX of an older version
@@ -187,28 +169,24 @@ def test_fp32_on_a_gpu_is_attended_in_pieces(machine: Machine, monkeypatch: pyte
         ((7, 0), ["sm_75", "compute_75"], False),
         ((12, 0), ["sm_90", "compute_90"], True),
         ((12, 0), ["sm_90", "sm_120"], True),
-    ],
-)
-def test_a_torch_without_kernels_for_the_card_is_said(
-    capability: tuple[int, int], built: list[str], runs: bool
-) -> None:
-    if runs:
-        check_build(capability, built)
-        return
-    with pytest.raises(ConfigError, match=rf"no kernels for sm_{capability[0]}{capability[1]}; install a build"):
-        check_build(capability, built)
+    ]:
+        with subtests.test(capability=capability, built=built, runs=runs):
+            if runs:
+                check_build(capability, built)
+                continue
+            with pytest.raises(
+                ConfigError, match=rf"no kernels for sm_{capability[0]}{capability[1]}; install a build"
+            ):
+                check_build(capability, built)
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
+def test_out_of_memory_is_told_from_other_errors() -> None:
+    for error, expected in [
         (torch.OutOfMemoryError("CUDA: something new"), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 1.16 GiB."), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (OSError("can't allocate memory"), False),
-    ],
-)
-def test_out_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
+    ]:
+        assert is_out_of_memory(error) is expected, (error, expected)
