@@ -21,7 +21,8 @@ from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import Preset
 from hildanext.errors import UsageError
 from hildanext.evaluate.ar_likelihood import ar_likelihood
-from hildanext.evaluate.benchmark import _continuations, benchmark, distinct_2, parent_log_likelihood
+from hildanext.evaluate.benchmark import _continuations, benchmark
+from hildanext.evaluate.judge import distinct_2, mean_log_likelihood
 from hildanext.model.ar_generate import ar_complete, ar_complete_batch
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.pretrained import base_of, load_causal_lm, load_tokenizer
@@ -132,13 +133,13 @@ def test_calibrated_modes_are_what_is_measured(measured: Measured, monkeypatch: 
     assert found == {("Q_MODE", 0.9, None, 2, 8), ("S_MODE", 0.1, 0.3, 3, 4), ("S_MODE", 0.1, None, 3, 4)}
 
 
-def test_parent_log_likelihood_by_hand(base: PreTrainedModel):
+def test_base_log_likelihood_by_hand(base: PreTrainedModel):
     prompt, new = [5, 6, 7], [8, 9]
     with torch.no_grad():
         first = base(torch.tensor([prompt])).logits[0, -1].softmax(-1)[8]
         second = base(torch.tensor([[*prompt, 8]])).logits[0, -1].softmax(-1)[9]
-    assert parent_log_likelihood(base, prompt, new) == pytest.approx((first.log() + second.log()).item() / 2, rel=1e-5)
-    assert math.isnan(parent_log_likelihood(base, prompt, []))
+    assert mean_log_likelihood(base, prompt, new) == pytest.approx((first.log() + second.log()).item() / 2, rel=1e-5)
+    assert math.isnan(mean_log_likelihood(base, prompt, []))
 
 
 @pytest.mark.parametrize("file", [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "max_length": 5}])

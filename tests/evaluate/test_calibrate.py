@@ -15,7 +15,7 @@ from hildanext.decoding.engines import Request, open_engine
 from hildanext.decoding.rule import Preset
 from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.calibrate import FrontierPoint, calibrate, choose, measure
-from hildanext.evaluate.judge import parent_log_likelihood
+from hildanext.evaluate.judge import mean_log_likelihood
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import load_causal_lm
@@ -142,7 +142,7 @@ def test_an_empty_answer_does_not_count(checkpoint, monkeypatch):
     )
     found = measure(engine, base, prompts, start)
     alone = real([Request(prompts[1], start)])[0]
-    assert found.quality == pytest.approx(parent_log_likelihood(base, prompts[1], alone.token_ids))
+    assert found.quality == pytest.approx(mean_log_likelihood(base, prompts[1], alone.token_ids))
     with pytest.raises(UsageError, match="every answer is empty"):
         measure(engine, base, prompts[:1], start)
 

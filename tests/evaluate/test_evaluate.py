@@ -21,10 +21,11 @@ from hildanext.decoding.rule import Settings, edit_step, propose
 from hildanext.errors import ConfigError, DataError, UsageError
 from hildanext.evaluate import command, gsm8k, humaneval, infilling, stories
 from hildanext.evaluate.infilling import _spans, infill
-from hildanext.evaluate.judge import parent_log_likelihood
+from hildanext.evaluate.judge import mean_log_likelihood
 from hildanext.evaluate.records import read_records, token_pieces
 from hildanext.evaluate.sandbox import Limits, Verdict
-from hildanext.evaluate.ways import Models, Question, Way, answer, cost, sampling_seed, ways
+from hildanext.evaluate.ways import Models, Question, Way, complete, cost, sampling_seed, ways
+from hildanext.model import loading
 from hildanext.model.ar_generate import ar_complete, ar_complete_batch
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
@@ -112,8 +113,8 @@ def test_answers_are_those_of_the_request_alone_and_their_seconds_add_up(
 ) -> None:
     way = next(way for way in ways(small, models) if way.name == name)
     prompts = [models.lm.tokenizer(text)["input_ids"] for text in ("Once upon a time", "Mia", "There was a red kite")]
-    together = answer(models, way, [Question(prompt, 9) for prompt in prompts], "t")
-    alone = [answer(models, way, [Question(prompt, 9)], "t")[0] for prompt in prompts]
+    together = complete(models, way, [Question(prompt, 9) for prompt in prompts], "t")
+    alone = [complete(models, way, [Question(prompt, 9)], "t")[0] for prompt in prompts]
     assert [one.token_ids for one in together] == [one.token_ids for one in alone]
     assert [one.forwards for one in together] == [one.forwards for one in alone]
     assert all(one.seconds > 0 for one in together)
@@ -133,13 +134,13 @@ def test_tokens_per_forward_are_those_of_every_completion(small: Config, models:
     assert way.settings is not None
     stats = engine.generate(Request(prompt, way.settings._replace(max_new_tokens=9))).stats
     assert stats.prefill_forwards > 0
-    (one,) = answer(models._replace(engine=engine), way, [Question(prompt, 9)], "t")
+    (one,) = complete(models._replace(engine=engine), way, [Question(prompt, 9)], "t")
     assert len(one.token_ids) / one.forwards == stats.tokens_per_forward
 
 
 def test_ar_answers_of_different_budgets(models: Models) -> None:
     prompts = [models.lm.tokenizer(text)["input_ids"] for text in ("Once upon", "Mia", "Leo")]
-    found = answer(models, Way("ar", None), [Question(p, n) for p, n in zip(prompts, (5, 5, 2), strict=True)], "t")
+    found = complete(models, Way("ar", None), [Question(p, n) for p, n in zip(prompts, (5, 5, 2), strict=True)], "t")
     assert [one.token_ids for one in found] == [
         ar_complete(models.base, models.lm.tokenizer, p, n).token_ids for p, n in zip(prompts, (5, 5, 2), strict=True)
     ]
@@ -147,10 +148,10 @@ def test_ar_answers_of_different_budgets(models: Models) -> None:
 
 def test_a_revision_is_the_converted_models_own(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    real = command.load_causal_lm
-    monkeypatch.setattr(command, "load_causal_lm", lambda model, *args: asked.append(model) or real(model, *args))
+    real = loading.load_causal_lm
+    monkeypatch.setattr(loading, "load_causal_lm", lambda model, *args: asked.append(model) or real(model, *args))
     command.open_models(changed(small, model={"revision": "v2"}), None)
-    assert [model.revision for model in asked] == [None]
+    assert [model.revision for model in asked] == ["v2", None]  # the checkpoint, then its base
 
 
 def test_sampling_seeds_differ() -> None:
@@ -169,10 +170,10 @@ def test_every_canonical_solution_of_humaneval_passes() -> None:
     problems = read_records(path, humaneval.FIELDS, None)
     assert len(problems) == 164
     limits = Limits(cpu_s=20, wall_s=120)
-    right = humaneval.judge(problems, [one["canonical_solution"] for one in problems], limits)
+    right = humaneval.run_tests(problems, [one["canonical_solution"] for one in problems], limits)
     assert right == [Verdict(True, "passed")] * 164
     some = problems[::16]
-    wrong = humaneval.judge(some, ["    pass\n"] * len(some), limits)
+    wrong = humaneval.run_tests(some, ["    pass\n"] * len(some), limits)
     assert not any(verdict.passed for verdict in wrong)
 
 
@@ -380,7 +381,7 @@ def test_figures_of_stories_by_hand(report: tuple[dict[str, Any], Path], models:
     first = ar_complete(models.base, models.lm.tokenizer, prompt, 10)
     assert samples[0]["continuation"] == first.text
     assert samples[0]["log_likelihood"] == pytest.approx(
-        parent_log_likelihood(models.base, prompt, first.token_ids) * len(first.token_ids)
+        mean_log_likelihood(models.base, prompt, first.token_ids) * len(first.token_ids)
     )
 
 
@@ -471,7 +472,7 @@ def test_humaneval_from_the_prompt_to_the_verdict(
     def written(*args: Any) -> Any:
         return [one._replace(text=body) for one, body in zip(real(*args), bodies, strict=True)]
 
-    monkeypatch.setattr(humaneval, "answer", written)
+    monkeypatch.setattr(humaneval, "complete", written)
     try:
         outcome = humaneval.evaluate(small, models, problems, ways(small, models)[1])
     except UsageError as error:

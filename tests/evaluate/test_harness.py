@@ -398,7 +398,7 @@ GOOD = '{"question": "a", "choices": ["b", "c"], "answer": 1}\n'
         ("local_rolling", "\n", "bad.jsonl: no records in it"),
         ("local_gsm8k", '{"question": "a", "answer": 3}\n', "bad.jsonl:1: no text 'answer'"),
         ("local_multiple_choice", GOOD + '{"choices": ["b", "c"], "answer": 1}\n', "bad.jsonl:2: no text 'question'"),
-        ("local_multiple_choice", GOOD + GOOD.replace("1", "2"), "record 2: 'answer' is 2, not the number of a choice"),
+        ("local_multiple_choice", GOOD + GOOD.replace("1", "2"), "record 2: 'answer' is 2, not the index of a choice"),
         ("local_multiple_choice", GOOD + GOOD.replace("1", "-1"), "record 2: 'answer' is -1"),
         ("local_multiple_choice", GOOD.replace("1", '"c"'), "record 1: 'answer' is 'c'"),
         ("local_multiple_choice", GOOD.replace('"b", "c"', '"b"'), "record 1: 'choices' is not a list of two texts"),

@@ -222,7 +222,7 @@ def test_an_exit_code_is_nothing_but_a_failure() -> None:
     """120 is the jail's own, from 129 on they stand for signals where there is one."""
     reasons = [attempt(f"os._exit({code})").reason for code in (0, 120, 129, 200, 255)]
     ended = ("exit code 0", "exit code 120", "signal SIGHUP", "exit code 200", "exit code 255")
-    assert reasons == [f"ended by {how} before the tests did" for how in ended]
+    assert reasons == [f"ended by {how} before the tests finished" for how in ended]
 
 
 # --- taking too much ------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_an_endless_loop_ends() -> None:
 
 
 def test_sleeping_ends_by_the_clock_on_the_wall() -> None:
-    assert attempt("import time; time.sleep(1000)", Limits(wall_s=1.5)).reason == "no end within 1.5 s"
+    assert attempt("import time; time.sleep(1000)", Limits(wall_s=1.5)).reason == "not finished after 1.5 s"
 
 
 def test_a_fork_bomb_runs_into_the_limit() -> None:
@@ -359,7 +359,7 @@ def test_without_namespaces_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pa
     text = Path(str(sandbox.jail.__file__)).read_text(encoding="utf-8")
     broken.write_text(text.replace("0x00020000, 0x08000000", "0x1, 0x08000000"))
     monkeypatch.setattr(sandbox.jail, "__file__", str(broken))
-    with pytest.raises(UsageError, match="cannot be shut in on this machine") as caught:
+    with pytest.raises(UsageError, match="cannot be isolated on this machine") as caught:
         require_sandbox()
     assert "\n" not in str(caught.value)
 
@@ -409,7 +409,7 @@ def test_an_ordinary_user_is_shut_in_too() -> None:
         pytest.skip(f"no Python for another user: {error}")
     if "ModuleNotFoundError" in answer.stderr or "PermissionError" in answer.stderr:
         pytest.skip("the sources cannot be read by another user")
-    if "cannot be shut in" in answer.stderr:
+    if "cannot be isolated" in answer.stderr:
         pytest.skip("this kernel gives ordinary users no namespaces")
     lines = answer.stdout.splitlines()
     assert "KeyError" in lines[0], answer.stderr

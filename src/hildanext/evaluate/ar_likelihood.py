@@ -1,29 +1,30 @@
-"""The exact likelihood of the AR base, on the rows that the diffusion model is measured on."""
+"""Exact likelihood of the AR base, on the same rows as the diffusion model's bound (elbo.py)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from hildanext.data.rows import Rows
 from hildanext.training.ar_base import next_token_losses
 
 
 class Likelihood(NamedTuple):
-    """Negative log-likelihood (or its bound) of held-out rows, in nats."""
+    """Negative log-likelihood of held-out rows in nats, or an upper bound on it, and the number of tokens counted."""
 
     nats: float
     tokens: int
-    standard_error: float  # of `nats`; 0 where the figure is exact
+    standard_error: float  # Monte Carlo error of `nats`; 0 for an exact value
 
 
 @torch.no_grad()
 def ar_likelihood(model: PreTrainedModel, rows: Rows, n_rows: int, batch_rows: int) -> Likelihood:
-    """Exact negative log-likelihood of the first `n_rows` rows under the AR model."""
+    """Exact negative log-likelihood of the first `n_rows` rows under the AR model.
+
+    A document's first token is given and not counted.
+    """
     nats, tokens = 0.0, 0
     n_rows = min(n_rows, len(rows))
     for start in range(0, n_rows, batch_rows):

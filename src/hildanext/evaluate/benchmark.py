@@ -1,7 +1,7 @@
-"""`benchmark`: a converted checkpoint beside its AR base, in one run on the same held-out text.
+"""`benchmark`: compares a converted checkpoint with its AR base on the same held-out text.
 
-Likelihood (exact for AR, ELBO bound for the dLLM), continuations of held-out documents judged by the AR base, and the
-HumanEval-shaped micro set as a check of the pipeline (answers are parsed, never run).
+Measures likelihood (exact for the base, ELBO bound for the diffusion model), continuations of held-out documents scored
+by the base, and whether completions of a small HumanEval-like set parse (they are never run).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,14 +21,13 @@ from hildanext.data.rows import open_rows
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import resolve
-from hildanext.errors import DataError, UsageError
+from hildanext.errors import DataError
 from hildanext.evaluate.ar_likelihood import Likelihood, ar_likelihood
 from hildanext.evaluate.elbo import elbo
-from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
+from hildanext.evaluate.judge import distinct_2, total_log_likelihood
 from hildanext.files import write_json
 from hildanext.model.ar_generate import ar_complete
-from hildanext.model.loading import load_diffusion_lm
-from hildanext.model.pretrained import base_of, load_causal_lm
+from hildanext.model.loading import load_with_base
 from hildanext.model.prompts import encode_prompt
 from hildanext.progress import progress
 from hildanext.provenance import git_revision, versions
@@ -39,17 +38,27 @@ PROMPT_TOKENS = 48
 ROWS = 16
 
 
-def _bits(found: Likelihood, n_bytes: int) -> dict[str, float]:
-    bits = found.nats / math.log(2)
+class Continuation(NamedTuple):
+    """A prompt, its continuation and what it cost."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    seconds: float
+    forwards: int
+    edits: int
+
+
+def _bits(likelihood: Likelihood, n_bytes: int) -> dict[str, float]:
+    bits = likelihood.nats / math.log(2)
     return {
-        "bits_per_token": bits / found.tokens,
+        "bits_per_token": bits / likelihood.tokens,
         "bits_per_byte": bits / n_bytes,
-        "standard_error": found.standard_error / math.log(2) / found.tokens,
+        "standard_error": likelihood.standard_error / math.log(2) / likelihood.tokens,
     }
 
 
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Beginnings of held-out documents, as token ids."""
+    """The first PROMPT_TOKENS token ids of up to N_PROMPTS held-out documents. Raises DataError if there are none."""
     path = Path(config.paths.data) / "processed" / "eval.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: no held-out documents; run 'hildanext prepare-data' first")
@@ -61,14 +70,14 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
         if len(prompts) == N_PROMPTS:
             break
     if not prompts:
-        raise DataError(f"{path}: no document is longer than {PROMPT_TOKENS} tokens; nothing to continue")
+        raise DataError(f"{path}: no document is longer than {PROMPT_TOKENS} tokens, so no prompt can be made")
     return prompts
 
 
 def _code_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     path = Path(config.paths.data) / "processed" / "humaneval_dummy.jsonl"
     problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    # Tokenizers join the line break that ends a prompt with the indent behind it.
+    # Tokenizers merge the line break at the end of a prompt with the indent after it.
     prompts = [problem["prompt"].rstrip() for problem in problems]
     return [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
 
@@ -81,32 +90,27 @@ def _parses(source: str) -> bool:
     return True
 
 
-def _row(
-    answers: list[tuple[list[int], list[int], float, int, int]], base: PreTrainedModel, eos: int
-) -> dict[str, Any]:
-    """Figures over (prompt, new ids, seconds, forwards, edits)."""
-    scores = [parent_log_likelihood(base, prompt, new) for prompt, new, *_ in answers]
-    n_tokens = sum(len(new) for _, new, *_ in answers)
+def _row(found: list[Continuation], base: PreTrainedModel, eos: int) -> dict[str, Any]:
+    """The report's figures over some continuations; `parent_log_likelihood` is per token under the base, in nats."""
+    log_p = [total_log_likelihood(base, text.prompt_ids, text.token_ids) for text in found]
+    n_tokens = sum(len(text.token_ids) for text in found)
     return {
-        "parent_log_likelihood": sum(s * len(a[1]) for s, a in zip(scores, answers, strict=True) if a[1])
-        / max(n_tokens, 1),
-        "distinct_2": distinct_2([new for _, new, *_ in answers]),
-        "share_ended": sum(new[-1:] == [eos] for _, new, *_ in answers) / len(answers),
+        "parent_log_likelihood": sum(log_p) / max(n_tokens, 1),
+        "distinct_2": distinct_2([text.token_ids for text in found]),
+        "share_ended": sum(text.token_ids[-1:] == [eos] for text in found) / len(found),
         "tokens": n_tokens,
-        "tokens_per_forward": n_tokens / max(sum(a[3] for a in answers), 1),
-        "edits": sum(a[4] for a in answers),
-        "tokens_per_second": n_tokens / max(sum(a[2] for a in answers), 1e-9),
+        "tokens_per_forward": n_tokens / max(sum(text.forwards for text in found), 1),
+        "edits": sum(text.edits for text in found),
+        "tokens_per_second": n_tokens / max(sum(text.seconds for text in found), 1e-9),
     }
 
 
 def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any]:
-    """Measure `model.base` (a converted checkpoint) against its AR base; write the report to `out` and return it."""
-    lm, policy = load_diffusion_lm(config.model)
-    if lm.block_size is None:
-        raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = base_of(config.model, lm.record, base_name)
-    base, tokenizer = load_causal_lm(base_config, policy, policy.compute)
-    base.eval()
+    """Compare the converted checkpoint `model.base` with its AR base; write the report to `out` and return it.
+
+    Raises UsageError if `model.base` is not converted, DataError without held-out text.
+    """
+    lm, block_size, base, tokenizer, base_config, policy = load_with_base(config.model, base_name)
     rows = open_rows(config, "eval", lm.tokenizer)
     if rows is None:
         raise DataError("the split 'eval' has no rows; raise data.eval_share and tokenize again")
@@ -122,7 +126,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
         "model": config.model.base,
         "base": base_config.base,
         "convention": lm.convention,
-        "block_size": lm.block_size,
+        "block_size": block_size,
         "device": str(policy.device),
         "dtype": str(policy.compute),
         "versions": versions(),
@@ -130,7 +134,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
         "likelihood": {
             "text_tokens": int(counted.sum()),
             "ar_exact": _bits(ar_likelihood(base, rows, n_rows, micro), n_bytes),
-            "dllm_bound": _bits(elbo(lm, rows, lm.block_size, n_rows, micro, seed=config.decode.seed), n_bytes),
+            "dllm_bound": _bits(elbo(lm, rows, block_size, n_rows, micro, seed=config.decode.seed), n_bytes),
         },
     }
     engine = TransformersEngine(config, {}, lm)
@@ -143,6 +147,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
 def _continuations(
     config: Config, engine: TransformersEngine, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report's entries `continuation` and `code`: figures of the base and of each mode."""
     texts, problems = held_out_prompts(config, tokenizer), _code_prompts(config, tokenizer)
     budget, block, eos = config.decode.max_new_tokens, engine.trained_block, tokenizer.eos_token_id
     assert block is not None
@@ -152,7 +157,8 @@ def _continuations(
         "s_mode_no_edit": {"mode": "S_MODE", "tau_edit": None},
     }
     settings = {
-        name: resolve(config.decode.model_copy(update=some), block, engine.presets) for name, some in changes.items()
+        name: resolve(config.decode.model_copy(update=change), block, engine.presets)
+        for name, change in changes.items()
     }
     prose: dict[str, Any] = {}
     code: dict[str, Any] = {"problems": len(problems), "executed": False}
@@ -160,23 +166,23 @@ def _continuations(
     done = 0
     with progress("benchmark", total, "completions") as advance:
         for name in ("ar", *settings):
-            answers, parsed = [], 0
+            continuations, parsed = [], 0
             for number, prompt in enumerate([*texts, *(ids for _, ids in problems)]):
                 if name == "ar":
-                    finished = ar_complete(base, tokenizer, prompt, budget)
-                    answer = (prompt, finished.token_ids, finished.seconds, len(finished.token_ids), 0)
+                    answer = ar_complete(base, tokenizer, prompt, budget)
+                    found = Continuation(prompt, answer.token_ids, answer.seconds, len(answer.token_ids), 0)
                 else:
-                    engine.scheduler.forget()  # the AR base computes every prompt, too
+                    engine.scheduler.forget()  # no prompt cache: the AR base has none either
                     completion = engine.generate(Request(prompt, settings[name]))
                     stats = completion.stats
-                    answer = (prompt, completion.token_ids, stats.seconds, stats.forwards, stats.edits)
+                    found = Continuation(prompt, completion.token_ids, stats.seconds, stats.forwards, stats.edits)
                 if number < len(texts):
-                    answers.append(answer)
+                    continuations.append(found)
                 else:
-                    parsed += _parses(problems[number - len(texts)][0] + engine.decode_tokens(answer[1]))
+                    parsed += _parses(problems[number - len(texts)][0] + engine.decode_tokens(found.token_ids))
                 done += 1
                 advance(done, name)
-            prose[name] = _row(answers, base, eos)
+            prose[name] = _row(continuations, base, eos)
             code[name] = {"parses": parsed}
     return prose, code
 
@@ -185,11 +191,13 @@ def table(report: dict[str, Any]) -> str:
     """The report as a plain-text table."""
     exact, bound = report["likelihood"]["ar_exact"], report["likelihood"]["dllm_bound"]
     lines = [
-        f"{report['model']} (block {report['block_size']}, {report['convention']}) beside {report['base']} on {report['device']}, {report['dtype']}",
-        f"held-out text: AR {exact['bits_per_token']:.3f} bits/token ({exact['bits_per_byte']:.3f} bits/byte), exact; dLLM <= "
-        f"{bound['bits_per_token']:.3f} +- {bound['standard_error']:.3f} ({bound['bits_per_byte']:.3f} bits/byte)",
+        f"{report['model']} (block {report['block_size']}, {report['convention']}) against {report['base']} "
+        f"on {report['device']}, {report['dtype']}",
+        f"held-out text: base {exact['bits_per_token']:.3f} bits/token ({exact['bits_per_byte']:.3f} bits/byte), exact; "
+        f"diffusion <= {bound['bits_per_token']:.3f} +- {bound['standard_error']:.3f} ({bound['bits_per_byte']:.3f} bits/byte)",
         "",
-        f"{'':16}{'tokens/s':>10}{'TPF':>8}{'edits':>8}{'parent logp':>13}{'distinct-2':>12}{'ended':>8}{'code parses':>13}",
+        f"{'':16}{'tokens/s':>10}{'TPF':>8}{'edits':>8}{'base logp':>13}{'distinct-2':>12}{'ended':>8}"
+        f"{'code parses':>13}",
     ]
     for name, row in report["continuation"].items():
         parsed = f"{report['code'][name]['parses']}/{report['code']['problems']}"

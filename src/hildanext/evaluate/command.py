@@ -1,4 +1,4 @@
-"""The `evaluate` command: tasks times ways, one report."""
+"""The `evaluate` command: runs every task in every way and writes one report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.errors import UsageError
 from hildanext.evaluate import gsm8k, humaneval, infilling, stories
 from hildanext.evaluate.records import text_path, token_pieces
-from hildanext.evaluate.report import OURS, draw, hardware, markdown, take_over, write_report
+from hildanext.evaluate.report import OURS, draw, hardware, markdown, read_results, write_report
 from hildanext.evaluate.sandbox import require_sandbox
-from hildanext.evaluate.ways import Models, Outcome, ways
+from hildanext.evaluate.ways import Models, Outcome, require_chat_template, ways
 from hildanext.files import sha256_of
-from hildanext.model.loading import load_diffusion_lm
-from hildanext.model.pretrained import base_of, fingerprint_weights, load_causal_lm
+from hildanext.model.loading import load_with_base
+from hildanext.model.pretrained import fingerprint_weights
 from hildanext.progress import say
 from hildanext.provenance import git_revision, versions
 
@@ -25,7 +25,7 @@ Run = Callable[[], Outcome]
 
 
 def with_data(config: Config, given: list[str], tasks: list[str]) -> Config:
-    """The configuration with `--data KEY=FILE` items. Raises UsageError for one that no task would read."""
+    """The configuration with the `--data TASK=FILE` items added. Raises UsageError for an item that no task reads."""
     data = dict(config.evaluate.data)
     for item in given:
         key, equals, path = item.partition("=")
@@ -37,14 +37,14 @@ def with_data(config: Config, given: list[str], tasks: list[str]) -> Config:
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"data": data})})
 
 
-def materials(config: Config, tasks: list[str], allow_code: bool) -> dict[str, Any]:
-    """What each task reads, found before any weights are: a wrong name or a missing file costs no time."""
+def open_inputs(config: Config, tasks: list[str], allow_code: bool) -> dict[str, Any]:
+    """The input data of each task. Runs before weights are loaded, so a wrong name or a missing file fails at once."""
     found: dict[str, Any] = {}
     for name in tasks:
         if name == humaneval.NAME:
             if not allow_code:
                 raise UsageError(
-                    "the task 'humaneval' runs code that a model wrote; allow it with --allow-code-execution"
+                    "the task 'humaneval' runs code written by a model; allow it with --allow-code-execution"
                 )
             require_sandbox()
             found[name] = humaneval.read(config)
@@ -62,32 +62,30 @@ def _harness_tasks(name: str, data: str | None) -> list[Any]:
         from hildanext.evaluate.harness import open_tasks
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"the task '{name}' is not one of {', '.join(OURS)}; others need lm-eval ({error.name} is missing): "
+            f"the task '{name}' is not one of {', '.join(OURS)}; all others need lm-eval ({error.name} is missing): "
             'pip install "hildanext[eval]"'
         ) from None
     return open_tasks(name, data)
 
 
-def runs(config: Config, models: Models, name: str, material: Any) -> dict[str, dict[str, Run]]:
-    """The runs of a task, by way, by the name it is reported under (a group of lm-eval's has several)."""
-    how, everyone = config.evaluate, ways(config, models)
+def runs(config: Config, models: Models, name: str, data: Any) -> dict[str, dict[str, Run]]:
+    """The runs of a task: reported task name -> way -> run. A group of lm-eval has several task names."""
+    how, all_ways = config.evaluate, ways(config, models)
     tokenizer = models.lm.tokenizer
     if name == humaneval.NAME:
-        return {name: {way.name: partial(humaneval.evaluate, config, models, material, way) for way in everyone}}
+        return {name: {way.name: partial(humaneval.evaluate, config, models, data, way) for way in all_ways}}
     if name == gsm8k.NAME:
-        if how.chat and tokenizer.chat_template is None:
-            raise UsageError(
-                f"the task 'gsm8k': '{config.model.base}' has no chat template; set evaluate.chat=false for plain prompts"
-            )
-        return {name: {way.name: partial(gsm8k.evaluate, config, models, material, way) for way in everyone}}
+        if how.chat:
+            require_chat_template(config, tokenizer, name)
+        return {name: {way.name: partial(gsm8k.evaluate, config, models, data, way) for way in all_ways}}
     if name == stories.NAME:
-        prompts = [ids[:-1] for ids in token_pieces(material, tokenizer, how.prompt_tokens + 1, how.limit)]
-        return {name: {way.name: partial(stories.evaluate, config, models, prompts, way) for way in everyone}}
+        prompts = [ids[:-1] for ids in token_pieces(data, tokenizer, how.prompt_tokens + 1, how.limit)]
+        return {name: {way.name: partial(stories.evaluate, config, models, prompts, way) for way in all_ways}}
     if name == infilling.NAME:
-        texts = token_pieces(material, tokenizer, how.infill_tokens, how.limit)
-        # Blocks play no part in it: one size is enough.
-        sizes = {way.name.partition("/")[0]: way for way in reversed(everyone)}
-        fillers = [way._replace(name=short) for short, way in reversed(sizes.items())]
+        texts = token_pieces(data, tokenizer, how.infill_tokens, how.limit)
+        # Infilling does not use the decode block size, so each mode runs once, under its name without "/SIZE".
+        by_mode = {way.name.partition("/")[0]: way for way in reversed(all_ways)}
+        fillers = [way._replace(name=mode) for mode, way in reversed(by_mode.items())]
         return {name: {way.name: partial(infilling.evaluate, config, models, texts, way) for way in fillers}}
     from hildanext.evaluate import harness
 
@@ -96,25 +94,22 @@ def runs(config: Config, models: Models, name: str, material: Any) -> dict[str, 
     return {
         task.task_name: {
             way.name: partial(harness.evaluate, config, models, task, way, block)
-            for way, block in harness.ways_of(task, everyone, bounds)
+            for way, block in harness.ways_of(task, all_ways, bounds)
         }
-        for task in material
+        for task in data
     }
 
 
 def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str, Any]]:
-    """The models, and what a report says of them. Raises UsageError for a model that is not converted."""
-    lm, policy = load_diffusion_lm(config.model)
-    if lm.block_size is None:
-        raise UsageError(f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
-    base_config = base_of(config.model, lm.record, base_name)
-    base = load_causal_lm(base_config, policy, policy.compute)[0].eval()
+    """The models and their description for the report. Raises UsageError for a model that is not converted."""
+    loaded = load_with_base(config.model, base_name)
+    lm, policy = loaded.lm, loaded.policy
     engine = TransformersEngine(config, {}, lm)
     about = {
         "model": config.model.base,
-        "base": base_config.base,
+        "base": loaded.base_config.base,
         "convention": lm.convention,
-        "block_size": lm.block_size,
+        "block_size": loaded.block_size,
         "tokens_trained": lm.record["tokens_trained"],
         "schedule": lm.record.get("schedule"),
         "dtype": str(policy.compute).removeprefix("torch."),
@@ -128,11 +123,11 @@ def open_models(config: Config, base_name: str | None) -> tuple[Models, dict[str
         "versions": versions(),
         "git": git_revision(),
     }
-    return Models(lm, engine, base), about
+    return Models(lm, engine, loaded.base), about
 
 
 def _data_files(config: Config, tasks: list[str]) -> dict[str, dict[str, str] | None]:
-    """What each task was given to read. None: its own data."""
+    """Path and SHA-256 of each task's configured data file; None if the task uses its default data."""
     given = {name: config.evaluate.data.get(name) for name in (*tasks, "gsm8k_shots")}
     return {name: {"path": path, "sha256": sha256_of(Path(path))} if path else None for name, path in given.items()}
 
@@ -147,26 +142,25 @@ def evaluate(
     allow_code: bool,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Run the tasks in every way; write the report into `out` after each of them, and return it.
+    """Run the tasks in every way; rewrite the report in `out` after each run, and return it.
 
-    resume: what stands in `out` already is taken over, tasks that are not named among them, if it is of the same models,
-    settings and data.
+    resume: keep the results already in `out`, also those of other tasks. Models, settings and data files must match.
     """
     tasks = list(dict.fromkeys(tasks))
     config = with_data(config, data, tasks)
-    found = materials(config, tasks, allow_code)
+    inputs = open_inputs(config, tasks, allow_code)
     models, about = open_models(config, base_name)
     about["data"] = _data_files(config, tasks)
     about["ways"] = {way.name: way.settings and way.settings._asdict() | {"stop": []} for way in ways(config, models)}
     try:
-        done = take_over(about, out) if resume else {}
-        planned = {name: runs(config, models, name, found[name]) for name in tasks}
-        for several in planned.values():
-            for name, by_way in several.items():
-                kept = done.setdefault(name, [])
+        done = read_results(about, out) if resume else {}
+        planned = [runs(config, models, name, inputs[name]) for name in tasks]  # may fail: before the first run
+        for by_task in planned:
+            for name, by_way in by_task.items():
+                outcomes = done.setdefault(name, [])
                 for way, run in by_way.items():
-                    if way not in [outcome.way for outcome in kept]:
-                        kept.append(run())
+                    if way not in [outcome.way for outcome in outcomes]:
+                        outcomes.append(run())
                         write_report(about, done, out)
                 say(f"{name}: done; report so far in {out / 'report.md'}")
         report = write_report(about, done, out)

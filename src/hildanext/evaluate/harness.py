@@ -1,6 +1,6 @@
-"""Models for EleutherAI's lm-evaluation-harness, and its tasks, from local files where the hub is out of reach.
+"""EleutherAI's lm-evaluation-harness: our models as its models, and its tasks, also with local data files.
 
-Likelihoods of the AR base go through the harness's own `HFLM`; all else through the class here. Needs the extra `eval`.
+The AR base's likelihoods use the harness's own `HFLM`; everything else uses `HarnessModel`. Needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,31 @@ from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.intervals import Figure, mean, plain, ratio, share
 from hildanext.evaluate.likelihood import Pair, Score, score
 from hildanext.evaluate.records import check_local
-from hildanext.evaluate.ways import Models, Outcome, Question, Way, WayAnswer, answer, cost
+from hildanext.evaluate.ways import (
+    Models,
+    Outcome,
+    Question,
+    TimedAnswer,
+    Way,
+    complete,
+    cost,
+    require_chat_template,
+)
 
 SHIPPED = Path(__file__).parent / "tasks"
-# What a pair (log-likelihood, count) of a rolling task becomes; the interval goes the same way.
+# Metrics of a rolling task as functions of the log-likelihood per unit; applied to the value and to the interval.
 ROLLING = {
     "word_perplexity": lambda x: math.exp(-x),
     "byte_perplexity": lambda x: math.exp(-x),
     "bits_per_byte": lambda x: -x / math.log(2),
 }
 
-BUDGETS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # names that tasks use
+BUDGETS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # tasks use any of these keys
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' warnings and retries on stderr: what goes wrong comes as an exception."""
+    """Silence the libraries' warnings and retry messages on stderr; errors still arrive as exceptions."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -56,19 +65,22 @@ def quiet() -> Iterator[None]:
 
 
 class HarnessModel(TemplateLM):
-    """A way as the harness sees it: the converted model's likelihoods (a bound, or exact at block size 1), anyone's completions.
+    """A `Way` as a model of the harness: completions in that way, and likelihoods of the converted model.
 
-    `scores` keeps every likelihood with its standard error, `answers` every completion, in the order asked for.
+    `scores` keeps every likelihood with its standard error, `answers` every completion, in the order of the requests.
     """
 
     def __init__(self, models: Models, how: EvaluateConfig, way: Way, block_size: int | None, greedy: bool) -> None:
-        """block_size None: likelihoods by the chain of blocks of one; else by the bound. greedy: where only a bound is known,
-        decode to say whether a continuation is the model's own (what accuracies of loglikelihood tasks look at)."""
+        """block_size None: exact likelihoods at block size 1; else the bound at that block size.
+
+        greedy: with a bound, decode each context to tell whether the continuation is the model's own greedy text, which
+        the accuracy of loglikelihood tasks needs.
+        """
         super().__init__()
         self.models, self.how, self.way, self.block_size, self.greedy = models, how, way, block_size, greedy
         self.tokenizer = models.lm.tokenizer
         self.scores: list[Score] = []
-        self.answers: list[WayAnswer] = []
+        self.answers: list[TimedAnswer] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -76,7 +88,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is: as in HFLM, the begin-of-text token, or the end-of-text one."""
+        """Stands for an empty context: the begin-of-text token, else the end-of-text token, as in HFLM."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -115,26 +127,31 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Contexts are cut on the left to fit; in whole blocks where they are decoded, too."""
+        """Contexts are cut on the left to fit the model's context, or its whole blocks if they are decoded."""
         is_decoded = self.greedy and self.block_size is not None
-        most = whole_blocks(self.max_length, self.block_size) if self.block_size and is_decoded else self.max_length
+        limit = whole_blocks(self.max_length, self.block_size) if self.block_size and is_decoded else self.max_length
         pairs = []
         for (_, continuation), context, target in requests:
-            if len(target) >= most:
-                raise DataError(f"a continuation of {len(target)} tokens does not fit: {continuation[:40]!r}...")
-            pairs.append((context[-(most - len(target)) :], target))
+            if len(target) >= limit:
+                raise DataError(
+                    f"a continuation of {len(target)} tokens does not fit into {limit}: {continuation[:40]!r}..."
+                )
+            pairs.append((context[-(limit - len(target)) :], target))
         found = self._score(pairs)
         decoded = self._decode(pairs) if is_decoded else [False] * len(pairs)
-        return [(one.log_p, decoded[i] if one.is_greedy is None else one.is_greedy) for i, one in enumerate(found)]
+        return [
+            (result.log_p, is_own if result.is_greedy is None else result.is_greedy)
+            for result, is_own in zip(found, decoded, strict=True)
+        ]
 
     def _decode(self, pairs: list[Pair]) -> list[bool]:
-        """Whether greedy decoding gives each continuation."""
+        """Whether greedy decoding produces each continuation."""
         questions = [Question(context, len(target)) for context, target in pairs]
-        answers = answer(self.models, self.way, questions, "greedy continuations")
-        return [one.token_ids == target for one, (_, target) in zip(answers, pairs, strict=True)]
+        answers = complete(self.models, self.way, questions, "greedy continuations")
+        return [answer.token_ids == target for answer, (_, target) in zip(answers, pairs, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Windows as HFLM's: each token once, behind the prefix token or as much text as fits."""
+        """Scores each text in HFLM's windows: every token once, after the prefix token or as much text as fits."""
         pairs: list[Pair] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
@@ -144,12 +161,12 @@ class HarnessModel(TemplateLM):
                 pairs.append(window)
                 owner.append(index)
         totals = [0.0] * len(requests)
-        for index, one in zip(owner, self._score(pairs), strict=True):
-            totals[index] += one.log_p
+        for index, result in zip(owner, self._score(pairs), strict=True):
+            totals[index] += result.log_p
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """All at once, `engine.slots` side by side. A prompt that does not fit is cut on its left."""
+        """Completions of all requests, `engine.slots` at a time. A prompt that does not fit is cut on the left."""
         block, questions = 1 if self.way.settings is None else self.way.settings.block_size, []
         for number, request in enumerate(requests):
             text, given = request.args
@@ -169,13 +186,13 @@ class HarnessModel(TemplateLM):
                     self.how.seed + number,
                 )
             )
-        found = answer(self.models, self.way, questions, "completions")
+        found = complete(self.models, self.way, questions, "completions")
         self.answers += found
-        return [one.text for one in found]
+        return [answer.text for answer in found]
 
 
 def whole_blocks(n_tokens: int, block_size: int) -> int:
-    """The tokens of `n_tokens` that fill blocks: what decoding can use of a context."""
+    """`n_tokens` rounded down to whole blocks: the part of a context that decoding can use."""
     return n_tokens // block_size * block_size
 
 
@@ -184,10 +201,10 @@ def whole_blocks(n_tokens: int, block_size: int) -> int:
 
 @quiet()
 def open_tasks(name: str, data: str | None) -> list[Task]:
-    """The harness's tasks of that name (a task, a group, a tag, or a YAML file), with their data.
+    """The harness's tasks with that name (a task, a group, a tag or a YAML file) and their data.
 
-    `data`: a JSON or JSON-lines file that stands in for the task's own data. Raises UsageError for an unknown name, a
-    missing file or data on a hub that cannot be reached, DataError for a faulty record: one line each.
+    `data`: a JSON or JSON-lines file to use in place of the task's own data. Raises UsageError for an unknown name, a
+    missing file or unreachable data, DataError for a malformed record.
     """
     if data is not None and not Path(data).is_file():
         raise UsageError(f"task '{name}': no data file {data}")
@@ -199,14 +216,14 @@ def open_tasks(name: str, data: str | None) -> list[Task]:
         raise UsageError(f"task '{name}' needs a file: give --data {name}=FILE.jsonl")
     if shipped and data is not None:
         check_local(name, Path(data))
-    # The harness's own index is thousands of files: read only when a name of its own is asked for.
+    # The harness's own index has thousands of files; it is read only if one of its names is requested.
     folders = [str(SHIPPED), *([str(Path(name).resolve().parent)] if local else [])]
     manager = TaskManager(include_path=folders, include_defaults=not (shipped or local))
     known = _known_name(manager, name) if local else name
     if known not in manager.task_index:
         raise UsageError(
-            f"unknown task '{name}'; there are humaneval, gsm8k, stories, infilling, "
-            f"{', '.join(sorted(path.stem for path in SHIPPED.glob('*.yaml')))}, lm-eval's tasks and YAML files"
+            f"unknown task '{name}'; choose among humaneval, gsm8k, stories, infilling, "
+            f"{', '.join(sorted(path.stem for path in SHIPPED.glob('*.yaml')))}, lm-eval's tasks and a YAML file"
         )
     return _load(manager, name, known, data)
 
@@ -221,7 +238,7 @@ def _known_name(manager: TaskManager, path: str) -> str:
 def _load(manager: TaskManager, name: str, known: str, data: str | None) -> list[Task]:
     spec: Any = known
     if data is not None:
-        # The form in which a group's file changes its tasks.
+        # Overrides in the format that a group's file uses for its tasks.
         from_file = {
             "dataset_path": "json",
             "dataset_name": None,
@@ -234,18 +251,18 @@ def _load(manager: TaskManager, name: str, known: str, data: str | None) -> list
         spec = {"group": f"{known}_from_file", "task": [{"task": known, **from_file}]}
     try:
         tasks = list(manager.load([spec])["tasks"].values())
-        for task in tasks:  # the fields it reads are there
+        for task in tasks:  # fail now if the first record lacks a field that the task reads
             first = next(iter(task.eval_docs))
             task.doc_to_text(first), task.doc_to_target(first)
     except (DatasetsError, UndefinedError, OSError, ValueError, KeyError, ImportError, StopIteration) as error:
         cause = str(error.__cause__ or error).strip()
         reason = cause.splitlines()[0] if cause else type(error).__name__
-        elsewhere = data is None and isinstance(error, (DatasetsError, OSError))
-        remedy = f"its data is not here; give --data {name}=FILE.jsonl" if elsewhere else f"check {data or name}"
+        unreachable = data is None and isinstance(error, (DatasetsError, OSError))
+        remedy = f"to use a local file give --data {name}=FILE.jsonl" if unreachable else f"check {data or name}"
         raise UsageError(f"task '{name}' cannot be opened: {reason}; {remedy}") from None
     for task in tasks:
         if "UNSAFE_CODE" in dir(task) and task.UNSAFE_CODE:
-            raise UsageError(f"task '{name}' runs model-written code outside the sandbox; use 'humaneval'")
+            raise UsageError(f"task '{name}' runs generated code outside the sandbox; use 'humaneval'")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
@@ -253,7 +270,11 @@ def _load(manager: TaskManager, name: str, known: str, data: str | None) -> list
 
 
 def ways_of(task: Task, ways: list[Way], sizes: list[int]) -> list[tuple[Way, int | None]]:
-    """Who does a task, and with which block size for likelihoods: completions in every mode, or AR, exact and bounds."""
+    """The ways to run a task, each with the block size of its likelihood bound (None: no bound).
+
+    Generation tasks run in every way. Likelihood tasks run on the AR base, exactly at block size 1, and with the bound
+    at each of `sizes`.
+    """
     if task.OUTPUT_TYPE == "generate_until":
         return [(way, None) for way in ways]
     careful = next(way.settings for way in ways if way.settings is not None)
@@ -263,15 +284,13 @@ def ways_of(task: Task, ways: list[Way], sizes: list[int]) -> list[tuple[Way, in
 
 @quiet()
 def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: int | None) -> Outcome:
-    """Run one task one way. Figures are the task's own, with intervals over its items."""
+    """Run one task in one way. Figures are the task's own, with intervals over its items."""
     how = config.evaluate
     chat = how.chat and task.OUTPUT_TYPE == "generate_until"
-    if chat and models.lm.tokenizer.chat_template is None:
-        raise UsageError(
-            f"task '{task.task_name}': '{config.model.base}' has no chat template; set evaluate.chat=false for plain prompts"
-        )
+    if chat:
+        require_chat_template(config, models.lm.tokenizer, task.task_name)
     if task.OUTPUT_TYPE == "generate_until" and not BUDGETS & set(task.config.generation_kwargs):
-        # The harness has a default of its own.
+        # Replaces the harness's own default budget.
         task.set_config(key="generation_kwargs", value={"max_gen_toks": how.answer_tokens}, update=True)
     lm: Any
     if way.settings is None and task.OUTPUT_TYPE != "generate_until":
@@ -294,7 +313,7 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
     records = found["samples"][task.task_name]
     figures = _figures(records, found["results"][task.task_name], how)
     if isinstance(lm, HarnessModel) and lm.scores:
-        errors = [one.standard_error for one in lm.scores]
+        errors = [result.standard_error for result in lm.scores]
         figures["monte_carlo_error"] = plain(sum(errors) / len(errors), len(errors))
     if isinstance(lm, HarnessModel) and lm.answers:
         figures |= cost(lm.answers, how.resamples, how.seed)
@@ -303,7 +322,7 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
 
 
 def _figures(records: list[dict[str, Any]], results: dict[str, Any], how: EvaluateConfig) -> dict[str, Figure]:
-    """The harness's figures; intervals from its records where the figure is a mean, a share or a perplexity."""
+    """The harness's figures, with intervals from its records for means, shares and perplexities."""
     figures = {}
     for key, value in results.items():
         metric, _, name = key.partition(",")
@@ -318,12 +337,12 @@ def _figures(records: list[dict[str, Any]], results: dict[str, Any], how: Evalua
 def _interval(metric: str, value: float, items: list[Any], how: EvaluateConfig) -> Figure:
     if metric in ROLLING and all(isinstance(item, tuple) for item in items):
         log_p, counts = [item[0] for item in items], [item[1] for item in items]
-        middle = ratio(log_p, counts, how.resamples, how.seed)
-        turned = sorted(ROLLING[metric](x) for x in (middle.low, middle.high) if x is not None)
-        return middle._replace(value=value, low=turned[0], high=turned[-1])
+        per_unit = ratio(log_p, counts, how.resamples, how.seed)
+        ends = sorted(ROLLING[metric](x) for x in (per_unit.low, per_unit.high) if x is not None)
+        return per_unit._replace(value=value, low=ends[0], high=ends[-1])
     if not items or not all(isinstance(item, (int, float)) for item in items):
         return plain(value, len(items))
     yes_or_no = all(item in (0, 1) for item in items)
     found = share([bool(item) for item in items]) if yes_or_no else mean(items, how.resamples, how.seed)
-    # Not a mean over the items after all: the harness's own figure stands, without an interval.
+    # If the figure is not the mean over items, keep the harness's value without an interval.
     return found if math.isclose(found.value, value, rel_tol=1e-6, abs_tol=1e-9) else plain(value, len(items))

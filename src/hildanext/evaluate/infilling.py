@@ -1,8 +1,8 @@
-"""Infilling: a span masked in the middle of a text, both sides visible. What a left-to-right model cannot do.
+"""Infilling: fill a masked span in the middle of a text, with both sides visible to the diffusion model.
 
-The whole text is one block under the document mask (LLaDA2.0 eq. 4), as in the stable phase of a conversion whose peak block
-is the full row; a checkpoint whose blocks never were that long reads a mask it was not trained for. No cache: every pass
-sees everything.
+The whole text is one block under the document mask (LLaDA2.0 eq. 4), as in the stable phase of a conversion whose peak
+block is the full row. A checkpoint trained on shorter blocks only has never seen this mask. There is no cache: every
+pass is a forward over the whole text.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hildanext.config import Config
 from hildanext.decoding.rule import Settings, edit_step, propose
 from hildanext.diffusion.noise import sample_generator
 from hildanext.evaluate.intervals import mean, share
-from hildanext.evaluate.judge import parent_log_likelihood
-from hildanext.evaluate.ways import Models, Outcome, Question, Way, WayAnswer, answer, cost
+from hildanext.evaluate.judge import mean_log_likelihood
+from hildanext.evaluate.ways import Models, Outcome, Question, TimedAnswer, Way, complete, cost
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.progress import progress
 
@@ -25,10 +25,10 @@ NAME = "infilling"
 
 @torch.inference_mode()
 def infill(lm: DiffusionLM, tokens: list[int], span: range, settings: Settings) -> tuple[list[int], int, int]:
-    """Denoise `tokens[span]` with what stands on both sides: (tokens of the span, forwards, edits). Greedy.
+    """Denoise `tokens[span]` greedily, given both sides; returns (tokens of the span, forwards, edits).
 
-    The rule and its thresholds are those of decoding (`edit_step`); only the span is ever written. `shifted` models cannot
-    predict a text's first token: the span starts behind it.
+    Uses the decode rule and its thresholds (`edit_step`); tokens outside the span never change. A `shifted` model
+    cannot predict a text's first token, so the span must not start at 0.
     """
     text = list(tokens)
     text[span.start : span.stop] = [lm.mask_token_id] * len(span)
@@ -52,13 +52,13 @@ def infill(lm: DiffusionLM, tokens: list[int], span: range, settings: Settings) 
         )
         text[span.start : span.stop] = after
         forwards, edits, post_steps = forwards + 1, edits + len(edited), post_steps + was_clean
-        at_rest = settings.tau_edit is None or (was_clean and not edited) or post_steps >= settings.max_post_steps
-        if lm.mask_token_id not in after and at_rest:
+        settled = settings.tau_edit is None or (was_clean and not edited) or post_steps >= settings.max_post_steps
+        if lm.mask_token_id not in after and settled:
             return after, forwards, edits
 
 
 def _spans(texts: list[list[int]], length: int, seed: int) -> list[range]:
-    """A span for each text, somewhere with at least one token on either side; seeded by (seed, text)."""
+    """A random span for each text with at least one token on both sides; seeded by (seed, index of the text)."""
     found = []
     for index, text in enumerate(texts):
         generator = sample_generator(seed, index, "span")
@@ -67,11 +67,11 @@ def _spans(texts: list[list[int]], length: int, seed: int) -> list[range]:
     return found
 
 
-def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) -> list[WayAnswer]:
+def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) -> list[TimedAnswer]:
     if way.settings is None:
-        # The AR base continues what is on the left, as far as the span goes.
+        # The AR base sees the left side only and writes as many tokens as the span has.
         questions = [Question(text[: span.start], len(span)) for text, span in zip(texts, spans, strict=True)]
-        return answer(models, way, questions, NAME)
+        return complete(models, way, questions, NAME)
     answers = []
     with progress(f"{NAME}, {way.name}", len(texts), "answers") as advance:
         infill(models.lm, texts[0], spans[0], way.settings)  # warm-up
@@ -79,27 +79,27 @@ def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) 
             began = time.perf_counter()
             ids, forwards, edits = infill(models.lm, text, span, way.settings)
             seconds = time.perf_counter() - began
-            answers.append(WayAnswer(models.engine.decode_tokens(ids), ids, False, seconds, forwards, edits))
+            answers.append(TimedAnswer(models.engine.decode_tokens(ids), ids, False, seconds, forwards, edits))
             advance(len(answers))
     return answers
 
 
 def evaluate(config: Config, models: Models, texts: list[list[int]], way: Way) -> Outcome:
-    """Share of spans that come back exactly, share of their tokens, and what the parent thinks of the whole text."""
+    """Share of spans restored exactly, share of their tokens, and the whole text's mean log-likelihood under the base."""
     how = config.evaluate
     spans = _spans(texts, how.span, how.seed)
     answers = _fill(models, way, texts, spans)
     exact, right, log_p, samples = [], [], [], []
-    for text, span, one in zip(texts, spans, answers, strict=True):
+    for text, span, answer in zip(texts, spans, answers, strict=True):
         truth = text[span.start : span.stop]
-        whole = [*text[: span.start], *one.token_ids, *text[span.stop :]]
-        exact.append(one.token_ids == truth)
-        # An AR answer that ended early is shorter.
-        right.append(sum(a == b for a, b in zip(one.token_ids, truth, strict=False)) / len(span))
-        log_p.append(parent_log_likelihood(models.base, whole[:1], whole[1:]))
+        whole = [*text[: span.start], *answer.token_ids, *text[span.stop :]]
+        exact.append(answer.token_ids == truth)
+        # strict=False: an AR answer that ended early is shorter than the span.
+        right.append(sum(a == b for a, b in zip(answer.token_ids, truth, strict=False)) / len(span))
+        log_p.append(mean_log_likelihood(models.base, whole[:1], whole[1:]))
         decode = models.engine.decode_tokens
         sides = {"left": decode(text[: span.start]), "right": decode(text[span.stop :])}
-        samples.append(sides | {"span": decode(truth), "filled": one.text, "log_likelihood": log_p[-1]})
+        samples.append(sides | {"span": decode(truth), "filled": answer.text, "log_likelihood": log_p[-1]})
     figures = {
         "exact_match": share(exact),
         "token_match": mean(right, how.resamples, how.seed),

@@ -1,4 +1,4 @@
-"""Figures with 95 % confidence intervals: Wilson's for shares, the bootstrap's for means and ratios."""
+"""Figures with 95 % confidence intervals: Wilson score for shares, bootstrap for means and ratios."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Z = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
 class Figure(NamedTuple):
-    """A number, its interval (None where there is none), and how many items it is from."""
+    """A number, its interval (None: no interval) and the number of items behind it."""
 
     value: float
     low: float | None
@@ -22,11 +22,12 @@ class Figure(NamedTuple):
 
 
 def plain(value: float, n: int) -> Figure:
+    """A figure without an interval."""
     return Figure(value, None, None, n, None)
 
 
 def share(hits: Sequence[bool]) -> Figure:
-    """Share of items that are right, Wilson's score interval (Wilson 1927); nan without items."""
+    """Share of hits with the Wilson score interval (Wilson 1927); nan without items."""
     n = len(hits)
     if n == 0:
         return plain(math.nan, 0)
@@ -39,7 +40,7 @@ def share(hits: Sequence[bool]) -> Figure:
 
 
 def ratio(parts: Sequence[float], wholes: Sequence[float], resamples: int, seed: int) -> Figure:
-    """sum(parts) / sum(wholes) over items; percentile bootstrap over the items (Efron 1979), seeded. nan if the wholes are 0."""
+    """sum(parts) / sum(wholes), seeded percentile bootstrap over items (Efron 1979); nan if the wholes sum to 0."""
     a, b = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
     if b.sum() == 0:
         return plain(math.nan, len(a))
@@ -55,39 +56,39 @@ def mean(values: Sequence[float], resamples: int, seed: int) -> Figure:
 
 
 class Scored(NamedTuple):
-    """Answers to the same prompts, a value a prompt."""
+    """Totals of the answers to a list of prompts, one value per prompt."""
 
-    log_p: Sequence[float]  # of all tokens of an answer
+    log_p: Sequence[float]  # nats
     tokens: Sequence[float]
     forwards: Sequence[float]
 
 
-def gain_at_equal_speed(one: Scored, curve: Sequence[Scored], resamples: int, seed: int) -> Figure:
-    """Log-likelihood a token of `one` less what the curve has at the same tokens per forward, straight lines between its points.
+def gain_at_equal_speed(candidate: Scored, curve: Sequence[Scored], resamples: int, seed: int) -> Figure:
+    """Log-likelihood per token of `candidate` minus that of the curve at the same tokens per forward, in nats.
 
-    Percentile bootstrap over prompts, the same for all of them; the interval is of a draw's own curve. nan where `one` is
-    faster or slower than all of the curve.
+    The curve is interpolated linearly between its points. The percentile bootstrap resamples prompts, the same ones for
+    the candidate and every point of the curve. nan if the candidate's speed lies outside the curve.
     """
 
     def points(rows: Sequence[Scored], drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens per forward, log-likelihood a token), each [rows, draws]."""
+        """(tokens per forward, log-likelihood per token), each [rows, draws]."""
         log_p, tokens, forwards = (np.asarray(part, dtype=float)[:, drawn].sum(-1) for part in zip(*rows, strict=True))
         return tokens / forwards, log_p / tokens
 
-    n = len(one.log_p)
+    n = len(candidate.log_p)
     whole = np.arange(n)[None]
     drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
     found = []
-    for some in (whole, drawn):
-        (speed,), (quality,) = points([one], some)
-        speeds, qualities = points(curve, some)
+    for indices in (whole, drawn):
+        (speed,), (quality,) = points([candidate], indices)
+        speeds, qualities = points(curve, indices)
         order = speeds.argsort(0)
         speeds, qualities = np.take_along_axis(speeds, order, 0), np.take_along_axis(qualities, order, 0)
-        beside = [
+        reference = [
             np.interp(x, xs, ys, left=np.nan, right=np.nan)
             for x, xs, ys in zip(speed, speeds.T, qualities.T, strict=True)
         ]
-        found.append(quality - np.array(beside))
+        found.append(quality - np.array(reference))
     value = float(found[0][0])
     if math.isnan(value):
         return plain(value, n)
@@ -96,8 +97,8 @@ def gain_at_equal_speed(one: Scored, curve: Sequence[Scored], resamples: int, se
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from `right` of n: 1 - C(n-c, k) / C(n, k).
+    """Unbiased estimate of the probability that one of k samples is right, from c = `right` of n samples.
 
-    Chen et al. 2021 (arXiv 2107.03374) eq. 1.
+    1 - C(n-c, k) / C(n, k): Chen et al. 2021 (arXiv 2107.03374) eq. 1.
     """
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)

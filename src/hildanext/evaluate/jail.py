@@ -1,9 +1,9 @@
-"""Runs in a process of its own, by path and with the standard library only: shuts itself in and starts a fresh Python.
+"""A script that isolates its own process and then starts a fresh Python. Started by path; standard library only.
 
-New mount, process, network and IPC namespaces (and a user namespace where it is not root); a root folder in which only
-the interpreter and the system's libraries exist, read only; an empty folder in memory to work in; no privileges and no
-way to new ones; no system calls that open a network, memory that no limit counts, or namespaces of its own
-(namespaces(7), pivot_root(2), capabilities(7), prctl(2), seccomp(2)). What cannot be done is said, nothing is skipped.
+It enters new mount, process, network and IPC namespaces (and a user namespace unless it runs as root), builds a
+read-only root that holds only the interpreter and the system's libraries, adds an empty in-memory work folder, drops all
+privileges for good, and blocks system calls that open sockets, allocate uncounted memory or create namespaces. See
+namespaces(7), pivot_root(2), capabilities(7), prctl(2), seccomp(2). A step that fails ends the script with an error.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import signal
 import struct
 import sys
 
-REFUSED = 120  # exit code, with a reason on stderr, when this machine does not let a process shut itself in
+REFUSED = 120  # exit code if this machine does not allow isolation; the reason is on stderr
 NOBODY = 65534
-FIRST_USER = 1 << 30  # with a process id added: no other user, no other run
-BOX = "/box"
+FIRST_USER = 1 << 30  # plus the process id: a user id that no other user or run has
+WORK_FOLDER = "/box"
 DEVICES = ("null", "zero", "urandom")
-MOST_FILES = 1000  # an empty file takes memory, too
+MAX_FILES = 1000  # empty files use memory too
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
     1,
@@ -39,10 +39,10 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 CAPABILITY_VERSION_3 = 0x20080522
-# Of the machines that the filter knows: the kernel's name for their calls (linux/audit.h), and a column of FORBIDDEN.
+# Machine -> (its audit architecture in linux/audit.h, its column in FORBIDDEN).
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 FORBIDDEN = {
-    "shmget": (29, 194),  # System V and POSIX messages, anonymous files: memory that counts towards no process
+    "shmget": (29, 194),  # System V and POSIX IPC and anonymous files: memory that no process limit counts
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
@@ -51,23 +51,23 @@ FORBIDDEN = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    "socket": (41, 198),  # AF_VSOCK leads out of every network namespace
-    "io_uring_setup": (425, 425),  # makes sockets without the call above
-    "unshare": (272, 97),  # in a user namespace of its own a process mounts what it likes
+    "socket": (41, 198),  # AF_VSOCK is not confined by network namespaces
+    "io_uring_setup": (425, 425),  # can create sockets without socket()
+    "unshare": (272, 97),  # in its own user namespace a process may mount anything
     "setns": (308, 268),
-    "bpf": (321, 280),  # where kernels have had most of their holes
+    "bpf": (321, 280),  # a frequent source of kernel vulnerabilities
     "userfaultfd": (323, 282),
     "perf_event_open": (298, 241),
 }
 CLONE, CLONE3 = (56, 220), (435, 435)
-X32 = 0x40000000  # the same calls once more, numbered from here
+X32 = 0x40000000  # the x32 ABI repeats all calls from this number on
 BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 SECCOMP_MODE_FILTER, SECCOMP_KILL, SECCOMP_ERROR, SECCOMP_ALLOW = 2, 0x80000000, 0x00050000, 0x7FFF0000
-SECCOMP_NUMBER, SECCOMP_MACHINE, SECCOMP_ARGUMENT = 0, 4, 16  # where a filter finds them
+SECCOMP_NUMBER, SECCOMP_MACHINE, SECCOMP_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 
 
 def call(name: str, *arguments: object) -> None:
-    """A function of the C library that returns 0, or OSError."""
+    """Call a C library function; raises OSError unless it returns 0."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
@@ -85,25 +85,25 @@ def write(path: str, text: str) -> None:
 
 
 def _octal(escape: re.Match[bytes]) -> bytes:
-    return bytes([int(escape[1], 8)])  # mountinfo writes a space as \040
+    return bytes([int(escape[1], 8)])  # mountinfo escapes a space as \040
 
 
 def die_with_parent() -> None:
-    """Be killed when the parent ends. A change of credentials takes this back: called again behind each of them."""
+    """Ask the kernel to kill this process when its parent ends. A change of credentials resets this: call it again."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def own_user() -> int:
-    """A user id for this run alone, as process limits count per user; nobody's where that many ids are not mapped."""
-    mine = FIRST_USER + os.getpid()
+def run_user() -> int:
+    """A user id used by this run only, because process limits count per user; NOBODY if the id is not mapped."""
+    user = FIRST_USER + os.getpid()
     with open("/proc/self/uid_map") as lines:
         ranges = [[int(part) for part in line.split()] for line in lines]
-    return mine if any(first <= mine < first + n for first, _, n in ranges) else NOBODY
+    return user if any(first <= user < first + n for first, _, n in ranges) else NOBODY
 
 
-def leave_the_rest() -> None:
-    """New namespaces. As root without a user namespace, so that it works where those are switched off."""
-    write("/proc/self/oom_score_adj", "1000")  # the first to go when memory is short
+def enter_namespaces() -> None:
+    """Enter new namespaces. Root needs no user namespace, so it also works on kernels that disable those."""
+    write("/proc/self/oom_score_adj", "1000")  # killed first if memory runs out
     user, group = os.getuid(), os.getgid()
     flags = NEWNS | NEWIPC | NEWPID | NEWNET
     if user == 0:
@@ -116,13 +116,13 @@ def leave_the_rest() -> None:
 
 
 def build_root(root: str, visible: list[str], disk_bytes: int, user: int) -> None:
-    """Make `root` (an empty folder) the root: the `visible` paths read only, three devices, and an empty BOX."""
+    """Make `root`, an empty folder, the root: read-only `visible` paths, three devices and an empty WORK_FOLDER."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in visible:
         inside = root + path
         os.makedirs(os.path.dirname(inside), exist_ok=True)
-        if os.path.islink(path):  # /lib on a merged /usr
+        if os.path.islink(path):  # /lib is a link on systems with a merged /usr
             os.symlink(os.readlink(path), inside)
         else:
             os.makedirs(inside, exist_ok=True)
@@ -131,21 +131,21 @@ def build_root(root: str, visible: list[str], disk_bytes: int, user: int) -> Non
         points = [os.fsdecode(re.sub(rb"\\(\d{3})", _octal, line.split()[4])) for line in lines]
     for point in points:
         if point.startswith(root + "/"):
-            # A user namespace may not take off the flags that a mount came with.
+            # A user namespace may not clear flags that a mount already had.
             kept = os.statvfs(point).f_flag & (MS_NODEV | MS_NOEXEC)
             mount("none", point, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept)
     os.mkdir(f"{root}/dev")
     for name in DEVICES:
         write(f"{root}/dev/{name}", "")
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
-    os.mkdir(root + BOX)
-    options = f"size={disk_bytes},nr_inodes={MOST_FILES},mode=700,uid={user},gid={user}"
-    mount("tmpfs", root + BOX, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    os.mkdir(root + WORK_FOLDER)
+    options = f"size={disk_bytes},nr_inodes={MAX_FILES},mode=700,uid={user},gid={user}"
+    mount("tmpfs", root + WORK_FOLDER, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     mount("none", root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
-    call("pivot_root", b".", b".")  # the old root now lies on top of the new one
+    call("pivot_root", b".", b".")  # the old root is now mounted over the new one
     call("umount2", b".", MNT_DETACH)
-    os.chdir(BOX)
+    os.chdir(WORK_FOLDER)
 
 
 def drop_privileges(user: int) -> None:
@@ -159,7 +159,10 @@ def drop_privileges(user: int) -> None:
 
 
 def forbid_calls() -> None:
-    """A seccomp filter for this process and all it starts: FORBIDDEN fails, another machine's calls end the process."""
+    """Install a seccomp filter for this process and its children.
+
+    FORBIDDEN calls fail with EPERM. A call of another architecture kills the process.
+    """
     machine = os.uname().machine
     if machine not in MACHINES:
         raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
@@ -172,7 +175,7 @@ def forbid_calls() -> None:
         (BPF_LOAD, 0, 0, SECCOMP_NUMBER),
         (BPF_AT_LEAST, 0, 1, X32),
         (BPF_RETURN, 0, 0, SECCOMP_KILL),
-        (BPF_EQUAL, 0, 1, CLONE3[column]),  # its flags lie in memory that no filter sees; libraries then use clone
+        (BPF_EQUAL, 0, 1, CLONE3[column]),  # a filter cannot read its flags; libraries fall back to clone
         (BPF_RETURN, 0, 0, SECCOMP_ERROR | errno.ENOSYS),
     ]
     for numbers in FORBIDDEN.values():
@@ -208,7 +211,7 @@ def wait_for(child: int) -> int:
 
 
 def start(spec: dict[str, object], limits: dict[str, int]) -> None:
-    """Become the fresh Python. Standard output and errors go nowhere."""
+    """Replace this process with a fresh Python whose stdout and stderr are discarded."""
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 1)
     limit(limits)
@@ -218,26 +221,29 @@ def start(spec: dict[str, object], limits: dict[str, int]) -> None:
 
 
 def main(spec: dict[str, object], limits: dict[str, int], visible: list[str]) -> int:
-    """Three processes: this one waits outside; the second is process 1 inside, and all that is inside ends with it; the
-    third is the code."""
+    """Run the code in the sandbox and return its exit code.
+
+    Three processes: this one waits outside. Its child is process 1 of the new namespace; when it ends, the kernel ends
+    every process inside. Its grandchild runs the code.
+    """
     os.umask(0o022)
-    user = own_user() if os.getuid() == 0 else NOBODY
-    leave_the_rest()
+    user = run_user() if os.getuid() == 0 else NOBODY
+    enter_namespaces()
     die_with_parent()
-    if os.getppid() != spec["parent"]:  # it ended before that
+    if os.getppid() != spec["parent"]:  # the parent ended before die_with_parent took effect
         return REFUSED
-    alive, mine = os.pipe()
+    alive, held_open = os.pipe()
     inner = os.fork()
     if inner:
         return wait_for(inner)
-    os.close(mine)
+    os.close(held_open)
     build_root(str(spec["root"]), visible, limits["disk_bytes"], user)
     drop_privileges(user)
     forbid_calls()
     die_with_parent()
-    if select.select([alive], [], [], 0)[
-        0
-    ]:  # closed by an end that came before that; process 1 has no parent to ask for
+    # Process 1 sees no parent id, so a pipe tells whether the parent ended before die_with_parent took effect.
+    ended, _, _ = select.select([alive], [], [], 0)
+    if ended:
         return REFUSED
     os.close(alive)
     code = os.fork()

@@ -1,4 +1,4 @@
-"""What the AR base says of a text, and how much a text repeats itself."""
+"""Two judgements of a text: its likelihood under the AR base, and how much it repeats itself."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ from hildanext.model.backbone import n_embeddings
 
 
 @torch.no_grad()
-def parent_log_likelihood(model: PreTrainedModel, prompt_ids: list[int], new_ids: list[int]) -> float:
-    """Mean log-probability in nats that the AR base gives each token of a continuation; nan for an empty one."""
+def mean_log_likelihood(base: PreTrainedModel, prompt_ids: list[int], new_ids: list[int]) -> float:
+    """Mean log-probability, in nats per token, of a continuation under the AR base; nan for an empty continuation.
+
+    Raises DataError for token ids outside the base's vocabulary.
+    """
     if not new_ids:
         return math.nan
-    limit = n_embeddings(model)  # the base has no row for the mask token, which never appears
-    ids = torch.tensor([prompt_ids + new_ids], device=model.device)
-    if int(ids.max()) >= limit:
+    ids = torch.tensor([prompt_ids + new_ids], device=base.device)
+    if int(ids.max()) >= n_embeddings(base):  # the base lacks the mask token, but finished text never contains it
         raise DataError(
             "the continuation has token ids that the base does not know; give the checkpoint's own base with --base"
         )
-    log_p = model(ids).logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(-1)
+    log_p = base(ids).logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(-1)
     return log_p.gather(1, ids[0, len(prompt_ids) :, None]).mean().item()
 
 
+def total_log_likelihood(base: PreTrainedModel, prompt_ids: list[int], new_ids: list[int]) -> float:
+    """Log-probability of a whole continuation under the AR base, in nats; 0 for an empty continuation."""
+    return mean_log_likelihood(base, prompt_ids, new_ids) * len(new_ids) if new_ids else 0.0
+
+
 def distinct_2(texts: list[list[int]]) -> float:
-    """Share of different bigrams among all bigrams of the texts (as token ids)."""
+    """Share of distinct bigrams among all bigrams of the texts (given as token ids)."""
     bigrams = [pair for ids in texts for pair in itertools.pairwise(ids)]
     return len(set(bigrams)) / max(len(bigrams), 1)

@@ -1,4 +1,4 @@
-"""Likelihood of a continuation behind its context: a bound at any block size, the exact figure at block size 1."""
+"""Likelihood of a continuation given its context: a bound at any block size, exact at block size 1."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from hildanext.progress import progress
 
 TOKENS_PER_FORWARD = 1024
 
-Pair = tuple[list[int], list[int]]  # context and continuation, as token ids; neither is empty
+Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation; neither is empty
 
 
 class Score(NamedTuple):
     """Log-likelihood of a continuation in nats."""
 
     log_p: float
-    standard_error: float  # of the Monte Carlo estimate; 0 where the figure is exact
-    is_greedy: bool | None  # whether it is the most likely token at every place; None where only a bound is known
+    standard_error: float  # of the Monte Carlo estimate; 0 for an exact value
+    is_greedy: bool | None  # whether every token is the model's most likely one; None if only a bound is known
 
 
 def pack_pairs(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> tuple[Batch, Tensor]:
-    """One document a row, padded at its end, and `counted` [B, L] bool: the continuations' tokens."""
+    """A batch with one pair per row, padded on the right, and `counted` [B, L] bool: the continuations' tokens."""
     length = max(len(context) + len(target) for context, target in pairs)
     input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
     doc_ids = torch.full_like(input_ids, -1)
@@ -45,9 +45,10 @@ def pack_pairs(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> tuple[
 
 @torch.no_grad()
 def chain(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> list[Score]:
-    """Exact, by the chain of blocks of one token: sum over i of log p(x_i | x_<i, a mask at i), in one forward.
+    """Exact scores at block size 1: the sum over i of log p(x_i | x_<i, a mask at i), in one forward.
 
-    Every continuation token is masked in x_t, where it sees itself alone, and x_0 before it (LLaDA2.0 eq. 3 with blocks of 1).
+    x_t masks every continuation token. With blocks of one token (LLaDA2.0 eq. 3) each masked token sees only itself and
+    the clean tokens before it in x_0.
     """
     batch, counted = pack_pairs(lm, pairs, samples)
     (hidden,) = denoise(lm, batch, [counted], 1)
@@ -63,10 +64,10 @@ def chain(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> list[Score]
 def bound(
     lm: DiffusionLM, pairs: list[Pair], samples: list[int], block_size: int, draws: int, seed: int
 ) -> list[Score]:
-    """A lower bound: the block-conditional ELBO. The context is clean in x_0, and in x_t where it shares a block.
+    """Lower bounds: the ELBO, block by block, with the context clean in x_0, and in x_t inside a shared block.
 
-    Blocks are those of decoding, counted from the context's first token. The mean over `draws` antithetic pairs of masks,
-    seeded by (seed, sample, draw), and its standard error (nan for one pair).
+    Blocks are counted from the context's first token, as in decoding. A score is the mean over `draws` antithetic pairs
+    of masks, seeded by (seed, sample, draw), with its standard error (nan for a single pair).
     """
     batch, counted = pack_pairs(lm, pairs, samples)
     found = row_bounds(lm, batch, counted, block_size, draws, seed)
@@ -75,7 +76,7 @@ def bound(
 
 
 def _groups(pairs: list[Pair]) -> Iterator[list[int]]:
-    """Indices that share a forward: like lengths together, at most TOKENS_PER_FORWARD tokens with the padding."""
+    """Indices of pairs that share a forward: similar lengths, at most TOKENS_PER_FORWARD tokens including padding."""
     by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     group: list[int] = []
     for i in by_length:
@@ -91,7 +92,10 @@ def _groups(pairs: list[Pair]) -> Iterator[list[int]]:
 def score(
     lm: DiffusionLM, pairs: list[Pair], title: str, *, block_size: int | None, draws: int, seed: int
 ) -> list[Score]:
-    """Scores of many pairs, in their order. block_size None: exact, by `chain`; else by `bound`. Progress under `title`."""
+    """Scores in the order of the pairs: exact (`chain`) if block_size is None, else bounds (`bound`).
+
+    `title` labels the progress display.
+    """
     found: dict[int, Score] = {}
     lm.model.eval()
     with progress(title, len(pairs), "continuations") as advance:

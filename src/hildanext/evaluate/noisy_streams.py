@@ -1,4 +1,7 @@
-"""Several noisy streams beside one clean one: likelihoods mask few tokens of a long row, and mask them again and again."""
+"""Several noisy streams share one clean stream in a forward.
+
+A likelihood estimate masks few tokens of a long row, many times; a forward over the whole row for each mask is wasteful.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,30 @@ from hildanext.model.policy import compute_dtype
 
 
 def denoise(lm: DiffusionLM, batch: Batch, masked: list[Tensor], block_size: int) -> Iterator[Tensor]:
-    """For each of `masked` [B, L] bool what `lm.forward` gives for its tokens as masks and as wanted: hidden states [S, H].
+    """Hidden states [S, H] of the masked positions, for each mask in `masked` [B, L] bool; equal to `lm.forward`'s.
 
-    A noisy stream is no more than the blocks in which something is masked, and as many of them share a forward with x_0 as
-    are together no longer than it. Behind a context of 200 tokens, four draws of a continuation of 15 are one forward of 260
-    tokens where [x_t ; x_0] is four of 430.
+    A noisy stream holds only the blocks that have a masked token. As many streams share a forward with x_0 as fit into
+    its length. Example: with a context of 200 tokens, four draws of a 15-token continuation take one forward of 260
+    tokens, where [x_t ; x_0] takes four forwards of 430.
     """
     length = batch.input_ids.shape[1]
     blocks = block_ids(batch.position_ids, block_size)
-    columns, inside = _part(batch, blocks, torch.stack(masked).any(0))
+    columns, inside = _masked_blocks(batch, blocks, torch.stack(masked).any(0))
     if block_size >= length or columns.shape[1] == length:
-        for one in masked:
-            noisy_ids = batch.input_ids.masked_fill(one, lm.mask_token_id)
-            yield lm(batch, noisy_ids, one, block_size)
+        for mask in masked:
+            noisy_ids = batch.input_ids.masked_fill(mask, lm.mask_token_id)
+            yield lm(batch, noisy_ids, mask, block_size)
         return
     together = length // max(columns.shape[1], 1)
     for start in range(0, len(masked), together):
-        yield from _share(lm, batch, masked[start : start + together], block_size, blocks, columns, inside)
+        yield from _shared_forward(lm, batch, masked[start : start + together], block_size, blocks, columns, inside)
 
 
-def _part(batch: Batch, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns [B, R] int64, in order, of each row's blocks in which something is wanted; False in [B, R] where a row has fewer."""
+def _masked_blocks(batch: Batch, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks of each row that contain a wanted token: (columns [B, R] int64 in order, inside [B, R] bool).
+
+    inside is False where a row has fewer than R such columns.
+    """
     segment = block_starts(batch.doc_ids, blocks).cumsum(1) - 1
     hit = torch.zeros_like(segment).scatter_add_(1, segment, wanted.long()) > 0
     taken = hit.gather(1, segment)
@@ -44,7 +50,7 @@ def _part(batch: Batch, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]
     return columns, torch.arange(columns.shape[1], device=n.device) < n[:, None]
 
 
-def _share(
+def _shared_forward(
     lm: DiffusionLM,
     batch: Batch,
     masked: list[Tensor],
@@ -53,8 +59,9 @@ def _share(
     columns: Tensor,
     inside: Tensor,
 ) -> Iterator[Tensor]:
+    """One forward over [noisy streams ; x_0], n * R + L tokens; yields each mask's hidden states [S, H]."""
     n, width = len(masked), columns.shape[1]
-    noisy = [batch.input_ids.masked_fill(one, lm.mask_token_id).gather(1, columns) for one in masked]
+    noisy = [batch.input_ids.masked_fill(mask, lm.mask_token_id).gather(1, columns) for mask in masked]
     docs = batch.doc_ids.gather(1, columns).masked_fill(~inside, -1)
 
     def beside(part: Tensor, whole: Tensor) -> Tensor:
@@ -70,11 +77,11 @@ def _share(
         attention_mask=additive(visible, compute_dtype(embeds)),
         position_ids=beside(batch.position_ids.gather(1, columns), batch.position_ids),
     )
-    for number, one in enumerate(masked):
-        row, place = (one.gather(1, columns) & inside).nonzero(as_tuple=True)
+    for number, mask in enumerate(masked):
+        row, place = (mask.gather(1, columns) & inside).nonzero(as_tuple=True)
         at = number * width + place
         if lm.convention == "shifted":
-            # As in `DiffusionLM.forward`: x_0 predicts what opens a block.
+            # As in `DiffusionLM.forward`: x_0 predicts the first token of a block.
             column = columns[row, place]
             opens_block = batch.position_ids[row, column] % block_size == 0
             at = torch.where(opens_block, n * width + column, at) - 1

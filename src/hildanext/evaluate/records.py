@@ -1,4 +1,4 @@
-"""Data files of the tasks: JSON lines with the fields a task needs, and documents cut to length."""
+"""Data files of the tasks: JSON-lines records with checked fields, and documents cut to a fixed length."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hildanext.errors import DataError
 
 
 def read_records(path: Path, fields: tuple[str, ...], limit: int | None) -> list[dict[str, Any]]:
-    """The first `limit` records of a .jsonl or .jsonl.gz file, each with the text `fields`.
+    """The first `limit` records of a .jsonl or .jsonl.gz file; every name in `fields` must hold a string.
 
-    Raises DataError, naming file and line, for a file that is not there, is empty or holds something else.
+    Raises DataError, naming file and line, if the file is missing, empty or has an invalid record.
     """
     found: list[dict[str, Any]] = []
     for number, line in enumerate(_lines(path), start=1):
@@ -45,7 +45,7 @@ LOCAL = {"local_gsm8k": ("question", "answer"), "local_multiple_choice": ("quest
 
 
 def check_local(task: str, path: Path) -> None:
-    """Every record of a file for one of our own tasks of lm-eval, which scores what it does not understand as wrong.
+    """Check every record of a file for one of our lm-eval tasks (LOCAL): lm-eval scores a malformed record as wrong.
 
     Raises DataError, naming file and record.
     """
@@ -53,10 +53,10 @@ def check_local(task: str, path: Path) -> None:
         if task != "local_multiple_choice":
             continue
         choices, answer = record.get("choices"), record.get("answer")
-        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
             raise DataError(f"{path}: record {number}: 'choices' is not a list of two texts or more")
         if type(answer) is not int or not 0 <= answer < len(choices):
-            raise DataError(f"{path}: record {number}: 'answer' is {answer!r}, not the number of a choice, from 0")
+            raise DataError(f"{path}: record {number}: 'answer' is {answer!r}, not the index of a choice (from 0)")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def text_path(config: Config, task: str) -> Path:
-    """The documents of a text task: its own file, or the held-out ones. Raises DataError when there are none."""
+    """Path of a text task's documents: the configured file, else the held-out split. Raises DataError if missing."""
     given = config.evaluate.data.get(task)
     path = Path(given) if given else Path(config.paths.data) / "processed" / "eval.jsonl"
     if not path.is_file():
@@ -80,7 +80,10 @@ def text_path(config: Config, task: str) -> Path:
 
 
 def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None) -> list[list[int]]:
-    """The first `length` tokens of each document that has more, without its end-of-text token; the first `limit` of them."""
+    """The first `length` tokens of each document with at least that many, up to `limit` documents.
+
+    End-of-text tokens do not count. Raises DataError if no document is long enough.
+    """
     found: list[list[int]] = []
     for document in read_documents(path):
         ids: np.ndarray = encode_document(document, tokenizer, all_tokens=True).input_ids[:-1]
@@ -89,5 +92,5 @@ def token_pieces(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, li
         if len(found) == limit:
             break
     if not found:
-        raise DataError(f"{path}: no document has {length} tokens")
+        raise DataError(f"{path}: no document has {length} tokens or more")
     return found

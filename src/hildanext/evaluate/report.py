@@ -1,4 +1,4 @@
-"""The report of an evaluation: JSON for programs, Markdown and a picture for people."""
+"""Reports of `evaluate`: report.json for programs, report.md and a plot for people; reading them back for --resume."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from hildanext.files import atomic_open, write_json
 from hildanext.plots import draw_quality
 from hildanext.progress import say
 
-OURS = (humaneval.NAME, gsm8k.NAME, stories.NAME, infilling.NAME)  # the others are lm-eval's
-SCORES = ("acc_norm", "acc", "exact_match")  # a task's score is the first of these that it has
-INTERVALS = "95 % intervals: Wilson's for shares, the bootstrap over items (percentile, seeded) for the rest; none where none is shown."
+OURS = (humaneval.NAME, gsm8k.NAME, stories.NAME, infilling.NAME)  # all other tasks come from lm-eval
+SCORES = ("acc_norm", "acc", "exact_match")  # a task's score is its first metric of these
+INTERVALS = (
+    "Brackets hold 95 % confidence intervals: the Wilson score for shares, a seeded percentile bootstrap over items "
+    "for other figures. Figures without brackets have no interval."
+)
 
 
 def hardware(device: torch.device) -> str:
-    """What it ran on, in words."""
+    """The device's name for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
@@ -36,6 +39,7 @@ def _number(value: float | None) -> float | None:
 
 
 def as_json(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """Figures as JSON objects; nan becomes null."""
     return {
         name: figure._asdict()
         | {"value": _number(figure.value), "low": _number(figure.low), "high": _number(figure.high)}
@@ -44,13 +48,13 @@ def as_json(outcome: Outcome) -> dict[str, dict[str, Any]]:
 
 
 def _score(figures: dict[str, Figure]) -> float | None:
-    """The figure of an lm-eval task that counts in the average; of several filters the task's first one."""
+    """An lm-eval task's score for the average: its first metric in SCORES, by its first filter."""
     named = ((metric, name) for metric in SCORES for name in figures if name.partition(" (")[0] == metric)
     return next((figures[name].value for _, name in named), None)
 
 
 def averages(tasks: dict[str, list[Outcome]]) -> dict[str, dict[str, Any]]:
-    """The mean score over lm-eval's tasks, by way, beside the AR base's over the same tasks, and the ratio of the two."""
+    """For each way: its mean score over lm-eval's tasks, the AR base's over the same tasks, and their ratio."""
     scores: dict[str, dict[str, float]] = {}
     for task, outcomes in tasks.items():
         for outcome in outcomes if task not in OURS else []:
@@ -58,12 +62,12 @@ def averages(tasks: dict[str, list[Outcome]]) -> dict[str, dict[str, Any]]:
             if value is not None and not math.isnan(value):
                 scores.setdefault(outcome.way, {})[task] = value
     found = {}
-    for way, mine in scores.items():
-        parent = [scores["ar"][task] for task in mine if task in scores.get("ar", {})]
-        average = sum(mine.values()) / len(mine)
-        beside = sum(parent) / len(parent) if len(parent) == len(mine) else None
-        ratio = average / beside if beside else None
-        found[way] = {"tasks": list(mine), "average": average, "ar": beside, "ratio": ratio}
+    for way, by_task in scores.items():
+        base_scores = [scores["ar"][task] for task in by_task if task in scores.get("ar", {})]
+        average = sum(by_task.values()) / len(by_task)
+        base_average = sum(base_scores) / len(base_scores) if len(base_scores) == len(by_task) else None
+        ratio = average / base_average if base_average else None
+        found[way] = {"tasks": list(by_task), "average": average, "ar": base_average, "ratio": ratio}
     return found
 
 
@@ -75,12 +79,12 @@ def _average_table(tasks: dict[str, list[Outcome]]) -> list[str]:
         "",
         "## Average over lm-eval's tasks",
         "",
-        "| | tasks | average | ar on the same | ratio |",
+        "| | tasks | average | AR base, same tasks | ratio |",
         "|---" * 5 + "|",
     ]
-    for way, one in found.items():
-        numbers = ["-" if one[key] is None else f"{one[key]:.3f}" for key in ("average", "ar", "ratio")]
-        lines.append(f"| {way} | {len(one['tasks'])} | " + " | ".join(numbers) + " |")
+    for way, row in found.items():
+        numbers = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("average", "ar", "ratio")]
+        lines.append(f"| {way} | {len(row['tasks'])} | " + " | ".join(numbers) + " |")
     return lines
 
 
@@ -96,21 +100,21 @@ def _cell(figure: Figure | None) -> str:
 
 def _thresholds(settings: dict[str, Any]) -> str:
     names = ("tau_mask", "tau_edit", "edit_blocks", "max_post_steps", "block_size")
-    told = {
-        name: settings[name] for name in names if settings["tau_edit"] is not None or name in ("tau_mask", "block_size")
-    }
-    return ", ".join(f"{name} {value:g}" for name, value in told.items())
+    edits = settings["tau_edit"] is not None  # without editing only two of them have an effect
+    shown = {name: settings[name] for name in names if edits or name in ("tau_mask", "block_size")}
+    return ", ".join(f"{name} {value:g}" for name, value in shown.items())
 
 
 def markdown(about: dict[str, Any], tasks: dict[str, list[Outcome]]) -> str:
-    """A table a task: a row for each way, a column for each figure."""
+    """The report as Markdown: one table per task, with a row for each way and a column for each figure."""
     lines = [
         f"# Evaluation of {about['model']}",
         "",
-        f"Beside {about['base']}; convention {about['convention']}, block {about['block_size']}, {about['dtype']}, "
-        f"runtime {about['runtime']}, {about['slots']} side by side, on {about['hardware']}. Seed {about['seed']}. "
-        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        + ".",
+        f"AR base: {about['base']}. Convention {about['convention']}, block size {about['block_size']}, "
+        f"{about['dtype']}, runtime {about['runtime']}, {about['slots']} requests at a time, on {about['hardware']}. "
+        f"Seed {about['seed']}. "
+        f"Versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
+        "",
         *[f"- {name}: {_thresholds(settings)}" for name, settings in about["ways"].items() if settings],
         "",
         INTERVALS,
@@ -136,7 +140,7 @@ def _samples_file(out: Path, task: str) -> Path:
 
 
 def write_report(about: dict[str, Any], tasks: dict[str, list[Outcome]], out: Path) -> dict[str, Any]:
-    """Write report.json, report.md and samples/TASK.jsonl into `out`. Returns what stands in report.json."""
+    """Write report.json, report.md and samples/TASK.jsonl into `out`. Returns the content of report.json."""
     report = about | {
         "tasks": {task: {outcome.way: as_json(outcome) for outcome in outcomes} for task, outcomes in tasks.items()},
         "lm_eval_average": averages(tasks),
@@ -152,21 +156,21 @@ def write_report(about: dict[str, Any], tasks: dict[str, list[Outcome]], out: Pa
     return report
 
 
-def take_over(about: dict[str, Any], out: Path) -> dict[str, list[Outcome]]:
-    """What an interrupted evaluation left in `out`, by task; `about["data"]` gains the files of tasks that are not named now.
+def read_results(about: dict[str, Any], out: Path) -> dict[str, list[Outcome]]:
+    """Results of an earlier evaluation in `out`, by task; adds the data files of its other tasks to `about["data"]`.
 
-    Raises UsageError, naming what differs, when it was of another model or with other settings.
+    Raises UsageError, naming the difference, if the models, settings or data files differ.
     """
     path = out / "report.json"
     if not path.is_file():
-        say(f"{out}: no report yet; starting over")
+        say(f"{out}: no earlier report; starting from the beginning")
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
     tasks = stored.pop("tasks")
-    settled = json.loads(json.dumps(about))
-    differs = [key for key in settled if key not in ("git", "data") and stored.get(key) != settled[key]]
+    current = json.loads(json.dumps(about))  # tuples become lists, as in the stored report
+    differs = [key for key in current if key not in ("git", "data") and stored.get(key) != current[key]]
     data = stored.get("data", {})
-    differs += [f"data file of {name}" for name, given in settled["data"].items() if data.get(name, given) != given]
+    differs += [f"data file of {name}" for name, given in current["data"].items() if data.get(name, given) != given]
     if differs:
         raise UsageError(f"{path}: made with another {', '.join(differs)}; leave out --resume, or give another --out")
     about["data"] = data | about["data"]
@@ -174,18 +178,18 @@ def take_over(about: dict[str, Any], out: Path) -> dict[str, list[Outcome]]:
     for task, by_way in tasks.items():
         records = [json.loads(line) for line in _samples_file(out, task).read_text(encoding="utf-8").splitlines()]
         for way, figures in by_way.items():
-            again = {
+            restored = {
                 name: Figure(**figure | {"value": math.nan if figure["value"] is None else figure["value"]})
                 for name, figure in figures.items()
             }
             samples = [{k: v for k, v in record.items() if k != "way"} for record in records if record["way"] == way]
-            found.setdefault(task, []).append(Outcome(way, again, samples))
-    say(f"{path}: {sum(map(len, found.values()))} results taken over")
+            found.setdefault(task, []).append(Outcome(way, restored, samples))
+    say(f"{path}: {sum(map(len, found.values()))} earlier results kept")
     return found
 
 
 def draw(tasks: dict[str, list[Outcome]], path: Path) -> None:
-    """The picture of the tasks that have a speed; none is drawn without one."""
+    """Plot quality against speed for the tasks that measure speed; without such a task no file is written."""
     drawn = {
         task: [(outcome.way, outcome.figures) for outcome in outcomes]
         for task, outcomes in tasks.items()

@@ -1,12 +1,12 @@
-"""Runs code that a model wrote, shut in (see `jail`), against the tests of its problem. Linux only.
+"""Runs code written by a model, isolated from the system (see jail.py), against the tests of its problem. Linux only.
 
-What the code cannot do: reach the network, see or signal another process, read the environment or any file but Python's
-and the system's libraries, write anywhere but into an empty folder in memory, outlive its time, or fill memory, disk or
-process table. Where the kernel does not allow the namespaces that this takes, nothing is run.
+The code cannot reach the network, see or signal other processes, read the environment, read files other than the
+libraries of Python and the system, write outside an empty in-memory folder, exceed its time limit, or exhaust memory,
+disk or process table. If the kernel does not allow the required namespaces, no code is run.
 
-What it does not stop: the verdict is written by the process that ran the code, so code that looks for the token in the
-interpreter's own frames can fake a pass. Printing, exit codes and early exits cannot. Few system calls are forbidden: a hole
-in the kernel stays a hole. For code by an enemy use a machine of its own.
+Limits of this protection: the process that runs the code also reports the verdict, so code that searches the
+interpreter's frames for the token can fake a pass. Output, exit codes and early exits cannot. Only some system calls are
+blocked, so kernel vulnerabilities remain reachable. Run hostile code on a separate machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 from hildanext.errors import UsageError
 from hildanext.evaluate import jail
 
-# Candidate and tests are compiled apart, so that an open string in the one cannot swallow the other.
+# Candidate and tests are compiled separately, so an unterminated string in the candidate cannot hide the tests.
 DRIVER = """
 import json, os, sys
 verdict = int(sys.argv[1])
@@ -42,30 +42,30 @@ except BaseException as error:
 os.write(verdict, outcome.encode(errors="replace"))
 os._exit(0)
 """
-MOST_VERDICT = 4096
+MAX_VERDICT_BYTES = 4096
 
 
 class Limits(NamedTuple):
-    """What a program may use. Memory is each process's own: together they may take `processes` times as much."""
+    """Resource limits of a program. `memory_bytes` is per process: all together can use `processes` times as much."""
 
     cpu_s: int = 5
-    wall_s: float = 20.0  # of everything, the shutting in included
+    wall_s: float = 20.0  # wall-clock time, including the setup of the sandbox
     memory_bytes: int = 320 << 20
     file_bytes: int = 4 << 20
     disk_bytes: int = 16 << 20
-    processes: int = 6  # process 1, the program, and what it starts, threads too
+    processes: int = 6  # process 1, the program, its children and threads
     open_files: int = 64
 
 
 class Verdict(NamedTuple):
-    """Whether the tests passed, and what ended the program if not."""
+    """Whether the tests passed, and the reason if they did not."""
 
     passed: bool
     reason: str
 
 
 def visible_paths(executable: str) -> list[str]:
-    """What a Python needs to start: its own folders and the system's libraries. None lies inside another."""
+    """Folders that Python needs to start: its own and the system's libraries. No folder is inside another."""
     prefixes = [Path(executable).parents[1], Path(sys.base_prefix), Path(sys.base_exec_prefix)]
     wanted = sorted({*map(str, prefixes), "/usr", "/lib", "/lib64", "/nix/store"})
     found: list[str] = []
@@ -76,12 +76,12 @@ def visible_paths(executable: str) -> list[str]:
 
 
 def run_check(program: str, test: str, entry_point: str, limits: Limits | None = None) -> Verdict:
-    """Run `program`, then `test`, which defines `check`, then `check(entry_point)`; passed if nothing was raised.
+    """Run `program`, then `test`, which defines `check`, then `check(entry_point)`; passed if nothing raises.
 
-    Raises UsageError where code cannot be shut in.
+    Raises UsageError if this machine cannot isolate the code.
     """
     if sys.platform != "linux":
-        raise UsageError("model-written code is run on Linux only: other systems have no namespaces to shut it in")
+        raise UsageError("code written by a model runs on Linux only; other systems lack the namespaces to isolate it")
     limits = limits or Limits()
     executable = os.path.realpath(sys.executable)
     token = secrets.token_hex(16)
@@ -105,37 +105,37 @@ def run_check(program: str, test: str, entry_point: str, limits: Limits | None =
         finally:
             os.close(write_end)
         try:
-            _, complaint = process.communicate(json.dumps(given).encode(), timeout=limits.wall_s)
+            _, stderr = process.communicate(json.dumps(given).encode(), timeout=limits.wall_s)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # process 1 inside dies with it, and everything inside with that
+            os.killpg(process.pid, signal.SIGKILL)  # also ends process 1 of the sandbox, and with it all others
             process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
-                return Verdict(False, f"no end within {limits.wall_s:g} s")
+                return Verdict(False, f"not finished after {limits.wall_s:g} s")
             raise
-        if process.returncode == jail.REFUSED and complaint:  # the program has no way to this stderr
+        if process.returncode == jail.REFUSED and stderr:  # the program itself cannot write to this stderr
             raise UsageError(
-                "model-written code cannot be shut in on this machine, so it is not run: "
-                f"{complaint.decode(errors='replace')}; it takes root or unprivileged user namespaces"
+                "code written by a model cannot be isolated on this machine, so it is not run: "
+                f"{stderr.decode(errors='replace')}; isolation needs root or unprivileged user namespaces"
             )
-        return _judge(verdict.read(MOST_VERDICT).decode(errors="replace"), token, process.returncode)
+        return _judge(verdict.read(MAX_VERDICT_BYTES).decode(errors="replace"), token, process.returncode)
 
 
 def _judge(written: str, token: str, code: int) -> Verdict:
     if written == token:
         return Verdict(True, "passed")
-    if token in written:  # something else wrote beside it
+    if token in written:  # the program wrote to the pipe as well
         return Verdict(False, "the verdict was tampered with")
     if written:
         return Verdict(False, written.splitlines()[0][:200])
-    signals = {128 + one.value: one.name for one in signal.Signals}
+    signals = {128 + known.value: known.name for known in signal.Signals}
     ended = f"signal {signals[code]}" if code in signals else f"exit code {code}"
-    return Verdict(False, f"ended by {ended} before the tests did")
+    return Verdict(False, f"ended by {ended} before the tests finished")
 
 
 def require_sandbox() -> None:
-    """Raise UsageError unless code can be shut in here: a program that passes, and one that does not."""
-    good = run_check("def f():\n    return 1\n", "def check(f):\n    assert f() == 1\n", "f")
-    if not good.passed:
+    """Raise UsageError unless a correct program runs isolated on this machine and passes."""
+    verdict = run_check("def f():\n    return 1\n", "def check(f):\n    assert f() == 1\n", "f")
+    if not verdict.passed:
         raise UsageError(
-            f"model-written code cannot be run on this machine: a program that is right fails: {good.reason}"
+            f"code written by a model cannot be run on this machine: a correct program fails: {verdict.reason}"
         )

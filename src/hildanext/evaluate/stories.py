@@ -1,36 +1,36 @@
-"""Continuations of stories that training has not seen, judged by the AR parent."""
+"""Continuations of unseen stories, scored by the AR base."""
 
 from __future__ import annotations
 
 from hildanext.config import Config
 from hildanext.evaluate.intervals import plain, ratio, share
-from hildanext.evaluate.judge import distinct_2, parent_log_likelihood
-from hildanext.evaluate.ways import Models, Outcome, Question, Way, answer, cost
+from hildanext.evaluate.judge import distinct_2, total_log_likelihood
+from hildanext.evaluate.ways import Models, Outcome, Question, Way, complete, cost
 
 NAME = "stories"
 
 
 def evaluate(config: Config, models: Models, prompts: list[list[int]], way: Way) -> Outcome:
-    """Mean log-likelihood a token under the parent, variety, and the share that ends by itself.
+    """Log-likelihood per token under the base, distinct-2, and the share of continuations that end before the budget.
 
-    What repeats itself is likely: the first figure means nothing without the second.
+    Repetitive text has a high likelihood, so read the likelihood together with distinct-2.
     """
     how = config.evaluate
-    answers = answer(models, way, [Question(prompt, how.story_tokens) for prompt in prompts], NAME)
-    counts = [len(one.token_ids) for one in answers]
+    answers = complete(models, way, [Question(prompt, how.story_tokens) for prompt in prompts], NAME)
+    counts = [len(answer.token_ids) for answer in answers]
     log_p = [
-        parent_log_likelihood(models.base, prompt, one.token_ids) * len(one.token_ids) if one.token_ids else 0.0
-        for prompt, one in zip(prompts, answers, strict=True)
+        total_log_likelihood(models.base, prompt, answer.token_ids)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
     decode = models.engine.decode_tokens
     samples = [
-        {"prompt": decode(prompt), "continuation": one.text, "log_likelihood": score, "tokens": n}
-        for prompt, one, score, n in zip(prompts, answers, log_p, counts, strict=True)
+        {"prompt": decode(prompt), "continuation": answer.text, "log_likelihood": score, "tokens": n}
+        for prompt, answer, score, n in zip(prompts, answers, log_p, counts, strict=True)
     ]
     figures = {
         "log_likelihood": ratio(log_p, counts, how.resamples, how.seed),
-        # No interval: a bootstrap sample holds texts twice, which is just what is measured.
-        "distinct_2": plain(distinct_2([one.token_ids for one in answers]), len(answers)),
-        "ended": share([one.ended for one in answers]),
+        # No interval: a bootstrap sample repeats texts, and repetition is what this figure measures.
+        "distinct_2": plain(distinct_2([answer.token_ids for answer in answers]), len(answers)),
+        "ended": share([answer.ended for answer in answers]),
     }
     return Outcome(way.name, figures | cost(answers, how.resamples, how.seed), samples)

@@ -1,4 +1,4 @@
-"""Who completes text, and how: the AR base, and the converted model in each mode. Prompts in, answers and their cost out."""
+"""Who completes text, and how: the AR base, or the converted model in one of its modes. Measures what answers cost."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.config import Config, Mode
 from hildanext.decoding.engines.protocol import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.rule import Settings, resolve
 from hildanext.diffusion.noise import sample_generator
-from hildanext.errors import HildaError
+from hildanext.errors import HildaError, UsageError
 from hildanext.evaluate.intervals import Figure, plain, ratio
 from hildanext.model.ar_generate import ar_complete_batch
 from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.progress import progress
+from hildanext.progress import Advance, progress
 
 
 class Models(NamedTuple):
@@ -30,14 +30,14 @@ class Models(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A way to complete text; without settings it is the AR base's."""
+    """A model and its decode settings, under the name that reports use. Settings None: the AR base."""
 
     name: str
     settings: Settings | None
 
 
 class Question(NamedTuple):
-    """A prompt and how far to go on from it."""
+    """A prompt, its token budget and where to stop. Temperature 0 is greedy."""
 
     prompt_ids: list[int]
     max_new_tokens: int
@@ -46,19 +46,27 @@ class Question(NamedTuple):
     seed: int = 0
 
 
-class WayAnswer(NamedTuple):
-    """`seconds` is this answer's part of the time it ran beside others: the parts add up to the time of all."""
+class TimedAnswer(NamedTuple):
+    """An answer and its cost. `seconds` is its share of the time of a batch; shares add up to the total time."""
 
     text: str
     token_ids: list[int]
     ended: bool  # by an end-of-text token or a stop string, not by the budget
     seconds: float
-    forwards: int  # as `Stats` counts them: chunks of a long prompt apart
+    forwards: int  # as in `Stats`: without the forwards that only prefill a long prompt
     edits: int
 
 
+class Outcome(NamedTuple):
+    """Results of one way on one task. `samples` has one record per item, for people to read."""
+
+    way: str
+    figures: dict[str, Figure]
+    samples: list[dict[str, Any]]
+
+
 def ways(config: Config, models: Models) -> list[Way]:
-    """AR, then Q_MODE and S_MODE with editing on and off, at each block size asked for."""
+    """The AR base, then Q_MODE and S_MODE with editing on and off, at each of `evaluate.block_sizes`."""
     found = [Way("ar", None)]
     trained = models.lm.block_size
     assert trained is not None
@@ -77,97 +85,101 @@ def ways(config: Config, models: Models) -> list[Way]:
 
 
 def sampling_seed(seed: int, item: int, sample: int) -> int:
-    """A seed of its own for each completion."""
+    """A distinct seed for each completion of each item."""
     return int(sample_generator(seed, item, f"sample {sample}").initial_seed())
 
 
-def answer(models: Models, way: Way, questions: list[Question], title: str) -> list[WayAnswer]:
-    """Answers in the order of the questions, `engine.slots` of them side by side. A short warm-up is not counted."""
+def require_chat_template(config: Config, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    """Raise UsageError if the tokenizer has no chat template."""
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            f"task '{task}': '{config.model.base}' has no chat template; set evaluate.chat=false for plain prompts"
+        )
+
+
+def complete(models: Models, way: Way, questions: list[Question], title: str) -> list[TimedAnswer]:
+    """Answers in the order of the questions, up to `engine.slots` at a time. A short warm-up is not timed."""
     with progress(f"{title}, {way.name}", len(questions), "answers") as advance:
         if way.settings is None:
-            return _ar_answers(models, questions, advance)
-        return _engine_answers(models.engine, way.settings, questions, advance)
+            return _complete_ar(models, questions, advance)
+        return _complete_blocks(models.engine, way.settings, questions, advance)
 
 
-def _engine_answers(
-    engine: TransformersEngine, settings: Settings, questions: list[Question], advance: Any
-) -> list[WayAnswer]:
+def _complete_blocks(
+    engine: TransformersEngine, settings: Settings, questions: list[Question], advance: Advance
+) -> list[TimedAnswer]:
     requests = [
         Request(
-            one.prompt_ids,
+            question.prompt_ids,
             settings._replace(
-                max_new_tokens=one.max_new_tokens, stop=one.stop, temperature=one.temperature, seed=one.seed
+                max_new_tokens=question.max_new_tokens,
+                stop=question.stop,
+                temperature=question.temperature,
+                seed=question.seed,
             ),
         )
-        for one in questions
+        for question in questions
     ]
     engine.generate(Request(requests[0].prompt_ids, requests[0].settings._replace(max_new_tokens=1)))
-    engine.scheduler.forget()  # every way computes its prompts
-    place = {engine.submit(request): index for index, request in enumerate(requests)}
+    engine.scheduler.forget()  # no way may reuse the prompt cache of another
+    index_of = {engine.submit(request): index for index, request in enumerate(requests)}
     seconds, done = [0.0] * len(requests), dict[int, Completion]()
     began = time.perf_counter()
     while len(done) < len(requests):
-        happened = engine.step()
-        for sequence, what in happened:
-            if isinstance(what, HildaError):
-                raise what
-            if isinstance(what, Completion):
-                done[place[sequence]] = what
-        served = {place[sequence] for sequence, _ in happened}
-        if served:  # a chunk of a prompt alone is counted with the next step
+        events = engine.step()
+        for sequence, event in events:
+            if isinstance(event, HildaError):
+                raise event
+            if isinstance(event, Completion):
+                done[index_of[sequence]] = event
+        served = {index_of[sequence] for sequence, _ in events}
+        if served:  # a step that only prefills has no events; its time goes to the next step
             now = time.perf_counter()
             for index in served:
                 seconds[index] += (now - began) / len(served)
             began = now
         advance(len(done))
     return [
-        WayAnswer(
-            one.text,
-            one.token_ids,
-            one.finish_reason == "stop",
+        TimedAnswer(
+            completion.text,
+            completion.token_ids,
+            completion.finish_reason == "stop",
             seconds[index],
-            one.stats.forwards,
-            one.stats.edits,
+            completion.stats.forwards,
+            completion.stats.edits,
         )
-        for index, one in sorted(done.items())
+        for index, completion in sorted(done.items())
     ]
 
 
-def _alike(questions: list[Question], most: int) -> Iterator[list[Question]]:
-    """Neighbours that one batch can answer."""
-    for _, alike in itertools.groupby(questions, lambda one: (one.max_new_tokens, one.stop, one.temperature)):
-        some = list(alike)
-        for start in range(0, len(some), most):
-            yield some[start : start + most]
+def _batches(questions: list[Question], size: int) -> Iterator[list[Question]]:
+    """Runs of adjacent questions with the same budget, stop strings and temperature, at most `size` in each."""
+    for _, alike in itertools.groupby(questions, lambda q: (q.max_new_tokens, q.stop, q.temperature)):
+        group = list(alike)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
-def _ar_answers(models: Models, questions: list[Question], advance: Any) -> list[WayAnswer]:
-    tokenizer, found = models.lm.tokenizer, list[WayAnswer]()
-    for group in _alike(questions, models.engine.slots):
-        how: dict[str, Any] = {"stop": group[0].stop, "temperature": group[0].temperature, "seed": group[0].seed}
-        prompts, budget = [one.prompt_ids for one in group], group[0].max_new_tokens
+def _complete_ar(models: Models, questions: list[Question], advance: Advance) -> list[TimedAnswer]:
+    tokenizer, found = models.lm.tokenizer, list[TimedAnswer]()
+    for batch in _batches(questions, models.engine.slots):
+        how: dict[str, Any] = {"stop": batch[0].stop, "temperature": batch[0].temperature, "seed": batch[0].seed}
+        prompts, budget = [question.prompt_ids for question in batch], batch[0].max_new_tokens
         if not found:
             ar_complete_batch(models.base, tokenizer, prompts[:1], 1, **how)
-        for one in ar_complete_batch(models.base, tokenizer, prompts, budget, **how):
-            found.append(WayAnswer(one.text, one.token_ids, one.ended, one.seconds, max(len(one.token_ids), 1), 0))
+        for done in ar_complete_batch(models.base, tokenizer, prompts, budget, **how):
+            forwards = max(len(done.token_ids), 1)
+            found.append(TimedAnswer(done.text, done.token_ids, done.ended, done.seconds, forwards, 0))
         advance(len(found))
     return found
 
 
-def cost(answers: list[WayAnswer], resamples: int, seed: int) -> dict[str, Figure]:
-    """Speed of some answers. The time is that of all of them together, side by side as they ran."""
-    tokens = [float(len(one.token_ids)) for one in answers]
+def cost(answers: list[TimedAnswer], resamples: int, seed: int) -> dict[str, Figure]:
+    """Tokens per forward and per second over all answers, their tokens and their edits."""
+    tokens = [float(len(answer.token_ids)) for answer in answers]
     return {
-        "tokens_per_forward": ratio(tokens, [one.forwards for one in answers], resamples, seed),
-        "tokens_per_second": ratio(tokens, [one.seconds for one in answers], resamples, seed),
+        "tokens_per_forward": ratio(tokens, [answer.forwards for answer in answers], resamples, seed),
+        "tokens_per_second": ratio(tokens, [answer.seconds for answer in answers], resamples, seed),
         "tokens": plain(sum(tokens), len(answers)),
-        "edits": plain(sum(one.edits for one in answers), len(answers)),
+        "edits": plain(sum(answer.edits for answer in answers), len(answers)),
     }
-
-
-class Outcome(NamedTuple):
-    """What a way gave on a task. `samples`: one record an item, for people to read."""
-
-    way: str
-    figures: dict[str, Figure]
-    samples: list[dict[str, Any]]
