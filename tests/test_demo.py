@@ -46,7 +46,7 @@ def test_the_report_is_complete(small: list[str], tmp_path: Path, capsys: pytest
         assert Path(curves).read_bytes().startswith(b"\x89PNG")
         assert curves in printed.out
     assert (Path(report["checkpoint"]) / "model.safetensors").is_file()
-    assert "[" in printed.out.split("step by step")[1].split("A story of each")[0]  # something was drafted
+    assert "[" in printed.out.split("pass by pass")[1].split("One story of each")[0]  # something was drafted
     assert report["verdicts"] == demo.verdicts(report)
     assert len(report["verdicts"]) == 3
     assert printed.out.count("wanted") == 3
@@ -109,7 +109,8 @@ def test_stories_are_judged_by_the_checker(monkeypatch: pytest.MonkeyPatch):
             done.text, done.token_ids, done.stats = next(answers), [1] * 20, Stats()
             return done
 
-    told = demo.tell_blocks(Engine(), None, asked)  # type: ignore[arg-type]
+    engine: Any = Engine()
+    told = demo.tell(engine, asked, lambda ids: demo.answer_blocks(engine, None, ids))  # type: ignore[arg-type]
     assert (told.accepted, told.tokens, told.forwards, told.seconds) == (3, 80, 20, 2.0)
     assert told.sample == texts[0]
 

@@ -1,8 +1,8 @@
-"""`demo`: the whole way on synthetic stories, offline, in minutes on a laptop CPU.
+"""`demo`: trains, converts, tunes and compares a tiny model on synthetic stories, offline, in minutes on a laptop CPU.
 
-A tiny AR model is trained from scratch (the "before"), converted on the WSD schedule and tuned on instructions, the best
-checkpoints merged each time; then AR, Q_MODE and S_MODE tell stories that a checker accepts or not. Every number printed is
-measured in the run.
+A tiny AR model is trained from scratch as the base, converted on the WSD schedule and tuned on instructions; each training
+ends with a merge of its best checkpoints. Then the base, Q_MODE and S_MODE write stories, and a checker accepts or rejects
+each story. All printed numbers are measured in the run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from hildanext.model.pretrained import load_tokenizer
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.progress import duration, progress, say
 from hildanext.provenance import git_revision, versions
+from hildanext.terminal.cells import Settling, as_line
 from hildanext.training.ar_base import train_ar
 from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.convert import convert_wsd, sft
@@ -49,8 +52,17 @@ N_PROMPTS, N_ELBO_ROWS = 100, 40
 WANT_QUALITY, WANT_TPF = 0.9, 2.5
 
 
-class Told(NamedTuple):
-    """Stories of one mode."""
+class Answer(NamedTuple):
+    """A story and what it cost."""
+
+    text: str
+    tokens: int
+    forwards: int
+    seconds: float
+
+
+class Stories(NamedTuple):
+    """Totals over the stories of one mode, and the first story."""
 
     accepted: int
     tokens: int
@@ -64,25 +76,28 @@ def _with_base(config: Config, base: Path | str) -> Config:
 
 
 def _inside(config: Config, folder: Path) -> Config:
-    """The configuration with everything that the demo makes for itself in its own folder."""
+    """The configuration with data, instructions and base model in the demo's folder."""
     paths = config.paths.model_copy(update={"data": str(folder / "data")})
     instructions = {"path": str(folder / "instructions.jsonl")}
-    sources = [one.model_copy(update=instructions) if one.kind == "instruct" else one for one in config.data.sources]
+    sources = [
+        source.model_copy(update=instructions) if source.kind == "instruct" else source
+        for source in config.data.sources
+    ]
     data = config.data.model_copy(update={"sources": sources})
     model = config.model.model_copy(update={"base": str(folder / "base")})
     return config.model_copy(update={"paths": paths, "data": data, "model": model})
 
 
 def make_base(config: Config, folder: Path) -> PreTrainedModel:
-    """Data, tokenizer and a tiny AR model trained from scratch, saved as `folder/base`."""
+    """Prepare the data and train a tiny AR model from scratch; saves model and tokenizer in `folder/base`."""
     base = folder / "base"
     tokenizer = story_tokenizer()
     model = tiny_llama(tokenizer, HIDDEN, LAYERS, context=512, seed=config.train.seed)
     with writing(base):
-        model.save_pretrained(base)  # the commands below need its tokenizer; the weights follow
+        model.save_pretrained(base)  # tokenization needs the folder now; the trained weights replace these
         tokenizer.save_pretrained(base)
     with atomic_open(folder / "instructions.jsonl") as file:
-        file.writelines(json.dumps(one) + "\n" for one in synthetic_instructions(N_INSTRUCTIONS, seed=3))
+        file.writelines(json.dumps(chat) + "\n" for chat in synthetic_instructions(N_INSTRUCTIONS, seed=3))
     prepare_data(config)
     tokenize_data(config, load_tokenizer(config.model))
     rows = open_rows(config, "train", tokenizer)
@@ -94,57 +109,49 @@ def make_base(config: Config, folder: Path) -> PreTrainedModel:
 
 
 def prompts(seed: int) -> list[Slots]:
-    """What the stories are to be about; none of it is held back or chosen after the fact."""
+    """The subjects of the stories, drawn at random from the seed; no selection."""
     rng = random.Random(seed)
     return [draw_slots(rng) for _ in range(N_PROMPTS)]
 
 
-def tell_ar(engine: TransformersEngine, model: PreTrainedModel, asked: list[Slots], budget: int) -> Told:
-    """Stories of the AR base, by transformers' own greedy generate."""
-    accepted = tokens = 0
-    seconds, sample = 0.0, ""
+def tell(engine: TransformersEngine, asked: list[Slots], answer: Callable[[list[int]], Answer]) -> Stories:
+    """Ask for one story about each of the subjects. answer: completes a prompt given as token ids."""
+    accepted, answers = 0, list[Answer]()
     for slots in asked:
-        ids = engine.encode([{"role": "user", "content": instruction(slots)}])
-        done = ar_complete(model, engine.lm.tokenizer, ids, budget)
-        accepted += not check(done.text, slots.name, slots.thing)
-        tokens += len(done.token_ids)
-        seconds += done.seconds
-        sample = sample or done.text
-    return Told(accepted, tokens, tokens, seconds, sample)
+        answers.append(answer(engine.encode([{"role": "user", "content": instruction(slots)}])))
+        accepted += not check(answers[-1].text, slots.name, slots.thing)
+    return Stories(
+        accepted,
+        tokens=sum(story.tokens for story in answers),
+        forwards=sum(story.forwards for story in answers),
+        seconds=sum(story.seconds for story in answers),
+        sample=next((story.text for story in answers if story.text), ""),
+    )
 
 
-def tell_blocks(engine: TransformersEngine, settings: Settings, asked: list[Slots]) -> Told:
-    """Stories of the diffusion model in one mode."""
-    accepted = tokens = forwards = 0
-    seconds, sample = 0.0, ""
-    for slots in asked:
-        ids = engine.encode([{"role": "user", "content": instruction(slots)}])
-        done = engine.generate(Request(ids, settings))
-        accepted += not check(done.text, slots.name, slots.thing)
-        tokens += len(done.token_ids)
-        forwards += done.stats.forwards
-        seconds += done.stats.seconds
-        sample = sample or done.text
-    return Told(accepted, tokens, forwards, seconds, sample)
+def answer_ar(engine: TransformersEngine, base: PreTrainedModel, budget: int, ids: list[int]) -> Answer:
+    """A story by the AR base, with transformers' own greedy `generate`."""
+    done = ar_complete(base, engine.lm.tokenizer, ids, budget)
+    return Answer(done.text, len(done.token_ids), len(done.token_ids), done.seconds)
 
 
-def show_steps(engine: TransformersEngine, settings: Settings, slots: Slots, blocks: int = 3) -> str:
-    """One decode, pass by pass: `_` is a mask, [word] was drafted in this pass, {word} was edited."""
-    ids = engine.encode([{"role": "user", "content": instruction(slots)}])
-    lines = []
-    for event in engine.stream(Request(ids, settings)):
-        if not isinstance(event, Step) or event.block >= len(ids) // settings.block_size + blocks:
-            continue
-        words = []
-        for place, token in enumerate(event.tokens):
-            word = engine.decode_tokens([token]).strip() if token != engine.lm.mask_token_id else "_"
-            words.append(f"[{word}]" if place in event.drafted else f"{{{word}}}" if place in event.edited else word)
-        lines.append(f"  block {event.block} pass {event.step + 1}:  {' '.join(words)}")
-    return "\n".join(lines)
+def answer_blocks(engine: TransformersEngine, settings: Settings, ids: list[int]) -> Answer:
+    """A story by the diffusion model."""
+    done = engine.generate(Request(ids, settings))
+    return Answer(done.text, len(done.token_ids), done.stats.forwards, done.stats.seconds)
+
+
+def show_passes(engine: TransformersEngine, settings: Settings, slots: Slots, blocks: int = 3) -> str:
+    """The first blocks of one answer, one line per pass: `_` is a mask, [word] a new draft, {word} a new edit."""
+    request = Request(engine.encode([{"role": "user", "content": instruction(slots)}]), settings)
+    last = len(request.prompt_ids) // settings.block_size + blocks
+    settling = Settling(engine, request)
+    steps = [event for event in engine.stream(request) if isinstance(event, Step) and event.block < last]
+    return "\n".join("  " + as_line(step, settling.cells(step)) for step in steps)
 
 
 def measure(config: Config, base: PreTrainedModel, lm: DiffusionLM) -> tuple[dict[str, Any], str]:
-    """The four ways to tell stories, side by side: report entries, and a decode shown step by step."""
+    """Measure the AR base and three decode settings on the same prompts: report entries, and one decode as text."""
     engine = TransformersEngine(config, {}, lm)
     assert lm.block_size is not None
     rows = open_rows(config, "eval", lm.tokenizer)
@@ -159,25 +166,25 @@ def measure(config: Config, base: PreTrainedModel, lm: DiffusionLM) -> tuple[dic
     asked = prompts(seed=99)
     report = {}
     with progress("stories", len(modes) + 1, "modes") as advance:
-        told = {"ar": tell_ar(engine, base, asked, config.decode.max_new_tokens)}
+        stories = {"ar": tell(engine, asked, partial(answer_ar, engine, base, config.decode.max_new_tokens))}
         for done, (name, settings) in enumerate(modes.items(), start=1):
             advance(done, name)
-            told[name] = tell_blocks(engine, settings, asked)
+            stories[name] = tell(engine, asked, partial(answer_blocks, engine, settings))
         advance(len(modes) + 1)
-    for name, one in told.items():
+    for name, total in stories.items():
         likelihood = exact if name == "ar" else bound
         report[name] = {
-            "accept_rate": one.accepted / len(asked),
+            "accept_rate": total.accepted / len(asked),
             "bits_per_token": likelihood.nats / likelihood.tokens / math.log(2),
-            "tokens_per_forward": one.tokens / one.forwards,
-            "tokens_per_second": one.tokens / one.seconds,
-            "sample": one.sample,
+            "tokens_per_forward": total.tokens / total.forwards,
+            "tokens_per_second": total.tokens / total.seconds,
+            "sample": total.sample,
         }
-    return report, show_steps(engine, modes["s_mode"], asked[0])
+    return report, show_passes(engine, modes["s_mode"], asked[0])
 
 
 def verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The three promises of the demo with the measured numbers."""
+    """The demo's three claims with the measured numbers."""
     ar, q, s, plain = (report[name] for name in ("ar", "q_mode", "s_mode", "s_mode_no_edit"))
     quality = q["accept_rate"] / ar["accept_rate"] if ar["accept_rate"] else 0.0
     return {
@@ -199,58 +206,64 @@ def verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def summary(report: dict[str, Any], steps: str) -> str:
-    """What the demo prints at its end."""
-    lines = ["", "One decode, step by step (S_MODE; _ masked, [drafted], {edited}):", steps, "", "A story of each:"]
+def summary(report: dict[str, Any], passes: str) -> str:
+    """The text that the demo prints at its end."""
+    lines = ["", "One decode, pass by pass (S_MODE; _ masked, [drafted], {edited}):", passes, "", "One story of each:"]
     lines += [f"  {name}: {report[name]['sample']}" for name in ("ar", "q_mode", "s_mode", "s_mode_no_edit")]
     lines += ["", f"{'':16}{'accepted':>10}{'bits/token':>12}{'tokens/forward':>16}{'tokens/s':>10}"]
     for name in ("ar", "q_mode", "s_mode", "s_mode_no_edit"):
         row = report[name]
         lines.append(
-            f"{name:16}{row['accept_rate']:10.2f}{row['bits_per_token']:12.3f}{row['tokens_per_forward']:16.2f}{row['tokens_per_second']:10.0f}"
+            f"{name:16}{row['accept_rate']:10.2f}{row['bits_per_token']:12.3f}"
+            f"{row['tokens_per_forward']:16.2f}{row['tokens_per_second']:10.0f}"
         )
     lines += ["(bits/token: exact for AR, an upper bound for the diffusion model)", ""]
     for claim, found in report["verdicts"].items():
         lines.append(f"{'ok    ' if found['ok'] else 'MISSED'} {claim}: {found['measured']} (wanted {found['wanted']})")
     lines += [
         "",
-        f"{duration(report['seconds'])} in all; report {report['report']}, curves {', '.join(report['curves'])}",
+        f"total time {duration(report['seconds'])}; report {report['report']}, curves {', '.join(report['curves'])}",
     ]
     return "\n".join(lines)
 
 
 def _merged(run: Path, k: int) -> Path:
-    """The mean of a run's k best checkpoints, of all where it was made too short to keep as many."""
+    """Merge a run's k best checkpoints, or all of them if it has fewer."""
     out = run / "merged"
     merge(best_checkpoints(run, min(k, len(list_checkpoints(run / "checkpoints")))), out)
     return out
 
 
 def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
-    """Run the demo in `paths.runs` (an earlier demo's folder is replaced); returns the report, also in report.json."""
+    """Run the demo in the folder `paths.runs`, which may be an earlier demo's; returns the content of report.json.
+
+    Raises UsageError if the folder exists and is not an earlier demo's.
+    """
     config = load_config(config_path or READY, overrides)
     folder = Path(config.paths.runs)
     config = _inside(config, folder)
     if folder.exists():
         if not (folder / "demo.marker").is_file():
-            raise UsageError(f"{folder} exists and is not an earlier demo's; choose another paths.runs")
+            raise UsageError(f"{folder} exists and was not made by an earlier demo; choose another paths.runs")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    (folder / "demo.marker").write_text("Made by 'hildanext demo', which replaces this folder.\n", encoding="utf-8")
+    (folder / "demo.marker").write_text(
+        "Made by 'hildanext demo'. The next run replaces this folder.\n", encoding="utf-8"
+    )
     began = time.perf_counter()
-    say("1/4  a tiny AR model, from scratch")
+    say("1/4  train a tiny AR model from scratch")
     base = make_base(config, folder)
-    say("2/4  conversion: block size up, stable, down (WSD)")
+    say("2/4  convert it: block size up, stable, down (WSD)")
     convert_wsd(config)
     converted = _merged(folder / "convert", 2)
-    say("3/4  instruction tuning")
+    say("3/4  tune it on instructions")
     sft(_with_base(config, converted))
     tuned = _merged(folder / "sft", 3)
-    say("4/4  stories: AR, Q_MODE, S_MODE")
+    say("4/4  write stories: AR base, Q_MODE, S_MODE")
     final = _with_base(config, tuned)
     lm, _ = load_diffusion_lm(final.model)
     base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    report, steps = measure(final, base, lm)
+    report, passes = measure(final, base, lm)
     report |= {
         "verdicts": verdicts(report),
         "seconds": time.perf_counter() - began,
@@ -263,4 +276,4 @@ def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
         "git": git_revision(),
     }
     write_json(folder / "report.json", report)
-    return report | {"stdout": summary(report, steps)}
+    return report | {"stdout": summary(report, passes)}

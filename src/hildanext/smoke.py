@@ -1,4 +1,4 @@
-"""`smoke-test`: the whole machinery once, in seconds, on a tiny random model (or the one given)."""
+"""`smoke-test`: runs every stage once, in seconds, on a tiny random model or on the configured one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hildanext.training.convert import convert_wsd, sft
 
 
 def smoke_config(folder: Path, base: str) -> Config:
-    """One step of everything, inside `folder`."""
+    """A configuration that trains one step per stage and writes only into `folder`."""
     return parse_config(
         {
             "paths": {"data": str(folder / "data"), "runs": str(folder / "runs")},
@@ -42,7 +42,7 @@ def smoke_config(folder: Path, base: str) -> Config:
 
 
 def smoke_test(config: Config | None = None) -> dict[str, Any]:
-    """Load, prepare, tokenize, convert one step, tune one step, generate. `config` names a real model to do it on."""
+    """Load, prepare, tokenize, convert one step, tune one step, generate. `config` selects a real model."""
     with tempfile.TemporaryDirectory(prefix="hildanext-smoke-") as name:
         folder = Path(name)
         if config is None:
@@ -55,12 +55,12 @@ def smoke_test(config: Config | None = None) -> dict[str, Any]:
             base = config.model.base
         lines = (json.dumps(conversation) + "\n" for conversation in synthetic_instructions(20, seed=2))
         (folder / "instructions.jsonl").write_text("".join(lines), encoding="utf-8")
-        one = smoke_config(folder, base)
-        prepare_data(one)
-        tokenize_data(one, load_tokenizer(one.model))
-        converted = convert_wsd(one)
-        tuned = sft(one.model_copy(update={"model": one.model.model_copy(update={"base": converted["checkpoint"]})}))
-        final = one.model_copy(update={"model": one.model.model_copy(update={"base": tuned["checkpoint"]})})
+        first = smoke_config(folder, base)
+        prepare_data(first)
+        tokenize_data(first, load_tokenizer(first.model))
+        converted = convert_wsd(first)
+        tuned = sft(smoke_config(folder, converted["checkpoint"]))
+        final = smoke_config(folder, tuned["checkpoint"])
         engine = open_engine(final)
         ids = engine.encode([{"role": "user", "content": "Tell a story about Mia with a kite."}])
         completion = engine.generate(Request(ids, engine.settings(final)))
