@@ -1,8 +1,8 @@
-"""Both prediction conventions on SmolLM2-135M and GSM8K at the same budget, seed, rows and held-out noise.
+"""Compares the two prediction conventions on SmolLM2-135M and GSM8K: same budget, seed, rows and held-out noise.
 
     python benchmarks/conventions.py --gsm8k path/to/gsm8k/train.jsonl --out runs/conventions
 
-Prints a Markdown table: held-out masked-token accuracy and loss over mask rates 0.1 to 1.0, tokens per second, time.
+Prints a Markdown table with held-out accuracy and loss on masked tokens at mask rates 0.1 to 1.0, speed and time.
 """
 
 from __future__ import annotations
@@ -42,28 +42,30 @@ def main() -> None:
     prepare_data(config)
     tokenize_data(config, load_tokenizer(config.model))
     print(
-        "| convention | held-out accuracy | held-out loss | accuracy at rate 0.1 / 0.5 / 1.0 | tokens/s (median) | row tokens/s | minutes |"
+        "| convention | held-out accuracy | held-out loss | accuracy at rate 0.1 / 0.5 / 1.0 "
+        "| tokens/s (median) | row tokens/s | minutes |"
     )
     print("|---|---|---|---|---|---|---|")
     for convention in ("shifted", "in_place"):
-        one = load_config(CONFIG, [*shared, f"model.convention={convention}"])
+        run_config = load_config(CONFIG, [*shared, f"model.convention={convention}"])
         began = time.perf_counter()
-        result = convert_wsd(one, convention)
+        result = convert_wsd(run_config, convention)
         minutes = (time.perf_counter() - began) / 60
         lines = (Path(result["run"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rates = [json.loads(line)["tokens_per_second"] for line in lines]
         steps = len(lines)
         tokens = statistics.median(rates)
-        row_tokens = tokens * steps * one.train.rows_per_step * one.data.seq_len / result["tokens_seen"]
-        checkpoint = one.model.model_copy(update={"base": result["checkpoint"], "dtype": "float32"})
+        row_tokens = tokens * steps * run_config.train.rows_per_step * run_config.data.seq_len / result["tokens_seen"]
+        checkpoint = run_config.model.model_copy(update={"base": result["checkpoint"], "dtype": "float32"})
         lm, _ = load_diffusion_lm(checkpoint)
-        rows = open_rows(one, "eval", lm.tokenizer)
+        rows = open_rows(run_config, "eval", lm.tokenizer)
         assert rows is not None
         assert lm.block_size is not None
-        found = evaluate_denoising(lm, rows, lm.block_size, EVAL_ROWS, one.train.micro_batch, every_rate=True)
+        found = evaluate_denoising(lm, rows, lm.block_size, EVAL_ROWS, run_config.train.micro_batch, every_rate=True)
         at = " / ".join(f"{found.by_rate[rate][1]:.3f}" for rate in (0.1, 0.5, 1.0))
         print(
-            f"| {convention} | {found.accuracy:.3f} | {found.loss:.3f} | {at} | {tokens:.0f} | {row_tokens:.0f} | {minutes:.1f} |",
+            f"| {convention} | {found.accuracy:.3f} | {found.loss:.3f} | {at} | {tokens:.0f} | {row_tokens:.0f} "
+            f"| {minutes:.1f} |",
             flush=True,
         )
 

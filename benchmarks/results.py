@@ -1,4 +1,4 @@
-"""Numbers of a benchmark's parts, kept between runs and machines: each part says where and when it was measured."""
+"""Stores benchmark results across runs and machines; each part records the machine and date of its measurement."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def cpu_name() -> str:
 
 
 def has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices itself: without it torch's bf16 is slower than fp32."""
+    """Whether the CPU has bf16 matrix instructions; without them bf16 is slower than fp32 in torch."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def machine() -> dict[str, Any]:
+    """Hardware, versions, threads and load, for the record of a measurement."""
     found = [torch.backends.cpu.get_cpu_capability()]
     found += ["AVX512-BF16"] if torch.cpu._is_avx512_bf16_supported() else []
     found += ["AMX"] if torch.cpu._is_amx_tile_supported() else []
@@ -53,7 +54,10 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def keep(file: Path, part: str, found: dict[str, Any] | None, where: dict[str, Any]) -> dict[str, Any]:
-    """All there is with what `part` found on the machine `where`; None, a part that cannot be measured there, leaves it as it was."""
+    """Store `found` as the result of `part`, measured on the machine `where`; returns the results of all parts.
+
+    found None: the part cannot be measured on this machine, and its earlier result is kept.
+    """
     results = load(file)
     if found is not None:
         results[part] = found | {"machine": where}

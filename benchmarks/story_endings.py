@@ -1,10 +1,11 @@
-"""Questions for the task `local_multiple_choice` out of a file of stories: which of four sentences ends this one?
+"""Makes questions for the task `local_multiple_choice` from stories: which of four sentences ends this story?
 
     python benchmarks/story_endings.py path/to/stories.jsonl > endings.jsonl
     hildanext evaluate --tasks local_multiple_choice --data local_multiple_choice=endings.jsonl --limit 200
 
-A line in, {"text"}; a line out, {"question", "choices", "answer"}: all but the last sentence, its own last sentence and those of
-three other stories. The same for the same file and seed.
+Input lines are {"text"}, output lines {"question", "choices", "answer"}. The question is a story without its last
+sentence; the choices are that sentence and the last sentences of three other stories. The output depends only on the
+file and the seed.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 SENTENCE = re.compile(r"(?<=[.!?\"])\s+(?=[A-Z\"])")
-FEWEST = 4  # sentences: a story of fewer leaves little to go by
+MIN_SENTENCES = 4  # shorter stories give too little context
 
 
 def questions(texts: list[str], choices: int, seed: int) -> Iterator[dict[str, Any]]:
-    """A question for each story long enough. Raises ValueError when there are fewer stories than choices."""
-    stories = [parts for text in texts if len(parts := SENTENCE.split(text.strip())) >= FEWEST]
+    """A question for each story that is long enough. Raises ValueError for fewer distinct endings than choices."""
+    stories = [parts for text in texts if len(parts := SENTENCE.split(text.strip())) >= MIN_SENTENCES]
     endings = sorted({parts[-1] for parts in stories})
     if len(endings) < choices:
-        raise ValueError(f"{len(endings)} stories with endings of their own; {choices} choices need as many")
+        raise ValueError(f"only {len(endings)} distinct endings for {choices} choices; give more stories")
     draw = random.Random(seed)
     for parts in stories:
         others = draw.sample([ending for ending in endings if ending != parts[-1]], choices - 1)

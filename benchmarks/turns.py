@@ -1,4 +1,4 @@
-"""The fifth turn of a conversation with what the first four left in its slot, and without, for decode.py."""
+"""For decode.py: time of a conversation's fifth message, with and without the cache that the first four left."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ TURNS, MESSAGE, ANSWER, PAIRS = 5, 60, 64, 5
 
 
 def fifth_turn(engine: TransformersEngine, ids: list[int], wanted: Settings) -> dict[str, Any]:
-    """Pairs in turn of the fifth turn: seconds to its first block and to its end. `ids`: text to take the messages from."""
+    """Seconds to the first block and to the end of the fifth answer, with and without the cached conversation.
+
+    `ids`: token ids to cut the user's messages from. The two cases alternate, PAIRS times each.
+    """
     prompts: list[list[int]] = []
     said: list[int] = []
     for turn in range(TURNS):
         said = said + ids[turn * MESSAGE : (turn + 1) * MESSAGE]
         prompts.append(said)
-        engine.scheduler.forget()  # as below: bf16 rounds by shape, and another text would share less
+        engine.scheduler.forget()  # as in the runs below; bf16 rounding depends on shapes, and a different answer would share less
         said = said + engine.generate(Request(said, wanted)).token_ids
 
     def last_turn(reuse: bool) -> tuple[float, float, int, list[int]]:

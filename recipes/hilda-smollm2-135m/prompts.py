@@ -1,12 +1,12 @@
-"""Prompts of small worlds, short stories and simple instructions, made of word lists: the same for the same seed, a line each.
+"""Prompts for short stories and simple instructions, made from the word lists of small worlds; one per line, seeded.
 
-python prompts.py 1344 > prompts.txt                      # the first world, which training began with
-python prompts.py 48 --skip 5000 > heldout.txt            # later ones: no prompt comes twice, but every subject has been seen
-python prompts.py 2400 --world wide > wide.txt            # a wider one, half of it instructions
-python prompts.py 48 --unseen story > unseen.txt          # of words that neither world has
+python prompts.py 1344 > prompts.txt                      # the first world, used by the first part of the training
+python prompts.py 48 --skip 5000 > heldout.txt            # later prompts: none occurs twice, but every subject has been seen
+python prompts.py 2400 --world wide > wide.txt            # a wider world; half of its prompts are instructions
+python prompts.py 48 --unseen story > unseen.txt          # words that neither world has
 python prompts.py 48 --unseen instruction > unseen.txt
 
-The first world has 290 instructions: late prompts are stories only.
+The first world has only 290 instructions, so its later prompts are all stories.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from itertools import islice, product, zip_longest
 from pathlib import Path
 
 WORLDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
-STORIES = {"first": 0.6, "wide": 0.5}  # their share
-SECOND = {"who2": "who", "thing2": "thing"}  # another one of the same list
+STORIES = {"first": 0.6, "wide": 0.5}  # share of stories in each world
+SECOND = {"who2": "who", "thing2": "thing"}  # slots for a second, different word of the same list
 
 
 def prompts(world: str, seed: int = 0) -> Iterator[str]:
-    """Prompts without end, each once."""
+    """An endless stream of distinct prompts."""
     forms, lists = WORLDS[world]["forms"], WORLDS[world]["words"]
     rng, seen = random.Random(seed), set[str]()
     while True:
@@ -39,13 +39,13 @@ def prompts(world: str, seed: int = 0) -> Iterator[str]:
 
 
 def unseen(kind: str, seed: int = 0) -> list[str]:
-    """All prompts of one kind about what the others never name: the forms in turn, their words in a random order."""
+    """All prompts of one kind about subjects that no world names; forms alternate, words come in random order."""
     rng, by_form = random.Random(seed), []
     lists = WORLDS["unseen"]["words"]
     for form in WORLDS["first"]["forms"][kind]:
         names = [name for name in lists if f"{{{name}}}" in form]
-        every = product(*(lists[name] for name in names))
-        texts = [form.format(**dict(zip(names, words, strict=True))) for words in every]
+        combinations = product(*(lists[name] for name in names))
+        texts = [form.format(**dict(zip(names, words, strict=True))) for words in combinations]
         by_form.append(rng.sample(texts, len(texts)))
     return [text for texts in zip_longest(*by_form) for text in texts if text is not None]
 
@@ -53,10 +53,10 @@ def unseen(kind: str, seed: int = 0) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int)
-    parser.add_argument("--skip", type=int, default=0, help="leave out so many before")
+    parser.add_argument("--skip", type=int, default=0, help="number of prompts to skip at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", choices=sorted(STORIES), default="first")
-    parser.add_argument("--unseen", choices=("story", "instruction"), help="of this kind, about what no world names")
+    parser.add_argument("--unseen", choices=("story", "instruction"), help="prompts of this kind with unseen words")
     args = parser.parse_args()
     source = unseen(args.unseen, args.seed) if args.unseen else prompts(args.world, args.seed)
     print("\n".join(islice(source, args.skip, args.skip + args.count)))

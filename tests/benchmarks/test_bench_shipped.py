@@ -35,5 +35,5 @@ def test_one_file_holds_quality_speed_and_what_editing_gives(
         found = report["speed"][mode]
         assert found["pairs"] == 2
         assert found["median_ratio"] > 0
-        assert f"{mode}: {found['median_ratio']:.2f} times the parent's tokens per second" in printed
+        assert f"{mode}: {found['median_ratio']:.2f} times the base's tokens per second" in printed
     assert "editing_gain_at_equal_tokens_per_forward" in report
