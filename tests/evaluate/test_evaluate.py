@@ -467,7 +467,7 @@ def test_humaneval_from_the_prompt_to_the_verdict(
     bodies = ["\n" + one["canonical_solution"] for one in problems[:3]] + ["\n    return None\n"]
     asked: list[str] = []
     monkeypatch.setattr(humaneval, "encode_prompt", lambda tokenizer, prompt: asked.append(prompt) or [5, 6, 7])
-    real = humaneval.answer
+    real = humaneval.complete
 
     def written(*args: Any) -> Any:
         return [one._replace(text=body) for one, body in zip(real(*args), bodies, strict=True)]

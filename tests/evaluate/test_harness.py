@@ -377,7 +377,7 @@ def test_a_dead_network_is_one_line(monkeypatch: pytest.MonkeyPatch, hubby: None
 def test_names_of_the_harness(monkeypatch: pytest.MonkeyPatch, hubby: None, data: dict[str, str]) -> None:
     """A name that nobody knows; a task whose data is on a hub out of reach; the same task with a local file."""
     set_offline(monkeypatch, True)
-    with pytest.raises(UsageError, match="unknown task 'nonsense'; there are humaneval") as caught:
+    with pytest.raises(UsageError, match="unknown task 'nonsense'; choose one of humaneval") as caught:
         harness.open_tasks("nonsense", None)
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match=r"task 'hubby' cannot be opened: .*--data hubby=FILE") as caught:

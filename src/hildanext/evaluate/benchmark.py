@@ -193,8 +193,9 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['model']} (block {report['block_size']}, {report['convention']}) against {report['base']} "
         f"on {report['device']}, {report['dtype']}",
-        f"held-out text: base {exact['bits_per_token']:.3f} bits/token ({exact['bits_per_byte']:.3f} bits/byte), exact; "
-        f"diffusion <= {bound['bits_per_token']:.3f} +- {bound['standard_error']:.3f} ({bound['bits_per_byte']:.3f} bits/byte)",
+        f"held-out text: base {exact['bits_per_token']:.3f} bits/token ({exact['bits_per_byte']:.3f} bits/byte), "
+        f"exact; diffusion <= {bound['bits_per_token']:.3f} +- {bound['standard_error']:.3f} "
+        f"({bound['bits_per_byte']:.3f} bits/byte)",
         "",
         f"{'':16}{'tokens/s':>10}{'TPF':>8}{'edits':>8}{'base logp':>13}{'distinct-2':>12}{'ended':>8}"
         f"{'code parses':>13}",

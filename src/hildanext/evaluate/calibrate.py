@@ -78,19 +78,23 @@ def choose(points: list[FrontierPoint], loss: float, least_variety: float) -> Fr
 
 
 def sweep(
-    engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], start: Settings, how: CalibrateConfig
+    engine: TransformersEngine,
+    base: PreTrainedModel,
+    prompts: list[list[int]],
+    start: Settings,
+    options: CalibrateConfig,
 ) -> tuple[list[FrontierPoint], dict[Mode, FrontierPoint]]:
     """All measured points, and the point chosen for each mode."""
     block = engine.trained_block
     assert block is not None
-    sizes = how.block_sizes or sorted({max(1, block // 2), block, 2 * block})
-    grid = [(mask, edit) for mask in how.tau_mask for edit in how.tau_edit]
-    loss: dict[Mode, float] = {"Q_MODE": how.q_loss, "S_MODE": how.s_loss}
+    sizes = options.block_sizes or sorted({max(1, block // 2), block, 2 * block})
+    grid = [(mask, edit) for mask in options.tau_mask for edit in options.tau_edit]
+    loss: dict[Mode, float] = {"Q_MODE": options.q_loss, "S_MODE": options.s_loss}
     points: dict[Preset, FrontierPoint] = {}
     varied: dict[str, list[int]] = {
-        "max_post_steps": how.max_post_steps,
+        "max_post_steps": options.max_post_steps,
         "block_size": sizes,
-        "edit_blocks": how.edit_blocks,
+        "edit_blocks": options.edit_blocks,
     }
     n_settings = len(grid) + len(loss) * sum(map(len, varied.values()))
     with progress("calibrate", n_settings, "settings") as advance:
@@ -106,14 +110,14 @@ def sweep(
             advance(done, f"best {max(point.quality for point in points.values()):.2f} nats per token")
 
         for mask, edit in grid:
-            try_preset(Preset(mask, edit, max(how.max_post_steps), block, max(how.edit_blocks)))
+            try_preset(Preset(mask, edit, max(options.max_post_steps), block, max(options.edit_blocks)))
         for mode in loss:
             for key, values in varied.items():
                 for value in values:  # always start from the best preset so far
-                    best = choose([*points.values()], loss[mode], how.least_variety).preset
+                    best = choose([*points.values()], loss[mode], options.least_variety).preset
                     try_preset(best._replace(**{key: value}))
     measured = list(points.values())
-    return measured, {mode: choose(measured, loss[mode], how.least_variety) for mode in loss}
+    return measured, {mode: choose(measured, loss[mode], options.least_variety) for mode in loss}
 
 
 def calibrate(config: Config, prompts_file: str | None, base_name: str | None, out: Path) -> dict[str, Any]:

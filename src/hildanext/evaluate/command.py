@@ -70,19 +70,19 @@ def _harness_tasks(name: str, data: str | None) -> list[Any]:
 
 def runs(config: Config, models: Models, name: str, data: Any) -> dict[str, dict[str, Run]]:
     """The runs of a task: reported task name -> way -> run. A group of lm-eval has several task names."""
-    how, all_ways = config.evaluate, ways(config, models)
+    options, all_ways = config.evaluate, ways(config, models)
     tokenizer = models.lm.tokenizer
     if name == humaneval.NAME:
         return {name: {way.name: partial(humaneval.evaluate, config, models, data, way) for way in all_ways}}
     if name == gsm8k.NAME:
-        if how.chat:
+        if options.chat:
             require_chat_template(config, tokenizer, name)
         return {name: {way.name: partial(gsm8k.evaluate, config, models, data, way) for way in all_ways}}
     if name == stories.NAME:
-        prompts = [ids[:-1] for ids in token_pieces(data, tokenizer, how.prompt_tokens + 1, how.limit)]
+        prompts = [ids[:-1] for ids in token_pieces(data, tokenizer, options.prompt_tokens + 1, options.limit)]
         return {name: {way.name: partial(stories.evaluate, config, models, prompts, way) for way in all_ways}}
     if name == infilling.NAME:
-        texts = token_pieces(data, tokenizer, how.infill_tokens, how.limit)
+        texts = token_pieces(data, tokenizer, options.infill_tokens, options.limit)
         # Infilling does not use the decode block size, so each mode runs once, under its name without "/SIZE".
         by_mode = {way.name.partition("/")[0]: way for way in reversed(all_ways)}
         fillers = [way._replace(name=mode) for mode, way in reversed(by_mode.items())]
@@ -90,7 +90,7 @@ def runs(config: Config, models: Models, name: str, data: Any) -> dict[str, dict
     from hildanext.evaluate import harness
 
     assert models.lm.block_size is not None
-    bounds = how.block_sizes or [config.decode.block_size or models.lm.block_size]
+    bounds = options.block_sizes or [config.decode.block_size or models.lm.block_size]
     return {
         task.task_name: {
             way.name: partial(harness.evaluate, config, models, task, way, block)

@@ -47,11 +47,11 @@ class Problems:
 
     def __init__(self, config: Config) -> None:
         """Raises UsageError without a file, DataError (file and line) if the file is not in GSM8K's format."""
-        how = config.evaluate
-        if NAME not in how.data:
+        options = config.evaluate
+        if NAME not in options.data:
             raise UsageError("the task 'gsm8k' needs its questions: give --data gsm8k=FILE.jsonl")
-        path = Path(how.data[NAME])
-        records = read_records(path, FIELDS, how.limit)
+        path = Path(options.data[NAME])
+        records = read_records(path, FIELDS, options.limit)
         self.questions = [record["question"] for record in records]
         self.right = []
         for index, record in enumerate(records, start=1):
@@ -59,11 +59,11 @@ class Problems:
             if value is None:
                 raise DataError(f"{path}: the answer of record {index} has no number after '####'")
             self.right.append(value)
-        self.chat, self.shots = how.chat, list[dict[str, Any]]()
-        if how.shots:
-            if "gsm8k_shots" not in how.data:
+        self.chat, self.shots = options.chat, list[dict[str, Any]]()
+        if options.shots:
+            if "gsm8k_shots" not in options.data:
                 raise UsageError("'evaluate.shots' needs solved examples: give --data gsm8k_shots=FILE.jsonl")
-            self.shots = read_records(Path(how.data["gsm8k_shots"]), FIELDS, how.shots)
+            self.shots = read_records(Path(options.data["gsm8k_shots"]), FIELDS, options.shots)
 
     def prompt(self, question: str) -> Prompt:
         """Chat messages with the solved examples first; plain text in lm-eval's format if `evaluate.chat` is false."""
@@ -83,10 +83,10 @@ class Problems:
 
 def evaluate(config: Config, models: Models, problems: Problems, way: Way) -> Outcome:
     """Ask every question once, greedily. Shares of exact matches (strict and flexible), and of answers that ended."""
-    how = config.evaluate
+    options = config.evaluate
     stop = () if problems.chat else ("Question:",)
     questions = [
-        Question(encode_prompt(models.lm.tokenizer, problems.prompt(question)), how.answer_tokens, stop)
+        Question(encode_prompt(models.lm.tokenizer, problems.prompt(question)), options.answer_tokens, stop)
         for question in problems.questions
     ]
     answers = complete(models, way, questions, NAME)
@@ -102,4 +102,4 @@ def evaluate(config: Config, models: Models, problems: Problems, way: Way) -> Ou
         "exact_match_strict": share(exact),
         "ended": share([answer.ended for answer in answers]),
     }
-    return Outcome(way.name, figures | cost(answers, how.resamples, how.seed), samples)
+    return Outcome(way.name, figures | cost(answers, options.resamples, options.seed), samples)

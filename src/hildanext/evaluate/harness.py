@@ -70,14 +70,14 @@ class HarnessModel(TemplateLM):
     `scores` keeps every likelihood with its standard error, `answers` every completion, in the order of the requests.
     """
 
-    def __init__(self, models: Models, how: EvaluateConfig, way: Way, block_size: int | None, greedy: bool) -> None:
+    def __init__(self, models: Models, options: EvaluateConfig, way: Way, block_size: int | None, greedy: bool) -> None:
         """block_size None: exact likelihoods at block size 1; else the bound at that block size.
 
         greedy: with a bound, decode each context to tell whether the continuation is the model's own greedy text, which
         the accuracy of loglikelihood tasks needs.
         """
         super().__init__()
-        self.models, self.how, self.way, self.block_size, self.greedy = models, how, way, block_size, greedy
+        self.models, self.options, self.way, self.block_size, self.greedy = models, options, way, block_size, greedy
         self.tokenizer = models.lm.tokenizer
         self.scores: list[Score] = []
         self.answers: list[TimedAnswer] = []
@@ -116,10 +116,15 @@ class HarnessModel(TemplateLM):
         return str(text)
 
     def _score(self, pairs: list[Pair]) -> list[Score]:
-        how = self.how
+        options = self.options
         kind = "exact" if self.block_size is None else f"bound, block {self.block_size}"
         found = score(
-            self.models.lm, pairs, f"likelihood ({kind})", block_size=self.block_size, draws=how.draws, seed=how.seed
+            self.models.lm,
+            pairs,
+            f"likelihood ({kind})",
+            block_size=self.block_size,
+            draws=options.draws,
+            seed=options.seed,
         )
         self.scores += found
         return found
@@ -138,17 +143,15 @@ class HarnessModel(TemplateLM):
                 )
             pairs.append((context[-(limit - len(target)) :], target))
         found = self._score(pairs)
-        decoded = self._decode(pairs) if is_decoded else [False] * len(pairs)
+        decoded = [False] * len(pairs)
+        if is_decoded:
+            questions = [Question(context, len(target)) for context, target in pairs]
+            answers = complete(self.models, self.way, questions, "greedy continuations")
+            decoded = [answer.token_ids == target for answer, (_, target) in zip(answers, pairs, strict=True)]
         return [
             (result.log_p, is_own if result.is_greedy is None else result.is_greedy)
             for result, is_own in zip(found, decoded, strict=True)
         ]
-
-    def _decode(self, pairs: list[Pair]) -> list[bool]:
-        """Whether greedy decoding produces each continuation."""
-        questions = [Question(context, len(target)) for context, target in pairs]
-        answers = complete(self.models, self.way, questions, "greedy continuations")
-        return [answer.token_ids == target for answer, (_, target) in zip(answers, pairs, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Scores each text in HFLM's windows: every token once, after the prefix token or as much text as fits."""
@@ -169,9 +172,9 @@ class HarnessModel(TemplateLM):
         """Completions of all requests, `engine.slots` at a time. A prompt that does not fit is cut on the left."""
         block, questions = 1 if self.way.settings is None else self.way.settings.block_size, []
         for number, request in enumerate(requests):
-            text, given = request.args
-            how = normalize_gen_kwargs(given, default_max_gen_toks=self.how.answer_tokens)
-            budget = how["max_gen_toks"]
+            text, task_options = request.args
+            generation = normalize_gen_kwargs(task_options, default_max_gen_toks=self.options.answer_tokens)
+            budget = generation["max_gen_toks"]
             room = whole_blocks(self.max_length, block) - budget
             if room < 1:
                 raise UsageError(
@@ -181,9 +184,9 @@ class HarnessModel(TemplateLM):
                 Question(
                     self.tok_encode(text)[-room:],
                     budget,
-                    tuple(stop for stop in how["until"] if stop),
-                    float(how.get("temperature", 0.0)) if how["do_sample"] else 0.0,
-                    self.how.seed + number,
+                    tuple(stop for stop in generation["until"] if stop),
+                    float(generation.get("temperature", 0.0)) if generation["do_sample"] else 0.0,
+                    self.options.seed + number,
                 )
             )
         found = complete(self.models, self.way, questions, "completions")
@@ -222,8 +225,8 @@ def open_tasks(name: str, data: str | None) -> list[Task]:
     known = _known_name(manager, name) if local else name
     if known not in manager.task_index:
         raise UsageError(
-            f"unknown task '{name}'; choose among humaneval, gsm8k, stories, infilling, "
-            f"{', '.join(sorted(path.stem for path in SHIPPED.glob('*.yaml')))}, lm-eval's tasks and a YAML file"
+            f"unknown task '{name}'; choose one of humaneval, gsm8k, stories, infilling, "
+            f"{', '.join(sorted(path.stem for path in SHIPPED.glob('*.yaml')))}, a task of lm-eval or a YAML file"
         )
     return _load(manager, name, known, data)
 
@@ -285,13 +288,13 @@ def ways_of(task: Task, ways: list[Way], sizes: list[int]) -> list[tuple[Way, in
 @quiet()
 def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: int | None) -> Outcome:
     """Run one task in one way. Figures are the task's own, with intervals over its items."""
-    how = config.evaluate
-    chat = how.chat and task.OUTPUT_TYPE == "generate_until"
+    options = config.evaluate
+    chat = options.chat and task.OUTPUT_TYPE == "generate_until"
     if chat:
         require_chat_template(config, models.lm.tokenizer, task.task_name)
     if task.OUTPUT_TYPE == "generate_until" and not BUDGETS & set(task.config.generation_kwargs):
         # Replaces the harness's own default budget.
-        task.set_config(key="generation_kwargs", value={"max_gen_toks": how.answer_tokens}, update=True)
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": options.answer_tokens}, update=True)
     lm: Any
     if way.settings is None and task.OUTPUT_TYPE != "generate_until":
         lm = HFLM(
@@ -301,27 +304,27 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
             max_length=models.engine.scheduler.context,
         )
     else:
-        lm = HarnessModel(models, how, way, block_size, greedy=task.OUTPUT_TYPE == "loglikelihood")
+        lm = HarnessModel(models, options, way, block_size, greedy=task.OUTPUT_TYPE == "loglikelihood")
     found = harness_evaluate(
         lm=lm,
         task_dict={"tasks": {task.task_name: task}},
-        limit=how.limit,
+        limit=options.limit,
         bootstrap_iters=0,
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
     records = found["samples"][task.task_name]
-    figures = _figures(records, found["results"][task.task_name], how)
+    figures = _figures(records, found["results"][task.task_name], options)
     if isinstance(lm, HarnessModel) and lm.scores:
         errors = [result.standard_error for result in lm.scores]
         figures["monte_carlo_error"] = plain(sum(errors) / len(errors), len(errors))
     if isinstance(lm, HarnessModel) and lm.answers:
-        figures |= cost(lm.answers, how.resamples, how.seed)
+        figures |= cost(lm.answers, options.resamples, options.seed)
     kept = ("doc_id", "target", "filter", "filtered_resps")
     return Outcome(way.name, figures, [{key: record[key] for key in kept} for record in records])
 
 
-def _figures(records: list[dict[str, Any]], results: dict[str, Any], how: EvaluateConfig) -> dict[str, Figure]:
+def _figures(records: list[dict[str, Any]], results: dict[str, Any], options: EvaluateConfig) -> dict[str, Figure]:
     """The harness's figures, with intervals from its records for means, shares and perplexities."""
     figures = {}
     for key, value in results.items():
@@ -330,19 +333,19 @@ def _figures(records: list[dict[str, Any]], results: dict[str, Any], how: Evalua
             continue
         items = [record[metric] for record in records if record["filter"] == name and metric in record]
         label = metric if name == "none" else f"{metric} ({name})"
-        figures[label] = _interval(metric, float(value), items, how)
+        figures[label] = _interval(metric, float(value), items, options)
     return figures
 
 
-def _interval(metric: str, value: float, items: list[Any], how: EvaluateConfig) -> Figure:
+def _interval(metric: str, value: float, items: list[Any], options: EvaluateConfig) -> Figure:
     if metric in ROLLING and all(isinstance(item, tuple) for item in items):
         log_p, counts = [item[0] for item in items], [item[1] for item in items]
-        per_unit = ratio(log_p, counts, how.resamples, how.seed)
+        per_unit = ratio(log_p, counts, options.resamples, options.seed)
         ends = sorted(ROLLING[metric](x) for x in (per_unit.low, per_unit.high) if x is not None)
         return per_unit._replace(value=value, low=ends[0], high=ends[-1])
     if not items or not all(isinstance(item, (int, float)) for item in items):
         return plain(value, len(items))
     yes_or_no = all(item in (0, 1) for item in items)
-    found = share([bool(item) for item in items]) if yes_or_no else mean(items, how.resamples, how.seed)
+    found = share([bool(item) for item in items]) if yes_or_no else mean(items, options.resamples, options.seed)
     # If the figure is not the mean over items, keep the harness's value without an interval.
     return found if math.isclose(found.value, value, rel_tol=1e-6, abs_tol=1e-9) else plain(value, len(items))

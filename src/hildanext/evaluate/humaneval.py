@@ -48,30 +48,30 @@ def evaluate(config: Config, models: Models, problems: list[dict[str, Any]], way
     The line break at the end of a prompt is removed. Tokenizers merge a line break with the indent after it, so a
     prompt that ends with a separate line-break token is unlike any text seen in training.
     """
-    how = config.evaluate
+    options = config.evaluate
     problems = [problem | {"prompt": problem["prompt"].rstrip()} for problem in problems]
     questions = [
         Question(
             encode_prompt(models.lm.tokenizer, problem["prompt"]),
-            how.code_tokens,
+            options.code_tokens,
             STOP,
-            how.temperature,
-            sampling_seed(how.seed, item, sample),
+            options.temperature,
+            sampling_seed(options.seed, item, sample),
         )
-        for sample in range(how.samples)
+        for sample in range(options.samples)
         for item, problem in enumerate(problems)
     ]
     answers = complete(models, way, questions, NAME)
     verdicts = run_tests(
         problems,
         [answer.text for answer in answers],
-        Limits(cpu_s=how.code_seconds, wall_s=max(20.0, 4.0 * how.code_seconds)),
+        Limits(cpu_s=options.code_seconds, wall_s=max(20.0, 4.0 * options.code_seconds)),
     )
     samples = [
         {"task_id": problem["task_id"], "completion": answer.text, "passed": verdict.passed, "reason": verdict.reason}
-        for problem, answer, verdict in zip(problems * how.samples, answers, verdicts, strict=True)
+        for problem, answer, verdict in zip(problems * options.samples, answers, verdicts, strict=True)
     ]
-    figures = _figures(config, verdicts, len(problems)) | cost(answers, how.resamples, how.seed)
+    figures = _figures(config, verdicts, len(problems)) | cost(answers, options.resamples, options.seed)
     return Outcome(way.name, figures, samples)
 
 
@@ -94,10 +94,9 @@ def run_tests(problems: list[dict[str, Any]], completions: list[str], limits: Li
 
 
 def _figures(config: Config, verdicts: list[Verdict], n_problems: int) -> dict[str, Figure]:
-    how = config.evaluate
-    if how.samples == 1:
+    options = config.evaluate
+    if options.samples == 1:
         return {"pass@1": share([verdict.passed for verdict in verdicts])}
     right = [sum(verdict.passed for verdict in verdicts[item::n_problems]) for item in range(n_problems)]
-    return {
-        f"pass@{k}": mean([pass_at_k(how.samples, c, k) for c in right], how.resamples, how.seed) for k in sorted(how.k)
-    }
+    chances = {k: [pass_at_k(options.samples, c, k) for c in right] for k in sorted(options.k)}
+    return {f"pass@{k}": mean(values, options.resamples, options.seed) for k, values in chances.items()}

@@ -85,9 +85,9 @@ def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) 
 
 
 def evaluate(config: Config, models: Models, texts: list[list[int]], way: Way) -> Outcome:
-    """Share of spans restored exactly, share of their tokens, and the whole text's mean log-likelihood under the base."""
-    how = config.evaluate
-    spans = _spans(texts, how.span, how.seed)
+    """Share of spans restored exactly, share of their tokens, and the base's mean log-likelihood of the whole text."""
+    options = config.evaluate
+    spans = _spans(texts, options.span, options.seed)
     answers = _fill(models, way, texts, spans)
     exact, right, log_p, samples = [], [], [], []
     for text, span, answer in zip(texts, spans, answers, strict=True):
@@ -102,7 +102,7 @@ def evaluate(config: Config, models: Models, texts: list[list[int]], way: Way) -
         samples.append(sides | {"span": decode(truth), "filled": answer.text, "log_likelihood": log_p[-1]})
     figures = {
         "exact_match": share(exact),
-        "token_match": mean(right, how.resamples, how.seed),
-        "log_likelihood": mean(log_p, how.resamples, how.seed),
+        "token_match": mean(right, options.resamples, options.seed),
+        "log_likelihood": mean(log_p, options.resamples, options.seed),
     }
-    return Outcome(way.name, figures | cost(answers, how.resamples, how.seed), samples)
+    return Outcome(way.name, figures | cost(answers, options.resamples, options.seed), samples)

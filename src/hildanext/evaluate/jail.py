@@ -1,8 +1,8 @@
 """A script that isolates its own process and then starts a fresh Python. Started by path; standard library only.
 
 It enters new mount, process, network and IPC namespaces (and a user namespace unless it runs as root), builds a
-read-only root that holds only the interpreter and the system's libraries, adds an empty in-memory work folder, drops all
-privileges for good, and blocks system calls that open sockets, allocate uncounted memory or create namespaces. See
+read-only root that holds only the interpreter and the system's libraries, adds an empty in-memory work folder, drops
+all privileges for good, and blocks system calls that open sockets, allocate uncounted memory or create namespaces. See
 namespaces(7), pivot_root(2), capabilities(7), prctl(2), seccomp(2). A step that fails ends the script with an error.
 """
 

@@ -100,8 +100,12 @@ def score(
     lm.model.eval()
     with progress(title, len(pairs), "continuations") as advance:
         for group in _groups(pairs):
-            some = [pairs[i] for i in group]
-            scores = chain(lm, some, group) if block_size is None else bound(lm, some, group, block_size, draws, seed)
+            group_pairs = [pairs[i] for i in group]
+            scores = (
+                chain(lm, group_pairs, group)
+                if block_size is None
+                else bound(lm, group_pairs, group, block_size, draws, seed)
+            )
             found.update(zip(group, scores, strict=True))
             advance(len(found))
     return [found[i] for i in range(len(pairs))]

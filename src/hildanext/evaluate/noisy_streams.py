@@ -1,6 +1,6 @@
 """Several noisy streams share one clean stream in a forward.
 
-A likelihood estimate masks few tokens of a long row, many times; a forward over the whole row for each mask is wasteful.
+A likelihood estimate masks few tokens of a long row, many times. A whole row per mask would be wasteful.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def denoise(lm: DiffusionLM, batch: Batch, masked: list[Tensor], block_size: int
             noisy_ids = batch.input_ids.masked_fill(mask, lm.mask_token_id)
             yield lm(batch, noisy_ids, mask, block_size)
         return
-    together = length // max(columns.shape[1], 1)
-    for start in range(0, len(masked), together):
-        yield from _shared_forward(lm, batch, masked[start : start + together], block_size, blocks, columns, inside)
+    n_together = length // max(columns.shape[1], 1)
+    for start in range(0, len(masked), n_together):
+        yield from _shared_forward(lm, batch, masked[start : start + n_together], block_size, blocks, columns, inside)
 
 
 def _masked_blocks(batch: Batch, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,18 +64,18 @@ def _shared_forward(
     noisy = [batch.input_ids.masked_fill(mask, lm.mask_token_id).gather(1, columns) for mask in masked]
     docs = batch.doc_ids.gather(1, columns).masked_fill(~inside, -1)
 
-    def beside(part: Tensor, whole: Tensor) -> Tensor:
-        return torch.cat([part.repeat(1, n), whole], dim=1)
+    def joined(noisy_part: Tensor, whole: Tensor) -> Tensor:
+        return torch.cat([noisy_part.repeat(1, n), whole], dim=1)
 
     streams = torch.arange(n + 1, device=columns.device)
     streams = streams.repeat_interleave(torch.tensor([width] * n + [batch.input_ids.shape[1]], device=columns.device))
-    visible = streams_mask(beside(docs, batch.doc_ids), beside(blocks.gather(1, columns), blocks), streams, n)
+    visible = streams_mask(joined(docs, batch.doc_ids), joined(blocks.gather(1, columns), blocks), streams, n)
     embeds = lm.embedding(torch.cat([*noisy, batch.input_ids], dim=1))
     hidden = body(
         lm.model,
         inputs_embeds=embeds,
         attention_mask=additive(visible, compute_dtype(embeds)),
-        position_ids=beside(batch.position_ids.gather(1, columns), batch.position_ids),
+        position_ids=joined(batch.position_ids.gather(1, columns), batch.position_ids),
     )
     for number, mask in enumerate(masked):
         row, place = (mask.gather(1, columns) & inside).nonzero(as_tuple=True)

@@ -5,8 +5,8 @@ libraries of Python and the system, write outside an empty in-memory folder, exc
 disk or process table. If the kernel does not allow the required namespaces, no code is run.
 
 Limits of this protection: the process that runs the code also reports the verdict, so code that searches the
-interpreter's frames for the token can fake a pass. Output, exit codes and early exits cannot. Only some system calls are
-blocked, so kernel vulnerabilities remain reachable. Run hostile code on a separate machine.
+interpreter's frames for the token can fake a pass. Output, exit codes and early exits cannot. Only some system calls
+are blocked, so kernel vulnerabilities remain reachable. Run hostile code on a separate machine.
 """
 
 from __future__ import annotations

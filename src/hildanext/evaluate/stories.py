@@ -15,8 +15,8 @@ def evaluate(config: Config, models: Models, prompts: list[list[int]], way: Way)
 
     Repetitive text has a high likelihood, so read the likelihood together with distinct-2.
     """
-    how = config.evaluate
-    answers = complete(models, way, [Question(prompt, how.story_tokens) for prompt in prompts], NAME)
+    options = config.evaluate
+    answers = complete(models, way, [Question(prompt, options.story_tokens) for prompt in prompts], NAME)
     counts = [len(answer.token_ids) for answer in answers]
     log_p = [
         total_log_likelihood(models.base, prompt, answer.token_ids)
@@ -28,9 +28,9 @@ def evaluate(config: Config, models: Models, prompts: list[list[int]], way: Way)
         for prompt, answer, score, n in zip(prompts, answers, log_p, counts, strict=True)
     ]
     figures = {
-        "log_likelihood": ratio(log_p, counts, how.resamples, how.seed),
+        "log_likelihood": ratio(log_p, counts, options.resamples, options.seed),
         # No interval: a bootstrap sample repeats texts, and repetition is what this figure measures.
         "distinct_2": plain(distinct_2([answer.token_ids for answer in answers]), len(answers)),
         "ended": share([answer.ended for answer in answers]),
     }
-    return Outcome(way.name, figures | cost(answers, how.resamples, how.seed), samples)
+    return Outcome(way.name, figures | cost(answers, options.resamples, options.seed), samples)

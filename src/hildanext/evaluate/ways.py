@@ -163,11 +163,11 @@ def _batches(questions: list[Question], size: int) -> Iterator[list[Question]]:
 def _complete_ar(models: Models, questions: list[Question], advance: Advance) -> list[TimedAnswer]:
     tokenizer, found = models.lm.tokenizer, list[TimedAnswer]()
     for batch in _batches(questions, models.engine.slots):
-        how: dict[str, Any] = {"stop": batch[0].stop, "temperature": batch[0].temperature, "seed": batch[0].seed}
+        sampling: dict[str, Any] = {"stop": batch[0].stop, "temperature": batch[0].temperature, "seed": batch[0].seed}
         prompts, budget = [question.prompt_ids for question in batch], batch[0].max_new_tokens
         if not found:
-            ar_complete_batch(models.base, tokenizer, prompts[:1], 1, **how)
-        for done in ar_complete_batch(models.base, tokenizer, prompts, budget, **how):
+            ar_complete_batch(models.base, tokenizer, prompts[:1], 1, **sampling)
+        for done in ar_complete_batch(models.base, tokenizer, prompts, budget, **sampling):
             forwards = max(len(done.token_ids), 1)
             found.append(TimedAnswer(done.text, done.token_ids, done.ended, done.seconds, forwards, 0))
         advance(len(found))
