@@ -110,7 +110,7 @@ def test_stories_are_judged_by_the_checker(monkeypatch: pytest.MonkeyPatch):
             return done
 
     engine: Any = Engine()
-    told = demo.tell(engine, asked, lambda ids: demo.answer_blocks(engine, None, ids))  # type: ignore[arg-type]
+    told = demo.tell(engine, asked, lambda ids: demo.block_story(engine, None, ids))  # type: ignore[arg-type]
     assert (told.accepted, told.tokens, told.forwards, told.seconds) == (3, 80, 20, 2.0)
     assert told.sample == texts[0]
 

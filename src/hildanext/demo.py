@@ -52,7 +52,7 @@ N_PROMPTS, N_ELBO_ROWS = 100, 40
 WANT_QUALITY, WANT_TPF = 0.9, 2.5
 
 
-class Answer(NamedTuple):
+class Story(NamedTuple):
     """A story and what it cost."""
 
     text: str
@@ -61,7 +61,7 @@ class Answer(NamedTuple):
     seconds: float
 
 
-class Stories(NamedTuple):
+class Totals(NamedTuple):
     """Totals over the stories of one mode, and the first story."""
 
     accepted: int
@@ -114,31 +114,31 @@ def prompts(seed: int) -> list[Slots]:
     return [draw_slots(rng) for _ in range(N_PROMPTS)]
 
 
-def tell(engine: TransformersEngine, asked: list[Slots], answer: Callable[[list[int]], Answer]) -> Stories:
-    """Ask for one story about each of the subjects. answer: completes a prompt given as token ids."""
-    accepted, answers = 0, list[Answer]()
-    for slots in asked:
-        answers.append(answer(engine.encode([{"role": "user", "content": instruction(slots)}])))
-        accepted += not check(answers[-1].text, slots.name, slots.thing)
-    return Stories(
+def tell(engine: TransformersEngine, subjects: list[Slots], write: Callable[[list[int]], Story]) -> Totals:
+    """Write and check one story per subject. write: the story for a prompt given as token ids."""
+    accepted, stories = 0, list[Story]()
+    for slots in subjects:
+        stories.append(write(engine.encode([{"role": "user", "content": instruction(slots)}])))
+        accepted += not check(stories[-1].text, slots.name, slots.thing)
+    return Totals(
         accepted,
-        tokens=sum(story.tokens for story in answers),
-        forwards=sum(story.forwards for story in answers),
-        seconds=sum(story.seconds for story in answers),
-        sample=next((story.text for story in answers if story.text), ""),
+        tokens=sum(story.tokens for story in stories),
+        forwards=sum(story.forwards for story in stories),
+        seconds=sum(story.seconds for story in stories),
+        sample=next((story.text for story in stories if story.text), ""),
     )
 
 
-def answer_ar(engine: TransformersEngine, base: PreTrainedModel, budget: int, ids: list[int]) -> Answer:
+def base_story(engine: TransformersEngine, base: PreTrainedModel, budget: int, ids: list[int]) -> Story:
     """A story by the AR base, with transformers' own greedy `generate`."""
     done = ar_complete(base, engine.lm.tokenizer, ids, budget)
-    return Answer(done.text, len(done.token_ids), len(done.token_ids), done.seconds)
+    return Story(done.text, len(done.token_ids), len(done.token_ids), done.seconds)
 
 
-def answer_blocks(engine: TransformersEngine, settings: Settings, ids: list[int]) -> Answer:
+def block_story(engine: TransformersEngine, settings: Settings, ids: list[int]) -> Story:
     """A story by the diffusion model."""
     done = engine.generate(Request(ids, settings))
-    return Answer(done.text, len(done.token_ids), done.stats.forwards, done.stats.seconds)
+    return Story(done.text, len(done.token_ids), done.stats.forwards, done.stats.seconds)
 
 
 def show_passes(engine: TransformersEngine, settings: Settings, slots: Slots, blocks: int = 3) -> str:
@@ -163,24 +163,24 @@ def measure(config: Config, base: PreTrainedModel, lm: DiffusionLM) -> tuple[dic
         "s_mode": resolve(config.decode.model_copy(update={"mode": "S_MODE"}), lm.block_size),
         "s_mode_no_edit": resolve(config.decode.model_copy(update={"mode": "S_MODE", "tau_edit": None}), lm.block_size),
     }
-    asked = prompts(seed=99)
+    subjects = prompts(seed=99)
     report = {}
     with progress("stories", len(modes) + 1, "modes") as advance:
-        stories = {"ar": tell(engine, asked, partial(answer_ar, engine, base, config.decode.max_new_tokens))}
+        totals = {"ar": tell(engine, subjects, partial(base_story, engine, base, config.decode.max_new_tokens))}
         for done, (name, settings) in enumerate(modes.items(), start=1):
             advance(done, name)
-            stories[name] = tell(engine, asked, partial(answer_blocks, engine, settings))
+            totals[name] = tell(engine, subjects, partial(block_story, engine, settings))
         advance(len(modes) + 1)
-    for name, total in stories.items():
+    for name, total in totals.items():
         likelihood = exact if name == "ar" else bound
         report[name] = {
-            "accept_rate": total.accepted / len(asked),
+            "accept_rate": total.accepted / len(subjects),
             "bits_per_token": likelihood.nats / likelihood.tokens / math.log(2),
             "tokens_per_forward": total.tokens / total.forwards,
             "tokens_per_second": total.tokens / total.seconds,
             "sample": total.sample,
         }
-    return report, show_passes(engine, modes["s_mode"], asked[0])
+    return report, show_passes(engine, modes["s_mode"], subjects[0])
 
 
 def verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
