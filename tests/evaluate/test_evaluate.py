@@ -550,9 +550,9 @@ def test_an_unconverted_model_is_refused(small: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"k": [1, 5]}, "k must not exceed samples"),
+        ({"k": [1, 5]}, "'evaluate.k': 5 exceeds samples"),
         ({"samples": 4, "k": [2]}, "raise temperature"),
-        ({"span": 63, "infill_tokens": 64}, "span needs a token on either side"),
+        ({"span": 63, "infill_tokens": 64}, "'evaluate.span': 63 masked tokens leave no context"),
         ({"data": {"gsm8k": 3}}, "evaluate.data.gsm8k"),
     ],
 )

@@ -347,9 +347,9 @@ def test_a_node_that_does_not_share_the_folder_says_so(tmp_path: Path) -> None:
 
 def test_the_address_is_checked() -> None:
     for jobs, line in (
-        ({"backend": "ray"}, "'ray_address', for example http"),
-        ({"backend": "ray", "ray_address": "127.0.0.1:8265"}, "'ray_address' must be a URL"),
-        ({"ray_address": "ray://127.0.0.1:10001"}, "'ray_address' must be a URL"),
+        ({"backend": "ray"}, "'jobs.ray_address': required by backend 'ray'"),
+        ({"backend": "ray", "ray_address": "127.0.0.1:8265"}, "'jobs.ray_address': must be a URL"),
+        ({"ray_address": "ray://127.0.0.1:10001"}, "'jobs.ray_address': must be a URL"),
         ({"backend": "slurm"}, "jobs.backend"),
         ({"ray_num_gpus": -1.0}, "jobs.ray_num_gpus"),
     ):

@@ -463,7 +463,7 @@ def test_what_dpo_cannot_do_without(tmp_path: Path, tiny_base: Path, shifted: Pa
     with pytest.raises(DataError, match=r"3 of 3 records rejected .*no 'rejected' answer x3"):
         dpo(preferring(tmp_path, shifted, dpo={"pairs": str(bad)}))
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(ConfigError, match="complementary: the inverse of a mask at ratio 1"):
+    with pytest.raises(ConfigError, match=r"'dpo\.complementary': the inverse of a mask at noise level 1"):
         preferring(tmp_path, shifted, dpo={"complementary": True})
 
 

@@ -134,5 +134,5 @@ def test_a_distilled_run_learns_and_resumes_to_the_same_weights(tmp_path, tiny_b
 
 
 def test_a_sharded_base_is_refused():
-    with pytest.raises(ConfigError, match=r"loss\.distill needs the base whole"):
+    with pytest.raises(ConfigError, match=r"'loss\.distill': needs the complete base"):
         parse_config({"loss": {"distill": 0.5}, "train": {"sharding": "fsdp2"}})

@@ -1,11 +1,13 @@
-"""The configuration: one JSON file, validated once here and passed on as frozen objects.
+"""The configuration: one JSON file, validated once and passed on as frozen objects.
 
-`schema()` turns it into the JSON Schema that editors use. The sections themselves are in `sections/`.
+Each module of this package defines a group of sections; read `training.py` first. `schema()` returns the JSON Schema
+that editors, the web form and the configuration reference use.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ __all__ = [
 
 
 class Config(Section):
-    """HildaNext's configuration. Unknown keys are refused."""
+    """All sections of the configuration file. Every section and key is optional; unknown keys are refused."""
 
     paths: PathsConfig = PathsConfig()
     model: ModelConfig = ModelConfig()
@@ -77,47 +79,55 @@ class Config(Section):
     def _shardable(self) -> Config:
         if self.lora.base == "int8" and self.train.sharding == "fsdp2":
             raise ValueError(
-                "lora.base 'int8' cannot be sharded by train.sharding 'fsdp2'; use 'nf4', or sharding 'none'"
+                "'lora.base': 'int8' cannot be sharded by train.sharding 'fsdp2'; use 'nf4', or set train.sharding to 'none'"
             )
         if self.loss.distill and self.train.sharding == "fsdp2":
             raise ValueError(
-                "loss.distill needs the base whole in each process; set train.sharding to 'none', or distill to 0"
+                "'loss.distill': needs the complete base in each process; set train.sharding to 'none' or loss.distill to 0"
             )
         return self
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of the configuration file, with every key's description (and the `$schema` key editors read)."""
+    """JSON Schema of the configuration file with a description of every key, `$schema` included."""
     result = Config.model_json_schema()
-    result["properties"]["$schema"] = {"type": "string", "description": "Path or URL of this schema, for editors."}
+    result["properties"]["$schema"] = {
+        "type": "string",
+        "description": "Path or URL of this schema. Editors read it; HildaNext ignores it.",
+    }
     return result
 
 
 def _one_line(error: ValidationError, origin: str) -> str:
-    """First problem of a pydantic error as `origin: key: what is wrong`."""
+    """First problem of a pydantic error as `origin: 'key': what is wrong`."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    path = [str(part) for part in first["loc"]]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{origin}: unknown key '{key}'; remove it or see 'hildanext init' for the known keys{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    # Sections, and text that is no JSON, are not shown: secrets may be among them.
+        return f"{origin}: unknown key '{'.'.join(path)}'; remove it, or run 'hildanext init' for a file with all keys{more}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    # A section's validator names the key itself, relative to the section.
+    if named := re.match(r"'([\w.]+)': ", message):
+        path, message = [*path, named[1]], message[named.end() :]
+    # Whole sections and invalid JSON are not shown: they may contain secrets.
     is_whole = not first["loc"] or isinstance(first["input"], dict)
     value = "" if is_whole else f", got {first['input']!r}"
+    key = ".".join(path) or "(top level)"
     return f"{origin}: '{key}': {message[0].lower()}{message[1:]}{value}{more}"
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Apply `section.key=value` items to a raw configuration. Values are JSON; what is not JSON is a string.
+    """Return a copy of a raw configuration with `section.key=value` items applied.
 
-    Raises ConfigError for an item without '=' or a path that runs through a plain value.
+    Values are parsed as JSON; a value that is not JSON is taken as a string. Raises ConfigError for an item without '='
+    and for a path through a value that is not a section.
     """
     raw = json.loads(json.dumps(raw))
     for item in overrides:
         path, equals, text = item.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
-            raise ConfigError(f"--set {item}: expected section.key=value")
+            raise ConfigError(f"--set {item}: expected section.key=value, for example train.lr=1e-4")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -126,13 +136,15 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
         for key in keys[:-1]:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"--set {item}: '{key}' is not a section")
+                raise ConfigError(
+                    f"--set {item}: '{key}' is not a section; give the path of a key as section.key=value"
+                )
         node[keys[-1]] = value
     return raw
 
 
 def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
-    """Validate a raw dictionary. Raises ConfigError with one line that names the key."""
+    """Validate a raw dictionary. Raises ConfigError with one line that names `origin` and the key."""
     raw = {key: value for key, value in raw.items() if key != "$schema"}
     try:
         return Config.model_validate_json(json.dumps(raw))
@@ -141,9 +153,10 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None, base: str | None = None) -> Config:
-    """Read a JSON file (None: the defaults), apply `--set` overrides and validate.
+    """Read a JSON file (None: the defaults), apply `--set` overrides and validate the result.
 
-    base: `model.base` where neither file nor overrides name one. Raises ConfigError for a missing file, broken JSON or any refused key.
+    base: `model.base` if neither the file nor the overrides set it. Raises ConfigError for an unreadable file, invalid
+    JSON and invalid keys.
     """
     raw: Any = {}
     origin = "config"

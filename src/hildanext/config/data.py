@@ -1,4 +1,4 @@
-"""Where documents come from and how they become rows."""
+"""Data sources, and how their documents become packed rows."""
 
 from __future__ import annotations
 
@@ -10,48 +10,70 @@ from hildanext.config.section import Section
 
 
 class SourceConfig(Section):
+    """One source of documents."""
+
     kind: Literal["dolma", "pretokenized", "tinystories", "instruct", "self"] = Field(
-        description="dolma: a tree of .jsonl[.gz|.zst] with 'text'; pretokenized: 'dolma tokens' shards or JSONL with "
-        "'input_ids'; tinystories: text, JSONL or parquet; instruct: messages, Alpaca or GSM8K shapes; self: prompts that "
-        "the base model answers or continues (prepare-data writes its text to data/self)."
+        description="Format of the source. 'dolma': .jsonl[.gz|.zst] files with 'text'; 'pretokenized': dolma token shards or "
+        "JSONL with 'input_ids'; 'tinystories': text, JSONL or parquet; 'instruct': chat messages, Alpaca or GSM8K records; "
+        "'self': prompts that prepare-data lets the base model answer (results in data/self)."
     )
     path: str | None = Field(
         None,
-        description="File, folder, glob (** for any depth) or URL of these: hf://datasets/OWNER/NAME/..., s3://, gs://, "
-        "https:// or another that fsspec opens. tinystories also takes null (the seeded synthetic stories) or 'hub' (a download).",
+        description="File, folder, glob pattern (** matches folders at any depth) or fsspec URL such as hf://datasets/..., "
+        "s3:// or https://. Required except for 'tinystories', where null generates synthetic stories and 'hub' downloads "
+        "the data set.",
     )
-    max_documents: int | None = Field(None, ge=1, description="Read at most this many documents; null reads all.")
+    max_documents: int | None = Field(
+        None, ge=1, description="Maximum number of documents read from this source. null reads all of them."
+    )
     into: list[Literal["train", "sft"]] | None = Field(
         None,
         min_length=1,
-        description="Splits it feeds: 'train' (conversion; every token supervised), 'sft' (responses supervised). null: instruct feeds sft, the rest train.",
+        description="Splits that receive the documents: 'train' (conversion, every token supervised) and 'sft' (only "
+        "responses supervised). null means ['sft'] for 'instruct' and ['train'] for other kinds.",
     )
     weight: float | None = Field(
         None,
         gt=0.0,
-        description="Share of this source in the text of a split (in bytes of UTF-8), relative to the other sources' weights; "
-        "the split ends where a source runs dry. All sources of a split have one, or none has: then each is read to its end.",
+        description="Share of this source in the split's text (UTF-8 bytes), relative to the weights of the other sources. "
+        "Set it for all sources of a split or for none; null reads each source once, completely.",
     )
-    max_epochs: int = Field(1, ge=1, description="With a weight: how often the source is read before it counts as dry.")
-    documents: int = Field(2000, ge=1, description="How many synthetic stories to write when tinystories has no path.")
-    dtype: Literal["uint16", "uint32"] = Field("uint16", description="Integer type of pretokenized .npy shards.")
-    max_new_tokens: int = Field(256, ge=1, description="self: tokens of an answer at most.")
-    temperature: float = Field(0.0, ge=0.0, description="self: 0 is greedy, which a small model learns from fastest.")
+    max_epochs: int = Field(
+        1,
+        ge=1,
+        description="Maximum number of times a source with a weight is read. The split ends when one of its sources is used up.",
+    )
+    documents: int = Field(
+        2000, ge=1, description="Number of synthetic stories to generate. Applies to 'tinystories' without a path."
+    )
+    dtype: Literal["uint16", "uint32"] = Field(
+        "uint16", description="Integer type of the token ids in .npy shards. Applies to 'pretokenized'."
+    )
+    max_new_tokens: int = Field(
+        256, ge=1, description="Maximum length of a generated answer in tokens. Applies to 'self'."
+    )
+    temperature: float = Field(
+        0.0,
+        ge=0.0,
+        description="Sampling temperature of the generated answers; 0 is greedy. Small models learn fastest from greedy "
+        "answers. Applies to 'self'.",
+    )
     cut_repeats: int | None = Field(
         None,
         ge=2,
-        description="self: cut an answer where it begins to say as many tokens again as it has said before; greedy models go round in circles.",
+        description="Truncate an answer at the first repeated sequence of this many tokens; null keeps repetitions. Useful "
+        "with greedy answers. Applies to 'self'.",
     )
-    batch: int = Field(32, ge=1, description="self: prompts answered side by side.")
+    batch: int = Field(32, ge=1, description="Number of prompts answered at the same time. Applies to 'self'.")
 
     @model_validator(mode="after")
     def _needs_path(self) -> SourceConfig:
         if self.path is None and self.kind != "tinystories":
-            raise ValueError(f"a '{self.kind}' source needs 'path'")
+            raise ValueError(f"'path': a '{self.kind}' source needs 'path'; set it to a file, folder, glob or URL")
         if self.into is not None and "sft" in self.into and self.kind not in ("instruct", "self"):
-            raise ValueError(f"a '{self.kind}' source has no responses to supervise; 'into' can only be ['train']")
+            raise ValueError(f"'into': a '{self.kind}' source has no responses to supervise; use ['train']")
         if self.max_epochs > 1 and self.weight is None:
-            raise ValueError("'max_epochs' needs 'weight'")
+            raise ValueError("'max_epochs': values above 1 need a weight; set 'weight'")
         return self
 
     @property
@@ -61,57 +83,79 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Sources, row length, what is held out."""
+    """Data sources, row length and held-out documents."""
 
     sources: list[SourceConfig] = Field(
         default_factory=lambda: [SourceConfig(kind="tinystories")],
         min_length=1,
-        description="Where documents come from.",
+        description="List of document sources.",
     )
     mode: Literal["copy", "direct", "stream"] = Field(
         "copy",
-        description="What reads the training text. copy: prepare-data, into data/processed. direct: tokenize, straight from "
-        "the sources. stream: the training itself, straight from the sources; no row is written. Held-out text is always copied.",
+        description="Path of the training text. 'copy': prepare-data copies it to data/processed; 'direct': tokenize reads "
+        "the sources; 'stream': training reads the sources and writes no rows. Held-out text is copied in every mode.",
     )
     shard_mb: float = Field(
         32.0,
         gt=0.0,
         le=256.0,
-        description="Text packed together, in MB: a shard of tokenize, or the window in which a stream is shuffled. Memory grows with it.",
+        description="Megabytes of text packed together: the size of a shard, or of the shuffle window of a stream. Larger "
+        "values shuffle a stream better and use more memory.",
     )
     json_lines: bool | None = Field(
         None,
-        description="Whether tokenize writes SPLIT.jsonl beside SPLIT.rows; null: up to 50 million tokens of rows.",
+        description="Write rows as JSON lines (SPLIT.jsonl) in addition to SPLIT.rows. null writes them up to 50 million tokens.",
     )
-    seq_len: int = Field(256, ge=8, le=1_048_576, description="Row length L in tokens.")
+    seq_len: int = Field(
+        256,
+        ge=8,
+        le=1_048_576,
+        description="Row length in tokens. Memory and compute of a step grow with it; run tokenize again after a change.",
+    )
     eval_share: float = Field(
-        0.02, ge=0.0, le=0.5, description="Share of documents held out, chosen by a hash of their text."
+        0.02,
+        ge=0.0,
+        le=0.5,
+        description="Share of documents held out for evaluation, chosen by a hash of their text. 0 holds out none.",
     )
     max_eval_documents: int = Field(
         2000,
         ge=1,
-        description="At most this many held-out documents of each source are kept; the others are left out of training all the same.",
+        description="Maximum number of held-out documents kept per source. Held-out documents beyond it are discarded, not "
+        "trained on.",
     )
     max_reject_share: float = Field(
-        0.01, ge=0.0, le=1.0, description="prepare-data fails above this share of unreadable records."
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description="prepare-data fails when a larger share of records is unreadable. Raise it only for sources with known defects.",
     )
     foreign_ids: Literal["error", "unk", "retokenize"] = Field(
-        "error", description="What to do with pretokenized ids outside the tokenizer."
+        "error",
+        description="Handling of pretokenized ids that are not in the tokenizer: 'error' stops, 'unk' replaces them, "
+        "'retokenize' decodes them with source_tokenizer and encodes the text again.",
     )
     source_tokenizer: str | None = Field(
-        None, description="Tokenizer that wrote the ids, for foreign_ids 'retokenize' (folder or hub name)."
+        None,
+        description="Folder or hub name of the tokenizer that produced the ids. Required by foreign_ids 'retokenize'.",
     )
     max_unk_share: float = Field(
-        0.001, ge=0.0, le=1.0, description="foreign_ids 'unk' fails above this share of replaced ids."
+        0.001,
+        ge=0.0,
+        le=1.0,
+        description="With foreign_ids 'unk', tokenize fails when a larger share of ids is replaced.",
     )
-    workers: int = Field(1, ge=1, le=256, description="Processes that tokenize, also for a stream.")
+    workers: int = Field(1, ge=1, le=256, description="Number of tokenizer processes, for tokenize and for streams.")
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         for use in ("train", "sft"):
             feeding = [source for source in self.sources if use in source.splits]
             if len({source.weight is None for source in feeding}) > 1:
-                raise ValueError(f"give each source that feeds '{use}' a weight, or none of them")
+                raise ValueError(
+                    f"'sources': some sources of '{use}' have a weight and others do not; give each of them a weight, "
+                    "or none of them"
+                )
         if self.foreign_ids == "retokenize" and self.source_tokenizer is None:
-            raise ValueError("foreign_ids 'retokenize' needs 'source_tokenizer'")
+            raise ValueError("'source_tokenizer': required by foreign_ids 'retokenize'; set a folder or hub name")
         return self

@@ -1,4 +1,4 @@
-"""Decoding, the engines, and what `calibrate` tries."""
+"""Decoding parameters, engines, and the search space of `calibrate`."""
 
 from __future__ import annotations
 
@@ -14,46 +14,67 @@ EditBlocks = Annotated[int, Field(ge=0, le=64)]
 
 
 class DecodeConfig(Section):
-    """Thresholds and sampling."""
+    """Thresholds, sampling and length of a completion. 'preset' takes the mode's value."""
 
-    mode: Mode = Field("Q_MODE", description="Preset: S_MODE is speedy (low tau_mask), Q_MODE careful.")
+    mode: Mode = Field(
+        "Q_MODE",
+        description="Preset of decoding parameters: 'S_MODE' favours speed, 'Q_MODE' quality. Values set by calibrate "
+        "replace the built-in presets.",
+    )
     tau_mask: float | Threshold = Field(
-        "preset", description="A masked token is drafted above this confidence; 'preset' is the mode's."
+        "preset",
+        description="Confidence (0 to 1) above which a masked token is filled. Lower values need fewer passes; 'preset' "
+        "takes the mode's value.",
     )
     tau_edit: float | Threshold | None = Field(
         "preset",
-        description="An observed token is edited above this confidence; 0 takes every change, null is editing off.",
+        description="Confidence (0 to 1) above which a filled token is replaced. 0 accepts every change, null disables "
+        "editing, 'preset' takes the mode's value.",
     )
     max_post_steps: Annotated[int, Field(ge=0)] | Threshold = Field(
-        "preset", description="Correction passes after a block's last mask; 0 ends the block at once."
+        "preset",
+        description="Maximum number of editing passes after a block has no masks left. 0 ends the block at once; 'preset' "
+        "takes the mode's value.",
     )
     block_size: int | None = Field(
-        None, ge=1, description="Decoding block size; null is the mode's if calibrated, else the checkpoint's."
+        None,
+        ge=1,
+        description="Block size in tokens. null takes the calibrated block size of the mode if there is one, else the checkpoint's.",
     )
     edit_blocks: EditBlocks | Threshold = Field(
         "preset",
-        description="Finished blocks before the current one that stay editable (multiple block editing).",
+        description="Number of finished blocks before the current one that can still be edited; 0 edits the current block "
+        "only. 'preset' takes the mode's value.",
     )
-    max_new_tokens: int = Field(128, ge=1, description="Token budget of a completion.")
-    temperature: float = Field(0.0, ge=0.0, description="0 is greedy.")
-    top_k: int | None = Field(None, ge=1, description="Sample among the k best tokens only; null is all.")
+    max_new_tokens: int = Field(128, ge=1, description="Maximum length of a completion in tokens.")
+    temperature: float = Field(0.0, ge=0.0, description="Sampling temperature. 0 always takes the most likely token.")
+    top_k: int | None = Field(
+        None, ge=1, description="Sample from the k most likely tokens only. null samples from all tokens."
+    )
     top_p: float = Field(
-        1.0, gt=0.0, le=1.0, description="Sample among the fewest best tokens with this probability together."
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Sample from the smallest set of most likely tokens whose total probability reaches this value. 1 disables it.",
     )
     repetition_penalty: float = Field(
-        1.0, gt=0.0, description="Above 1: tokens that stand before a position become less likely there."
+        1.0,
+        gt=0.0,
+        description="Values above 1 make tokens that occur earlier in the text less likely. 1 disables the penalty.",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        default_factory=list, max_length=16, description="The completion ends before the first of these strings."
+        default_factory=list,
+        max_length=16,
+        description="Strings that end a completion. The completion is cut before the first one found.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling noise.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling noise. It has no effect at temperature 0.")
 
     @model_validator(mode="after")
     def _thresholds(self) -> DecodeConfig:
         for name in ("tau_mask", "tau_edit"):
             value = self.__dict__[name]
             if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], got {value:g}")
+                raise ValueError(f"'{name}': must be between 0 and 1, got {value:g}")
         return self
 
 
@@ -62,49 +83,61 @@ ENGINES: tuple[EngineName, ...] = ("dinfer", "transformers", "dummy")
 
 
 class EngineConfig(Section):
-    """What runs the model, and how many requests at once."""
+    """Inference engine, runtime and number of concurrent requests."""
 
     order: list[EngineName] = Field(
         default_factory=lambda: list(ENGINES),
         min_length=1,
-        description="Engines in order of preference; the first that can serve the model runs. The dummy answers only if listed.",
+        description="Engines in order of preference. The first that can serve the model is used; 'dummy' answers with fixed "
+        "text without a model.",
     )
     runtime: Literal["auto", "eager", "compiled", "cudagraphs", "openvino"] = Field(
         "auto",
-        description="What runs the model under the transformers engine. auto: CUDA graphs on GPUs, OpenVINO on CPUs where it is installed, else eager.",
+        description="Runtime of the transformers engine. 'auto' selects CUDA graphs on a GPU, OpenVINO on a CPU where it is "
+        "installed, and eager PyTorch otherwise.",
     )
     weights: Literal["native", "int8"] = Field(
-        "native", description="OpenVINO only: 8-bit weights and activations. Faster and smaller; the text may differ."
+        "native",
+        description="Weight format of the OpenVINO runtime. 'int8' quantizes weights and activations to 8 bits: faster and "
+        "smaller, but the text may differ.",
     )
-    slots: int = Field(8, ge=1, description="Requests decoded side by side; more wait.")
+    slots: int = Field(8, ge=1, description="Number of requests decoded at the same time. Further requests wait.")
     context: int | None = Field(
-        None, ge=1, description="Tokens a slot holds, prompt and answer. null: the model's own limit, at most 4096."
+        None,
+        ge=1,
+        description="Maximum length of prompt and completion together, in tokens. null takes the model's limit, at most 4096.",
     )
     prefill_chunk: int = Field(
-        512, ge=1, description="Prompt tokens in one forward; bounds the memory of long prompts."
+        512,
+        ge=1,
+        description="Number of prompt tokens processed in one forward pass. Lower it to save memory with long prompts.",
     )
-    dinfer_port: int = Field(12345, ge=1024, le=65535, description="Port between dInfer's processes.")
-    dinfer_gpus: int = Field(1, ge=1, description="GPUs given to dInfer.")
-    dinfer_backend: Literal["sglang", "vllm"] = Field("sglang", description="Runtime under dInfer.")
+    dinfer_port: int = Field(
+        12345, ge=1024, le=65535, description="TCP port for communication between dInfer's processes."
+    )
+    dinfer_gpus: int = Field(1, ge=1, description="Number of GPUs used by dInfer.")
+    dinfer_backend: Literal["sglang", "vllm"] = Field("sglang", description="Inference backend used by dInfer.")
 
 
 class CalibrateConfig(Section):
-    """What calibrate tries, and what it accepts."""
+    """Settings that calibrate tries, and how much quality it may give up."""
 
-    prompts: int = Field(16, ge=1, description="Use at most this many prompts.")
+    prompts: int = Field(16, ge=1, description="Maximum number of prompts to measure with.")
     tau_mask: list[float] = Field(
         default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 0.95], min_length=1, description="Values of tau_mask to try."
     )
     tau_edit: list[float | None] = Field(
         default_factory=lambda: [None, 0.0, 0.5, 0.9],
         min_length=1,
-        description="Values of tau_edit to try; null is editing off.",
+        description="Values of tau_edit to try. null disables editing.",
     )
     max_post_steps: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=lambda: [0, 1, 4, 16], min_length=1, description="Values of max_post_steps to try."
     )
     block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, min_length=1, description="Block sizes to try; null is half, once and twice the checkpoint's."
+        None,
+        min_length=1,
+        description="Block sizes to try, in tokens. null tries half, once and twice the checkpoint's block size.",
     )
     edit_blocks: list[EditBlocks] = Field(
         default_factory=lambda: [0, 1, 2], min_length=1, description="Values of edit_blocks to try."
@@ -112,14 +145,21 @@ class CalibrateConfig(Section):
     q_loss: float = Field(
         0.05,
         ge=0.0,
-        description="Q_MODE is the fastest setting at most this far (nats a token) below the best quality.",
+        description="Quality that Q_MODE may give up, in nats per token below the best setting. The fastest setting within "
+        "this limit is chosen.",
     )
-    s_loss: float = Field(0.3, ge=0.0, description="The same for S_MODE.")
+    s_loss: float = Field(
+        0.3,
+        ge=0.0,
+        description="Quality that S_MODE may give up, in nats per token below the best setting. The fastest setting within "
+        "this limit is chosen.",
+    )
     least_variety: float = Field(
         0.8,
         ge=0.0,
         le=1.0,
-        description="Settings with less than this share of the most careful one's distinct-2 are out.",
+        description="Minimum variety of the text (distinct-2) as a share of the best setting's. Settings below it are "
+        "rejected, which excludes repetitive text.",
     )
 
     @model_validator(mode="after")
@@ -127,5 +167,5 @@ class CalibrateConfig(Section):
         for name in ("tau_mask", "tau_edit"):
             for value in self.__dict__[name]:
                 if value is not None and not 0.0 <= value <= 1.0:
-                    raise ValueError(f"{name} must lie in [0, 1], got {value:g}")
+                    raise ValueError(f"'{name}': every value must be between 0 and 1, got {value:g}")
         return self

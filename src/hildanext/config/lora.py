@@ -12,31 +12,33 @@ Quantization = Literal["native", "int8", "nf4"]
 
 
 class LoraConfig(Section):
-    """An adapter trained beside frozen weights (LoRA, QLoRA)."""
+    """Low-rank adapter (LoRA, QLoRA) trained while the base stays frozen."""
 
     rank: int | None = Field(
-        None, ge=1, le=1024, description="Rank of the adapter that is trained; null is off: every weight is trained."
+        None, ge=1, le=1024, description="Rank of the adapter. null trains all weights without an adapter."
     )
     alpha: float | None = Field(
-        None, gt=0.0, description="The change is scaled by alpha / rank; null is twice the rank."
+        None, gt=0.0, description="Adapter scale: the update is multiplied by alpha / rank. null means twice the rank."
     )
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on what goes into the adapted linear layers.")
+    dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Dropout probability on the inputs of adapted layers. 0 disables dropout."
+    )
     targets: Literal["all-linear"] | list[Annotated[str, Field(min_length=1)]] = Field(
         "all-linear",
         min_length=1,
-        description="Linear layers that are adapted, by name (for example ['q_proj', 'v_proj']). The mask token's row and the "
-        "head always are.",
+        description="Linear layers to adapt: 'all-linear' or a list of names such as ['q_proj', 'v_proj']. "
+        "The mask token's embedding and the output head are always included.",
     )
     base: Quantization = Field(
         "native",
-        description="How the frozen weights are held: 'native' (the compute type), or quantized by bitsandbytes to 'int8' or "
-        "'nf4' (QLoRA; CPUs, and NVIDIA GPUs from compute capability 6.0).",
+        description="Storage format of the frozen weights: 'native' (the compute format), or 'int8' or 'nf4' to save memory "
+        "with bitsandbytes (CPU, or NVIDIA GPU of compute capability 6.0 or higher).",
     )
 
     @model_validator(mode="after")
     def _needs_rank(self) -> LoraConfig:
         if self.rank is None and self.base != "native":
-            raise ValueError(f"base '{self.base}' is frozen and needs an adapter to train: set rank")
+            raise ValueError(f"'base': '{self.base}' freezes the base and leaves nothing to train; set lora.rank")
         return self
 
     @property

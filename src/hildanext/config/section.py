@@ -1,4 +1,4 @@
-"""What every section is: unknown keys refused, types taken as they are, frozen once validated."""
+"""Base class of all configuration sections."""
 
 from __future__ import annotations
 
@@ -6,4 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
+    """A frozen section that refuses unknown keys, implicit type conversions, NaN and infinity.
+
+    Validators that concern several keys raise ValueError with a message of the form `'key': what is wrong; what to do`.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
