@@ -1,4 +1,4 @@
-"""The parts of train.py that need a CUDA device: utilisation, FlexAttention against the dense mask, an 8 GB budget."""
+"""The part of train.py that needs a CUDA device: utilisation, FlexAttention against the dense mask, presets in 8 GB."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from transformers import PreTrainedConfig
 from hildanext.config import Config, apply_overrides, parse_config
 from hildanext.model.policy import choose_policy
 from hildanext.model.training_attention import use_training_attention, visible_keys
-from hildanext.training.footprint import build, forward_backward, measure, peak_of, rows_of, start_peak
+from hildanext.training.footprint import measure, peak_of, start_peak
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.preflight import policy_of
+from hildanext.training.worst_case import build, forward_backward, worst_rows
 
-# Dense bf16 FLOP/s by name, as the maker states them.
+# Dense bf16 FLOP/s by device name, from the vendors' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 
 
@@ -35,7 +36,7 @@ def config_for(length: int, micro_batch: int, **train: Any) -> Config:
 
 
 def dense_flops(shape: PreTrainedConfig, length: int, micro_batch: int) -> float:
-    """FLOPs of a step as if nothing were skipped: 6 a weight and token over [x_t ; x_0], full attention, the head at x_t."""
+    """FLOPs of a step without skipping: 6 per weight and token over [x_t ; x_0], full attention, the head at x_t."""
     s: Any = shape
     heads = s.num_attention_heads * s.head_dim
     layer = s.hidden_size * (2 * heads + 2 * s.num_key_value_heads * s.head_dim + 3 * s.intermediate_size)
@@ -47,9 +48,9 @@ def dense_flops(shape: PreTrainedConfig, length: int, micro_batch: int) -> float
 
 
 def step_seconds(config: Config, shape: PreTrainedConfig, kind: str, steps: int = 12) -> float:
-    """Median seconds of a step after the first ones, which compile."""
+    """Median seconds of a step. The first third of the steps, which compile, is not counted."""
     policy = choose_policy("cuda")
-    rows = rows_of(config, "convert-wsd", policy, shape, policy.device)
+    rows = worst_rows(config, "convert-wsd", policy, shape, policy.device)
     length, micro = config.data.seq_len, config.train.micro_batch
     docs = torch.zeros(micro, length, dtype=torch.int64, device="cuda")
     positions = rows.position_ids[:, :length]
@@ -73,22 +74,22 @@ def step_seconds(config: Config, shape: PreTrainedConfig, kind: str, steps: int 
 
 
 def fits_in_8_gb(preset: Path, shape: PreTrainedConfig, card: str | None) -> dict[str, Any]:
-    """Steps of a preset, its micro-batches added up, with the allocator capped at 8 GB less what the context takes.
+    """Run steps of a preset with micro-batches accumulated and the allocator limited to 8 GB minus the CUDA context.
 
-    card: number format and attention of another card (Pascal's fp16 and pieces) on this one; None takes this one's own.
+    card: use the number format and attention of another card, for example Pascal's fp16 and pieces; None: of this card.
     """
     raw = json.loads(preset.read_text(encoding="utf-8"))
     config = parse_config(apply_overrides(raw, ["model.device=cuda", "data.seq_len=1024"]))
     policy = policy_of(config.model, card)
-    said = {"as_on": card or "this card", "dtype": str(policy.compute), "attention": policy.attention}
+    setup = {"as_on": card or "this card", "dtype": str(policy.compute), "attention": policy.attention}
     torch.cuda.empty_cache()
     outside = start_peak(policy.device)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((8e9 - outside) / total)
     try:
-        return said | {"fits": True, "peak": measure(config, "convert-wsd", policy, shape)}
+        return setup | {"fits": True, "peak": measure(config, "convert-wsd", policy, shape)}
     except torch.OutOfMemoryError:
-        return said | {"fits": False, "peak": outside + peak_of(policy.device)}
+        return setup | {"fits": False, "peak": outside + peak_of(policy.device)}
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

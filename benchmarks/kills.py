@@ -1,4 +1,4 @@
-"""kill -9 at random moments of every command, on a tiny model; whatever was killed goes on, to the weights of an undisturbed run."""
+"""kill -9 at random moments of every command. Restarted commands must give the weights of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hildanext.data.synthetic import synthetic_instructions
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 
 COMMANDS = ("prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk")
-NAMES = {"convert-wsd": "convert", "sft": "sft"}  # of the runs that can be resumed
+NAMES = {"convert-wsd": "convert", "sft": "sft"}  # names of the runs that can be resumed
 OUTPUTS = {
     "prepare-data": "data",
     "tokenize": "data/tokenized",
@@ -31,11 +31,11 @@ OUTPUTS = {
 
 
 def write_material(folder: Path) -> None:
-    """A tiny AR base, instructions, prompts for it to answer, and the configuration of the whole way."""
+    """Write a tiny AR base, instructions, prompts for it to answer, and the configuration of all commands."""
     tokenizer = story_tokenizer()
     tiny_llama(tokenizer, hidden=64, layers=2, context=256, seed=0).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    lines = [json.dumps(one) + "\n" for one in synthetic_instructions(600, seed=2)]
+    lines = [json.dumps(record) + "\n" for record in synthetic_instructions(600, seed=2)]
     (folder / "instructions.jsonl").write_text("".join(lines), encoding="utf-8")
     prompts = [f"Tell a story about {name} number {n}." for n in range(100) for name in ("Mia", "Leo")]
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
@@ -76,16 +76,16 @@ def arguments(command: str, resume: bool) -> list[str]:
 
 
 class Struck(NamedTuple):
-    """How a run of a command went."""
+    """Result of running a command."""
 
     seconds: float
-    began: float | None  # when it first wrote something; until then it imports, loads and checks
+    began: float | None  # seconds until it first wrote something; before that it imports, loads and checks
     killed: bool
-    torn: bool  # killed while something was half written
+    torn: bool  # killed while a file was half written
 
 
 class Moment(NamedTuple):
-    """When to strike: so many seconds after the start, after the first thing was written, or at the first half-written file after that."""
+    """When to kill: `seconds` after the start or the first write, or at the first half-written file after that."""
 
     phase: Literal["starting", "working", "saving"]
     seconds: float
@@ -101,7 +101,7 @@ Entry = tuple[str, int, int]  # path, inode, time of its last change
 
 
 def files_of(folder: Path) -> set[Entry]:
-    """What there is of the commands' output, with what is still being written under a temporary name."""
+    """All output files of the commands, including temporary files that are still being written."""
     found = set()
     for place in ("data", "runs"):
         for parent, folders, files in os.walk(folder / place):
@@ -117,7 +117,7 @@ def half_written(entries: set[Entry]) -> bool:
 
 
 def run(folder: Path, command: str, resume: bool = False, moment: Moment | None = None) -> Struck:
-    """A command, killed at `moment` if it lives so long. Raises RuntimeError for one that failed by itself."""
+    """Run a command and kill it at `moment` if it still runs. Raises RuntimeError if it fails by itself."""
     before = files_of(folder)
     started, began = time.monotonic(), None
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -136,9 +136,9 @@ def run(folder: Path, command: str, resume: bool = False, moment: Moment | None 
             time.sleep(0.001)
         seconds = time.monotonic() - started
         errors.seek(0)
-        said = errors.read()
+        messages = errors.read()
     if process.returncode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"{command}: {said.splitlines()[-1] if said else process.returncode}")
+        raise RuntimeError(f"{command}: {messages.splitlines()[-1] if messages else process.returncode}")
     killed = process.returncode != 0
     return Struck(seconds, began, killed, killed and half_written(files_of(folder) - before))
 
@@ -147,7 +147,10 @@ PHASES: tuple[Literal["starting", "working", "saving"], ...] = ("working", "savi
 
 
 def moment_for(number: int, usual: Struck, rng: random.Random) -> Moment:
-    """Of the `number`th kill of a command that usually runs like `usual`: a random moment, of its work more often than of its start."""
+    """A random moment for the `number`th kill of a command, during its work more often than during its start.
+
+    usual: the undisturbed run of the command.
+    """
     phase = PHASES[number % len(PHASES)]
     began = usual.seconds if usual.began is None else usual.began
     if phase == "starting":
@@ -157,7 +160,7 @@ def moment_for(number: int, usual: Struck, rng: random.Random) -> Moment:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of what must not depend on the disturbance: rows, text and merged weights."""
+    """SHA-256 of the files that kills must not change: rows, text and merged weights."""
     names = [
         *sorted((folder / "data").rglob("*.safetensors")),
         *sorted((folder / "data").rglob("*.jsonl")),
@@ -167,7 +170,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def kills(n: int, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """The whole way undisturbed, then again with `n` kills spread over its commands, each at a random moment."""
+    """Run all commands undisturbed, then again with `n` kills at random moments, spread over the commands."""
     write_material(folder)
     undisturbed = folder / "undisturbed"
     shutil.copytree(folder, undisturbed, ignore=shutil.ignore_patterns("undisturbed"))
@@ -177,12 +180,12 @@ def kills(n: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     for place, command in enumerate(COMMANDS):
         struck += strike(folder, command, n // len(COMMANDS) + (place < n % len(COMMANDS)), usual[command], rng)
     same = digest(folder) == digest(undisturbed)
-    seconds = {command: one.seconds for command, one in usual.items()}
+    seconds = {command: undisturbed_run.seconds for command, undisturbed_run in usual.items()}
     return {"kills": len(struck), "struck": struck, "seconds": seconds, "identical": same}
 
 
 def strike(folder: Path, command: str, wanted: int, usual: Struck, rng: random.Random) -> list[dict[str, Any]]:
-    """Kill a command `wanted` times, beginning it again each time, and let it end."""
+    """Kill a command `wanted` times, restarting it each time, then let it finish."""
     struck: list[dict[str, Any]] = []
     done = False
     while len(struck) < wanted or not done:
@@ -196,15 +199,15 @@ def strike(folder: Path, command: str, wanted: int, usual: Struck, rng: random.R
             struck.append({"command": command, "after": found.seconds, "phase": phase, "left": left})
             print(f"{command}: killed after {found.seconds:.1f} s ({phase}), {left}", file=sys.stderr)
             if command == "merge-topk" and (folder / OUTPUTS[command]).exists():
-                done = True  # it was killed while it judged the result
-        if done and len(struck) < wanted:  # sooner than the kill: from the beginning
+                done = True  # killed while it evaluated the merged checkpoint
+        if done and len(struck) < wanted:  # it finished before the kill: run it again from the beginning
             done = False
             shutil.rmtree(folder / OUTPUTS[command])
     return struck
 
 
 def _state(folder: Path, command: str) -> str:
-    """What a killed command left behind, in a few words."""
+    """The progress that a killed command left behind, in a few words."""
     if command == "prepare-data":
         written = folder / "data" / "self" / "prompts.jsonl"
         return f"{len(written.read_bytes().splitlines()) if written.exists() else 0} answers written"

@@ -1,4 +1,4 @@
-"""The plain way to train a block-diffusion model, and rows to train on: what train.py compares with."""
+"""A plain implementation of block-diffusion training and rows to train on: the reference of train.py."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ IGNORED = -100
 def plain_loss(
     lm: DiffusionLM, config: Config, batch: Batch, noisy: Noisy, block_size: int, n_tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    """The loss of `hildanext.diffusion.objective` the plain way.
+    """The loss of `hildanext.diffusion.objective`, computed plainly, for the convention `shifted`.
 
     A dense additive mask [B, 1, 2L, 2L] for transformers' own SDPA, logits of all 2L positions in fp32, cross-entropy
-    where there is a label. `shifted`: a token's label stands one place before it, in the clean stream where it opens a block.
+    at labelled positions. A token's label is one position before it; for the first token of a block, in the clean stream.
     """
     loss = config.loss
     length = batch.input_ids.shape[1]
@@ -59,7 +59,7 @@ def plain_loss(
 
 
 def stories(tokenizer: PreTrainedTokenizerBase, path: Path | None) -> Iterator[list[int]]:
-    """Token ids of real TinyStories (a JSON line each), or of synthetic ones joined to their length."""
+    """Token ids of stories from a JSONL file, or of synthetic stories joined to a similar length."""
     if path is not None:
         for line in path.read_text(encoding="utf-8").splitlines():
             yield tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
@@ -72,7 +72,7 @@ def stories(tokenizer: PreTrainedTokenizerBase, path: Path | None) -> Iterator[l
 def write_rows(
     folder: Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, n: int, path: Path | None, packed: bool
 ) -> dict[str, Any]:
-    """`n` rows of whole stories, or of one document each (stories joined and cut). Returns what they are, for the page."""
+    """Write `n` packed rows of complete stories, or rows of one document each. Returns a description for the page."""
     texts = list(stories(tokenizer, path))
     documents = [np.array(ids[:seq_len], dtype=np.int32) for ids in texts]
     if not packed:

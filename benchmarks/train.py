@@ -1,12 +1,13 @@
-"""Training: speed and memory against the plain way, two processes against one, kill -9 in every command.
+"""Training: speed and memory against a plain implementation, two processes against one, kill -9 in every command.
 
     make bench-train
     make bench-train ARGS="--only speed --stories path/to/stories.jsonl"
     make bench-train ARGS="--only gpu"          # needs a CUDA device
 
-The plain way (plain.py): a dense [2L, 2L] mask for transformers' own attention and logits of all 2L positions. Each part runs
-in a process of its own, and is written into docs/benchmarks/train.json and onto docs/benchmarks/train.md when it ends: parts may
-come from different machines. A part that fails is named, the others go on, and the exit code is 1.
+The plain implementation (plain.py) uses a dense [2L, 2L] mask for transformers' own attention and logits of all 2L
+positions. Each part runs in its own process and, when it ends, updates docs/benchmarks/train.json and
+docs/benchmarks/train.md, so parts may come from different machines. If a part fails, the others still run, the failed
+part is named and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ def config_for(**sections: dict[str, Any]) -> Config:
     return parse_config(raw)
 
 
-# Speed: a whole step of each side in turn
+# Speed: complete steps of both implementations in turn
 
 
 def our_side(config: Config, rows: Rows, folder: Path) -> tuple[Callable[[int], Any], DiffusionLM]:
-    """The product's own trainer: (step -> metrics, its model)."""
+    """HildaNext's trainer: (step -> metrics, model)."""
     lm, policy = load_diffusion_lm(config.model, training=True)
     recipe = Recipe(1, False, config.noise.t_min, config.noise.t_max, 0.0)
     job = TrainingJob("bench", 1000, lambda step: SchedulePoint("stable", BLOCK, config.train.lr), BLOCK)
@@ -82,7 +83,7 @@ def our_side(config: Config, rows: Rows, folder: Path) -> tuple[Callable[[int], 
 
 
 def plain_side(config: Config, rows: Rows) -> Callable[[int], float]:
-    """The same rows, noise and optimizer, the plain way: step -> loss."""
+    """The plain implementation with the same rows, noise and optimizer: step -> loss."""
     lm, policy = load_diffusion_lm(config.model, training=True)
     recipe = Recipe(1, False, config.noise.t_min, config.noise.t_max, 0.0)
     task = DenoisingTask(config, lm, start(policy, config.train), recipe, ShuffledRows(rows, 0), None, BLOCK)
@@ -105,7 +106,7 @@ def plain_side(config: Config, rows: Rows) -> Callable[[int], float]:
 
 
 def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Tokens per second of whole steps, ours and plain in turn, on packed rows and on rows of one document each."""
+    """Tokens per second of complete steps, on packed rows and on rows of one document each."""
     kinds: dict[str, Any] = {}
     config = config_for(model={"dtype": args.dtype, "device": "cpu"}, data={"seq_len": args.row})
     policy = choose_policy("cpu", args.dtype)
@@ -143,7 +144,7 @@ def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Two processes on two cores against one process on one core, in turn: row tokens per second of a small Llama."""
+    """Tokens per second of a small Llama: two processes on two cores against one process on one core, in turn."""
     base = folder / "base"
     tokenizer = story_tokenizer(2000)
     tiny_llama(tokenizer, hidden=384, layers=8, context=512, seed=0).save_pretrained(base)
@@ -189,7 +190,7 @@ def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """Model FLOPs utilisation of the Qwen3-0.6B shape, FlexAttention against the dense mask, 8 GB by a cap."""
+    """Model FLOPs utilisation of the Qwen3-0.6B shape, FlexAttention against the dense mask, presets in 8 GB."""
     if not torch.cuda.is_available():
         return None
     from gpu import measure_gpu
@@ -197,7 +198,7 @@ def gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     return measure_gpu(qwen3)
 
 
-# In the order of what is learned for the time they take.
+# Short parts first.
 PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any] | None]] = {
     "budget": lambda args, folder: budget(qwen3, LENGTH),
     "kills": lambda args, folder: kills(args.kills, folder),
@@ -217,21 +218,23 @@ def parse_args() -> argparse.Namespace:
         "--dtype",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="speed, memory: what is computed in (default: as the product chooses for this CPU)",
+        help="speed, memory: compute format (default: HildaNext's choice for this CPU)",
     )
-    parser.add_argument("--stories", type=Path, help="speed: stories, a JSON line each (default: synthetic ones)")
-    parser.add_argument("--turns", type=int, default=3, help="scaling: runs of each (default: 3)")
-    parser.add_argument("--kills", type=int, default=20, help="kills: how many (default: 20)")
+    parser.add_argument("--stories", type=Path, help="speed: JSONL file of stories (default: synthetic stories)")
+    parser.add_argument("--turns", type=int, default=3, help="scaling: runs per launcher (default: 3)")
+    parser.add_argument("--kills", type=int, default=20, help="kills: number of kills (default: 20)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--results", type=Path, default=Path("docs/benchmarks/train.json"), help="where the numbers are kept"
+        "--results", type=Path, default=Path("docs/benchmarks/train.json"), help="file that keeps the numbers"
     )
-    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/train.md"), help="the page made of them")
+    parser.add_argument(
+        "--page", type=Path, default=Path("docs/benchmarks/train.md"), help="page made from the numbers"
+    )
     return parser.parse_args()
 
 
 def every_part() -> int:
-    """Each part in its own process with the same arguments. Returns 1 when one of them failed."""
+    """Run each part in its own process with the same arguments. Returns 1 if a part failed."""
     failed = [part for part in PARTS if subprocess.run([sys.executable, *sys.argv, "--only", part]).returncode]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -244,7 +247,7 @@ def one_part(args: argparse.Namespace) -> int:
         found = PARTS[args.only](args, Path(place))
     write_page(keep(args.results, args.only, found, where), args.page)
     if found is None:
-        print(f"{args.only}: skipped, it cannot be measured on this machine", file=sys.stderr)
+        print(f"{args.only}: skipped, this machine cannot measure it", file=sys.stderr)
         return 0
     print(f"{args.only}: written to {args.page}")
     return int(found.get("identical") is False)

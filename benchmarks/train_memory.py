@@ -1,4 +1,4 @@
-"""Peak memory of a training step for train.py: each side in a process of its own, which alone dies where memory ends."""
+"""Peak memory of a training step, for train.py. Each side runs in its own process, which alone ends if memory is short."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from transformers import Qwen3Config
 
 from hildanext.config import Config, apply_overrides, parse_config
 from hildanext.model.policy import Policy, choose_policy
-from hildanext.training.footprint import build, measure, peak_of, predict, rows_of, start_peak
+from hildanext.training.footprint import measure, peak_of, predict, start_peak
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.preflight import policy_of
+from hildanext.training.worst_case import build, worst_rows
 
-LEFT = 500_000_000  # of the memory that is free, for everybody else
+RESERVED = 500_000_000  # bytes of free memory that are left to other processes
 SMALL = {"gradient_checkpointing": True}
 SIDES: dict[str, dict[str, Any]] = {
     "plain": {"train": {"attention": "dense"}},
@@ -37,7 +38,7 @@ SIDES: dict[str, dict[str, Any]] = {
 
 
 def memory_side(config: Config, side: str, shape: Qwen3Config) -> dict[str, Any]:
-    """Peak of three steps of a shape on random weights, and what preflight says. Ends by itself where memory is short."""
+    """Measured and predicted peak of three steps of a shape with random weights. Fails cleanly if memory is short."""
     die_first()
     policy = choose_policy("cpu", config.model.dtype)
     if side == "plain":
@@ -47,17 +48,17 @@ def memory_side(config: Config, side: str, shape: Qwen3Config) -> dict[str, Any]
 
 
 def die_first() -> None:
-    """Allocations beyond what is free fail; should the kernel have to choose all the same, it takes this process."""
+    """Limit allocations to free memory, and make the kernel kill this process first if memory runs out anyway."""
     if sys.platform != "linux":
         return
-    most = int(psutil.virtual_memory().available + psutil.Process().memory_info().rss) - LEFT
+    most = int(psutil.virtual_memory().available + psutil.Process().memory_info().rss) - RESERVED
     resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def plain_memory(config: Config, policy: Policy, shape: Qwen3Config) -> int:
     """Three plain steps: dense mask, fp32 logits of 2L positions, AdamW."""
-    rows = rows_of(config, "convert-wsd", policy, shape, policy.device)
+    rows = worst_rows(config, "convert-wsd", policy, shape, policy.device)
     start_peak(policy.device)
     model = build(shape, config, policy)
     optimizer = make_optimizer(model, config.train, policy.fused)
@@ -77,29 +78,32 @@ def plain_memory(config: Config, policy: Policy, shape: Qwen3Config) -> int:
 
 
 def short_of_memory(code: int, errors: str) -> bool:
-    """Whether a process ended for want of memory: killed for it, or refused an allocation."""
+    """Whether a process ended because memory ran out: by SIGKILL or by a failed allocation."""
     return code == -signal.SIGKILL or "alloc" in errors or "MemoryError" in errors
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """What the process of a side prints; `more_than`, the most it had, where it ran out of memory. Raises RuntimeError for any other end."""
+    """Run a side and return what it prints. If it ran out of memory, `more_than` is the most it used.
+
+    Raises RuntimeError for any other failure.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         errors.seek(0)
-        said = errors.read()
+        messages = errors.read()
         if process.returncode == 0:
             found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
             return found
-    if not short_of_memory(process.returncode, said):
-        raise RuntimeError(f"{command[-1]}: {said.splitlines()[-1] if said else process.returncode}")
+    if not short_of_memory(process.returncode, messages):
+        raise RuntimeError(f"{command[-1]}: {messages.splitlines()[-1] if messages else process.returncode}")
     return {"peak": None, "more_than": usage.ru_maxrss * 1024, "predicted": None}
 
 
 def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every side in turn."""
+    """Measured and predicted peaks of all sides."""
     found: dict[str, Any] = {}
     dtype = args.dtype if args.dtype != "auto" else str(choose_policy("cpu").compute).removeprefix("torch.")
     for side in SIDES:
@@ -110,7 +114,7 @@ def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def budget(qwen3: Callable[[str], Qwen3Config], length: int) -> dict[str, Any]:
-    """What preflight predicts for 8 GB cards: full training of the 0.6B shape, an adapter for the 1.7B shape."""
+    """Predicted peaks on 8 GB cards: full training of the 0.6B shape, an adapter for the 1.7B shape."""
     configs = Path(__file__).parents[1] / "configs"
     found = {}
     for preset, size in (("qwen3-0.6b-gtx1080", "0.6b"), ("qwen3-1.7b-lora-8gb", "1.7b")):

@@ -17,7 +17,7 @@ from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.convert import convert_wsd
 from hildanext.training.denoising import DenoisingModule
 from hildanext.training.memory import MemoryShortError
-from hildanext.training.run_folder import FREE_ON_RESUME
+from hildanext.training.run_folder import MAY_CHANGE_ON_RESUME
 from support.resume import outcome
 from support.training import material
 
@@ -100,7 +100,7 @@ def test_a_single_row_that_does_not_fit_says_what_helps(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.endswith(
         "set train.gradient_checkpointing, and continue with --resume; or start a new run with train.optimizer 'adafactor' or "
-        "a lower data.seq_len (24) ('hildanext preflight' tells what each gains)"
+        "a lower data.seq_len (24) ('hildanext preflight' shows what each saves)"
     )
 
 
@@ -132,9 +132,9 @@ def test_what_helps_may_be_done_as_it_says(tmp_path: Path, tiny_base: Path) -> N
         ("train", "gradient_checkpointing"),
         ("train", "sharding"),
     }
-    assert set(keys.findall(resumed)) <= FREE_ON_RESUME
+    assert set(keys.findall(resumed)) <= MAY_CHANGE_ON_RESUME
     assert set(keys.findall(anew)) == {("train", "optimizer"), ("data", "seq_len")}
-    assert not set(keys.findall(anew)) & FREE_ON_RESUME
+    assert not set(keys.findall(anew)) & MAY_CHANGE_ON_RESUME
 
 
 def test_what_makes_room_may_change_on_resume(tmp_path: Path, tiny_base: Path, room_for: Any) -> None:

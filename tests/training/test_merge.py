@@ -98,7 +98,7 @@ def test_the_best_are_those_with_the_lowest_held_out_loss(trained: Trained, k: i
 
 
 def test_too_few_or_none(trained: Trained, tmp_path: Path):
-    with pytest.raises(UsageError, match="5 evaluated checkpoints, but 6 are to be merged; lower --k"):
+    with pytest.raises(UsageError, match="5 evaluated checkpoints, but --k is 6; lower --k"):
         best_checkpoints(trained.run.path, 6)
     with pytest.raises(UsageError, match="no checkpoints to merge"):
         best_checkpoints(tmp_path, 1)
@@ -118,8 +118,8 @@ def test_a_damaged_checkpoint_is_left_out(trained: Trained, tmp_path: Path, caps
     named, counted = capsys.readouterr().err.strip().splitlines()
     assert named.startswith(f"{best / 'model.safetensors'} has ")
     assert named.endswith("the checkpoint is damaged; left out of the merge")
-    assert counted == f"{run}: 1 of 5 checkpoints are damaged; the best of the others are merged"
-    with pytest.raises(UsageError, match=r"4 evaluated checkpoints \(1 more are damaged\), but 5 are to be merged"):
+    assert counted == f"{run}: 1 of 5 checkpoints are damaged; merging the best of the others"
+    with pytest.raises(UsageError, match=r"4 evaluated checkpoints \(1 more are damaged\), but --k is 5"):
         best_checkpoints(run, 5)
 
 

@@ -180,7 +180,7 @@ MISMATCHES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another seed": (edit("hilda", "adapter", "seed", value=7), "an adapter of .* with other weights"),
     "block size": (edit("block_size", value=8), "block_size is 8, but 4"),
     "damaged": (cut, "adapter_model.safetensors: damaged"),
-    "mixed": (whole, "holds whole weights, .* an adapter; they cannot be merged"),
+    "mixed": (whole, "holds a whole model, .* an adapter; they cannot be merged"),
 }
 
 

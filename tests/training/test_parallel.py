@@ -378,8 +378,8 @@ def test_a_batch_that_cannot_be_shared_is_one_line(bench: Bench) -> None:
     assert done.stdout == ""
     lines = {line for line in done.stderr.splitlines() if line.startswith("hildanext convert-wsd:")}
     assert lines == {
-        "hildanext convert-wsd: 'train.rows_per_step': 3 rows in micro-batches of 1 cannot be shared evenly by 2 processes; "
-        "it must be a multiple of 2"
+        "hildanext convert-wsd: 'train.rows_per_step': 3 rows in micro-batches of 1 cannot be divided evenly among 2 processes; "
+        "use a multiple of 2"
     }
     assert not bench.run("odd").exists()
 
@@ -388,6 +388,6 @@ def test_a_batch_that_cannot_be_shared_is_one_line(bench: Bench) -> None:
 def test_plugins_of_accelerate_are_refused(plugin: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
     with pytest.raises(
-        UsageError, match=f"accelerate's {plugin} plugin; launch plainly and set train.sharding to 'fsdp2'"
+        UsageError, match=f"accelerate's {plugin} plugin; launch without a plugin and set train.sharding to 'fsdp2'"
     ):
         parallel.start(choose_policy("cpu", "float32"), parse_config({}).train)

@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_made_to_fit(tmp_path):
     assert all(f"--set {key}=" in report["stdout"] for one in report["changes"] for key in one["set"])
     nothing = preflight(config, "convert-wsd", None, 0.01, False)
     assert nothing["fitting"] is None
-    assert "all of them together are not enough" in nothing["stdout"]
+    assert "all changes together are not enough" in nothing["stdout"]
 
 
 def test_every_change_makes_it_smaller():
@@ -327,7 +327,7 @@ def test_bad_input_is_one_line(base, capsys):
     config = parse_config(raw(base))
     with pytest.raises(ConfigError, match=r"--card pascal: expected a compute capability, for example sm_61"):
         preflight(config, "convert-wsd", "pascal", None, False)
-    with pytest.raises(ConfigError, match="--measure runs here: it does not go with --card"):
+    with pytest.raises(ConfigError, match="--measure: measures on this machine and cannot be combined with --card"):
         preflight(config, "convert-wsd", "sm_61", None, True)
     assert cli.main(["preflight", "--model", "./nowhere"]) == 2
     assert capsys.readouterr().err == "hildanext preflight: model './nowhere': no such folder\n"

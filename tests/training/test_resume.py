@@ -127,7 +127,7 @@ def test_what_touches_the_numbers_may_not(make_run: MakeRun):
     config, _ = make_run()
     convert_wsd(config)
     changed, _ = make_run(train={"seed": 5, "lr": 0.1})
-    with pytest.raises(UsageError, match=r"differs from the run's in train\.seed, train\.lr; restore it"):
+    with pytest.raises(UsageError, match=r"differs from the run's in train\.seed, train\.lr; restore the values"):
         convert_wsd(changed, resume=True)
     with pytest.raises(UsageError, match="is a 'convert-wsd' run, not 'sft'"):
         sft(config, name="convert", resume=True)
@@ -173,7 +173,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(make_run: MakeRun):
     for _, path in list_checkpoints(run.checkpoints):
         damage(path / "trainer.json")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match="no older checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="no older checkpoint is complete"):
         convert_wsd(config, resume=True)
     assert cli.main(["convert-wsd", "--config", str(file), "--resume"]) == 1
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before

@@ -79,11 +79,13 @@ class Config(Section):
     def _shardable(self) -> Config:
         if self.lora.base == "int8" and self.train.sharding == "fsdp2":
             raise ValueError(
-                "'lora.base': 'int8' cannot be sharded by train.sharding 'fsdp2'; use 'nf4', or set train.sharding to 'none'"
+                "'lora.base': 'int8' cannot be sharded by train.sharding 'fsdp2'; use 'nf4', or set train.sharding to "
+                "'none'"
             )
         if self.loss.distill and self.train.sharding == "fsdp2":
             raise ValueError(
-                "'loss.distill': needs the complete base in each process; set train.sharding to 'none' or loss.distill to 0"
+                "'loss.distill': needs the complete base in each process; set train.sharding to 'none', or "
+                "loss.distill to 0"
             )
         return self
 
@@ -104,7 +106,8 @@ def _one_line(error: ValidationError, origin: str) -> str:
     path = [str(part) for part in first["loc"]]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{origin}: unknown key '{'.'.join(path)}'; remove it, or run 'hildanext init' for a file with all keys{more}"
+        key = ".".join(path)
+        return f"{origin}: unknown key '{key}'; remove it, or run 'hildanext init' for a file with all keys{more}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     # A section's validator names the key itself, relative to the section.
     if named := re.match(r"'([\w.]+)': ", message):

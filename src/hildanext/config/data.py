@@ -13,15 +13,15 @@ class SourceConfig(Section):
     """One source of documents."""
 
     kind: Literal["dolma", "pretokenized", "tinystories", "instruct", "self"] = Field(
-        description="Format of the source. 'dolma': .jsonl[.gz|.zst] files with 'text'; 'pretokenized': dolma token shards or "
-        "JSONL with 'input_ids'; 'tinystories': text, JSONL or parquet; 'instruct': chat messages, Alpaca or GSM8K records; "
-        "'self': prompts that prepare-data lets the base model answer (results in data/self)."
+        description="Format of the source. 'dolma': .jsonl[.gz|.zst] files with 'text'; 'pretokenized': dolma token "
+        "shards or JSONL with 'input_ids'; 'tinystories': text, JSONL or parquet; 'instruct': chat messages, Alpaca "
+        "or GSM8K records; 'self': prompts that prepare-data lets the base model answer (results in data/self)."
     )
     path: str | None = Field(
         None,
-        description="File, folder, glob pattern (** matches folders at any depth) or fsspec URL such as hf://datasets/..., "
-        "s3:// or https://. Required except for 'tinystories', where null generates synthetic stories and 'hub' downloads "
-        "the data set.",
+        description="File, folder, glob pattern (** matches folders at any depth) or fsspec URL such as "
+        "hf://datasets/..., s3:// or https://. Required except for 'tinystories', where null generates synthetic "
+        "stories and 'hub' downloads the data set.",
     )
     max_documents: int | None = Field(
         None, ge=1, description="Maximum number of documents read from this source. null reads all of them."
@@ -35,13 +35,14 @@ class SourceConfig(Section):
     weight: float | None = Field(
         None,
         gt=0.0,
-        description="Share of this source in the split's text (UTF-8 bytes), relative to the weights of the other sources. "
-        "Set it for all sources of a split or for none; null reads each source once, completely.",
+        description="Share of this source in the split's text (UTF-8 bytes), relative to the weights of the other "
+        "sources. Set it for all sources of a split or for none; null reads each source once, completely.",
     )
     max_epochs: int = Field(
         1,
         ge=1,
-        description="Maximum number of times a source with a weight is read. The split ends when one of its sources is used up.",
+        description="Maximum number of times a source with a weight is read. The split ends when one of its sources "
+        "is used up.",
     )
     documents: int = Field(
         2000, ge=1, description="Number of synthetic stories to generate. Applies to 'tinystories' without a path."
@@ -55,14 +56,14 @@ class SourceConfig(Section):
     temperature: float = Field(
         0.0,
         ge=0.0,
-        description="Sampling temperature of the generated answers; 0 is greedy. Small models learn fastest from greedy "
-        "answers. Applies to 'self'.",
+        description="Sampling temperature of the generated answers; 0 is greedy. Small models learn fastest from "
+        "greedy answers. Applies to 'self'.",
     )
     cut_repeats: int | None = Field(
         None,
         ge=2,
-        description="Truncate an answer at the first repeated sequence of this many tokens; null keeps repetitions. Useful "
-        "with greedy answers. Applies to 'self'.",
+        description="Truncate an answer at the first repeated sequence of this many tokens; null keeps repetitions. "
+        "Useful with greedy answers. Applies to 'self'.",
     )
     batch: int = Field(32, ge=1, description="Number of prompts answered at the same time. Applies to 'self'.")
 
@@ -92,25 +93,28 @@ class DataConfig(Section):
     )
     mode: Literal["copy", "direct", "stream"] = Field(
         "copy",
-        description="Path of the training text. 'copy': prepare-data copies it to data/processed; 'direct': tokenize reads "
-        "the sources; 'stream': training reads the sources and writes no rows. Held-out text is copied in every mode.",
+        description="Path of the training text. 'copy': prepare-data copies it to data/processed; 'direct': tokenize "
+        "reads the sources; 'stream': training reads the sources and writes no rows. Held-out text is copied in every "
+        "mode.",
     )
     shard_mb: float = Field(
         32.0,
         gt=0.0,
         le=256.0,
-        description="Megabytes of text packed together: the size of a shard, or of the shuffle window of a stream. Larger "
-        "values shuffle a stream better and use more memory.",
+        description="Megabytes of text packed together: the size of a shard, or of the shuffle window of a stream. "
+        "Larger values shuffle a stream better and use more memory.",
     )
     json_lines: bool | None = Field(
         None,
-        description="Write rows as JSON lines (SPLIT.jsonl) in addition to SPLIT.rows. null writes them up to 50 million tokens.",
+        description="Write rows as JSON lines (SPLIT.jsonl) in addition to SPLIT.rows. null writes them up to 50 "
+        "million tokens.",
     )
     seq_len: int = Field(
         256,
         ge=8,
         le=1_048_576,
-        description="Row length in tokens. Memory and compute of a step grow with it; run tokenize again after a change.",
+        description="Row length in tokens. Memory and compute of a step grow with it; run tokenize again after a "
+        "change.",
     )
     eval_share: float = Field(
         0.02,
@@ -121,14 +125,15 @@ class DataConfig(Section):
     max_eval_documents: int = Field(
         2000,
         ge=1,
-        description="Maximum number of held-out documents kept per source. Held-out documents beyond it are discarded, not "
-        "trained on.",
+        description="Maximum number of held-out documents kept per source. Held-out documents beyond it are "
+        "discarded, not trained on.",
     )
     max_reject_share: float = Field(
         0.01,
         ge=0.0,
         le=1.0,
-        description="prepare-data fails when a larger share of records is unreadable. Raise it only for sources with known defects.",
+        description="prepare-data fails when a larger share of records is unreadable. Raise it only for sources with "
+        "known defects.",
     )
     foreign_ids: Literal["error", "unk", "retokenize"] = Field(
         "error",

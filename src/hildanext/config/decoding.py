@@ -23,8 +23,8 @@ class DecodeConfig(Section):
     )
     tau_mask: float | Threshold = Field(
         "preset",
-        description="Confidence (0 to 1) above which a masked token is filled. Lower values need fewer passes; 'preset' "
-        "takes the mode's value.",
+        description="Confidence (0 to 1) above which a masked token is filled. Lower values need fewer passes; "
+        "'preset' takes the mode's value.",
     )
     tau_edit: float | Threshold | None = Field(
         "preset",
@@ -33,18 +33,19 @@ class DecodeConfig(Section):
     )
     max_post_steps: Annotated[int, Field(ge=0)] | Threshold = Field(
         "preset",
-        description="Maximum number of editing passes after a block has no masks left. 0 ends the block at once; 'preset' "
-        "takes the mode's value.",
+        description="Maximum number of editing passes after a block has no masks left. 0 ends the block at once; "
+        "'preset' takes the mode's value.",
     )
     block_size: int | None = Field(
         None,
         ge=1,
-        description="Block size in tokens. null takes the calibrated block size of the mode if there is one, else the checkpoint's.",
+        description="Block size in tokens. null takes the calibrated block size of the mode if there is one, else the "
+        "checkpoint's.",
     )
     edit_blocks: EditBlocks | Threshold = Field(
         "preset",
-        description="Number of finished blocks before the current one that can still be edited; 0 edits the current block "
-        "only. 'preset' takes the mode's value.",
+        description="Number of finished blocks before the current one that can still be edited; 0 edits the current "
+        "block only. 'preset' takes the mode's value.",
     )
     max_new_tokens: int = Field(128, ge=1, description="Maximum length of a completion in tokens.")
     temperature: float = Field(0.0, ge=0.0, description="Sampling temperature. 0 always takes the most likely token.")
@@ -55,7 +56,8 @@ class DecodeConfig(Section):
         1.0,
         gt=0.0,
         le=1.0,
-        description="Sample from the smallest set of most likely tokens whose total probability reaches this value. 1 disables it.",
+        description="Sample from the smallest set of most likely tokens whose total probability reaches this value. 1 "
+        "disables it.",
     )
     repetition_penalty: float = Field(
         1.0,
@@ -88,24 +90,25 @@ class EngineConfig(Section):
     order: list[EngineName] = Field(
         default_factory=lambda: list(ENGINES),
         min_length=1,
-        description="Engines in order of preference. The first that can serve the model is used; 'dummy' answers with fixed "
-        "text without a model.",
+        description="Engines in order of preference. The first that can serve the model is used; 'dummy' answers with "
+        "fixed text without a model.",
     )
     runtime: Literal["auto", "eager", "compiled", "cudagraphs", "openvino"] = Field(
         "auto",
-        description="Runtime of the transformers engine. 'auto' selects CUDA graphs on a GPU, OpenVINO on a CPU where it is "
-        "installed, and eager PyTorch otherwise.",
+        description="Runtime of the transformers engine. 'auto' selects CUDA graphs on a GPU, OpenVINO on a CPU where "
+        "it is installed, and eager PyTorch otherwise.",
     )
     weights: Literal["native", "int8"] = Field(
         "native",
-        description="Weight format of the OpenVINO runtime. 'int8' quantizes weights and activations to 8 bits: faster and "
-        "smaller, but the text may differ.",
+        description="Weight format of the OpenVINO runtime. 'int8' quantizes weights and activations to 8 bits: "
+        "faster and smaller, but the text may differ.",
     )
     slots: int = Field(8, ge=1, description="Number of requests decoded at the same time. Further requests wait.")
     context: int | None = Field(
         None,
         ge=1,
-        description="Maximum length of prompt and completion together, in tokens. null takes the model's limit, at most 4096.",
+        description="Maximum length of prompt and completion together, in tokens. null takes the model's limit, at "
+        "most 4096.",
     )
     prefill_chunk: int = Field(
         512,
@@ -145,14 +148,14 @@ class CalibrateConfig(Section):
     q_loss: float = Field(
         0.05,
         ge=0.0,
-        description="Quality that Q_MODE may give up, in nats per token below the best setting. The fastest setting within "
-        "this limit is chosen.",
+        description="Quality that Q_MODE may give up, in nats per token below the best setting. The fastest setting "
+        "within this limit is chosen.",
     )
     s_loss: float = Field(
         0.3,
         ge=0.0,
-        description="Quality that S_MODE may give up, in nats per token below the best setting. The fastest setting within "
-        "this limit is chosen.",
+        description="Quality that S_MODE may give up, in nats per token below the best setting. The fastest setting "
+        "within this limit is chosen.",
     )
     least_variety: float = Field(
         0.8,

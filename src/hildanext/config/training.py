@@ -23,13 +23,13 @@ class NoiseConfig(Section):
         0.1,
         ge=0.0,
         lt=1.0,
-        description="Probability that an unmasked token is replaced by a random wrong one, so that the model learns to edit. 0 "
-        "disables it.",
+        description="Probability that an unmasked token is replaced by a random wrong one, so that the model learns "
+        "to edit. 0 disables it.",
     )
     turns: Literal[1, 2] = Field(
         1,
-        description="Forward passes per sample in convert-wsd. 2 adds a second one in which some masks hold the model's own "
-        "predictions: it learns to keep right ones and edit wrong ones (sft has its own key).",
+        description="Forward passes per sample in convert-wsd. 2 adds a second one in which some masks hold the "
+        "model's own predictions: it learns to keep right ones and edit wrong ones (sft has its own key).",
     )
     draft_share: float = Field(
         0.5,
@@ -39,13 +39,14 @@ class NoiseConfig(Section):
     )
     complementary: bool = Field(
         False,
-        description="Train each sample also with the inverse mask in the same step. Applies to convert-wsd (sft has its own key).",
+        description="Train each sample also with the inverse mask in the same step. Applies to convert-wsd (sft has "
+        "its own key).",
     )
     embed_std: float = Field(
         0.0,
         ge=0.0,
-        description="Gaussian noise added to the mask token's embedding early in training, in standard deviations of the "
-        "embeddings. 0 disables it.",
+        description="Gaussian noise added to the mask token's embedding early in training, in standard deviations of "
+        "the embeddings. 0 disables it.",
     )
     embed_steps: int = Field(
         0, ge=0, description="Number of steps over which embed_std falls linearly to zero. 0 disables the noise."
@@ -70,8 +71,8 @@ class LossConfig(Section):
     keep: float = Field(
         1.0,
         ge=0.0,
-        description="Weight of correct unmasked tokens within the token-to-token loss. With 0 the model sees wrong tokens "
-        "only and learns to edit everything.",
+        description="Weight of correct unmasked tokens within the token-to-token loss. With 0 the model sees wrong "
+        "tokens only and learns to edit everything.",
     )
     cap_weight: float = Field(
         0.0,
@@ -83,8 +84,8 @@ class LossConfig(Section):
         0.0,
         ge=0.0,
         le=1.0,
-        description="Share of the AR base's next-token distribution in the training target, for masked tokens with a fully "
-        "visible left context. 0 disables distillation.",
+        description="Share of the AR base's next-token distribution in the training target, for masked tokens with a "
+        "fully visible left context. 0 disables distillation.",
     )
 
 
@@ -93,7 +94,8 @@ class WsdConfig(Section):
 
     shape: Literal["linear", "ladder"] = Field(
         "linear",
-        description="How the block size changes: 'linear' interpolates, 'ladder' goes through warmup_ladder and decay_ladder.",
+        description="How the block size changes: 'linear' interpolates, 'ladder' goes through warmup_ladder and "
+        "decay_ladder.",
     )
     warmup_steps: int = Field(
         100, ge=0, description="Number of steps in which the block size rises from start_block to peak_block."
@@ -132,7 +134,8 @@ class WsdConfig(Section):
                     raise ValueError(f"'{name}': needs one or more block sizes of at least 1, got {ladder}")
             if self.decay_ladder[-1] != self.final_block:
                 raise ValueError(
-                    f"'decay_ladder': ends at {self.decay_ladder[-1]}, but final_block is {self.final_block}; make them equal"
+                    f"'decay_ladder': ends at {self.decay_ladder[-1]}, but final_block is {self.final_block}; make "
+                    "them equal"
                 )
         return self
 
@@ -147,13 +150,13 @@ class TrainConfig(Section):
     micro_batch: int = Field(
         4,
         ge=1,
-        description="Number of rows in a forward pass; must divide rows_per_step. Lower it to save memory: the result is "
-        "the same except for rounding.",
+        description="Number of rows in a forward pass; must divide rows_per_step. Lower it to save memory: the result "
+        "is the same except for rounding.",
     )
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = Field(
         "adamw",
-        description="Optimizer. 'adamw' needs 8 bytes of memory per weight, 'adamw8bit' 2 (requires bitsandbytes: extra "
-        "'quant'), and 'adafactor' almost none.",
+        description="Optimizer. 'adamw' needs 8 bytes of memory per weight, 'adamw8bit' 2 (requires bitsandbytes: "
+        "extra 'quant'), and 'adafactor' almost none.",
     )
     lr: float = Field(3e-4, gt=0.0, description="Peak learning rate of convert-wsd (sft and dpo have their own).")
     lr_warmup_steps: int = Field(
@@ -180,8 +183,8 @@ class TrainConfig(Section):
     )
     attention: Literal["auto", "dense", "pieces", "flex"] = Field(
         "auto",
-        description="Training attention: 'dense' computes all scores, 'pieces' and 'flex' (FlexAttention) skip masked ones. "
-        "'auto' selects 'flex' on GPUs of compute capability 8.0 or higher with Triton, else 'pieces'.",
+        description="Training attention: 'dense' computes all scores, 'pieces' and 'flex' (FlexAttention) skip masked "
+        "ones. 'auto' selects 'flex' on GPUs of compute capability 8.0 or higher with Triton, else 'pieces'.",
     )
     sharding: Literal["none", "fsdp2"] = Field(
         "none",
@@ -190,13 +193,14 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Recompute activations in the backward pass instead of storing them. Saves memory for about a third more compute.",
+        description="Recompute activations in the backward pass instead of storing them. Saves memory for about a "
+        "third more compute.",
     )
     eval_every: int = Field(
         50,
         ge=0,
-        description="Number of steps between evaluations on held-out rows; every checkpoint is evaluated too. 0 evaluates "
-        "at checkpoints only.",
+        description="Number of steps between evaluations on held-out rows; every checkpoint is evaluated too. 0 "
+        "evaluates at checkpoints only.",
     )
     eval_rows: int = Field(32, ge=1, description="Maximum number of held-out rows in an evaluation.")
     save_every: int = Field(50, ge=1, description="Number of steps between checkpoints. The last step is always saved.")
@@ -209,7 +213,8 @@ class TrainConfig(Section):
     def _divides(self) -> TrainConfig:
         if self.rows_per_step % self.micro_batch:
             raise ValueError(
-                f"'micro_batch': {self.micro_batch} does not divide rows_per_step ({self.rows_per_step}); choose a divisor"
+                f"'micro_batch': {self.micro_batch} does not divide rows_per_step ({self.rows_per_step}); choose a "
+                "divisor"
             )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"'betas': both must be at least 0 and below 1, got {list(self.betas)}")
@@ -242,7 +247,8 @@ class SftConfig(Section):
     )
     turns: Literal[1, 2] = Field(
         2,
-        description="Forward passes per sample. 2 adds a second one in which some masks hold the model's own predictions.",
+        description="Forward passes per sample. 2 adds a second one in which some masks hold the model's own "
+        "predictions.",
     )
     complementary: bool = Field(
         False,
@@ -269,8 +275,8 @@ class DpoConfig(Section):
 
     pairs: str | None = Field(
         None,
-        description="JSON or JSONL file, or a folder of them, with a prompt or conversation and the answers 'chosen' and "
-        "'rejected' in each record. Required by dpo.",
+        description="JSON or JSONL file, or a folder of them, with a prompt or conversation and the answers 'chosen' "
+        "and 'rejected' in each record. Required by dpo.",
     )
     beta: float = Field(
         0.1,
@@ -296,7 +302,8 @@ class DpoConfig(Section):
     draws: int = Field(
         1,
         ge=1,
-        description="Number of noise draws per answer. More draws give steadier likelihoods and cost more forward passes.",
+        description="Number of noise draws per answer. More draws give steadier likelihoods and cost more forward "
+        "passes.",
     )
     complementary: bool = Field(
         False, description="Add the inverse mask of each draw. Requires a highest mask_band value below 1."
@@ -310,7 +317,7 @@ class DpoConfig(Section):
         _check_band(*self.mask_band)
         if self.complementary and self.mask_band[1] == 1.0:
             raise ValueError(
-                "'complementary': the inverse of a mask at noise level 1 masks nothing; lower mask_band, for example to "
-                "[0.05, 0.95]"
+                "'complementary': the inverse of a mask at noise level 1 masks nothing; lower mask_band, for example "
+                "to [0.05, 0.95]"
             )
         return self

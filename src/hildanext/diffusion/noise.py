@@ -1,7 +1,7 @@
-"""The forward process: clean tokens x_0 -> noisy tokens x_t (mask-to-token and token-to-token noise).
+"""The forward process: clean tokens x_0 -> noisy tokens x_t, by masking (M2T) and by wrong tokens (T2T).
 
-Everything here runs on the CPU from an explicit generator that is seeded by (run seed, global sample index), so a
-sample's noise does not depend on rank, worker, batch composition, device or resume.
+Random numbers come from a CPU generator seeded by (run seed, global sample index). The noise of a sample is therefore
+independent of rank, worker, batch, device and resume.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Noisy(NamedTuple):
 
 
 def sample_generator(seed: int, index: int, stream: str = "train") -> torch.Generator:
-    """CPU generator of one sample: the same for (seed, index, stream) everywhere. `stream` keeps uses apart."""
+    """CPU generator of a sample, a function of (seed, index, stream). Different streams are independent."""
     digest = hashlib.blake2b(f"{seed}:{index}:{stream}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -34,14 +34,14 @@ def block_ids(position_ids: Tensor, block_size: int) -> Tensor:
 
 
 def block_starts(doc_ids: Tensor, block: Tensor) -> Tensor:
-    """Whether a block of a document begins at each token. [..., L] int64 twice -> [..., L] bool."""
+    """Whether each token is the first of its block. doc_ids, block: [..., L] int64 -> [..., L] bool."""
     starts = torch.ones_like(doc_ids, dtype=torch.bool)
     starts[..., 1:] = (doc_ids[..., 1:] != doc_ids[..., :-1]) | (block[..., 1:] != block[..., :-1])
     return starts
 
 
 def noise_levels(doc_ids: Tensor, block: Tensor, t_min: float, t_max: float, generator: torch.Generator) -> Tensor:
-    """One t ~ U[t_min, t_max] per block of each document (DESIGN section 3; LLaDA2.0 eq. 1).
+    """Noise levels: one t ~ U[t_min, t_max] for each block of each document (LLaDA2.0 eq. 1).
 
     doc_ids, block: [L] int64 of one row. Returns t [L] float32, constant within a block.
     """
@@ -51,17 +51,17 @@ def noise_levels(doc_ids: Tensor, block: Tensor, t_min: float, t_max: float, gen
 
 
 def wrong_tokens(input_ids: Tensor, ordinary_ids: Tensor, generator: torch.Generator) -> Tensor:
-    """A uniformly random ordinary token that differs from the clean one, for each position.
+    """A uniformly random ordinary token other than the clean one, for each position.
 
-    input_ids: [L] int64. ordinary_ids: [n >= 2] int64, sorted, no special tokens. Returns [L] int64.
+    input_ids: [L] int64. ordinary_ids: [n >= 2] int64, sorted, without special tokens. Returns [L] int64.
     """
     n = len(ordinary_ids)
-    place = torch.searchsorted(ordinary_ids, input_ids).clamp(max=n - 1)
-    is_ordinary = ordinary_ids[place] == input_ids
-    # Draw from the list with the clean token taken out: n-1 choices, those at or after its place move up by one.
+    index = torch.searchsorted(ordinary_ids, input_ids).clamp(max=n - 1)
+    is_ordinary = ordinary_ids[index] == input_ids
+    # Draw from the list without the clean token: n-1 choices, of which those at or after its index move up by one.
     draws = torch.rand(input_ids.shape, generator=generator, dtype=torch.float64)
     choice = (draws * (n - is_ordinary.long())).long()
-    choice += (is_ordinary & (choice >= place)).long()
+    choice += (is_ordinary & (choice >= index)).long()
     return ordinary_ids[choice]
 
 
@@ -77,8 +77,8 @@ def add_noise(
 ) -> Noisy:
     """Mask each allowed token with probability t; replace each remaining allowed token with probability `corrupt_rate`.
 
-    input_ids [L] int64, loss_mask [L] bool, t [L] float32 of one row, all on the CPU. A corrupted token is never the
-    clean one nor a special one. Source: LLaDA2.0 section 3 (M2T), LLaDA2.1 section 3 (T2T).
+    input_ids [L] int64, loss_mask [L] bool (the allowed tokens), t [L] float32 of one row, all on the CPU. A corrupted
+    token is neither the clean token nor a special token. Sources: LLaDA2.0 section 3 (M2T), LLaDA2.1 section 3 (T2T).
     """
     masked = (torch.rand(input_ids.shape, generator=generator) < t) & loss_mask
     corrupted = (torch.rand(input_ids.shape, generator=generator) < corrupt_rate) & loss_mask & ~masked

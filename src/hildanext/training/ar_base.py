@@ -1,13 +1,11 @@
-"""Training an AR model from scratch on packed rows (the demo's base)."""
+"""Next-token training of a small AR model on packed rows. The demo makes its base with it."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from hildanext.data.rows import RowOrder, Rows
 from hildanext.diffusion.masks import additive, document_mask
@@ -17,27 +15,28 @@ from hildanext.progress import progress
 
 
 def next_token_losses(model: PreTrainedModel, rows: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in nats of every token that has one before it in its document, [S] float32, row-major order.
+    """Next-token cross-entropy in nats, [S] float32: one value per supervised token except the first of each document.
 
-    rows: as from `Rows.batch`, on the model's device. Causal within each document.
+    rows: a batch of `Rows.batch` ([B, L] tensors) on the model's device. Attention is causal within each document;
+    values are in row-major order.
     """
-    ids, docs = rows["input_ids"], rows["doc_ids"]
-    mask = document_mask(docs).tril()
+    ids = rows["input_ids"]
+    causal = document_mask(rows["doc_ids"]).tril()
     embeds = model.get_input_embeddings()(ids)
     hidden = body(
         model,
         inputs_embeds=embeds,
-        attention_mask=additive(mask, compute_dtype(embeds)),
+        attention_mask=additive(causal, compute_dtype(embeds)),
         position_ids=rows["position_ids"],
     )
-    wanted = rows["loss_mask"] & (rows["position_ids"] > 0)
-    row, column = wanted.nonzero(as_tuple=True)
+    supervised = rows["loss_mask"] & (rows["position_ids"] > 0)
+    row, column = supervised.nonzero(as_tuple=True)
     logits = model.get_output_embeddings()(hidden[row, column - 1])
-    return F.cross_entropy(logits.float(), ids[wanted], reduction="none")
+    return F.cross_entropy(logits.float(), ids[supervised], reduction="none")
 
 
 def train_ar(model: PreTrainedModel, rows: Rows, *, steps: int, batch_rows: int, lr: float, seed: int) -> float:
-    """Train a (tiny) causal LM from scratch on packed rows; returns the last loss in nats per token."""
+    """Train a causal LM on packed rows with AdamW and a one-cycle schedule; returns the last loss in nats per token."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)

@@ -1,6 +1,6 @@
-"""Checkpoints: a complete Hugging Face folder plus what a resume needs, written to a temporary name and renamed.
+"""Checkpoints: a Hugging Face folder plus the training state, written under a temporary name and then renamed.
 
-A folder called step-N is always whole. Optimizer moments are safetensors; nothing here is pickled.
+A folder named step-N is therefore always complete. Optimizer state is stored as safetensors; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import save_diffusion_lm
 from hildanext.training.parallel import like, whole
 
-STATE, TENSORS = "trainer.json", "trainer.safetensors"
+STATE, TENSORS = "trainer.json", "trainer.safetensors"  # training state beside the model's own files
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str], keep: bool = True) -> dict[str, Tensor]:
-    """Optimizer state as flat tensors `parameter|key`, counters as `parameter|int:key`. `names`: id(parameter) -> name.
+    """Optimizer state as a flat dictionary: tensors as `parameter|key`, integers as `parameter|int:key`.
 
-    Every process must call it; those that do not `keep` get nothing.
+    names: id(parameter) -> name. All processes must call this function; those with keep=False get an empty dictionary.
     """
     found: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
@@ -39,7 +39,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str], k
                 if not keep:
                     continue
                 value = value.cpu().contiguous()
-                # bitsandbytes' parameters share their tables, which safetensors refuses.
+                # bitsandbytes shares its quantization tables between parameters; safetensors rejects shared tensors.
                 found[f"{names[id(parameter)]}|{key}"] = value.clone() if key.startswith("qmap") else value
             elif isinstance(value, int):
                 found[f"{names[id(parameter)]}|int:{key}"] = torch.tensor(value)
@@ -47,26 +47,28 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str], k
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]) -> None:
-    """Put `optimizer_tensors` back. Raises CheckpointError when they do not match the model's parameters."""
+    """Load the result of `optimizer_tensors`. Raises CheckpointError if it does not match the trained parameters."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     by_name: dict[str, dict[str, Tensor]] = {}
     for flat, value in tensors.items():
         name, _, key = flat.rpartition("|")
         by_name.setdefault(name, {})[key] = value
-    wanted = {names[id(p)] for p in groups}
-    if by_name and set(by_name) != wanted:
-        odd = sorted(set(by_name) ^ wanted)[0]
-        raise CheckpointError(f"optimizer state does not match the model: '{odd}' is on one side only")
+    trained = {names[id(p)] for p in groups}
+    if by_name and set(by_name) != trained:
+        odd = sorted(set(by_name) ^ trained)[0]
+        raise CheckpointError(
+            f"'{odd}': the optimizer state does not match the model; resume with the run's model and adapter settings"
+        )
     for parameter, group in groups.items():
         if state := by_name.get(names[id(parameter)]):
             optimizer.state[parameter] = dict(_placed(key, value, parameter, group) for key, value in state.items())
 
 
 def _placed(key: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> tuple[str, Tensor | int]:
-    """A piece of optimizer state where its optimizer wants it: with the parameter, whatever its shape."""
+    """An entry of a parameter's optimizer state, on the device and with the sharding the optimizer expects."""
     if key.startswith("int:"):
         return key.removeprefix("int:"), int(value)
-    if key == "step":  # counted on the CPU unless a kernel reads it
+    if key == "step":  # stays on the CPU unless a fused kernel reads it
         return key, value.to(parameter.device) if group.get("fused") or group.get("capturable") else value
     return key, like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
 
@@ -79,9 +81,11 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `folder/step-N` atomically and return it. `state` is JSON (cursor, best list, ...), `tensors` the rest.
+    """Write the checkpoint `folder/step-N` atomically and return its path.
 
-    Raises WriteError when the disk is full: nothing is left of the attempt, and older checkpoints are as they were.
+    state: the JSON part of the training state. tensors: its tensors (optimizer, random generators). weights: the
+    model's weights, gathered if they are sharded. Raises WriteError if it cannot be written, for example because the
+    disk is full; the partial checkpoint is then removed and older checkpoints are left untouched.
     """
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,7 +101,7 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if final.exists():  # a resumed run writes a step again
+    if final.exists():  # a resumed run can repeat a step
         remove_checkpoint(final)
     os.replace(temporary, final)
     fsync_folder(folder)
@@ -105,22 +109,22 @@ def save_checkpoint(
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint so that no half of it ever carries the name step-N."""
+    """Delete a checkpoint. It is renamed first, so that no partly deleted folder is named step-N."""
     doomed = path.with_name(f".deleting-{path.name}")
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint, oldest first. Writes nothing: a training may be at work there."""
-    found = [(int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*") if path.is_dir()]
-    return sorted(found)
+    """(step, path) of every checkpoint, oldest first. Read-only, so it is safe while a training runs."""
+    return sorted((int(path.name.removeprefix("step-")), path) for path in folder.glob("step-*") if path.is_dir())
 
 
 def rewind_checkpoints(folder: Path, step: int) -> list[Path]:
-    """For the trainer alone: remove what killed writes left, and what is newer than `step`, from where a run goes on.
+    """Remove temporary folders of interrupted writes and checkpoints newer than `step`, the step to resume from.
 
-    Newer ones are damaged, and `prune` would keep them as the newest in place of whole ones. Returns those.
+    Newer checkpoints are damaged; `prune` would count them among the newest and delete good ones. Only the trainer
+    calls this function. Returns the removed checkpoints.
     """
     for pattern in (".tmp-step-*", ".deleting-step-*"):
         for path in folder.glob(pattern):
@@ -132,7 +136,7 @@ def rewind_checkpoints(folder: Path, step: int) -> list[Path]:
 
 
 def prune(folder: Path, keep_last: int, keep_best: int, eval_losses: Mapping[int, float]) -> None:
-    """Remove checkpoints that are neither among the newest nor among the best by evaluation loss."""
+    """Keep the `keep_last` newest checkpoints and the `keep_best` with the lowest evaluation loss; remove the others."""
     found = list_checkpoints(folder)
     ranked = sorted((step for step, _ in found if step in eval_losses), key=lambda step: (eval_losses[step], step))
     kept = {step for step, _ in found[-keep_last:]} | set(ranked[:keep_best])
@@ -142,11 +146,13 @@ def prune(folder: Path, keep_last: int, keep_best: int, eval_losses: Mapping[int
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's state and check that every file has its recorded size. Raises CheckpointError naming the file."""
+    """Return a checkpoint's state after checking the size of every file. Raises CheckpointError that names the file."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / STATE}: not a readable checkpoint state: {error}") from None
+        raise CheckpointError(
+            f"{path / STATE}: not a readable checkpoint state ({error}); use another checkpoint"
+        ) from None
     for name, size in state["files"].items():
         found = (path / name).stat().st_size if (path / name).is_file() else -1
         if found != size:
@@ -156,7 +162,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Optimizer, generator and scaler tensors of a checkpoint."""
+    """Tensors of a checkpoint's training state. Raises CheckpointError if the file is missing or damaged."""
     try:
         return load_file(path / TENSORS)
     except (OSError, SafetensorError) as error:
@@ -164,7 +170,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest checkpoint that is whole: (path, state, one line for each damaged one passed over); None without any."""
+    """The newest complete checkpoint: (path, state, one line per damaged newer checkpoint).
+
+    None if the folder has no checkpoints. Raises CheckpointError if every checkpoint is damaged.
+    """
     problems: list[str] = []
     for _, path in reversed(list_checkpoints(folder)):
         try:
@@ -172,5 +181,5 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError(problems[0] + "; no older checkpoint is whole")
+        raise CheckpointError(f"{problems[0]}; no older checkpoint is complete; start a new run")
     return None

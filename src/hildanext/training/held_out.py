@@ -1,4 +1,4 @@
-"""Held-out denoising: loss and accuracy on masked tokens at fixed mask rates, with noise that never changes."""
+"""Held-out evaluation during training: loss and accuracy on masked tokens at fixed mask rates and fixed noise."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hildanext.diffusion.noise import Noisy, add_noise, sample_generator
 from hildanext.diffusion.objective import Predicted, predict
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 
-RATES = tuple(i / 10 for i in range(1, 11))
+RATES = tuple(i / 10 for i in range(1, 11))  # share of masked tokens
 EVAL_SEED = 20260
 
 
 class Denoising(NamedTuple):
-    """Over all masked tokens: mean cross-entropy in nats, accuracy, their count, and both by mask rate."""
+    """Result of an evaluation over all masked tokens."""
 
-    loss: float
+    loss: float  # mean cross-entropy in nats
     accuracy: float
     n_masked: int
-    by_rate: dict[float, tuple[float, float]]
+    by_rate: dict[float, tuple[float, float]]  # mask rate -> (loss, accuracy)
 
 
 # (clean rows, x_t) -> predictions at the masked positions.
@@ -46,10 +46,11 @@ def evaluate_denoising(
     every_rate: bool = False,
     model: Predict | None = None,
 ) -> Denoising:
-    """Mask the first `n_rows` rows at rates 0.1 to 1.0 and predict. Noise is fixed, so models are comparable.
+    """Mask the first `n_rows` rows at rates 0.1 to 1.0 and predict them. The noise is fixed, so models are comparable.
 
-    every_rate=False gives row i the rate RATES[i % 10] (one forward a row, for use while training); True runs all ten.
-    model: what predicts, where that is not `lm` alone (sharded parameters are whole only inside what shards them).
+    every_rate: False masks row i at RATES[i % 10] (one forward per row, for use during training), True masks each row
+    at all ten rates. model: replaces `predict_masked` if `lm` is wrapped, since sharded parameters are complete only
+    inside the wrapper's forward.
     """
     was_training = lm.model.training
     lm.model.eval()
@@ -77,8 +78,8 @@ def evaluate_denoising(
         predicted = model(batch, noisy) if model else predict_masked(lm, batch, noisy, block_size)
         labels = batch.input_ids[noisy.masked]
         ce, correct = predicted.ce.double().cpu(), (predicted.best == labels).double().cpu()
-        place = torch.tensor([r for _, r in items])[:, None].expand(noisy.masked.shape)[noisy.masked.cpu()]
-        sums.index_add_(0, place, torch.stack([ce, correct, torch.ones_like(ce)], dim=1))
+        rate_index = torch.tensor([r for _, r in items])[:, None].expand(noisy.masked.shape)[noisy.masked.cpu()]
+        sums.index_add_(0, rate_index, torch.stack([ce, correct, torch.ones_like(ce)], dim=1))
     lm.model.train(was_training)
     loss, accuracy, n_masked = sums.sum(0).tolist()
     by_rate = {RATES[i]: (row[0] / row[2], row[1] / row[2]) for i, row in enumerate(sums.tolist()) if row[2] > 0}

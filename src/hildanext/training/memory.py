@@ -1,4 +1,4 @@
-"""Memory of a training: what was used, and what to say when it is not enough."""
+"""Memory of a training: errors when it runs out, activation checkpointing, peak usage."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from hildanext.errors import HildaError
 
 
 class MemoryShortError(HildaError):
-    """A training step does not fit. The message names the keys that make it smaller: those that a run may change when it is
-    resumed, then those that need a new run."""
+    """A training step does not fit into memory.
+
+    The message names keys that reduce memory: first those that may change on resume, then those that need a new run.
+    """
 
     def __init__(
         self, config: Config, micro_batch: int, step: int, reason: str, processes: int, in_optimizer: bool = False
     ) -> None:
-        """in_optimizer: it was the optimizer that found no room, when the activations were gone."""
-        train, resumed, anew = config.train, list[str](), list[str]()
+        """step: 1-based. in_optimizer: memory ran out in the optimizer step, after the activations were freed."""
+        train, on_resume, new_run = config.train, list[str](), list[str]()
         if micro_batch > 1 and not in_optimizer:
-            resumed.append(f"lower train.micro_batch ({micro_batch})")
+            on_resume.append(f"lower train.micro_batch ({micro_batch})")
         if not train.gradient_checkpointing and not in_optimizer:
-            resumed.append("set train.gradient_checkpointing")
+            on_resume.append("set train.gradient_checkpointing")
         if processes > 1 and (train.sharding, train.optimizer) == ("none", "adamw"):
-            resumed.append("set train.sharding to 'fsdp2'")
+            on_resume.append("set train.sharding to 'fsdp2'")
         if train.optimizer != "adafactor":
-            anew.append("train.optimizer 'adafactor'")
-        anew.append("a lora.rank" if in_optimizer else f"a lower data.seq_len ({config.data.seq_len})")
-        remedies = [f"{' or '.join(resumed)}, and continue with --resume"] if resumed else []
-        remedies.append(f"start a new run with {' or '.join(anew)}")
+            new_run.append("train.optimizer 'adafactor'")
+        new_run.append("a lora.rank" if in_optimizer else f"a lower data.seq_len ({config.data.seq_len})")
+        remedies = [f"{' or '.join(on_resume)}, and continue with --resume"] if on_resume else []
+        remedies.append(f"start a new run with {' or '.join(new_run)}")
         super().__init__(
-            f"step {step}: out of memory{' in the optimizer' if in_optimizer else ''} ({reason}); {'; or '.join(remedies)} "
-            "('hildanext preflight' tells what each gains)"
+            f"step {step}: out of memory{' in the optimizer' if in_optimizer else ''} ({reason}); "
+            f"{'; or '.join(remedies)} ('hildanext preflight' shows what each saves)"
         )
 
 
 class AllShortError(RuntimeError):
-    """Some process is out of memory, and all of them know."""
+    """At least one process is out of memory. Raised in all processes, so that all repeat the step together."""
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process in MB: the GPU's allocations, or resident memory on a CPU."""
+    """Peak memory of this process in MB (10^6 bytes): allocated GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -55,22 +57,23 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep a layer's input only and compute the rest again in the backward pass.
+    """Enable activation checkpointing: store each layer's input only and recompute the rest in the backward pass.
 
-    On a CPU the C library would keep what a layer frees and cut it up for smaller tensors: it goes back before each layer.
+    On a CPU the C library keeps the memory that a layer frees and fragments it with smaller tensors. Free memory is
+    therefore returned to the system before each layer.
     """
-    how: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False}
     trim = trimmer()
-    if trim is not None and model.device.type in ("cpu", "meta"):  # meta: a prediction
-        how["context_fn"] = lambda: (given_back(trim), given_back(trim))  # in the forward, and when computed again
+    if trim is not None and model.device.type in ("cpu", "meta"):  # meta: a prediction, see footprint.py
+        options["context_fn"] = lambda: (freed_memory_returned(trim), freed_memory_returned(trim))  # forward, recompute
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(how)
-    else:  # its old name, in the last transformers for Python 3.10
-        model.gradient_checkpointing_enable(how)
+        model.activation_checkpointing_enable(options)
+    else:  # the name in older versions of transformers, such as the last one for Python 3.10
+        model.gradient_checkpointing_enable(options)
 
 
 def trimmer() -> Callable[[int], int] | None:
-    """What makes the C library give free pages back to the system; None where it cannot (only glibc can)."""
+    """The C library's `malloc_trim`, which returns free pages to the system; None without glibc."""
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)
@@ -78,14 +81,14 @@ def trimmer() -> Callable[[int], int] | None:
 
 
 @contextlib.contextmanager
-def given_back(trim: Callable[[int], int]) -> Iterator[None]:
-    """Within it, memory that was free before belongs to the system."""
+def freed_memory_returned(trim: Callable[[int], int]) -> Iterator[None]:
+    """Context manager for activation checkpointing that returns free memory to the system on entry."""
     trim(0)
     yield
 
 
 def clear_cache(device: torch.device) -> None:
-    """Give back what the allocator holds and does not use."""
+    """Release unused memory that torch's GPU allocator has cached. No effect on a CPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""The optimizers of a training."""
+"""The optimizers that `train.optimizer` selects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hildanext.model.quantized import quiet_bitsandbytes
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.optim.Optimizer:
-    """AdamW, the same with moments in 8 bits, or Adafactor, whose state is negligible; weight decay on matrices only."""
+    """AdamW, 8-bit AdamW or Adafactor over the trainable parameters, with weight decay on matrices only.
+
+    fused: use AdamW's fused kernel. Raises ConfigError if 'adamw8bit' is set and bitsandbytes is not installed.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
@@ -28,13 +31,14 @@ def make_optimizer(model: nn.Module, train: TrainConfig, fused: bool) -> torch.o
 
 
 def adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """AdamW whose moments take a byte each (Dettmers et al. 2022, arXiv 2110.02861); small tensors keep theirs in fp32.
+    """AdamW with 8-bit moments (Dettmers et al. 2022, arXiv 2110.02861); small tensors keep fp32 moments.
 
-    Raises ConfigError when bitsandbytes is not installed.
+    Raises ConfigError if bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "'train.optimizer': 'adamw8bit' needs bitsandbytes; install it with: pip install 'hildanext[quant]', or use 'adafactor'"
+            "'train.optimizer': 'adamw8bit' needs bitsandbytes; install it with: pip install 'hildanext[quant]', "
+            "or use 'adafactor'"
         )
     quiet_bitsandbytes()
     from bitsandbytes.optim import AdamW8bit

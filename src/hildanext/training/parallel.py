@@ -1,6 +1,7 @@
-"""One process or many: accelerate starts them, DDP or FSDP2 spreads the work, a checkpoint is the same from any number.
+"""Training in one or several processes: accelerate connects them, DDP or FSDP2 distributes the work.
 
-Started by `torchrun` or `accelerate launch`, which say through the environment who is who. Rank 0 alone writes.
+Start several processes with `torchrun` or `accelerate launch`, which set rank and world size in the environment. Only
+rank 0 writes files. Checkpoints do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -25,48 +26,53 @@ from hildanext.model.policy import Policy
 
 
 def start(policy: Policy, train: TrainConfig) -> Accelerator:
-    """Join the other processes. Raises ConfigError when the batch cannot be shared among them, or fp16 is to be sharded."""
-    AcceleratorState._reset_state()  # accelerate keeps one precision a process; this training may use another
-    # The launcher's word counts: on a CPU accelerate would do without its plugins and say nothing.
+    """Connect to the other processes.
+
+    Raises ConfigError if the batch cannot be divided evenly among them or if the optimizer or number format cannot be
+    sharded, UsageError for a launch with one of accelerate's plugins.
+    """
+    AcceleratorState._reset_state()  # accelerate stores one precision per process; this training may use another
+    # Checked in the environment because accelerate silently ignores its plugins on a CPU.
     for plugin in ("FSDP", "MEGATRON_LM", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):
             raise UsageError(
-                f"launched with accelerate's {plugin} plugin; launch plainly and set train.sharding "
-                "to 'fsdp2', which shards parameters, gradients and optimizer"
+                f"launched with accelerate's {plugin} plugin; launch without a plugin and set train.sharding to "
+                "'fsdp2', which shards parameters, gradients and optimizer state"
             )
     accelerator = Accelerator(
         mixed_precision=policy.mixed_precision,
         cpu=policy.device.type == "cpu",
-        # A forward uses a weight once: keeping its cast form until the end is memory for nothing.
+        # A forward uses each weight once, so caching its cast copy would only cost memory.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     world = accelerator.num_processes
     if train.rows_per_step % (train.micro_batch * world):
         raise ConfigError(
-            f"'train.rows_per_step': {train.rows_per_step} rows in micro-batches of {train.micro_batch} cannot be shared "
-            f"evenly by {world} processes; it must be a multiple of {train.micro_batch * world}"
+            f"'train.rows_per_step': {train.rows_per_step} rows in micro-batches of {train.micro_batch} cannot be "
+            f"divided evenly among {world} processes; use a multiple of {train.micro_batch * world}"
         )
     if train.sharding == "fsdp2" and train.optimizer != "adamw" and world > 1:
         raise ConfigError(
-            f"'train.optimizer': {train.optimizer} does not work on sharded parameters; use 'adamw', whose state fsdp2 shards too"
+            f"'train.optimizer': {train.optimizer} does not work with sharded parameters; use 'adamw', whose state is "
+            "sharded too"
         )
     if train.sharding == "fsdp2" and policy.compute == torch.float16:
         raise ConfigError(
-            "'train.sharding': fsdp2 has no loss scaler for float16; use 'none', or model.dtype 'float32'"
+            "'train.sharding': fsdp2 has no loss scaler for float16; use 'none', or set model.dtype to 'float32'"
         )
     return accelerator
 
 
 def spread(accelerator: Accelerator, module: nn.Module, layers: Sequence[str], sharding: str) -> nn.Module:
-    """Wrap a module for this training: as it is in one process, DDP in several, or sharded layer by layer (FSDP2).
+    """Wrap a module for training: unchanged in one process, DDP in several, or sharded layer by layer (FSDP2).
 
-    layers: class names of the blocks that are sharded one by one (a model's `_no_split_modules`). Sharding replaces
-    parameters in place: make the optimizer after it.
+    layers: class names of the transformer layers, each of which is sharded as a unit (a model's `_no_split_modules`).
+    Sharding replaces parameters in place: create the optimizer afterwards.
     """
     if sharding == "none":
         wrapped: nn.Module = accelerator.prepare(module)
         if isinstance(wrapped, DistributedDataParallel):
-            wrapped.broadcast_buffers = False  # they never change, and a forward has nothing to tell other processes
+            wrapped.broadcast_buffers = False  # buffers never change, so they need no communication
         return wrapped
     if not torch.distributed.is_initialized():
         return module
@@ -78,7 +84,7 @@ def spread(accelerator: Accelerator, module: nn.Module, layers: Sequence[str], s
 
 
 def sync_gradients(accelerator: Accelerator, module: nn.Module, wanted: bool) -> AbstractContextManager[object]:
-    """Within the block gradients meet those of the other processes only if wanted: at a step's last backward."""
+    """Context manager: gradients are averaged over processes only if `wanted`, at the last backward of a step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
         return contextlib.nullcontext()
@@ -86,7 +92,7 @@ def sync_gradients(accelerator: Accelerator, module: nn.Module, wanted: bool) ->
 
 
 def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
-    """What DDP does in a backward, when all of them are over."""
+    """Average gradients over processes after the backward passes, as DDP does during the last one."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:
@@ -96,14 +102,14 @@ def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one process would have it. Every process must call it, in the same order."""
+    """The complete tensor if it is sharded, else the tensor itself. All processes must call this in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors as one process would have them. Sharded ones come to the CPU one by one: no device holds two of them whole.
+    """Complete tensors. Sharded tensors move to the CPU one at a time, so that a device never holds two complete ones.
 
-    Every process must call it; those that do not keep them get none.
+    All processes must call this; those with keep=False get an empty dictionary.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -114,8 +120,8 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """A model's state_dict, `gathered`; a weight with two names stays one tensor."""
-    state = model.state_dict()  # first: it takes back what the last forward gathered
+    """The complete state_dict of a model, see `gathered`. A tied weight stays one tensor under both names."""
+    state = model.state_dict()  # must come first: it reshards parameters that the last forward gathered
     weights = gathered(dict(model.named_parameters()), keep)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -123,14 +129,14 @@ def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 def shard_again(module: nn.Module) -> None:
-    """Take back what the last forward gathered: FSDP2 keeps the outermost weights whole until a backward comes."""
+    """Reshard parameters after a forward without backward: FSDP2 would keep the outermost ones gathered until one."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor of a parameter's shape, spread as the parameter is; one that is spread stays as it is."""
+    """A complete tensor with the device and sharding of a parameter of the same shape. Sharded tensors are returned as is."""
     if isinstance(value, DTensor):
         return value
     if isinstance(parameter, DTensor):

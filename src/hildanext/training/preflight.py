@@ -1,4 +1,4 @@
-"""`preflight`: does a training fit, and what to change where it does not. Nothing is loaded but the tokenizer's libraries."""
+"""`preflight`: whether a training fits into memory, and which changes make it fit. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,25 +13,36 @@ from hildanext.config import Config, ModelConfig, apply_overrides, parse_config
 from hildanext.errors import ConfigError
 from hildanext.model.policy import DTYPES, Policy, choose_policy, native_dtype, policy_for
 from hildanext.progress import say
-from hildanext.training.footprint import Command, Peak, measure, predict, shape_of
+from hildanext.training.footprint import Peak, measure, predict
+from hildanext.training.worst_case import Command, shape_of
 
 GB = 1e9
 
 
 class Change(NamedTuple):
-    """Something that makes a step smaller, as `--set` takes it, and its price."""
+    """A change of the configuration that reduces memory."""
 
-    settings: dict[str, Any]
-    price: str
+    settings: dict[str, Any]  # section.key -> value, as for --set
+    price: str  # its disadvantage or requirement, in a few words
 
 
-class Tried(NamedTuple):
+class Trial(NamedTuple):
+    """Changes and the peak predicted with them."""
+
     changes: list[Change]
     peak: Peak
 
+    def as_dict(self) -> dict[str, Any]:
+        """The changes' settings and prices, and the total of the peak, for the report."""
+        settings = {key: value for change in self.changes for key, value in change.settings.items()}
+        return {"set": settings, "price": "; ".join(change.price for change in self.changes), "total": self.peak.total}
+
 
 def policy_of(config: ModelConfig, card: str | None) -> Policy:
-    """The policy of this machine, or of a GPU that is not here, by its compute capability ('sm_61')."""
+    """The policy of this machine, or of another GPU given by its compute capability, for example 'sm_61'.
+
+    Raises ConfigError for a card or a number format that does not exist there.
+    """
     if card is None:
         return choose_policy(config.device, config.dtype)
     digits = card.removeprefix("sm_")
@@ -42,12 +53,12 @@ def policy_of(config: ModelConfig, card: str | None) -> Policy:
     if config.dtype != "auto":
         if config.dtype == "bfloat16" and capability < (8, 0):
             raise ConfigError(f"'model.dtype': bfloat16 is not native on {card}; use 'float16' or 'auto'")
-        compute, reason = DTYPES[config.dtype], "asked for in the configuration"
+        compute, reason = DTYPES[config.dtype], "set in the configuration"
     return policy_for(torch.device("cuda"), capability, compute, reason, has_triton=True)
 
 
-def memory_there(policy: Policy, card: str | None) -> int | None:
-    """Bytes that a training can have here; None for a card that is not here."""
+def available_memory(policy: Policy, card: str | None) -> int | None:
+    """Bytes that a training can use on this machine; None for a card given by name."""
     if card is not None:
         return None
     if policy.device.type == "cuda":
@@ -56,91 +67,92 @@ def memory_there(policy: Policy, card: str | None) -> int | None:
 
 
 def possible_changes(config: Config) -> list[Change]:
-    """What could be changed, the cheapest first: none of them changes what is learned but the last three."""
+    """Changes that reduce memory, the least intrusive first: speed, then optimizer and adapter, then row length."""
     train, rows = config.train, config.train.rows_per_step
     found = []
     if not train.gradient_checkpointing:
         found.append(Change({"train.gradient_checkpointing": True}, "a third more compute"))
     if train.micro_batch > 1:
         half = next(size for size in range(train.micro_batch // 2, 0, -1) if rows % size == 0)
-        found.append(Change({"train.micro_batch": half}, "smaller matrices"))
+        found.append(Change({"train.micro_batch": half}, "smaller matrices, lower speed"))
         if half > 1:
-            found.append(Change({"train.micro_batch": 1}, "smaller matrices"))
+            found.append(Change({"train.micro_batch": 1}, "smaller matrices, lower speed"))
     if config.lora.rank is None:
         if train.optimizer == "adamw":
-            found.append(Change({"train.optimizer": "adamw8bit"}, "the extra 'quant'; 8-bit moments"))
+            found.append(Change({"train.optimizer": "adamw8bit"}, "needs the extra 'quant'; 8-bit moments"))
         if train.optimizer != "adafactor":
             found.append(Change({"train.optimizer": "adafactor"}, "another optimizer"))
-        found.append(Change({"lora.rank": 16}, "an adapter in place of all weights"))
+        found.append(Change({"lora.rank": 16}, "trains an adapter instead of all weights"))
     if config.lora.base == "native":
         settings = {"lora.base": "nf4"} | ({"lora.rank": 16} if config.lora.rank is None else {})
-        found.append(Change(settings, "the extra 'quant'; frozen weights in 4 bits"))
+        found.append(Change(settings, "needs the extra 'quant'; frozen weights in 4 bits"))
     if config.data.seq_len >= 256:
-        found.append(Change({"data.seq_len": config.data.seq_len // 2}, "shorter rows; tokenize again"))
+        found.append(Change({"data.seq_len": config.data.seq_len // 2}, "shorter rows; needs tokenize again"))
     return found
 
 
-def changed(config: Config, changes: list[Change]) -> Config:
+def with_changes(config: Config, changes: list[Change]) -> Config:
+    """The configuration with the changes applied, validated."""
     settings = [f"{key}={json.dumps(value)}" for change in changes for key, value in change.settings.items()]
     return parse_config(apply_overrides(config.model_dump(mode="json"), settings))
 
 
 def advice(
     config: Config, command: Command, policy: Policy, shape: PreTrainedConfig, limit: int
-) -> tuple[list[Tried], Tried | None]:
-    """Each change alone, and the first of them, added up in order, that fit together; None if all are not enough."""
+) -> tuple[list[Trial], Trial | None]:
+    """Each change alone, and the first combination that fits into `limit` bytes; None if all changes are not enough.
+
+    Changes are combined in order. A later change replaces earlier ones of the same keys, and an adapter replaces a
+    change of the optimizer.
+    """
     changes = possible_changes(config)
-    alone = [Tried([one], predict(changed(config, [one]), command, policy, shape)) for one in changes]
-    taken: list[Change] = []
-    for one in changes:
-        taken = [earlier for earlier in taken if not set(earlier.settings) & set(one.settings)] + [one]
-        if "lora.rank" in one.settings:
-            taken = [earlier for earlier in taken if "train.optimizer" not in earlier.settings]
-        peak = predict(changed(config, taken), command, policy, shape)
+    alone = [Trial([change], predict(with_changes(config, [change]), command, policy, shape)) for change in changes]
+    combined: list[Change] = []
+    for change in changes:
+        replaced = {*change.settings, *(["train.optimizer"] if "lora.rank" in change.settings else [])}
+        combined = [*(earlier for earlier in combined if not replaced & set(earlier.settings)), change]
+        peak = predict(with_changes(config, combined), command, policy, shape)
         if peak.total <= limit:
-            return alone, Tried(taken, peak)
+            return alone, Trial(combined, peak)
     return alone, None
 
 
 def preflight(
     config: Config, command: Command, card: str | None, memory_gb: float | None, measured: bool
 ) -> dict[str, Any]:
-    """The policy, the peak and its parts, the memory there is, and changes that make it fit.
+    """The report of `preflight`: policy, predicted peak and its parts, available memory, and changes that make it fit.
 
-    Raises UsageError or ConfigError for a model, a device or a card that is not there.
+    card: predict for this GPU instead of this machine. memory_gb: available memory in GB (10^9 bytes) instead of this
+    machine's. measured: also measure the peak here. Raises UsageError or ConfigError for a model, device or card that
+    does not exist and for options that exclude each other.
     """
     if measured and card is not None:
-        raise ConfigError("--measure runs here: it does not go with --card")
+        raise ConfigError("--measure: measures on this machine and cannot be combined with --card; leave one out")
     if command == "dpo" and config.lora.rank is None:
         raise ConfigError("'lora.rank': dpo trains an adapter; set a rank")
     policy, shape = policy_of(config.model, card), shape_of(config.model)
     peak = predict(config, command, policy, shape)
-    there = memory_there(policy, card) if memory_gb is None else round(memory_gb * GB)
+    available = available_memory(policy, card) if memory_gb is None else round(memory_gb * GB)
     report: dict[str, Any] = {
         "command": command,
         "model": config.model.base,
         "policy": policy.as_dict() | {"optimizer": config.train.optimizer},
         "peak": {**peak._asdict(), "total": peak.total},
-        "memory": there,
-        "fits": None if there is None else peak.total <= there,
+        "memory": available,
+        "fits": None if available is None else peak.total <= available,
     }
-    if there is not None and peak.total > there:
-        say("it does not fit; looking for what would help")
-        alone, together = advice(config, command, policy, shape, there)
-        report["changes"] = [_told(one) for one in alone]
-        report["fitting"] = None if together is None else _told(together)
+    if available is not None and peak.total > available:
+        say("the training does not fit; predicting the effect of changes")
+        alone, together = advice(config, command, policy, shape, available)
+        report["changes"] = [trial.as_dict() for trial in alone]
+        report["fitting"] = None if together is None else together.as_dict()
     if measured:
         report["measured"] = measure(config, command, policy, shape)
     return report | {"stdout": table(report)}
 
 
-def _told(one: Tried) -> dict[str, Any]:
-    settings = {key: value for change in one.changes for key, value in change.settings.items()}
-    return {"set": settings, "price": "; ".join(change.price for change in one.changes), "total": one.peak.total}
-
-
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text. Sizes are in GB (10^9 bytes)."""
     policy, peak = report["policy"], report["peak"]
     lines = [
         f"{report['command']} of {report['model']} on {policy['device']}, {policy['dtype']} ({policy['reason']})",
@@ -156,22 +168,27 @@ def table(report: dict[str, Any]) -> str:
             f"{'measured':14}{report['measured'] / GB:8.2f} GB  ({peak['total'] / report['measured'] - 1:+.0%})"
         )
     if report["memory"] is None:
-        return "\n".join([*lines, "", "give --memory GB to hear whether it fits"])
+        return "\n".join([*lines, "", "whether it fits is unknown; give the card's memory with --memory GB"])
     lines += [
         "",
         f"memory        {report['memory'] / GB:8.2f} GB: {'it fits' if report['fits'] else 'it does NOT fit'}",
     ]
     if report["fits"]:
         return "\n".join(lines)
-    lines += ["", "a change alone:"]
-    lines += [f"  {one['total'] / GB:6.2f} GB  {_flags(one['set'])}  ({one['price']})" for one in report["changes"]]
+    lines += ["", "peak with one change:"]
+    lines += [
+        f"  {trial['total'] / GB:6.2f} GB  {_flags(trial['set'])}  ({trial['price']})" for trial in report["changes"]
+    ]
     if report["fitting"] is None:
-        return "\n".join([*lines, "all of them together are not enough: a smaller model, or more memory"])
+        return "\n".join([*lines, "all changes together are not enough; use a smaller model or more memory"])
     fitting = report["fitting"]
-    return "\n".join([*lines, "fits:", f"  {fitting['total'] / GB:6.2f} GB  {_flags(fitting['set'])}"])
+    return "\n".join(
+        [*lines, "these changes together fit:", f"  {fitting['total'] / GB:6.2f} GB  {_flags(fitting['set'])}"]
+    )
 
 
 def _flags(settings: dict[str, Any]) -> str:
+    """Settings as command-line options."""
     return " ".join(
         f"--set {key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
     )

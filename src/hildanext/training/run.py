@@ -1,4 +1,4 @@
-"""Opening and resuming a run: its folder, the model, the rows, the other processes."""
+"""Opening, running and resuming a training run: its folder, model, rows and processes."""
 
 from __future__ import annotations
 
@@ -24,44 +24,45 @@ from hildanext.training.trainer import State, Task, Trainer, TrainingJob, train
 
 
 def open_row_source(config: Config, use: Use, lm: DiffusionLM, block_size: int | None) -> RowSource:
-    """What a training reads: tokenized rows shuffled, or with data.mode 'stream' the sources themselves.
+    """The rows to train on: shuffled tokenized rows, or rows made from the sources if data.mode is 'stream'.
 
-    `block_size`: responses are filled to whole blocks of it (SFT). Raises DataError when there is nothing to read.
+    block_size: responses are filled up to complete blocks of this size (sft only). Raises DataError if there are no
+    rows or they were tokenized for another block size.
     """
     split = PARTS[use][0]
     if config.data.mode == "stream":
         return RowStream(config, use, replace(make_job(config, split, lm.tokenizer), block_size=block_size))
     rows = open_rows(config, split, lm.tokenizer)
     if rows is None:
-        raise DataError(f"the split '{split}' has no rows; add documents to data.sources and tokenize again")
+        raise DataError(f"split '{split}': no rows; add documents to data.sources and tokenize again")
     if block_size is not None and rows.meta["block_size"] % block_size:
         raise DataError(
-            f"{split} was tokenized for blocks of {rows.meta['block_size']}, which {block_size} does not divide; set "
-            f"sft.block_size to {block_size} and tokenize again"
+            f"split '{split}': tokenized for blocks of {rows.meta['block_size']}, which {block_size} does not divide; "
+            f"set sft.block_size to {block_size} and tokenize again"
         )
     return ShuffledRows(rows, config.train.seed)
 
 
 class Opened(NamedTuple):
-    """A run before its first step."""
+    """A run before its first step, or before it continues."""
 
     run: RunFolder
     lm: DiffusionLM
     policy: Policy
     accelerator: Accelerator
-    saved: dict[str, Any] | None  # the state of the newest whole checkpoint, when resuming
+    saved: dict[str, Any] | None  # state of the newest complete checkpoint when resuming, else None
 
 
 def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
-    """Join the other processes, then the run's folder and the model: the newest whole checkpoint when resuming."""
+    """Connect the processes, open the run's folder and load the model, or the newest complete checkpoint to resume."""
     accelerator = start(choose_policy(config.model.device, config.model.dtype), config.train)
     run = RunFolder.open(config, name, command, resume)
     found = newest_good(run.checkpoints) if resume else None
-    # Everybody has looked before anybody writes.
+    # No process may write before all have looked for checkpoints.
     accelerator.wait_for_everyone()
     if found is None:
         if resume:
-            say(f"{run.path}: no checkpoint yet; starting over")
+            say(f"{run.path}: no checkpoint yet; starting from the beginning")
         lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
         return Opened(run, lm, policy, accelerator, None)
     path, saved, problems = found
@@ -73,11 +74,15 @@ def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
 
 
 def run_job(config: Config, opened: Opened, job: TrainingJob, task: Task) -> dict[str, Any]:
-    """Train from the run's beginning, or from where it was saved. Returns the run's summary."""
+    """Train from the beginning or from the saved state. Returns the run's summary."""
     run, lm, policy, accelerator, saved = opened
+    adapter = ""
+    if lm.adapter is not None:
+        trained = sum(parameter.numel() for parameter in weights_of(lm).values())
+        adapter = f", adapter of rank {lm.adapter.config.rank} ({trained / 1e6:.1f} M parameters)"
     say(
         f"{job.title}: {lm.name} on {policy.device}, {policy.compute} ({policy.reason}), convention {lm.convention}, "
-        f"{task.rows.describe()}{described(lm)}"
+        f"{task.rows.describe()}{adapter}"
     )
     trainer = Trainer(config, lm, policy, accelerator, job, task, run)
     say(trainer.attention)
@@ -85,11 +90,3 @@ def run_job(config: Config, opened: Opened, job: TrainingJob, task: Task) -> dic
         run.begin(config, job.title)
     state = State() if saved is None else trainer.restore(run.checkpoints / f"step-{saved['step']}", saved)
     return train(trainer, state)
-
-
-def described(lm: DiffusionLM) -> str:
-    """The adapter that is trained, for people; empty where all weights are."""
-    if lm.adapter is None:
-        return ""
-    trained = sum(parameter.numel() for parameter in weights_of(lm).values())
-    return f", adapter of rank {lm.adapter.config.rank} ({trained / 1e6:.1f} M parameters)"

@@ -1,4 +1,4 @@
-"""A run's folder: the resolved configuration and versions, metrics.jsonl, curves.png and checkpoints/step-N."""
+"""The folder of a training run: config.json (settings and versions), metrics.jsonl, curves.png, checkpoints/step-N."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hildanext.errors import UsageError
 from hildanext.files import atomic_open, write_json
 from hildanext.provenance import git_revision, versions
 
-# May change between a run and its resume: they do not touch the numbers, or (how a step fits the machine) their rounding only.
-FREE_ON_RESUME = {
+# Keys that may change on resume: they do not affect the results, or (micro_batch to sharding) only their rounding.
+MAY_CHANGE_ON_RESUME = {
     *(("train", key) for key in ("keep_last", "keep_best", "save_every")),
     *(("train", key) for key in ("micro_batch", "gradient_checkpointing", "attention", "sharding")),
     ("paths", "runs"),
@@ -21,23 +21,33 @@ FREE_ON_RESUME = {
 
 
 def run_path(config: Config, name: str) -> Path:
-    """Folder of the run `name`. Raises UsageError for a name that would lead out of `paths.runs`."""
+    """Folder of the run `name`. Raises UsageError for a name that is not a single folder name."""
     if name in ("", ".", "..") or Path(name).name != name:
-        raise UsageError(f"--run '{name}': a run's name is one folder name; set paths.runs to put it elsewhere")
+        raise UsageError(f"--run '{name}': must be a single folder name; set paths.runs to change the parent folder")
     return Path(config.paths.runs) / name
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [
+def _check_resumable(path: Path, record: dict[str, Any], config: Config, command: str) -> None:
+    """Raise UsageError if a run's config.json has another command or differs in keys that may not change."""
+    if record["command"] != command:
+        raise UsageError(f"--resume: {path} is a '{record['command']}' run, not '{command}'; choose another --run")
+    new = config.model_dump(mode="json")
+    changed = [
         f"{section}.{key}"
-        for section in old
-        for key in old[section]
-        if old[section][key] != new.get(section, {}).get(key) and (section, key) not in FREE_ON_RESUME
+        for section, keys in record["config"].items()
+        if section not in ("decode", "engine", "server", "jobs")  # not used by training
+        for key, value in keys.items()
+        if value != new.get(section, {}).get(key) and (section, key) not in MAY_CHANGE_ON_RESUME
     ]
+    if changed:
+        raise UsageError(
+            f"--resume: the configuration differs from the run's in {', '.join(changed)}; restore the values in "
+            f"{path / 'config.json'}"
+        )
 
 
 class RunFolder:
-    """Paths of one run and its append-only metrics."""
+    """Paths of a run, and its append-only metrics file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,42 +58,32 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: Config, name: str, command: str, resume: bool) -> RunFolder:
-        """`runs/NAME` for a new run or a resumed one; writes nothing, so that what is refused later leaves no run behind.
+        """The folder of a new or resumed run. Writes nothing, so that a later error leaves no empty run behind.
 
-        Raises UsageError when a run of that name exists and resume is not asked for, when there is none to resume, or
-        when the configuration differs from the run's in a key that changes the numbers (the keys are named).
+        Raises UsageError if a new run's folder already holds a run, if there is no run to resume, if the run belongs to
+        another command, or if the configuration differs in keys that may not change on resume (the message names them).
         """
         run = cls(run_path(config, name))
         if resume:
             if not run.record.is_file():
                 raise UsageError(f"--resume: no run in {run.path}; start it without --resume")
-            old = json.loads(run.record.read_text(encoding="utf-8"))
-            if old["command"] != command:
-                raise UsageError(f"--resume: {run.path} is a '{old['command']}' run, not '{command}'")
-            relevant = {
-                key: value for key, value in old["config"].items() if key not in ("decode", "engine", "server", "jobs")
-            }
-            if changed := _differences(relevant, config.model_dump(mode="json")):
-                raise UsageError(
-                    f"--resume: the configuration differs from the run's in {', '.join(changed)}; restore it"
-                )
-            return run
-        if run.record.exists():
+            _check_resumable(run.path, json.loads(run.record.read_text(encoding="utf-8")), config, command)
+        elif run.record.exists():
             raise UsageError(
                 f"{run.path} already holds a run; continue it with --resume or choose another name with --run"
             )
         return run
 
     def begin(self, config: Config, command: str) -> None:
-        """Write what the run is made of: command, seed, resolved configuration, versions, git revision."""
+        """Create the folder and write config.json: command, seed, resolved configuration, versions, git revision."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        # What no training reads, and which may hold a database's password, is left out.
-        made_of = config.model_dump(mode="json", exclude={"server", "jobs"})
-        record = {"command": command, "seed": config.train.seed, "config": made_of}
+        # Training does not use `server` and `jobs`, which can contain a database password.
+        resolved = config.model_dump(mode="json", exclude={"server", "jobs"})
+        record = {"command": command, "seed": config.train.seed, "config": resolved}
         write_json(self.record, record | {"versions": versions(), "git": git_revision()})
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl; a half-written last line (a killed run) is left out."""
+        """All complete lines of metrics.jsonl. An incomplete last line, left by a killed run, is skipped."""
         if not self.metrics.is_file():
             return []
         rows = []
@@ -95,12 +95,12 @@ class RunFolder:
         return rows
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after `step`, so that a resumed run's file equals an undisturbed one's."""
+        """Remove the lines after `step`, so that a resumed run's file equals that of an uninterrupted run."""
         kept = [row for row in self.read_metrics() if row["step"] <= step]
         with atomic_open(self.metrics) as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line and hand it to the operating system."""
+        """Append a line to metrics.jsonl and flush it to the operating system."""
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
