@@ -87,7 +87,10 @@ def worst_rows(
 
 
 def attention_kind(config: Config, policy: Policy) -> Kind:
-    """The training attention a run uses if the model supports it, see `attention_choice`. Raises ConfigError for 'flex' on a CPU."""
+    """The training attention that a run uses if the model supports it, see `attention_choice`.
+
+    Raises ConfigError for 'flex' on a CPU.
+    """
     asked = config.train.attention
     if asked == "dense" or config.model.attention != "sdpa":
         return "dense"
