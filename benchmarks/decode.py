@@ -28,8 +28,8 @@ from turns import fifth_turn
 from hildanext.config import parse_config
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings
 from hildanext.decoding.sequence import Sequence
+from hildanext.decoding.settings import Settings
 from hildanext.model.diffusion_lm import DiffusionLM, add_mask_token
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama

@@ -20,7 +20,7 @@ from hildanext.model.decoding_attention import grouped_attention
 MEMORY = """
 import gc, json, sys, torch
 from hildanext.config import parse_config
-from hildanext.decoding.rule import Settings
+from hildanext.decoding.settings import Settings
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.engines import Request
 from hildanext.model.diffusion_lm import DiffusionLM

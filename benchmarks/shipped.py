@@ -25,7 +25,7 @@ import torch
 
 from hildanext.config import SHIPPED_MODEL, Config, load_config
 from hildanext.decoding.engines import Request
-from hildanext.decoding.rule import Settings, resolve
+from hildanext.decoding.settings import Settings, resolve
 from hildanext.evaluate.command import open_models
 from hildanext.evaluate.intervals import Scored, gain_at_equal_speed, ratio
 from hildanext.evaluate.judge import distinct_2, total_log_likelihood

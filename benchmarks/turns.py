@@ -8,7 +8,8 @@ from typing import Any
 
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Finished, Settings
+from hildanext.decoding.events import Finished
+from hildanext.decoding.settings import Settings
 
 TURNS, MESSAGE, ANSWER, PAIRS = 5, 60, 64, 5
 

@@ -12,7 +12,7 @@ from hildanext.config import parse_config
 from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings
+from hildanext.decoding.settings import Settings
 from support.reference import reference
 
 CONTEXT, SLOTS = 64, 3

@@ -14,11 +14,11 @@ from hildanext.config import parse_config
 from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings
 from hildanext.decoding.runtimes.compiled import CompiledRuntime
 from hildanext.decoding.runtimes.cudagraphs import graph_length
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.runtimes.protocol import pad_batch, widen
+from hildanext.decoding.settings import Settings
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model.diffusion_lm import DiffusionLM
 

@@ -9,7 +9,8 @@ from conftest import random_llama
 from hildanext.config import parse_config
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.settings import Settings
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.diffusion_lm import DiffusionLM
 from support.reference import reference

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.settings import Settings
 
 MASK, VOCAB, EOS = 9, 9, 0
 

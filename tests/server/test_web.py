@@ -19,7 +19,7 @@ from hildanext.config import Config, parse_config
 from hildanext.decoding import engines
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.ar import ArEngine
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.jobs.kinds import KINDS, SECTIONS, TAKES
 from hildanext.model.ar_generate import ar_complete
 from hildanext.server import make_app, open_jobs

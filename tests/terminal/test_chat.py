@@ -27,7 +27,7 @@ from hildanext.cli import main
 from hildanext.config import Config, load_config
 from hildanext.decoding.engines import Request, open_engine
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.errors import DataError, UsageError
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.prompts import encode_prompt

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hildanext.decoding.rule import Finished, Step, propose
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.rule import propose
 from hildanext.decoding.runtimes.protocol import Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span
 from hildanext.errors import ModelError

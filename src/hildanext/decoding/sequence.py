@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hildanext.decoding.rule import Finished, Settings, Step, edit_step
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.rule import edit_step
+from hildanext.decoding.settings import Settings
 from hildanext.diffusion.noise import sample_generator
 from hildanext.model.text_stream import TextStream
 

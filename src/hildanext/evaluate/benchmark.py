@@ -20,7 +20,7 @@ from hildanext.data.encode import encode_document
 from hildanext.data.rows import open_rows
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import resolve
+from hildanext.decoding.settings import resolve
 from hildanext.errors import DataError
 from hildanext.evaluate.ar_likelihood import Likelihood, ar_likelihood
 from hildanext.evaluate.elbo import elbo

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hildanext.config import CalibrateConfig, Config, Mode
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Preset, Settings, resolve
+from hildanext.decoding.settings import Preset, Settings, resolve
 from hildanext.errors import UsageError
 from hildanext.evaluate.benchmark import held_out_prompts
 from hildanext.evaluate.judge import distinct_2, total_log_likelihood

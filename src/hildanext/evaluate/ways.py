@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hildanext.config import Config, Mode
 from hildanext.decoding.engines.protocol import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings, resolve
+from hildanext.decoding.settings import Settings, resolve
 from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import HildaError, UsageError
 from hildanext.evaluate.intervals import Figure, plain, ratio

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 
 from hildanext.config import Config, ModelConfig
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Finished, Settings, Step, check_request, resolve
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.settings import Settings, check_request, resolve
 from hildanext.errors import UsageError
 from hildanext.model.backbone import max_positions
 from hildanext.model.policy import choose_policy

@@ -19,7 +19,8 @@ import torch
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Finished, Settings, check_request, resolve
+from hildanext.decoding.events import Finished
+from hildanext.decoding.settings import Settings, check_request, resolve
 from hildanext.errors import ModelError
 from hildanext.model.pretrained import load_tokenizer, read_config_dict
 from hildanext.model.prompts import encode_prompt

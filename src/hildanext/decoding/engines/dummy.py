@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Finished, Settings, check_request, resolve
+from hildanext.decoding.events import Finished
+from hildanext.decoding.settings import Settings, check_request, resolve
 
 NOTICE = "[dummy engine, no model ran] "
 

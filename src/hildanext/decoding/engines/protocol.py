@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from hildanext.config import Config
-from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
 
 

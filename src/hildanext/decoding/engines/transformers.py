@@ -8,10 +8,10 @@ import torch
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Settings, check_request, read_presets, resolve
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.settings import Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
