@@ -31,7 +31,7 @@ class SeparateStore(Sequence):
 
     def next_span(self, chunk: int) -> Span:
         span = super().next_span(chunk)
-        n = self.window - self.stored
+        n = self.window - self.num_cached_tokens
         if span.wanted and n > 0:
             return Span(span.start, span.tokens[:n], span.visible[:n], [])
         return span

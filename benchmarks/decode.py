@@ -71,7 +71,7 @@ def submit(
     engine: TransformersEngine, prompt: list[int], wanted: Settings, kind: type[Sequence] = Sequence
 ) -> Sequence:
     """One request for the scheduler, end of text ignored so that every run is as long as its budget."""
-    engine.scheduler.forget()  # every run computes its prompt
+    engine.scheduler.reset_prefix_cache()  # every run computes its prompt
     sequence = kind(prompt, wanted, engine.vocabulary._replace(eos_token_id=-1), lambda ids: "")
     engine.scheduler.submit(sequence)
     return sequence
@@ -201,11 +201,11 @@ def bench_batch(model: str) -> list[dict[str, Any]]:
         requests = [Request(prompt, wanted) for prompt in prompts(engine, 64, 8)]
 
         def together() -> list[Completion]:
-            engine.scheduler.forget()  # noqa: B023
+            engine.scheduler.reset_prefix_cache()  # noqa: B023
             return engine.generate_batch(requests)  # noqa: B023
 
         def alone() -> list[Completion]:
-            engine.scheduler.forget()  # noqa: B023
+            engine.scheduler.reset_prefix_cache()  # noqa: B023
             return [engine.generate(request) for request in requests]  # noqa: B023
 
         found = pairs(together, alone, 3)
@@ -226,7 +226,7 @@ def curve(
         spent = []
         for _ in range(4):
             sequence = submit(engine, prompt, wanted)
-            while sequence.stored < len(prompt) - len(prompt) % block:
+            while sequence.num_cached_tokens < len(prompt) - len(prompt) % block:
                 engine.scheduler.step()
             spent.append(seconds(lambda: finish(engine, sequence))[0])  # noqa: B023
         points.append((new / sequence.forwards, new / statistics.median(spent[1:])))

@@ -95,7 +95,7 @@ def speed(models: Models, modes: list[Way], prompts: list[list[int]], budget: in
 
     def mode(way: Way, prompt: list[int]) -> float:
         assert way.settings is not None
-        models.engine.scheduler.forget()  # no prompt cache: the base has none either
+        models.engine.scheduler.reset_prefix_cache()  # no prompt cache: the base has none either
         request = Request(prompt, way.settings._replace(max_new_tokens=budget))
         return models.engine.generate(request).stats.tokens_per_second
 

@@ -206,7 +206,7 @@ def test_while_it_loads_a_request_waits_no_longer_than_its_deadline(converted: C
     ("server", "line"),
     [
         ({"base": False}, "server.base is off; set it to true and start the server again"),
-        ({}, "no AR base: '{}' is not a converted checkpoint; it has no AR base to stand beside it"),
+        ({}, "no AR base: '{}' is not a converted checkpoint"),
     ],
 )
 def test_no_base_is_404_and_says_why(converted: Config, server: dict[str, Any], line: str) -> None:

@@ -93,7 +93,7 @@ def turns(engine: TransformersEngine, config: Config, messages: list[str]) -> It
     for message in messages:
         ids += tokenizer(f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
         request = Request(list(ids), engine.settings(config))
-        engine.scheduler.forget()
+        engine.scheduler.reset_prefix_cache()
         done = engine.generate(request)
         yield request, done.token_ids, done.text
         ids += done.token_ids

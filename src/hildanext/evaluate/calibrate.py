@@ -43,7 +43,7 @@ def measure(
     engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], settings: Settings
 ) -> FrontierPoint:
     """Complete the prompts and score the text. Raises UsageError if every answer is empty."""
-    engine.scheduler.forget()  # no setting may reuse the prompt cache of the setting before
+    engine.scheduler.reset_prefix_cache()  # no setting may reuse the prompt cache of the setting before
     done = engine.generate_batch([Request(prompt, settings) for prompt in prompts])
     n_tokens = sum(len(completion.token_ids) for completion in done)
     if n_tokens == 0:

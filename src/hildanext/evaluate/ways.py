@@ -121,7 +121,7 @@ def _complete_blocks(
         for question in questions
     ]
     engine.generate(Request(requests[0].prompt_ids, requests[0].settings._replace(max_new_tokens=1)))
-    engine.scheduler.forget()  # no way may reuse the prompt cache of another
+    engine.scheduler.reset_prefix_cache()  # no way may reuse the prompt cache of another
     index_of = {engine.submit(request): index for index, request in enumerate(requests)}
     seconds, done = [0.0] * len(requests), dict[int, Completion]()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""An engine without a model, for wiring and tests: it echoes, at once, and says so in every answer."""
+"""An engine without a model, for demonstrations and tests: it echoes the prompt and says so in every completion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTICE = "[dummy engine, no model ran] "
 
 
 class DummyEngine:
-    """Bytes are its tokens."""
+    """Its tokens are bytes."""
 
     name: EngineName = "dummy"
     trained_block: int | None = None
