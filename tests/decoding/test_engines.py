@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer, random_llama
 from hildanext.config import Config, parse_config
-from hildanext.decoding.engines import Request, open_engine
+from hildanext.decoding.engines import Request, open_engine, say_passed_over
 from hildanext.decoding.engines import transformers as transformers_engine
 from hildanext.decoding.engines.dinfer import DInferEngine, fitting
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
@@ -339,11 +339,14 @@ def unconverted(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Call
     return lambda *order: parse_config({"model": {"base": str(tmp_path / "base")}, "engine": {"order": list(order)}})
 
 
-def test_reasons_go_with_the_answer(unconverted: Callable[..., Config]) -> None:
+def test_reasons_go_with_the_answer(unconverted: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
     config = unconverted("dinfer", "transformers", "dummy")
     engine = open_engine(config)
     assert isinstance(engine, DummyEngine)
     assert list(engine.reasons) == ["dinfer", "transformers"]
+    say_passed_over(engine)
+    lines = [f"engine {name} passed over: {reason}" for name, reason in engine.reasons.items()]
+    assert capsys.readouterr().err.splitlines() == lines
     done = engine.generate(Request(engine.encode("hello"), engine.settings(config)))
     assert done.engine_reasons == engine.reasons
     assert "is not a converted checkpoint" in done.engine_reasons["transformers"]

@@ -143,7 +143,7 @@ def test_openvino_refuses_what_it_would_compute_wrongly(openvino, monkeypatch, w
     real = room.split_attention
     if wrong == "asks for more":
         changed = lambda *args, **kwargs: real(*args, **kwargs, softcap=30.0)  # noqa: E731
-        message = "LlamaAttention needs 'softcap', which this runtime does not support"
+        message = "LlamaAttention needs 'softcap', which OpenVINO does not support here"
     else:
         changed = lambda module, query, *args, **kwargs: real(module, -query, *args, **kwargs)  # noqa: E731
         message = "LlamaForCausalLM: the hidden states of OpenVINO differ from the model's"

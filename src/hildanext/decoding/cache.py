@@ -1,7 +1,7 @@
 """The key-value cache: one slot for each sequence, allocated once and written in place.
 
-It is a `Cache` of transformers, so a stock model reads and writes it in its own forward. `SlotCache.at` sets the slots and
-positions beforehand.
+It is a `Cache` of transformers, so a stock model reads and writes it in its own forward. `SlotCache.at` sets the
+slots and positions beforehand.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The decode rule: what one pass changes in a block. Pure functions of logits and token ids, without a model or state.
 
-Threshold-edit decoding (LLaDA2.1, arXiv 2602.08676, eq. 1-3). x_i is the token at position i and p_i the model's
-distribution there, with the mask token excluded:
+Threshold-edit decoding (LLaDA2.1, arXiv 2602.08676, eq. 1-3). x_i is the token at position i, and p_i is the model's
+distribution there with the mask token excluded:
 
-    v_i   = argmax p_i                                            proposal            `propose`
-    c_i   = p_i(v_i)                                              its confidence
-    Gamma = { i : x_i is the mask token, c_i > tau_mask }         drafts, mask to token    `edit_step`
-    Delta = { i : x_i is no mask token, v_i != x_i, c_i > tau_edit }    edits, token to token
+    v_i   = argmax p_i                                                   proposal                  `propose`
+    c_i   = p_i(v_i)                                                     its confidence            `propose`
+    Gamma = { i : x_i is the mask token, c_i > tau_mask }                drafts, mask to token     `edit_step`
+    Delta = { i : x_i is another token, v_i != x_i, c_i > tau_edit }     edits, token to token     `edit_step`
     x_i  <- v_i  for all i in Gamma and Delta at once
 
-`sequence.py` decides which positions a pass may change and when a block ends; the engines and evaluation share this rule.
+All engines and evaluations share this rule. `sequence.py` decides which positions a pass may change and when a block ends.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def edit_step(
     """Apply the threshold-edit rule to n positions. Returns (new tokens, Gamma, Delta), both sets as sorted indices.
 
     tokens x_i, ids v_i, confidence c_i, editable: n values each. Positions that are not `editable` (the prompt) never
-    enter Delta. `tau_edit` None turns editing off. If Gamma is empty and masks remain, Gamma is the most confident masked
-    position, so every pass makes progress (LLaDA2.1). The masked position `settled` joins Gamma at any confidence: its
-    prediction does not depend on the block, so waiting cannot change it (ours).
+    enter Delta. `tau_edit` None turns editing off. If Gamma is empty and masks remain, Gamma is the most confident
+    masked position, so every pass makes progress (LLaDA2.1). The masked position `settled` joins Gamma at any
+    confidence: its prediction does not depend on the block, so waiting cannot change it (ours).
 
     The rule works on lists: for a few dozen positions that is faster than a single tensor operation.
     """
@@ -68,10 +68,10 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i of n positions: logits [n, V] of any float dtype -> ids [n] int64, confidence [n] float32.
 
-    The mask token and the padding rows of the vocabulary (ids from `vocab_size` on) are never proposed. Without `noise`
-    the proposal is greedy. With `noise` [n, vocab_size], Gumbel noise, v_i = argmax(log p_i / T + noise_i), which is a
-    sample of the softmax at temperature T (Gumbel 1954); reusing the noise in every pass keeps a token once it is drawn.
-    c_i is always the model's probability at temperature 1, so thresholds mean the same at every T.
+    The mask token and the padding rows of the vocabulary (ids from `vocab_size` on) are never proposed. Without
+    `noise` the proposal is greedy. With `noise` [n, vocab_size], Gumbel noise, v_i = argmax(log p_i / T + noise_i),
+    which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in every pass keeps a token
+    once it is drawn. c_i is always the model's probability at temperature 1, so thresholds mean the same at every T.
     `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al. 2019, section 4.1).
     """
     scores = logits[:, :vocab_size].to(torch.float32, copy=True)
@@ -88,7 +88,7 @@ def propose(
 
 
 def keep_likely(scores: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Top-k, then top-p filtering (Fan et al. 2018; Holtzman et al. 2020): excluded entries of scores [n, V] become -inf.
+    """Top-k, then top-p filtering (Fan et al. 2018; Holtzman et al. 2020): -inf at excluded entries of scores [n, V].
 
     The best token of a row always remains.
     """

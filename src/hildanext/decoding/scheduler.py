@@ -16,6 +16,7 @@ from hildanext.decoding.rule import propose
 from hildanext.decoding.runtimes.protocol import Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span
 from hildanext.errors import ModelError
+from hildanext.model.policy import is_out_of_memory
 from hildanext.progress import say
 
 SequenceEvent = tuple[Sequence, Step | Finished]
@@ -35,11 +36,6 @@ class Output(NamedTuple):
     hidden: Tensor  # [W, H] hidden states of the span, padding behind it
     ids: list[int]  # v_i of the P wanted positions
     confidence: list[float]  # c_i of the P wanted positions
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory: its own type on GPUs, a message of the allocator on CPUs."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Scheduler:
@@ -75,7 +71,7 @@ class Scheduler:
     def step(self) -> list[SequenceEvent]:
         """Run at most one chunk of one prompt and one denoising pass of every sequence past its prompt.
 
-        Out of memory, the slots are halved once. Raises ModelError the second time, or with one slot.
+        If memory runs out, the slots are halved, once. Raises ModelError the second time, and if there is one slot.
         """
         events: list[SequenceEvent] = []
         out_of_memory = False
@@ -93,7 +89,7 @@ class Scheduler:
         return events
 
     def schedule(self) -> list[list[Scheduled]]:
-        """Admit waiting sequences to free slots. Returns the batches of this step: a long prompt, then all short spans."""
+        """Admit waiting sequences to free slots. Returns this step's batches: a long prompt, then all short spans."""
         if not self.is_allocated:
             self._allocate()
         while self.waiting and len(self.running) < self.slots:
@@ -105,7 +101,7 @@ class Scheduler:
         return [batch for batch in (long[:1], short) if batch]
 
     def run(self, batch: list[Scheduled]) -> list[Output]:
-        """One forward of the scheduled spans, and the proposals at their wanted positions. Slots in between are padding."""
+        """One forward of the scheduled spans, and the proposals at wanted positions. Slots in between are padding."""
         first, last = batch[0].slot, batch[-1].slot
         padded: list[tuple[list[int], int, list[int]]] = [([], 0, [])] * (last - first + 1)
         for slot, _, span in batch:
@@ -153,10 +149,10 @@ class Scheduler:
         self.is_allocated = True
 
     def _admit(self, free: range) -> Sequence:
-        """Move the first waiting sequence into the first free slot, with the longest prefix of it that any slot has cached.
+        """Move the first waiting sequence into the first free slot, with its longest prefix that any slot has cached.
 
-        The next turn of a conversation takes over the slot of the turn before. Another common prefix (a system prompt) is
-        copied into the free slot that was unused for longest, so that conversations keep their own slots.
+        The next turn of a conversation takes over the slot of the turn before. Another common prefix (a system
+        prompt) is copied into the free slot that was unused for longest, so that conversations keep their own slots.
         """
         sequence = self.waiting[0]
         shared = [0 if cached is None else sequence.common_prefix(cached) for cached in self.cached_sequences]
@@ -186,7 +182,7 @@ class Scheduler:
         self.cached_sequences[slot], self.cached_sequences[other] = second, first
 
     def _release(self, sequence: Sequence) -> None:
-        """Free a slot. A waiting sequence takes it, else the last running one moves in: running slots stay contiguous."""
+        """Free a slot for a waiting sequence, else for the last running one, so that running slots are contiguous."""
         slot, last = self.running.index(sequence), len(self.running) - 1
         sequence.noise.clear()  # the sequence stays in cached_sequences; of it only tokens and counts are needed
         if self.waiting and len(self.running) >= self.slots:
@@ -197,7 +193,7 @@ class Scheduler:
         self.running.pop()
 
     def _shrink(self) -> None:
-        """Halve the slots, once. Running sequences keep their text; those without a slot wait at the head of the queue."""
+        """Halve the slots, once. Running sequences keep their text. Those without a slot wait first in the queue."""
         if self.has_shrunk or self.slots == 1:
             raise ModelError(
                 f"out of memory with {self.slots} slots of {self.context} tokens: lower engine.slots or engine.context"
@@ -215,7 +211,7 @@ def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 
 def _propose(logits: Tensor, item: Scheduled) -> tuple[Tensor, Tensor]:
-    """Proposals under the settings of one sequence. If it is greedy, `logits` may hold rows of other greedy sequences."""
+    """Proposals with the settings of a sequence. If it is greedy, `logits` may have rows of other greedy sequences."""
     sequence, wanted = item.sequence, item.span.wanted
     noise, seen = sequence.gumbel_noise(wanted), sequence.penalized_tokens(wanted)
     return propose(

@@ -77,8 +77,8 @@ class Sequence:
     def common_prefix(self, other: Sequence) -> int:
         """Length of the prompt prefix whose keys and values `other` has cached, in whole blocks of equal tokens.
 
-        Keys at a position depend on all tokens of its block and of the blocks before it. So blocks are shared whole, and
-        only between sequences of the same block size.
+        Keys at a position depend on all tokens of its block and of the blocks before it. So blocks are shared whole,
+        and only between sequences of the same block size.
         """
         size, n = self.settings.block_size, 0
         if other.settings.block_size != size:
@@ -95,7 +95,7 @@ class Sequence:
         return (self.n_prompt - self.vocabulary.shifted) // size * size
 
     def continues(self, other: Sequence, shared: int) -> bool:
-        """Whether a common prefix of `shared` positions is the whole prompt of `other`: the conversation's next turn."""
+        """Whether a common prefix of `shared` positions is all of the other prompt: the next turn of a conversation."""
         return 0 < min(other._reusable_prompt(), other.num_cached_tokens) <= shared
 
     def reuse_prefix(self, n: int) -> None:
@@ -105,8 +105,8 @@ class Sequence:
     def next_span(self, chunk: int) -> Span:
         """The tokens of the next forward: all that are not cached, or whole blocks of at most `chunk` tokens of them.
 
-        A finished block attends to itself and to the blocks before it. The tokens of the window (the editable blocks and
-        the current one) attend to the whole text.
+        A finished block attends to itself and to the blocks before it. The tokens of the window (the editable blocks
+        and the current one) attend to the whole text.
         """
         size, start, end = self.settings.block_size, self.num_cached_tokens, len(self.tokens)
         if end - start > max(chunk, end - self.window) and start < self.window:
@@ -139,7 +139,7 @@ class Sequence:
         return position - 1 if self.vocabulary.shifted else position
 
     def gumbel_noise(self, wanted: list[int]) -> Tensor | None:
-        """Gumbel noise [P, V] of the wanted positions, or None if greedy. Seeded by (seed, block), equal in every pass."""
+        """Gumbel noise [P, V] of the wanted positions, None if greedy. Seeded by (seed, block), equal in every pass."""
         if self.settings.temperature == 0:
             return None
         size = self.settings.block_size
@@ -210,7 +210,7 @@ class Sequence:
         return [step, *self._close_block()]
 
     def _is_done(self, was_clean: bool, edited: bool) -> bool:
-        """Whether the current block is final. Ends for any model: each pass over a block with masks drafts at least one."""
+        """Whether the current block is final. Every block ends: a pass over masks drafts at least one of them."""
         settings, mask_id = self.settings, self.vocabulary.mask_token_id
         if settings.tau_edit is None:
             return mask_id not in self._completion()  # tokens behind the end cannot change it: they stay undrafted

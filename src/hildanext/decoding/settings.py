@@ -1,4 +1,4 @@
-"""Decoding settings: mode presets, a request's settings with every preset resolved, and the check that a request fits."""
+"""Decoding settings: the presets of the modes, the resolved settings of a request, and the check that it fits."""
 
 from __future__ import annotations
 

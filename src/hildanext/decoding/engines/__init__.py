@@ -30,8 +30,8 @@ __all__ = [
 def open_engine(config: Config) -> Engine:
     """Load the first engine of `engine.order` that can serve the model on this machine.
 
-    Raises UsageError with every engine's reason if none can. Raises UsageError for a missing model, too, unless the order
-    is the dummy alone.
+    Raises UsageError with every engine's reason if none can. Raises UsageError for a missing model, too, unless the
+    order is the dummy alone.
     """
     if set(config.engine.order) != {"dummy"}:
         from hildanext.model.pretrained import locate  # imports transformers, which the dummy does not need

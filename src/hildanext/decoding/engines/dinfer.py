@@ -1,7 +1,7 @@
 """dInfer (inclusionAI/dInfer) for LLaDA-family checkpoints on CUDA, in its own worker processes.
 
-Features that it lacks (editing, a second threshold, seeds) are listed in every completion. Importing dInfer imports vLLM,
-so `can_serve` checks for it without an import.
+Features that it lacks (editing, a second threshold, seeds) are listed in every completion. Importing dInfer imports
+vLLM, so `can_serve` checks for it without an import.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
 def fitting(
     target: Callable[..., Any], needed: dict[str, Any], wanted: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The arguments in `needed` and `wanted` that `target` has as named parameters, and a line for each wanted one it lacks.
+    """The arguments in `needed` and `wanted` that `target` accepts by name, and a line for each wanted one it lacks.
 
     dInfer's versions differ in their parameters. `**kwargs` does not count: it would hide a renamed parameter. Raises
     ModelError with the names of needed parameters that are missing.
@@ -174,8 +174,8 @@ class DInferEngine:
     def answer_of(self, output: list[int], prompt_ids: list[int]) -> list[int]:
         """The new tokens in dInfer's output. Raises ModelError if the output does not begin with the prompt.
 
-        At batch 1 dInfer deletes all end-of-text ids, also those of the prompt. So the output must begin with the prompt as
-        sent, or with the prompt without those ids; cutting off the prompt's length would be wrong.
+        At batch 1 dInfer deletes all end-of-text ids, also those of the prompt. So the output must begin with the
+        prompt as sent, or with the prompt without those ids; cutting off the prompt's length would be wrong.
         """
         eos = self.tokenizer.eos_token_id
         for prefix in (prompt_ids, [i for i in prompt_ids if i != eos]):

@@ -66,7 +66,7 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """The number of requests decoded side by side. Falls when memory runs out."""
+        """The number of requests decoded side by side. Halved if memory runs out."""
         ...
 
     reasons: dict[str, str]  # why the engines before this one in `engine.order` cannot serve
@@ -84,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        """Token ids of a prompt (text or chat messages). `known`: ids of its beginning, reused if they decode to its text."""
+        """Token ids of a prompt (text or chat messages). `known`: ids of its beginning, reused if they fit."""
         ...
 
     def settings(self, config: Config) -> Settings: ...
@@ -102,7 +102,7 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Steps(Protocol):
-    """Decodes several requests together. `submit` returns a handle, which identifies the request in `cancel` and `step`."""
+    """Decodes several requests together. The handle from `submit` identifies a request in `cancel` and `step`."""
 
     def submit(self, request: Request) -> Any:
         """Queue a request. Raises UsageError if it is invalid or too long."""
@@ -111,7 +111,10 @@ class Steps(Protocol):
     def cancel(self, handle: Any) -> None: ...
 
     def step(self) -> list[tuple[Any, Event | HildaError]]:
-        """Run one pass. Returns (handle, event) pairs; a request's last event is its Completion or the error that ended it."""
+        """Run one pass. Returns (handle, event) pairs.
+
+        A request's last event is its Completion or the error that ended it.
+        """
         ...
 
 

@@ -24,7 +24,7 @@ MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
 
 
 class TransformersEngine:
-    """A scheduler and a runtime, used from one thread. Iterating one request's `stream` advances all running requests."""
+    """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests."""
 
     name: EngineName = "transformers"
 
@@ -72,7 +72,7 @@ class TransformersEngine:
         return str(self.lm.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises UsageError for an empty prompt or one with mask tokens, ContextError for one too long."""
+        """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
         check_request(request.prompt_ids, request.settings, self.context)
         if self.vocabulary.mask_token_id in request.prompt_ids:
             raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
@@ -130,7 +130,7 @@ class TransformersEngine:
     def generate_batch(
         self, requests: list[Request], on_event: Callable[[int, Event], None] | None = None
     ) -> list[Completion]:
-        """Complete requests side by side, at most `engine.slots` at a time. Returns the completions in the requests' order.
+        """Complete requests side by side, at most `engine.slots` at a time. The completions keep the requests' order.
 
         `on_event(index, event)` is called for every step, finished block and completion as it happens. All requests are
         checked before the first one runs; raises UsageError as `submit` does.

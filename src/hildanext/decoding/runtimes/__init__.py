@@ -1,4 +1,4 @@
-"""Runtimes: the implementations of the forwards under the transformers engine. Read `protocol.py` and `eager.py` first."""
+"""Runtimes run the forwards of the transformers engine. Read `protocol.py` first, then `eager.py`."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def has_openvino() -> bool:
 def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runtime:
     """Open the runtime of `engine.runtime` around a loaded model, and say which one runs and why.
 
-    block_size: the block size of most requests, which decides the fixed shapes. Raises ConfigError for settings that cannot
-    run on this machine.
+    block_size: the block size of most requests, which decides the fixed shapes. Raises ConfigError for settings that
+    cannot run on this machine.
     """
     name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino())
     if config.weights != "native" and name != "openvino":
         raise ConfigError(
-            f"'engine.weights': the {name} runtime supports 'native' only; '{config.weights}' needs 'openvino', on a CPU"
+            f"'engine.weights': the {name} runtime supports 'native' only; '{config.weights}' needs 'openvino' on a CPU"
         )
     say(f"runtime {name}: {reason}")
     if name == "openvino":

@@ -1,7 +1,7 @@
 """torch.compile: one graph for each fixed shape, all compiled before the first request.
 
-Only the number of keys is dynamic, so nothing is compiled again as texts grow. Needs a C++ compiler on CPUs and Triton on
-GPUs.
+Only the number of keys is dynamic, so nothing is compiled again as texts grow. Needs a C++ compiler on CPUs and
+Triton on GPUs.
 """
 
 from __future__ import annotations

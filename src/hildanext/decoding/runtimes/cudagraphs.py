@@ -29,7 +29,7 @@ class Recorded(NamedTuple):
 
 
 class CudaGraphRuntime(FixedShapeRuntime):
-    """Besides batch size and width, the number of keys is fixed: powers of two. A graph is recorded when first needed."""
+    """The number of keys is fixed, too, to powers of two. A graph is recorded when first needed."""
 
     name = "cudagraphs"
 

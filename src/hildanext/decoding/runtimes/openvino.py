@@ -38,13 +38,14 @@ def split_attention(
 ) -> tuple[Tensor, None]:
     """Attention over cached and new keys without concatenating them, which would copy the cache in every forward.
 
-    query [B, Hq, W, D]; key, value: as returned by `SplitCache.update`. The G query heads that share a key head are stacked
-    along W, so that keys are not repeated. mask [B, 1, G W, W + K] is additive, with its rows repeated G times and the new
-    keys first. Returns [B, W, Hq, D]. Raises ModelError if the model needs an attention feature that is missing here.
+    query [B, Hq, W, D]; key, value: as returned by `SplitCache.update`. The G query heads that share a key head are
+    stacked along W, so that keys are not repeated. mask [B, 1, G W, W + K] is additive, with its rows repeated G
+    times and the new keys first. Returns [B, W, Hq, D]. Raises ModelError if the model needs an attention feature
+    that is missing here.
     """
-    if asked := [name for name in EXTRAS if kwargs.get(name) is not None]:
+    if needed := [name for name in EXTRAS if kwargs.get(name) is not None]:
         raise ModelError(
-            f"{type(module).__name__} needs '{asked[0]}', which this runtime does not support; use engine.runtime 'eager'"
+            f"{type(module).__name__} needs '{needed[0]}', which OpenVINO does not support here; use engine.runtime 'eager'"
         )
     (cached_keys, new_keys), (cached_values, new_values) = key, value
     batch, n_heads, width, dim = query.shape
@@ -118,7 +119,7 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
 
 
 def weight_node(weight: np.ndarray, weights: Weights) -> ov.Node:
-    """A weight [out, in] as a graph node: unchanged, or symmetric int8, rounded to nearest, with a scale for each row."""
+    """A weight [out, in] as a graph node: unchanged, or symmetric int8, rounded to nearest, with a scale per row."""
     if weights == "native":
         return ops.constant(weight)
     scale = np.maximum(np.abs(weight).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
@@ -234,8 +235,8 @@ class OpenVinoRuntime:
         cosine = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
         if cosine < LEAST_COSINE:
             raise ModelError(
-                f"{type(self.model).__name__}: the hidden states of OpenVINO differ from the model's (cosine {cosine:.2f}); "
-                "use engine.runtime 'eager'"
+                f"{type(self.model).__name__}: the hidden states of OpenVINO differ from the model's "
+                f"(cosine {cosine:.2f}); use engine.runtime 'eager'"
             )
         self.memory, self.room = torch.empty(0), 0
 
@@ -244,7 +245,7 @@ class OpenVinoRuntime:
         self._grow(1)
 
     def _grow(self, needed: int) -> None:
-        """Make room for `needed` tokens in every slot. The graph reads whole slots, so they grow with the text, in steps."""
+        """Make room for `needed` tokens in every slot. They grow in steps with the text: the graph reads them whole."""
         if needed <= self.room:
             return
         room = -(-needed // GROW) * GROW
@@ -272,7 +273,7 @@ class OpenVinoRuntime:
         return hidden
 
     def _bind(self, request: ov.InferRequest, slot: int, n: int, width: int) -> tuple[Tensor, Tensor]:
-        """Bind the request's inputs to the memory of n slots. Returns its outputs: hidden states, new keys and values."""
+        """Bind the request's inputs to the memory of n slots. Returns its outputs: hidden states, new keys/values."""
         where = (slot, n, width, self.room)
         if self.bound.get(id(request)) != where:
             hidden = torch.zeros(n, width, self.hidden)
@@ -285,7 +286,7 @@ class OpenVinoRuntime:
         return self.outputs[id(request)]
 
     def _mask(self, batch: ForwardBatch, starts: Tensor) -> Tensor:
-        """Additive mask [B, 1, G W, W + room]: first the new tokens, then the cached positions before a sequence's first."""
+        """Additive mask [B, 1, G W, W + room]: the new tokens, then the cached positions before the first new one."""
         n, width = batch.ids.shape
         real = torch.arange(width) < torch.tensor(batch.widths)[:, None]  # [B, W]
         cached = (torch.arange(self.room) < starts[:, None])[:, None].expand(n, width, self.room)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ForwardBatch(NamedTuple):
-    """One forward of B sequences in neighbouring slots, W tokens each. Padding has position 0 and attends to key 0 only."""
+    """One forward of B sequences in neighbouring slots, W tokens each. Padding is at position 0 and sees key 0 only."""
 
     ids: Tensor  # [B, W] int64
     positions: Tensor  # [B, W] int64: text position
@@ -80,7 +80,7 @@ def widen(batch: ForwardBatch, slots: int, width: int) -> ForwardBatch:
 def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> ForwardBatch:
     """A batch of sequences, each (tokens, start, visible), in the slots from `slot` on. Shorter ones are padded.
 
-    An empty sequence is a slot without work. `visible` must not decrease along a sequence: its last value is its largest.
+    An empty sequence is a slot without work. `visible` must not decrease along a sequence.
     """
     width = max(len(tokens) for tokens, _, _ in spans)
     length = max((visible[-1] for _, _, visible in spans if visible), default=1)
