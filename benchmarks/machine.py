@@ -1,4 +1,4 @@
-"""Memory at batch 8 and the cost of a step as the context grows, for decode.py."""
+"""For decode.py: memory at batch 8, and the cost of a pass as the context grows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hildanext.model.decoding_attention import grouped_attention
 MEMORY = """
 import gc, json, sys, torch
 from hildanext.config import parse_config
-from hildanext.decoding.rule import Settings
+from hildanext.decoding.settings import Settings
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.engines import Request
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 config = parse_config({"model": {"base": sys.argv[1], "dtype": "bfloat16"},
     "engine": {"runtime": "eager", "slots": 8, "context": 2048, "prefill_chunk": 128}})
 now = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-def tiny(tokenizer):  # everything that is not the model: libraries, the tokenizer, a decode on a tiny one
+def tiny(tokenizer):  # loads all but the model: libraries, the tokenizer, a decode with a tiny model
     small = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=2048)).bfloat16()
     lm = DiffusionLM(small, tokenizer, mask_token_id=5, block_size=8, convention="shifted", record={})
@@ -42,7 +42,7 @@ before = now()
 engine = TransformersEngine(config, {})
 engine.lm.block_size = engine.lm.block_size or 8
 loaded = now()
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here: loading has its own
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak: loading has a peak of its own
 g = torch.Generator().manual_seed(0)
 requests = [Request(torch.randint(5, 40000, (2032,), generator=g).tolist(), wanted) for _ in range(8)]
 engine.generate_batch(requests)
@@ -58,7 +58,7 @@ print(json.dumps({"weights": weights, "cache": by_hand, "allocated_cache": cache
 
 
 def memory_at_batch_8(model: str) -> dict[str, Any]:
-    """Peak resident memory of eight sequences of 2,048 tokens in a process of its own, against weights + cache by hand."""
+    """Peak resident memory of eight sequences of 2,048 tokens, in a fresh process, over calculated weights + cache."""
     output = subprocess.run([sys.executable, "-c", MEMORY, model], capture_output=True, text=True, check=True).stdout
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     found["over"] = (found["peak"] - found["before"]) / (found["weights"] + found["cache"])
@@ -67,7 +67,7 @@ def memory_at_batch_8(model: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def context_costs(engine: TransformersEngine) -> dict[str, Any]:
-    """Milliseconds of a denoising pass of 8 tokens behind K stored ones, and of the attention inside that pass."""
+    """Milliseconds of a denoising pass of 8 tokens after K cached tokens, and of the attention in that pass."""
     runtime, block, rows = engine.runtime, 8, []
     spent = 0.0
 
@@ -105,7 +105,7 @@ def _ms(values: list[float]) -> float:
 
 
 def draw_contexts(found: dict[str, Any], path: Path) -> None:
-    """Step and attention time over the context."""
+    """Plot the time of a pass and of its attention over the context."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,7 +118,7 @@ def draw_contexts(found: dict[str, Any], path: Path) -> None:
     first = found["rows"][0]
     expected = [first["step_ms"] + row["attention_ms"] - first["attention_ms"] for row in found["rows"]]
     axis.plot(contexts, expected, "k--", linewidth=1, label="pass at 256 + growth of attention")
-    axis.set(xlabel="stored tokens", ylabel="milliseconds", ylim=(0, None))
+    axis.set(xlabel="cached tokens", ylabel="milliseconds", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=100)

@@ -25,7 +25,7 @@ import torch
 
 from hildanext.config import SHIPPED_MODEL, Config, load_config
 from hildanext.decoding.engines import Request
-from hildanext.decoding.rule import Settings, resolve
+from hildanext.decoding.settings import Settings, resolve
 from hildanext.evaluate.command import open_models
 from hildanext.evaluate.intervals import Scored, gain_at_equal_speed, ratio
 from hildanext.evaluate.judge import distinct_2, total_log_likelihood
@@ -95,7 +95,7 @@ def speed(models: Models, modes: list[Way], prompts: list[list[int]], budget: in
 
     def mode(way: Way, prompt: list[int]) -> float:
         assert way.settings is not None
-        models.engine.scheduler.forget()  # no prompt cache: the base has none either
+        models.engine.scheduler.reset_prefix_cache()  # no prompt cache: the base has none either
         request = Request(prompt, way.settings._replace(max_new_tokens=budget))
         return models.engine.generate(request).stats.tokens_per_second
 

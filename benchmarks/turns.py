@@ -8,7 +8,8 @@ from typing import Any
 
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Finished, Settings
+from hildanext.decoding.events import Finished
+from hildanext.decoding.settings import Settings
 
 TURNS, MESSAGE, ANSWER, PAIRS = 5, 60, 64, 5
 
@@ -23,14 +24,14 @@ def fifth_turn(engine: TransformersEngine, ids: list[int], wanted: Settings) -> 
     for turn in range(TURNS):
         said = said + ids[turn * MESSAGE : (turn + 1) * MESSAGE]
         prompts.append(said)
-        engine.scheduler.forget()  # as in the runs below; bf16 rounding depends on shapes, and a different answer would share less
+        engine.scheduler.reset_prefix_cache()  # as in the runs below; bf16 rounding depends on shapes, and a different answer would share less
         said = said + engine.generate(Request(said, wanted)).token_ids
 
     def last_turn(reuse: bool) -> tuple[float, float, int, list[int]]:
-        engine.scheduler.forget()
+        engine.scheduler.reset_prefix_cache()
         engine.generate(Request(prompts[-2], wanted))
         if not reuse:
-            engine.scheduler.forget()
+            engine.scheduler.reset_prefix_cache()
         began, first, tokens = time.perf_counter(), 0.0, []
         sequence = engine.submit(Request(prompts[-1], wanted))
         for event in engine.events(sequence):

@@ -105,7 +105,8 @@ def test_the_mathematics_imports_torch_and_nothing_of_ours(name: str):
 
 
 def test_the_decode_rule_knows_no_model():
-    assert IMPORTS["decoding.rule"] <= {"config", "errors", "diffusion.noise"}
+    assert IMPORTS["decoding.rule"] == {"decoding.settings"}
+    assert IMPORTS["decoding.settings"] <= {"config", "errors"}
 
 
 def test_the_command_line_starts_without_heavy_imports():

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hildanext.decoding.rule import Settings
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.settings import Settings
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.model.diffusion_lm import DiffusionLM
 

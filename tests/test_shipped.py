@@ -11,7 +11,7 @@ import pytest
 
 from hildanext import cli
 from hildanext.config import SHIPPED_MODEL, load_config, parse_config
-from hildanext.decoding.rule import read_presets
+from hildanext.decoding.settings import read_presets
 from hildanext.errors import ConfigError
 from hildanext.model.pretrained import MODELS
 from support import serving

@@ -26,7 +26,8 @@ from hildanext.data.synthetic import Slots, check, draw_slots, instruction, synt
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings, Step, resolve
+from hildanext.decoding.events import Step
+from hildanext.decoding.settings import Settings, resolve
 from hildanext.errors import UsageError
 from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.elbo import elbo

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer, random_llama
 from hildanext.config import Config, parse_config
-from hildanext.decoding.engines import Request, open_engine
+from hildanext.decoding.engines import Request, open_engine, say_passed_over
 from hildanext.decoding.engines import transformers as transformers_engine
 from hildanext.decoding.engines.dinfer import DInferEngine, fitting
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
@@ -219,9 +219,9 @@ def test_dinfer_names_what_it_ignores(dinfer: DInfer) -> None:
         "tau_edit 0.5: dInfer has no editing",
         "max_post_steps 16: dInfer has no correction passes",
         "edit_blocks 2: dInfer has no editing",
-        "tau_mask 0.6: the workers were started with 0.8 and keep it",
-        "temperature 0.5: the workers were started with 0 and keep it",
-        "seed 3: dInfer takes none",
+        "tau_mask 0.6: the workers were started with 0.8 and cannot change it",
+        "temperature 0.5: the workers were started with 0 and cannot change it",
+        "seed 3: dInfer has no seed",
     ]
     assert (done.tau_mask, done.tau_edit) == (0.8, None)
     assert dinfer.serving.handle.started is not None
@@ -284,7 +284,7 @@ def test_a_dinfer_that_renamed_what_is_needed_is_refused_by_name(dinfer: DInfer)
 
 def test_the_mask_token_may_stand_in_the_models_configuration(dinfer: DInfer) -> None:
     make_tokenizer().save_pretrained(dinfer.folder)
-    with pytest.raises(ModelError, match="names no mask token"):
+    with pytest.raises(ModelError, match="has no mask token"):
         dinfer.open()
     dinfer.write({"model_type": "llada2_moe", "mask_token_id": 77})
     dinfer.open()
@@ -297,11 +297,11 @@ def test_why_dinfer_cannot_serve(dinfer: DInfer, monkeypatch: pytest.MonkeyPatch
         return DInferEngine.can_serve(dinfer.config(engine=engine))
 
     assert reason() is None
-    assert reason(dinfer_backend="vllm") == "dInfer runs llada2 on 'sglang' only; set engine.dinfer_backend to it"
+    assert reason(dinfer_backend="vllm") == "dInfer runs llada2 on 'sglang' only; set engine.dinfer_backend to 'sglang'"
     dinfer.write({"model_type": "llada2_moe", "hilda": {"convention": "shifted"}})
-    assert reason() == "dInfer predicts in place and this checkpoint is 'shifted'"
+    assert reason() == "dInfer supports 'in_place' prediction only, and this checkpoint is 'shifted'"
     dinfer.write({"model_type": "llada"})
-    assert reason() == "dInfer runs llada on 'vllm' only; set engine.dinfer_backend to it"
+    assert reason() == "dInfer runs llada on 'vllm' only; set engine.dinfer_backend to 'vllm'"
     assert reason(dinfer_backend="vllm") is None
     dinfer.write({"model_type": "llada2_moe"})
     real_find = importlib.util.find_spec
@@ -312,7 +312,7 @@ def test_why_dinfer_cannot_serve(dinfer: DInfer, monkeypatch: pytest.MonkeyPatch
     dinfer.write({"model_type": "qwen3"})
     assert reason() == "dInfer serves llada2_moe, llada, dllm checkpoints, not 'qwen3'"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reason() == "dInfer needs CUDA and this machine has none"
+    assert reason() == "dInfer needs a CUDA GPU, and this machine has none"
 
 
 def test_the_index_placeholder_is_not_taken_for_dinfer(dinfer: DInfer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,11 +339,14 @@ def unconverted(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Call
     return lambda *order: parse_config({"model": {"base": str(tmp_path / "base")}, "engine": {"order": list(order)}})
 
 
-def test_reasons_go_with_the_answer(unconverted: Callable[..., Config]) -> None:
+def test_reasons_go_with_the_answer(unconverted: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
     config = unconverted("dinfer", "transformers", "dummy")
     engine = open_engine(config)
     assert isinstance(engine, DummyEngine)
     assert list(engine.reasons) == ["dinfer", "transformers"]
+    say_passed_over(engine)
+    lines = [f"engine {name} passed over: {reason}" for name, reason in engine.reasons.items()]
+    assert capsys.readouterr().err.splitlines() == lines
     done = engine.generate(Request(engine.encode("hello"), engine.settings(config)))
     assert done.engine_reasons == engine.reasons
     assert "is not a converted checkpoint" in done.engine_reasons["transformers"]
@@ -401,4 +404,4 @@ def test_a_block_size_the_checkpoint_was_not_trained_for_is_said(
     save_diffusion_lm(lm, tmp_path / "converted")
     open_engine(parse_config({"model": {"base": str(tmp_path / "converted")}, "decode": {"block_size": asked}}))
     said = [line for line in capsys.readouterr().err.splitlines() if "block_size" in line]
-    assert said == ([f"decode.block_size {asked} is not the checkpoint's 4: {effect}"] if effect else [])
+    assert said == ([f"decode.block_size is {asked}, the checkpoint was trained with 4: {effect}"] if effect else [])

@@ -12,7 +12,7 @@ from hildanext.config import parse_config
 from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings
+from hildanext.decoding.settings import Settings
 from support.reference import reference
 
 CONTEXT, SLOTS = 64, 3
@@ -128,10 +128,10 @@ def test_the_longest_common_prefix_in_whole_blocks_is_reused_and_counted(lm):
     first = engine.generate(Request(list(range(20, 38)), wanted))
     assert first.stats.prefix_tokens == 0
     assert first.stats.prefill_forwards == 2
-    held = engine.scheduler.held[0]
-    assert held.stored == 20
+    cached = engine.scheduler.cached_sequences[0]
+    assert cached.num_cached_tokens == 20
     for n_kept, new in ((18, [5] * 5), (11, [5] * 7), (9, [5] * 3), (16, []), (3, [5] * 20)):
-        before, stored = held.tokens[: held.stored], held.stored
+        before, stored = cached.tokens[: cached.num_cached_tokens], cached.num_cached_tokens
         prompt = before[:n_kept] + new
         seen.clear()
         done = engine.generate(Request(prompt, wanted))
@@ -139,7 +139,7 @@ def test_the_longest_common_prefix_in_whole_blocks_is_reused_and_counted(lm):
         assert done.stats.prefix_tokens == shared
         assert seen[0][0] == shared  # the first forward begins behind it
         assert done.stats.prefill_forwards == sum(place + width <= len(prompt) // 4 * 4 for place, width in seen)
-        held = engine.scheduler.held[0]
+        cached = engine.scheduler.cached_sequences[0]
     assert done.stats.prefix_tokens == 0
 
 
@@ -161,8 +161,10 @@ def test_conversations_with_one_system_prompt_keep_their_own_slots(lm):
         texts[name] = [*texts.get(name, [*system, 40 + name, 41, 42, 43]), 50, 51, 52, 53]
         done = engine.generate(Request(texts[name], wanted))
         texts[name] += done.token_ids
-        held = next(one for one in engine.scheduler.held if one and one.tokens[8:9] == [40 + name])
-        found, stored[name] = done.stats.prefix_tokens, held.stored
+        cached = next(
+            cached for cached in engine.scheduler.cached_sequences if cached and cached.tokens[8:9] == [40 + name]
+        )
+        found, stored[name] = done.stats.prefix_tokens, cached.num_cached_tokens
         return found
 
     assert [turn(name) for name in (1, 2, 3)] == [0, 8, 8]  # the system prompt was there already
@@ -187,9 +189,9 @@ def test_running_beside_each_other_they_share_as_well(lm):
         assert sequence.stream.token_ids == reference(lm, prompt, wanted, EOS)[0]
 
 
-@pytest.mark.parametrize("call", ["move", "swap"])
+@pytest.mark.parametrize("call", ["copy", "swap"])
 def test_no_memory_to_copy_a_slot_loses_no_request(lm, monkeypatch, capsys, call):
-    """move: the second one finds the first one's prompt. swap: the first one ends before it, and frees its slot."""
+    """copy: the second one finds the first one's prompt. swap: the first one ends before it, and frees its slot."""
     engine, system = open_engine(lm), list(range(20, 36))
     requests = [Request([*system, 90 + n], make(max_new_tokens=2 + 18 * n)) for n in range(2)]
     kind, failed = type(engine.runtime), []
@@ -209,7 +211,7 @@ def test_no_memory_to_copy_a_slot_loses_no_request(lm, monkeypatch, capsys, call
     while not engine.scheduler.is_idle:
         engine._step()
     assert failed
-    assert "out of memory with 3 slots: going on with 1" in capsys.readouterr().err
+    assert "out of memory with 3 slots: continuing with 1" in capsys.readouterr().err
     for request, sequence in zip(requests, sequences, strict=True):
         assert sequence.stream.token_ids == reference(lm, request.prompt_ids, request.settings, EOS)[0]
 
@@ -226,5 +228,5 @@ def test_nothing_is_found_where_the_cache_was_taken_away(lm, capsys):
     assert (third.token_ids, third.stats.prefix_tokens) == (expected, 0)
     assert "out of memory with 2 slots" in capsys.readouterr().err
     assert engine.generate(Request(prompt, wanted)).stats.prefix_tokens > 0
-    engine.scheduler.forget()
+    engine.scheduler.reset_prefix_cache()
     assert engine.generate(Request(prompt, wanted)).stats.prefix_tokens == 0

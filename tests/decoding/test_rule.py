@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from hildanext.config import DecodeConfig, parse_config
-from hildanext.decoding.rule import (
-    Preset,
-    Settings,
-    check_request,
-    edit_step,
-    keep_likely,
-    propose,
-    read_presets,
-    resolve,
-)
+from hildanext.decoding.rule import edit_step, keep_likely, propose
+from hildanext.decoding.settings import Preset, Settings, check_request, read_presets, resolve
 from hildanext.errors import ConfigError, ModelError, UsageError
 
 MASK = 9
@@ -162,7 +154,7 @@ def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
     asked = resolve(DecodeConfig(mode="S_MODE", **changes), 8, modes)
     assert {name: asked._asdict()[name] for name in Preset._fields} == {"tau_mask": 0.3, **changes}
     assert resolve(DecodeConfig(mode="Q_MODE"), 8, modes) == resolve(DecodeConfig(mode="Q_MODE"), 8)
-    with pytest.raises(ModelError, match=r"'hilda' does not hold modes: .*speed"):
+    with pytest.raises(ModelError, match=r"'hilda' has invalid modes: .*speed"):
         read_presets({"S_MODE": {"speed": 1}})
 
 

@@ -14,11 +14,11 @@ from hildanext.config import parse_config
 from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings
 from hildanext.decoding.runtimes.compiled import CompiledRuntime
 from hildanext.decoding.runtimes.cudagraphs import graph_length
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.runtimes.protocol import pad_batch, widen
+from hildanext.decoding.settings import Settings
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model.diffusion_lm import DiffusionLM
 
@@ -68,8 +68,8 @@ def differences(one, other):
         assert a.shape == b.shape
         yield (a.float() - b.float()).abs().max().item()
         yield (one.head(a).float() - other.head(b).float()).abs().max().item()
-    one.move(1, 0, 12)
-    other.move(1, 0, 12)
+    one.copy(1, 0, 12)
+    other.copy(1, 0, 12)
     after = pad_batch([([5] * BLOCK, 12, [16] * BLOCK)], 0)
     yield (one.body(after).float() - other.body(after).float()).abs().max().item()
     one.swap(0, 2, 16)
@@ -132,7 +132,7 @@ def test_openvino_refuses_layers_that_keep_different_things(openvino):
         return output
 
     lm.base_model.forward = odd
-    with pytest.raises(ModelError, match=r"layers keep keys of different shapes; use engine.runtime 'eager'"):
+    with pytest.raises(ModelError, match=r"layers cache keys of different shapes; use engine.runtime 'eager'"):
         openvino(lm)
 
 
@@ -143,10 +143,10 @@ def test_openvino_refuses_what_it_would_compute_wrongly(openvino, monkeypatch, w
     real = room.split_attention
     if wrong == "asks for more":
         changed = lambda *args, **kwargs: real(*args, **kwargs, softcap=30.0)  # noqa: E731
-        message = "LlamaAttention has 'softcap', which this runtime has not"
+        message = "LlamaAttention needs 'softcap', which OpenVINO does not support here"
     else:
         changed = lambda module, query, *args, **kwargs: real(module, -query, *args, **kwargs)  # noqa: E731
-        message = "LlamaForCausalLM: OpenVINO computes something else than the model"
+        message = "LlamaForCausalLM: the hidden states of OpenVINO differ from the model's"
     monkeypatch.setattr(room, "split_attention", changed)
     with pytest.raises(ModelError, match=f"{message}.*use engine.runtime 'eager'"):
         openvino(model())
@@ -292,7 +292,7 @@ def test_widening_adds_padding_only(widths, slot, extra):
 def test_the_runtime_is_chosen_by_hardware(wanted, device, installed, expected):
     name, reason = runtimes.choose_runtime(wanted, device, installed)
     assert name == expected
-    assert (reason == "asked for") == (wanted != "auto")
+    assert (reason == "set in the configuration") == (wanted != "auto")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_runtime_that_cannot_run_is_an_error(wanted, device, installed, messag
 
 def test_small_weights_need_openvino_and_the_choice_is_said(tiny_tokenizer, capsys):
     with pytest.raises(
-        ConfigError, match=r"'engine.weights': the eager runtime has 'native' only; int8 needs 'openvino'"
+        ConfigError, match=r"'engine.weights': the eager runtime supports 'native' only; 'int8' needs 'openvino'"
     ):
         engine(tiny_tokenizer, "auto", weights="int8")
     engine(tiny_tokenizer, "auto")

@@ -9,7 +9,8 @@ from conftest import random_llama
 from hildanext.config import parse_config
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.settings import Settings
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.diffusion_lm import DiffusionLM
 from support.reference import reference
@@ -174,7 +175,7 @@ class Starved:
 
     def __init__(self, runtime, failing):
         self.runtime, self.failing, self.count, self.allocated = runtime, failing, 0, []
-        self.name, self.head, self.move, self.swap = "starved", runtime.head, runtime.move, runtime.swap
+        self.name, self.head, self.copy, self.swap = "starved", runtime.head, runtime.copy, runtime.swap
 
     def allocate(self, slots, context):
         self.allocated.append(slots)
@@ -196,7 +197,7 @@ def test_out_of_memory_shrinks_the_batch_once_says_so_and_loses_no_request(lm, c
     assert [done.token_ids for done in engine.generate_batch(requests)] == expected
     assert starved.allocated == [6, 3]
     assert engine.slots == 3
-    assert capsys.readouterr().err.count("out of memory with 6 slots: going on with 3") == 1
+    assert capsys.readouterr().err.count("out of memory with 6 slots: continuing with 3") == 1
     engine.scheduler.runtime = Starved(engine.runtime, {3})
     with pytest.raises(ModelError, match=r"out of memory with 3 slots of 64 tokens: lower engine.slots"):
         engine.generate_batch(requests)
@@ -214,7 +215,7 @@ def test_requests_that_cannot_be_served_are_refused_before_any_runs(lm):
     good = Request([5, 6], make())
     with pytest.raises(UsageError, match=r"60 tokens.*max_new_tokens \(12\).*context of 64"):
         engine.generate_batch([good, Request([5] * 60, make())])
-    with pytest.raises(UsageError, match="holds the mask token"):
+    with pytest.raises(UsageError, match="contains the mask token"):
         engine.generate(Request([5, MASK], make()))
     with pytest.raises(UsageError, match="the prompt is empty"):
         engine.generate(Request([], make()))

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.settings import Settings
 
 MASK, VOCAB, EOS = 9, 9, 0
 
@@ -28,7 +29,7 @@ class Scripted:
     def allocate(self, slots, context):
         pass
 
-    def move(self, source, target, length):
+    def copy(self, source, target, length):
         pass
 
     def swap(self, one, other, length):
@@ -64,7 +65,7 @@ def run(runtime, prompt, settings, chunk=512):
     scheduler.submit(sequence)
     events = []
     while not scheduler.is_idle:
-        events += [event.what for event in scheduler.step()]
+        events += [event for _, event in scheduler.step()]
     return sequence, [e for e in events if isinstance(e, Step)], [e for e in events if isinstance(e, Finished)]
 
 

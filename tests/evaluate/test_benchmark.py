@@ -18,7 +18,7 @@ from hildanext.data.synthetic import synthetic_instructions
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Preset
+from hildanext.decoding.settings import Preset
 from hildanext.errors import UsageError
 from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.benchmark import _continuations, benchmark

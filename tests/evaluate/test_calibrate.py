@@ -12,7 +12,7 @@ from conftest import make_tokenizer, random_llama
 from hildanext.cli import main
 from hildanext.config import parse_config
 from hildanext.decoding.engines import Request, open_engine
-from hildanext.decoding.rule import Preset
+from hildanext.decoding.settings import Preset
 from hildanext.errors import DataError, UsageError
 from hildanext.evaluate.calibrate import FrontierPoint, calibrate, choose, measure
 from hildanext.evaluate.judge import mean_log_likelihood

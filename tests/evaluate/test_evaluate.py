@@ -17,7 +17,8 @@ from hildanext.config import Config, parse_config
 from hildanext.data.synthetic import synthetic_stories
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings, edit_step, propose
+from hildanext.decoding.rule import edit_step, propose
+from hildanext.decoding.settings import Settings
 from hildanext.errors import ConfigError, DataError, UsageError
 from hildanext.evaluate import command, gsm8k, humaneval, infilling, stories
 from hildanext.evaluate.infilling import _spans, infill

@@ -179,7 +179,7 @@ def test_a_slot_that_is_moved_goes_on_as_it_was(lm: DiffusionLM) -> None:
     doc = document(8)
     cached = Cached(lm)
     cached.run(doc.clean[:BLOCK], store=True)
-    cached.runtime.move(1, 0, BLOCK)
+    cached.runtime.copy(1, 0, BLOCK)
     span = (doc.noisy[BLOCK:].tolist(), BLOCK, [2 * BLOCK] * BLOCK)
     assert equal(cached.runtime.body(pad_batch([span], 0))[0], cached.runtime.body(pad_batch([span], 1))[0])
 

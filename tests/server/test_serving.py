@@ -23,7 +23,7 @@ from hildanext import server
 from hildanext.config import Config, ServerConfig, parse_config
 from hildanext.decoding.engines import Completion, Event, Request, Stats
 from hildanext.decoding.engines.dummy import DummyEngine
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.jobs.watcher import Jobs
 from hildanext.server import guard, make_app, open_jobs
 from hildanext.server import worker as server_worker

@@ -19,7 +19,7 @@ from hildanext.config import Config, parse_config
 from hildanext.decoding import engines
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.ar import ArEngine
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.jobs.kinds import KINDS, SECTIONS, TAKES
 from hildanext.model.ar_generate import ar_complete
 from hildanext.server import make_app, open_jobs
@@ -206,7 +206,7 @@ def test_while_it_loads_a_request_waits_no_longer_than_its_deadline(converted: C
     ("server", "line"),
     [
         ({"base": False}, "server.base is off; set it to true and start the server again"),
-        ({}, "no AR base: '{}' is not a converted checkpoint; it has no AR base to stand beside it"),
+        ({}, "no AR base: '{}' is not a converted checkpoint"),
     ],
 )
 def test_no_base_is_404_and_says_why(converted: Config, server: dict[str, Any], line: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hildanext.decoding.rule import Settings, propose
+from hildanext.decoding.rule import propose
+from hildanext.decoding.settings import Settings
 from hildanext.diffusion.noise import sample_generator
 from hildanext.model.diffusion_lm import DiffusionLM
 

@@ -27,7 +27,7 @@ from hildanext.cli import main
 from hildanext.config import Config, load_config
 from hildanext.decoding.engines import Request, open_engine
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.errors import DataError, UsageError
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.prompts import encode_prompt
@@ -93,7 +93,7 @@ def turns(engine: TransformersEngine, config: Config, messages: list[str]) -> It
     for message in messages:
         ids += tokenizer(f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
         request = Request(list(ids), engine.settings(config))
-        engine.scheduler.forget()
+        engine.scheduler.reset_prefix_cache()
         done = engine.generate(request)
         yield request, done.token_ids, done.text
         ids += done.token_ids

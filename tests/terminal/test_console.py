@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hildanext.cli import main
 from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Completion, Stats, open_engine
-from hildanext.decoding.rule import Finished
+from hildanext.decoding.events import Finished
 from hildanext.terminal.chat import Chat
 from hildanext.terminal.console import printable
 from hildanext.terminal.generate import _consume

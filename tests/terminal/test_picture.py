@@ -16,7 +16,8 @@ from hildanext.cli import main
 from hildanext.config import Config
 from hildanext.decoding import engines
 from hildanext.decoding.engines import Request
-from hildanext.decoding.rule import Settings, Step
+from hildanext.decoding.events import Step
+from hildanext.decoding.settings import Settings
 from hildanext.terminal.cells import Settling
 from hildanext.terminal.picture import (
     COLUMNS,

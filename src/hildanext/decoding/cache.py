@@ -1,6 +1,7 @@
-"""Keys and values of finished blocks: one slot a sequence, allocated once, written in place.
+"""The key-value cache: one slot for each sequence, allocated once and written in place.
 
-It is a `Cache` of transformers, so any stock model fills it by itself; where the keys of a forward go is set beforehand.
+It is a `Cache` of transformers, so a stock model reads and writes it in its own forward. `SlotCache.at` sets the
+slots and positions beforehand.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass
 class SlotView:
-    """Where a forward of B sequences, W tokens each, reads and writes."""
+    """The slots and positions that a forward of B sequences, W tokens each, reads and writes."""
 
-    slot: int  # the sequences lie in neighbouring slots from here
+    slot: int  # slot of the first sequence; the others follow in neighbouring slots
     keys: Tensor  # [K] 0..K-1: the positions that are read
     rows: Tensor | None  # [B, 1] slot of each sequence
-    columns: Tensor | None  # [B, W] text positions; the slot's last one for padding
-    start: int | None  # instead of rows and columns: position of the first token, for one sequence without padding
+    columns: Tensor | None  # [B, W] position of each token; for padding the slot's extra last one
+    start: int | None  # in place of rows and columns: the first token's position, for one sequence without padding
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values [slots, H, context + 1, D] of one layer; the last place takes what is padding."""
+    """Keys and values [slots, H, context + 1, D] of one layer. Padding is written to the extra last position."""
 
     is_compileable = True
     is_croppable = False
@@ -43,22 +44,22 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, H, W, D] where `place` says; return views [B, H, K, D] of what those slots hold."""
+        """Write new states [B, H, W, D] at `place`. Returns views [B, H, K, D] of the slots' keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         assert self.place is not None
         place, n, length = self.place, key_states.shape[0], self.place.keys.shape[0]
-        mine = slice(place.slot, place.slot + n)
+        slots = slice(place.slot, place.slot + n)
         if place.start is not None:
-            here = slice(place.start, place.start + key_states.shape[2])
-            self.keys[mine, :, here] = key_states
-            self.values[mine, :, here] = value_states
+            columns = slice(place.start, place.start + key_states.shape[2])
+            self.keys[slots, :, columns] = key_states
+            self.values[slots, :, columns] = value_states
         else:
             self.keys[place.rows, :, place.columns] = key_states.transpose(1, 2)
             self.values[place.rows, :, place.columns] = value_states.transpose(1, 2)
-        return self.keys[mine, :, :length], self.values[mine, :, :length]
+        return self.keys[slots, :, :length], self.values[slots, :, :length]
 
     def get_seq_length(self) -> int:
         return self.get_mask_sizes(0)[0] if self.place is not None else 0
@@ -72,7 +73,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """`slots` sequences of up to `context` tokens, side by side."""
+    """`slots` sequences of up to `context` tokens each."""
 
     def __init__(self, n_layers: int, slots: int, context: int) -> None:
         self.context = context
@@ -80,20 +81,21 @@ class SlotCache(Cache):
         super().__init__(layers=list(self.slot_layers))
 
     def at(self, place: SlotView) -> None:
-        """Say where the next forward reads and writes."""
+        """Set the slots and positions of the next forward."""
         for layer in self.slot_layers:
             layer.place = place
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot over another."""
-        for stored in self._states():
-            stored[target, :, :length] = stored[source, :, :length]
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of slot `source` to slot `target`."""
+        for states in self._states():
+            states[target, :, :length] = states[source, :, :length]
 
-    def swap(self, one: int, other: int, length: int) -> None:
+    def swap(self, slot: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""
-        for stored in self._states():
-            stored[[one, other], :, :length] = stored[[other, one], :, :length]
+        for states in self._states():
+            states[[slot, other], :, :length] = states[[other, slot], :, :length]
 
     def _states(self) -> list[Tensor]:
+        """Keys and values of all layers; empty before the first forward."""
         states = [states for layer in self.slot_layers for states in (layer.keys, layer.values)]
-        return [one for one in states if one is not None]  # none before the first forward
+        return [tensor for tensor in states if tensor is not None]

@@ -1,6 +1,6 @@
-"""Continuous batching: sequences join and leave between forwards. One `step` is admit, plan, run, absorb, release.
+"""Continuous batching: sequences join and leave between forwards. A `step` is schedule, run, postprocess.
 
-A sequence's text depends on its own settings only; who runs beside it changes nothing but the last bits of a float.
+The text of a sequence depends on its own settings alone. Its batch mates can only change the last bits of a float.
 """
 
 from __future__ import annotations
@@ -11,33 +11,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hildanext.decoding.rule import Finished, Step, propose
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.rule import propose
 from hildanext.decoding.runtimes.protocol import Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span
 from hildanext.errors import ModelError
+from hildanext.model.policy import is_out_of_memory
 from hildanext.progress import say
 
+SequenceEvent = tuple[Sequence, Step | Finished]
 
-class Event(NamedTuple):
-    """What happened to a sequence in this step."""
 
+class Scheduled(NamedTuple):
+    """A sequence in the next forward."""
+
+    slot: int
     sequence: Sequence
-    what: Step | Finished
+    span: Span
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory: its own type on GPUs, a message of the allocator on CPUs."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+class Output(NamedTuple):
+    """The result of a forward for one sequence."""
+
+    hidden: Tensor  # [W, H] hidden states of the span, padding behind it
+    ids: list[int]  # v_i of the P wanted positions
+    confidence: list[float]  # c_i of the P wanted positions
 
 
 class Scheduler:
-    """Runs sequences on a runtime, at most `slots` at a time; the others wait in order of arrival."""
+    """Runs sequences on a runtime, at most `slots` at a time. The others wait in order of arrival."""
 
     def __init__(self, runtime: Runtime, slots: int, context: int, prefill_chunk: int) -> None:
         self.runtime, self.slots, self.context, self.prefill_chunk = runtime, slots, context, prefill_chunk
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # the i-th lies in slot i
-        self.held: list[Sequence | None] = []  # for each slot, whose keys and values lie there, running or not
+        self.running: list[Sequence] = []  # running[i] is in slot i
+        self.cached_sequences: list[Sequence | None] = []  # whose keys and values each slot holds, running or finished
         self.has_shrunk = False
         self.is_allocated = False
 
@@ -45,143 +53,154 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its slot is free at once."""
+        """Drop a waiting or running sequence. Its slot is free at once."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self.running:
             self._release(sequence)
 
-    def forget(self) -> None:
-        """Let no later sequence find what slots hold, as measurements of the same prompts need it."""
-        self.held = [*self.running, *[None] * (len(self.held) - len(self.running))]
+    def reset_prefix_cache(self) -> None:
+        """Forget the keys and values of finished sequences, so that measurements of equal prompts do not share them."""
+        self.cached_sequences = [*self.running, *[None] * (len(self.cached_sequences) - len(self.running))]
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """At most one chunk of one prompt, and one denoising pass of every sequence past its prompt.
+    def step(self) -> list[SequenceEvent]:
+        """Run at most one chunk of one prompt and one denoising pass of every sequence past its prompt.
 
-        Raises ModelError when memory runs out a second time, or with one slot.
+        If memory runs out, the slots are halved, once. Raises ModelError the second time, and if there is one slot.
         """
-        events: list[Event] = []
+        events: list[SequenceEvent] = []
         out_of_memory = False
         try:
-            if not self.is_allocated:
-                self._allocate()
-            while self.waiting and len(self.running) < self.slots:
-                self.running.append(self._place(range(len(self.running), self.slots)))
-            self._run(events)
-            for sequence in [s for s in self.running if s.finish_reason]:
+            for batch in self.schedule():
+                events += self.postprocess(batch, self.run(batch))
+            for sequence in [sequence for sequence in self.running if sequence.finish_reason]:
                 self._release(sequence)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
-        if out_of_memory:  # outside the handler, whose traceback would keep the failed forward's tensors alive
+        if out_of_memory:  # outside the handler: its traceback would keep the failed forward's tensors alive
             self._shrink()
         return events
 
+    def schedule(self) -> list[list[Scheduled]]:
+        """Admit waiting sequences to free slots. Returns this step's batches: a long prompt, then all short spans."""
+        if not self.is_allocated:
+            self._allocate()
+        while self.waiting and len(self.running) < self.slots:
+            self.running.append(self._admit(range(len(self.running), self.slots)))
+        work = [Scheduled(slot, s, s.next_span(self.prefill_chunk)) for slot, s in enumerate(self.running)]
+        # Every sequence of a forward is padded to the widest one, so long spans run alone, one in each step.
+        long = [item for item in work if len(item.span.tokens) > item.sequence.decode_width]
+        short = [item for item in work if len(item.span.tokens) <= item.sequence.decode_width]
+        return [batch for batch in (long[:1], short) if batch]
+
+    def run(self, batch: list[Scheduled]) -> list[Output]:
+        """One forward of the scheduled spans, and the proposals at wanted positions. Slots in between are padding."""
+        first, last = batch[0].slot, batch[-1].slot
+        padded: list[tuple[list[int], int, list[int]]] = [([], 0, [])] * (last - first + 1)
+        for slot, _, span in batch:
+            padded[slot - first] = (span.tokens, span.start, span.visible)
+        states = self.runtime.body(pad_batch(padded, first))
+        hidden = [states[item.slot - first] for item in batch]
+        ids, confidence = self._proposals(batch, hidden)
+        outputs, offset = [], 0
+        for item, own_states in zip(batch, hidden, strict=True):
+            own = slice(offset, offset + len(item.span.wanted))
+            outputs.append(Output(own_states, ids[own], confidence[own]))
+            offset = own.stop
+        return outputs
+
+    def _proposals(self, batch: list[Scheduled], hidden: list[Tensor]) -> tuple[list[int], list[float]]:
+        """v_i and c_i of all wanted positions of a batch, one sequence after the other."""
+        wanting = [(item, states) for item, states in zip(batch, hidden, strict=True) if item.span.wanted]
+        if not wanting:
+            return [], []
+        logits = self.runtime.head(_join([_predictors(item, states) for item, states in wanting]))
+        # Greedy rows share one call. Sampling and penalties depend on each sequence's settings and text.
+        if all(item.sequence.is_greedy for item, _ in wanting):
+            proposals = [_propose(logits, wanting[0][0])]
+        else:
+            parts = logits.split([len(item.span.wanted) for item, _ in wanting])
+            proposals = [_propose(part, item) for part, (item, _) in zip(parts, wanting, strict=True)]
+        ids, confidence = (_join(column).tolist() for column in zip(*proposals, strict=True))
+        return ids, confidence
+
+    def postprocess(self, batch: list[Scheduled], outputs: list[Output]) -> list[SequenceEvent]:
+        """Apply the decode rule to each sequence. Returns its pass and the blocks that became final."""
+        events: list[SequenceEvent] = []
+        for (_, sequence, span), (hidden, ids, confidence) in zip(batch, outputs, strict=True):
+            if span.wanted:
+                events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
+            else:
+                sequence.finish_prefill_chunk(span, hidden)
+        return events
+
     def _allocate(self) -> None:
-        self.runtime.allocate(self.slots, self.context)  # what was stored is gone
+        self.runtime.allocate(self.slots, self.context)  # drops all cached keys and values
         for sequence in (*self.running, *self.waiting):
-            sequence.evict()
-        self.held = [*self.running, *[None] * (self.slots - len(self.running))]
+            sequence.preempt()
+        self.cached_sequences = [*self.running, *[None] * (self.slots - len(self.running))]
         self.is_allocated = True
 
-    def _place(self, free: range) -> Sequence:
-        """Let the first that waits begin in the first free slot, with what any slot has stored of its text already.
+    def _admit(self, free: range) -> Sequence:
+        """Move the first waiting sequence into the first free slot, with its longest prefix that any slot has cached.
 
-        The next turn of a conversation takes its slot over. What a text shares with others (a system prompt) is copied
-        into the slot unused for longest, so that conversations do not take each other's slots away.
+        The next turn of a conversation takes over the slot of the turn before. Another common prefix (a system
+        prompt) is copied into the free slot that was unused for longest, so that conversations keep their own slots.
         """
         sequence = self.waiting[0]
-        shared = [0 if held is None else sequence.shared_with(held) for held in self.held]
+        shared = [0 if cached is None else sequence.common_prefix(cached) for cached in self.cached_sequences]
         source = max(range(len(shared)), key=shared.__getitem__)
-        held = self.held[source]
-        is_next_turn = held is not None and source in free and sequence.continues(held, shared[source])
+        cached = self.cached_sequences[source]
+        is_next_turn = cached is not None and source in free and sequence.continues(cached, shared[source])
         target = source if is_next_turn else min(free, key=self._began)
         if shared[source] and target != source:
-            self.held[target] = None  # should the copy fail, nothing may be found there
-            self.runtime.move(source, target, shared[source])
-        sequence.begin_at(shared[source])
-        self.held[target] = sequence
+            self.cached_sequences[target] = None  # if the copy fails, the slot's content is undefined
+            self.runtime.copy(source, target, shared[source])
+        sequence.reuse_prefix(shared[source])
+        self.cached_sequences[target] = sequence
         self._swap(target, free[0])
         return self.waiting.popleft()
 
-    def _length(self, slot: int) -> int:
-        held = self.held[slot]
-        return 0 if held is None else held.stored
-
     def _began(self, slot: int) -> float:
-        held = self.held[slot]
-        return 0.0 if held is None else held.began
+        cached = self.cached_sequences[slot]
+        return 0.0 if cached is None else cached.began
 
-    def _swap(self, one: int, other: int) -> None:
-        if one == other:
+    def _swap(self, slot: int, other: int) -> None:
+        if slot == other:
             return
-        length, held = max(self._length(one), self._length(other)), (self.held[other], self.held[one])
-        self.held[one] = self.held[other] = None
-        self.runtime.swap(one, other, length)
-        self.held[one], self.held[other] = held
-
-    def _run(self, events: list[Event]) -> None:
-        spans = [(slot, s, s.next_span(self.prefill_chunk)) for slot, s in enumerate(self.running)]
-        # A forward is as wide as its widest sequence: those with more to store than a block go one at a time.
-        long = [one for one in spans if len(one[2].tokens) > one[1].usual_width]
-        short = [one for one in spans if len(one[2].tokens) <= one[1].usual_width]
-        for group in (long[:1], short):
-            if group:
-                events += self._forward(group)
-
-    def _forward(self, group: list[tuple[int, Sequence, Span]]) -> list[Event]:
-        """Run the spans of some slots together; slots between them sit out."""
-        first, last = group[0][0], group[-1][0]
-        padded: list[tuple[list[int], int, list[int]]] = [([], 0, [])] * (last - first + 1)
-        for slot, _, span in group:
-            padded[slot - first] = (span.tokens, span.start, span.visible)
-        hidden = self.runtime.body(pad_batch(padded, first))
-        wanting = [(s, span, hidden[slot - first]) for slot, s, span in group if span.wanted]
-        for slot, sequence, span in group:
-            if not span.wanted:
-                sequence.stored_chunk(span, hidden[slot - first])
-        if not wanting:
-            return []
-        logits = self.runtime.head(_join([_predictors(*one) for one in wanting]))
-        counts = [len(span.wanted) for _, span, _ in wanting]
-        # Greedy rows go together; what is drawn or penalized depends on each sequence's own text.
-        together = all(sequence.is_plain for sequence, _, _ in wanting)
-        parts = [logits] if together else logits.split(counts)
-        proposed = [_propose(part, sequence, span) for part, (sequence, span, _) in zip(parts, wanting, strict=False)]
-        ids, confidence = (_join(column).tolist() for column in zip(*proposed, strict=True))
-        events, offset = [], 0
-        for sequence, span, states in wanting:
-            mine = slice(offset, offset + len(span.wanted))
-            offset = mine.stop
-            events += [Event(sequence, what) for what in sequence.absorb(span, ids[mine], confidence[mine], states)]
-        return events
+        first, second = self.cached_sequences[slot], self.cached_sequences[other]
+        length = max(0 if cached is None else cached.num_cached_tokens for cached in (first, second))
+        self.cached_sequences[slot] = self.cached_sequences[other] = None  # as in _admit, should the swap fail
+        self.runtime.swap(slot, other, length)
+        self.cached_sequences[slot], self.cached_sequences[other] = second, first
 
     def _release(self, sequence: Sequence) -> None:
-        """Free a slot: for who waits, else the last sequence changes places with it, so that slots in use are neighbours."""
+        """Free a slot for a waiting sequence, else for the last running one, so that running slots are contiguous."""
         slot, last = self.running.index(sequence), len(self.running) - 1
-        sequence.noise.clear()  # what it has stored is kept, the rest is not needed any more
+        sequence.noise.clear()  # the sequence stays in cached_sequences; of it only tokens and counts are needed
         if self.waiting and len(self.running) >= self.slots:
-            self.running[slot] = self._place(range(slot, slot + 1))
+            self.running[slot] = self._admit(range(slot, slot + 1))
             return
         self._swap(slot, last)
         self.running[slot] = self.running[last]
         self.running.pop()
 
     def _shrink(self) -> None:
-        """Out of memory: half the slots, once. Sequences keep their text; those without a slot wait first in line."""
+        """Halve the slots, once. Running sequences keep their text. Those without a slot wait first in the queue."""
         if self.has_shrunk or self.slots == 1:
             raise ModelError(
                 f"out of memory with {self.slots} slots of {self.context} tokens: lower engine.slots or engine.context"
             )
         before, self.slots = self.slots, self.slots // 2
         self.has_shrunk, self.is_allocated = True, False
-        say(f"out of memory with {before} slots: going on with {self.slots}; requests under way are stored again")
+        say(f"out of memory with {before} slots: continuing with {self.slots}; running requests are cached again")
         self.running = [sequence for sequence in self.running if not sequence.finish_reason]
         self.waiting.extendleft(reversed(self.running[self.slots :]))
         del self.running[self.slots :]
@@ -191,25 +210,27 @@ def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _propose(logits: Tensor, sequence: Sequence, span: Span) -> tuple[Tensor, Tensor]:
-    """Proposals for the wanted positions of a sequence; for greedy ones, those of its neighbours may come along."""
-    vocabulary = sequence.vocabulary
-    noise, seen = sequence.block_noise(span.wanted), sequence.seen_before(span.wanted)
+def _propose(logits: Tensor, item: Scheduled) -> tuple[Tensor, Tensor]:
+    """Proposals with the settings of a sequence. If it is greedy, `logits` may have rows of other greedy sequences."""
+    sequence, wanted = item.sequence, item.span.wanted
+    noise, seen = sequence.gumbel_noise(wanted), sequence.penalized_tokens(wanted)
     return propose(
         logits,
-        mask_token_id=vocabulary.mask_token_id,
-        vocab_size=vocabulary.size,
-        settings=None if sequence.is_plain else sequence.settings,
+        mask_token_id=sequence.vocabulary.mask_token_id,
+        vocab_size=sequence.vocabulary.size,
+        settings=None if sequence.is_greedy else sequence.settings,
         noise=None if noise is None else noise.to(logits.device),
         seen=None if seen is None else seen.to(logits.device),
     )
 
 
-def _predictors(sequence: Sequence, span: Span, hidden: Tensor) -> Tensor:
-    """Hidden states [P, H] that predict the wanted positions; hidden [W, H] of the span."""
-    places = [sequence.predictor(p) - span.start for p in span.wanted]
-    if places[0] >= 0:
-        return hidden[places[0] : places[-1] + 1] if places[-1] - places[0] == len(places) - 1 else hidden[places]
-    assert sequence.carry is not None
-    first = sequence.carry[None]
-    return torch.cat([first, hidden[places[1:]]]) if len(places) > 1 else first
+def _predictors(item: Scheduled, hidden: Tensor) -> Tensor:
+    """The hidden states [P, H] that predict the wanted positions, from those of the span, hidden [W, H]."""
+    sequence, span = item.sequence, item.span
+    queries = [sequence.predictor(p) - span.start for p in span.wanted]
+    if queries[0] >= 0:
+        contiguous = queries[-1] - queries[0] == len(queries) - 1
+        return hidden[queries[0] : queries[-1] + 1] if contiguous else hidden[queries]
+    assert sequence.last_hidden is not None
+    first = sequence.last_hidden[None]
+    return torch.cat([first, hidden[queries[1:]]]) if len(queries) > 1 else first

@@ -20,7 +20,7 @@ from hildanext.data.encode import encode_document
 from hildanext.data.rows import open_rows
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import resolve
+from hildanext.decoding.settings import resolve
 from hildanext.errors import DataError
 from hildanext.evaluate.ar_likelihood import Likelihood, ar_likelihood
 from hildanext.evaluate.elbo import elbo
@@ -172,7 +172,7 @@ def _continuations(
                     answer = ar_complete(base, tokenizer, prompt, budget)
                     found = Continuation(prompt, answer.token_ids, answer.seconds, len(answer.token_ids), 0)
                 else:
-                    engine.scheduler.forget()  # no prompt cache: the AR base has none either
+                    engine.scheduler.reset_prefix_cache()  # no prompt cache: the AR base has none either
                     completion = engine.generate(Request(prompt, settings[name]))
                     stats = completion.stats
                     found = Continuation(prompt, completion.token_ids, stats.seconds, stats.forwards, stats.edits)

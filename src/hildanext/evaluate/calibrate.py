@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hildanext.config import CalibrateConfig, Config, Mode
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Preset, Settings, resolve
+from hildanext.decoding.settings import Preset, Settings, resolve
 from hildanext.errors import UsageError
 from hildanext.evaluate.benchmark import held_out_prompts
 from hildanext.evaluate.judge import distinct_2, total_log_likelihood
@@ -43,7 +43,7 @@ def measure(
     engine: TransformersEngine, base: PreTrainedModel, prompts: list[list[int]], settings: Settings
 ) -> FrontierPoint:
     """Complete the prompts and score the text. Raises UsageError if every answer is empty."""
-    engine.scheduler.forget()  # no setting may reuse the prompt cache of the setting before
+    engine.scheduler.reset_prefix_cache()  # no setting may reuse the prompt cache of the setting before
     done = engine.generate_batch([Request(prompt, settings) for prompt in prompts])
     n_tokens = sum(len(completion.token_ids) for completion in done)
     if n_tokens == 0:

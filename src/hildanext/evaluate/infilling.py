@@ -12,7 +12,8 @@ import time
 import torch
 
 from hildanext.config import Config
-from hildanext.decoding.rule import Settings, edit_step, propose
+from hildanext.decoding.rule import edit_step, propose
+from hildanext.decoding.settings import Settings
 from hildanext.diffusion.noise import sample_generator
 from hildanext.evaluate.intervals import mean, share
 from hildanext.evaluate.judge import mean_log_likelihood

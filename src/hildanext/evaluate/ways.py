@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hildanext.config import Config, Mode
 from hildanext.decoding.engines.protocol import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.rule import Settings, resolve
+from hildanext.decoding.settings import Settings, resolve
 from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import HildaError, UsageError
 from hildanext.evaluate.intervals import Figure, plain, ratio
@@ -121,7 +121,7 @@ def _complete_blocks(
         for question in questions
     ]
     engine.generate(Request(requests[0].prompt_ids, requests[0].settings._replace(max_new_tokens=1)))
-    engine.scheduler.forget()  # no way may reuse the prompt cache of another
+    engine.scheduler.reset_prefix_cache()  # no way may reuse the prompt cache of another
     index_of = {engine.submit(request): index for index, request in enumerate(requests)}
     seconds, done = [0.0] * len(requests), dict[int, Completion]()
     began = time.perf_counter()

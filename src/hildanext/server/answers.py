@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
 from hildanext.decoding.engines import Completion, Engine, Event
-from hildanext.decoding.rule import Step
+from hildanext.decoding.events import Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.store import ConflictError, MissingError, StoreError
 from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Unready

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Engine, Event
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.errors import HildaError
 from hildanext.server.answers import (
     chained,

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
 from hildanext.decoding.engines import Completion, Event
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import (

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from hildanext.config import Config, DecodeConfig, Mode
 from hildanext.decoding.engines import Completion, Event
-from hildanext.decoding.rule import Finished
+from hildanext.decoding.events import Finished
 from hildanext.errors import ContextError, HildaError
 from hildanext.server.answers import (
     chained,

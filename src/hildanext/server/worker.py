@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Engine, Event, Request, Steps, as_steps
-from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from hildanext.decoding.engines import Engine, Request
-from hildanext.decoding.rule import Step
+from hildanext.decoding.events import Step
 from hildanext.terminal.console import printable
 
 FADE = 3  # passes in which an edit can still be told

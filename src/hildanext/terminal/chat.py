@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.files import atomic_open
 from hildanext.progress import say, stop_on_signals

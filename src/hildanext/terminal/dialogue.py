@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hildanext.data.conversations import check_messages
 from hildanext.decoding.engines import Engine, Request
-from hildanext.decoding.rule import Settings, check_request, tokens_needed
+from hildanext.decoding.settings import Settings, check_request, tokens_needed
 from hildanext.errors import DataError
 from hildanext.files import atomic_open, write_json
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Engine, Request, open_engine
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.errors import UsageError
 from hildanext.files import atomic_open
 from hildanext.progress import say

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from hildanext.decoding.rule import Finished, Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.progress import say
 from hildanext.terminal.cells import Cell, Settling, as_line
 from hildanext.terminal.console import printable, write_text

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-from hildanext.decoding.rule import Step
+from hildanext.decoding.events import Step
 from hildanext.errors import UsageError
 from hildanext.files import atomic_open
 from hildanext.terminal.cells import Cell

@@ -1,6 +1,6 @@
-"""Engines: what answers a request. One file each, the same small protocol; the first that can serve runs.
+"""Engines: one file for each, all behind the protocol in `protocol.py`. The first one that can serve the model runs.
 
-Reasons why the others cannot are kept and go with every answer.
+The reasons why the others cannot are part of every completion.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ __all__ = [
     "n_threads",
     "open_base",
     "open_engine",
+    "say_passed_over",
 ]
 
 
 def open_engine(config: Config) -> Engine:
-    """Load the first engine of `engine.order` that can serve the model here.
+    """Load the first engine of `engine.order` that can serve the model on this machine.
 
-    Raises UsageError with every reason when none can, and for a model that is not there unless the dummy stands alone.
+    Raises UsageError with every engine's reason if none can. Raises UsageError for a missing model, too, unless the
+    order is the dummy alone.
     """
     if set(config.engine.order) != {"dummy"}:
-        from hildanext.model.pretrained import locate  # loads transformers, which the dummy alone does without
+        from hildanext.model.pretrained import locate  # imports transformers, which the dummy does not need
 
-        # Asked first, so that a mistyped folder is an error even where no engine comes to look into it.
+        # Before any engine: a mistyped folder must be an error, not a reason to fall back to the dummy.
         locate(config.model.base)
     reasons: dict[str, str] = {}
     for name in config.engine.order:
@@ -51,17 +53,24 @@ def open_engine(config: Config) -> Engine:
     )
 
 
+def say_passed_over(engine: Engine) -> None:
+    """Print a line for each engine that `open_engine` passed over before this one, with the reason."""
+    for name, reason in engine.reasons.items():
+        say(f"engine {name} passed over: {reason}")
+
+
 def n_threads() -> int:
-    """torch's threads in the calling thread."""
+    """The number of torch threads in the calling thread."""
     import torch
 
     return torch.get_num_threads()
 
 
 def open_base(config: Config, threads: int) -> Engine:
-    """Load the AR base of the converted checkpoint `model.base`, to compute with `threads` in the calling thread.
+    """Load the AR base of the converted checkpoint `model.base`. It computes with `threads` torch threads.
 
-    Raises UsageError or ModelError when it cannot be had.
+    The thread count is set for the calling thread only. Raises UsageError if `model.base` is no converted checkpoint or
+    its base is missing, ModelError if the base cannot be loaded.
     """
     from hildanext.decoding.engines.ar import ArEngine
 
@@ -72,14 +81,16 @@ def open_base(config: Config, threads: int) -> Engine:
 
 
 def warn_block_size(engine: Engine, block_size: int | None) -> None:
-    """Say what to expect of a `decode.block_size` that the checkpoint was not trained for."""
+    """Warn if `decode.block_size` differs from the block size that the checkpoint was trained with."""
     if block_size is not None and engine.trained_block is not None and block_size != engine.trained_block:
         effect = "fewer tokens per forward" if block_size < engine.trained_block else "worse text"
-        say(f"decode.block_size {block_size} is not the checkpoint's {engine.trained_block}: expect {effect}")
+        say(
+            f"decode.block_size is {block_size}, the checkpoint was trained with {engine.trained_block}: expect {effect}"
+        )
 
 
 def _engine(name: EngineName) -> Any:
-    # Imported when asked for: an engine's libraries must not slow the others down.
+    # Imported on demand: one engine must not load the libraries of another.
     if name == "dinfer":
         from hildanext.decoding.engines.dinfer import DInferEngine
 

@@ -1,4 +1,4 @@
-"""The AR base of a converted checkpoint, one token a forward: what the diffusion model is looked at beside."""
+"""The AR base of a converted checkpoint, decoded one token per forward: the baseline of the diffusion model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from transformers import DynamicCache
 
 from hildanext.config import Config, ModelConfig
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Finished, Settings, Step, check_request, resolve
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.settings import Settings, check_request, resolve
 from hildanext.errors import UsageError
 from hildanext.model.backbone import max_positions
 from hildanext.model.policy import choose_policy
@@ -20,15 +21,15 @@ from hildanext.model.text_stream import TextStream
 
 
 def converted_from(config: ModelConfig) -> ModelConfig:
-    """The model that a converted checkpoint was made of. Raises UsageError when it is not converted."""
+    """The base of a converted checkpoint. Raises UsageError if the model is not a converted checkpoint."""
     record = read_record(config)
     if record is None:
-        raise UsageError(f"'{config.base}' is not a converted checkpoint; it has no AR base to stand beside it")
+        raise UsageError(f"'{config.base}' is not a converted checkpoint")
     return base_of(config, record)
 
 
 class ArEngine:
-    """Greedy, one request at a time, keys and values in transformers' own cache. Blocks are of one token."""
+    """Greedy decoding of one request at a time with transformers' own cache. A block is one token."""
 
     name = "ar"
     trained_block: int | None = 1
@@ -38,7 +39,7 @@ class ArEngine:
     def __init__(self, config: Config, reasons: dict[str, str], threads: int | None = None) -> None:
         base = converted_from(config.model)
         if threads is not None:
-            torch.set_num_threads(threads)  # of the calling thread: who computes in another keeps its own
+            torch.set_num_threads(threads)  # for the calling thread only
         self.reasons, self.base = reasons, base.base
         policy = choose_policy(base.device, base.dtype)
         self.model, self.tokenizer = load_causal_lm(base, policy, policy.compute)
@@ -71,7 +72,7 @@ class ArEngine:
 
     @torch.inference_mode()
     def _next(self, ids: list[int], cache: DynamicCache) -> tuple[int, float]:
-        """The most likely token after `ids` and what lies in the cache, and its probability."""
+        """The most likely token after the cached tokens and `ids`, and its probability. Caches `ids`."""
         hidden = self.model.base_model(
             input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -80,7 +81,10 @@ class ArEngine:
         return int(token), float(confidence)
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """A Step and a Finished for each token, then the Completion. Raises UsageError for a prompt that does not fit."""
+        """Yield a Step and a Finished for each token, then the Completion.
+
+        Raises UsageError for an empty prompt, ContextError for one that exceeds the context.
+        """
         settings, prompt_ids = request.settings, request.prompt_ids
         check_request(prompt_ids, settings, self.context)
         began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""dInfer (inclusionAI/dInfer) behind its own API: LLaDA-family checkpoints on CUDA, through its worker processes.
+"""dInfer (inclusionAI/dInfer) for LLaDA-family checkpoints on CUDA, in its own worker processes.
 
-What it has not (editing, a second threshold, seeds) is listed in every answer. Importing it imports vLLM, so `can_serve`
-looks without importing.
+Features that it lacks (editing, a second threshold, seeds) are listed in every completion. Importing dInfer imports
+vLLM, so `can_serve` checks for it without an import.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Finished, Settings, check_request, resolve
+from hildanext.decoding.events import Finished
+from hildanext.decoding.settings import Settings, check_request, resolve
 from hildanext.errors import ModelError
 from hildanext.model.pretrained import load_tokenizer, read_config_dict
 from hildanext.model.prompts import encode_prompt
 
-# config.json's model_type -> (dInfer's model_type argument, the runtime whose worker loads that family)
+# model_type in config.json -> (dInfer's model_type argument, the runtime whose worker loads that family)
 FAMILIES = {"llada2_moe": ("llada2", "sglang"), "llada": ("llada", "vllm"), "dllm": ("llada-moe", "vllm")}
 DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
 
@@ -32,54 +33,56 @@ DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
 def fitting(
     target: Callable[..., Any], needed: dict[str, Any], wanted: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `needed` and `wanted` that `target` has by name, and a line for each wanted one it has not.
+    """The arguments in `needed` and `wanted` that `target` accepts by name, and a line for each wanted one it lacks.
 
-    Versions differ in their parameters; `**kwargs` does not count, it would swallow a renamed one. Raises ModelError
-    naming the needed ones that are missing.
+    dInfer's versions differ in their parameters. `**kwargs` does not count: it would hide a renamed parameter. Raises
+    ModelError with the names of needed parameters that are missing.
     """
-    has = inspect.signature(target).parameters
+    parameters = inspect.signature(target).parameters
     name = target.__qualname__
-    if missing := sorted(set(needed) - set(has)):
+    if missing := sorted(set(needed) - set(parameters)):
         raise ModelError(f"this dInfer's {name} has no parameter {', '.join(missing)}; install a version that has it")
-    given = needed | {key: value for key, value in wanted.items() if key in has}
+    given = needed | {key: value for key, value in wanted.items() if key in parameters}
     return given, [
-        f"{key} {value}: this dInfer's {name} does not take it" for key, value in wanted.items() if key not in has
+        f"{key} {value}: this dInfer's {name} has no such parameter"
+        for key, value in wanted.items()
+        if key not in given
     ]
 
 
 def other_handle_runs() -> bool:
-    """Whether dInfer's workers already run in this process. Nothing is imported: what is not imported does not run."""
+    """Whether dInfer's workers already run in this process. Imports nothing: without its module they cannot run."""
     module: Any = sys.modules.get("dinfer.decoding.serving")
     handle = module.__dict__.get("handle") if module is not None else None
     return handle is not None and hasattr(handle, "is_running") and bool(handle.is_running())
 
 
 class DInferEngine:
-    """One dInfer server group for the process; its workers keep the sampling parameters they were started with."""
+    """One dInfer server group per process. Its workers keep the sampling parameters that they were started with."""
 
     name: EngineName = "dinfer"
     trained_block: int | None = DEFAULT_BLOCK
     device: str | None = "cuda"
-    dtype: str | None = None  # dInfer's own choice
+    dtype: str | None = None  # chosen by dInfer
     policy: dict[str, object] | None = None
     slots = 1
-    mask_token_id: int | None = None  # it shows no steps
+    mask_token_id: int | None = None  # dInfer reports no passes
 
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons
         self.tokenizer = load_tokenizer(config.model)
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
-        stored = read_config_dict(config.model)
-        self.context: int | None = int(stored.get("max_position_embeddings", 4096))
+        model_config = read_config_dict(config.model)
+        self.context: int | None = int(model_config.get("max_position_embeddings", 4096))
         self.started = self.settings(config)
         mask_id = self.tokenizer.mask_token_id
         if mask_id is None:
-            mask_id = stored.get("mask_token_id")
+            mask_id = model_config.get("mask_token_id")
         if mask_id is None or self.tokenizer.eos_token_id is None:
             raise ModelError(
-                f"model '{config.model.base}' names no mask token or no end-of-text token; dInfer needs both"
+                f"model '{config.model.base}' has no mask token or no end-of-text token; dInfer needs both"
             )
-        family, _ = FAMILIES[stored["model_type"]]
+        family, _ = FAMILIES[model_config["model_type"]]
         dinfer: Any = importlib.import_module("dinfer")
         sampling = {
             "threshold": self.started.tau_mask,
@@ -88,13 +91,13 @@ class DInferEngine:
             "eos_id": self.tokenizer.eos_token_id,
             "use_bd": family == "llada2",
         }
-        beside = {
+        optional = {
             "cache": "prefix",
             "early_stop": True,
             "parallel_decoding": "threshold",
             "max_length": self.context,
         }
-        sampling, unknown = fitting(dinfer.SamplingParams, sampling, beside)
+        sampling, unknown = fitting(dinfer.SamplingParams, sampling, optional)
         group, more = fitting(
             dinfer.DiffusionLLMServing,
             {
@@ -122,27 +125,25 @@ class DInferEngine:
             version = None
         if importlib.util.find_spec("dinfer") is None:
             if version is not None:
-                return f"the installed dinfer {version} is an unrelated placeholder of the package index; dInfer installs from git"
+                return f"the installed dinfer {version} is an unrelated placeholder package; install dInfer from git (inclusionAI/dInfer)"
             return "dInfer is not installed (from git: inclusionAI/dInfer)"
         if not torch.cuda.is_available():
-            return "dInfer needs CUDA and this machine has none"
-        stored = read_config_dict(config.model)
-        if stored.get("model_type") not in FAMILIES:
-            return f"dInfer serves {', '.join(FAMILIES)} checkpoints, not '{stored.get('model_type')}'"
-        convention = stored.get("hilda", {}).get("convention", "in_place")
+            return "dInfer needs a CUDA GPU, and this machine has none"
+        model_config = read_config_dict(config.model)
+        if model_config.get("model_type") not in FAMILIES:
+            return f"dInfer serves {', '.join(FAMILIES)} checkpoints, not '{model_config.get('model_type')}'"
+        convention = model_config.get("hilda", {}).get("convention", "in_place")
         if convention != "in_place":
-            return f"dInfer predicts in place and this checkpoint is '{convention}'"
-        family, backend = FAMILIES[stored["model_type"]]
+            return f"dInfer supports 'in_place' prediction only, and this checkpoint is '{convention}'"
+        family, backend = FAMILIES[model_config["model_type"]]
         if config.engine.dinfer_backend != backend:
-            return f"dInfer runs {family} on '{backend}' only; set engine.dinfer_backend to it"
-        # dInfer imports vLLM whichever runtime runs.
+            return f"dInfer runs {family} on '{backend}' only; set engine.dinfer_backend to '{backend}'"
+        # dInfer imports vLLM with either runtime.
         for runtime in dict.fromkeys((backend, "vllm")):
             if importlib.util.find_spec(runtime) is None:
                 return f"dInfer's runtime '{runtime}' is not installed"
         if other_handle_runs():
-            return (
-                "dInfer already runs in this process, with the model and parameters it was started with; close it first"
-            )
+            return "dInfer already runs in this process with its own model and parameters; close that engine first"
         return None
 
     def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
@@ -155,7 +156,7 @@ class DInferEngine:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def ignored(self, settings: Settings) -> list[str]:
-        """Settings of a request that this engine cannot follow, one line each."""
+        """One line for each setting of a request that dInfer does not support."""
         lines = []
         if settings.tau_edit is not None:
             lines.append(f"tau_edit {settings.tau_edit:g}: dInfer has no editing")
@@ -165,26 +166,26 @@ class DInferEngine:
         for name in ("tau_mask", "temperature"):
             asked, running = settings._asdict()[name], self.started._asdict()[name]
             if asked != running:
-                lines.append(f"{name} {asked:g}: the workers were started with {running:g} and keep it")
+                lines.append(f"{name} {asked:g}: the workers were started with {running:g} and cannot change it")
         if max(settings.temperature, self.started.temperature) > 0:
-            lines.append(f"seed {settings.seed}: dInfer takes none")
+            lines.append(f"seed {settings.seed}: dInfer has no seed")
         return lines + self.not_passed
 
     def answer_of(self, output: list[int], prompt_ids: list[int]) -> list[int]:
-        """The new tokens in dInfer's output.
+        """The new tokens in dInfer's output. Raises ModelError if the output does not begin with the prompt.
 
-        At batch 1 dInfer deletes every end-of-text id, the prompt's too, and the caller pads with them: so the prompt
-        is looked for as sent and with those ids taken out, never cut off by its length alone.
+        At batch 1 dInfer deletes all end-of-text ids, also those of the prompt. So the output must begin with the
+        prompt as sent, or with the prompt without those ids; cutting off the prompt's length would be wrong.
         """
         eos = self.tokenizer.eos_token_id
         for prefix in (prompt_ids, [i for i in prompt_ids if i != eos]):
             if output[: len(prefix)] == prefix:
                 new = output[len(prefix) :]
                 return new[: new.index(eos)] if eos in new else new
-        raise ModelError("dInfer's output does not begin with the prompt; this version answers in another form")
+        raise ModelError("dInfer's output does not begin with the prompt; this version of dInfer is not supported")
 
     def forwards(self) -> int:
-        """Forwards of the last request: dInfer's workers count over their whole life."""
+        """The forwards of the last request. dInfer's workers count them from their start."""
         total = int(self.serving.num_forwards)
         spent = total - self.forwards_before
         self.forwards_before = total
@@ -194,7 +195,7 @@ class DInferEngine:
         return last_completion(self.stream(request))
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """dInfer has no steps to show: the whole answer comes as one finished block."""
+        """Yield the completion as one finished block: dInfer reports no passes."""
         settings = request.settings
         check_request(request.prompt_ids, settings, self.context)
         began = time.perf_counter()

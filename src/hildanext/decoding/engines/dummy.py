@@ -1,4 +1,4 @@
-"""An engine without a model, for wiring and tests: it echoes, at once, and says so in every answer."""
+"""An engine without a model, for demonstrations and tests: it echoes the prompt and says so in every completion."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Finished, Settings, check_request, resolve
+from hildanext.decoding.events import Finished
+from hildanext.decoding.settings import Settings, check_request, resolve
 
 NOTICE = "[dummy engine, no model ran] "
 
 
 class DummyEngine:
-    """Bytes are its tokens."""
+    """Its tokens are bytes."""
 
     name: EngineName = "dummy"
     trained_block: int | None = None

@@ -1,4 +1,4 @@
-"""What engines and their callers share: request, completion, and the protocol that every engine follows."""
+"""The protocol between engines and their callers: request, completion and the methods of every engine."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from hildanext.config import Config
-from hildanext.decoding.rule import Finished, Settings, Step
+from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and how to decode it."""
+    """A prompt as token ids, and its decoding settings."""
 
     prompt_ids: list[int]
     settings: Settings
@@ -21,34 +22,34 @@ class Request:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a completion cost. Every forward denoises, and stores what was not stored yet; chunks of a long prompt apart."""
+    """The cost of a completion."""
 
-    forwards: int
-    prefill_forwards: int
+    forwards: int  # denoising passes; each also caches the tokens before the block that are not cached yet
+    prefill_forwards: int  # forwards of prompt chunks, which denoise nothing
     tokens_per_forward: float
-    mask_ratio: list[float]  # masked share of the block before each pass
+    mask_ratio: list[float]  # masked share of the current block before each pass
     drafts: int
     edits: int
     seconds: float
     tokens_per_second: float
-    prefix_tokens: int = 0  # prompt tokens whose keys and values were stored already, from an earlier request
+    prefix_tokens: int = 0  # prompt tokens whose keys and values were cached by an earlier request
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `ignored`: settings asked for that this engine does not have."""
+    """The answer to a request."""
 
     text: str
     token_ids: list[int]
     finish_reason: str  # "stop" (end of text) or "length"
     engine: str
-    engine_reasons: dict[str, str]
+    engine_reasons: dict[str, str]  # the engines that were passed over, and why
     mode: str
     tau_mask: float
     tau_edit: float | None
     stats: Stats
-    runtime: str | None = None  # what ran the model under the engine, where there is a choice
-    ignored: list[str] = field(default_factory=list)
+    runtime: str | None = None  # the runtime under the transformers engine
+    ignored: list[str] = field(default_factory=list)  # requested settings that the engine does not support
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,32 +59,32 @@ Event = Step | Finished | Completion
 
 
 class Engine(Protocol):
-    """What every engine does. `stream` ends with the Completion."""
+    """An engine answers requests. It is used from one thread at a time."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def slots(self) -> int:
-        """Requests decoded side by side; fewer once memory ran out."""
+        """The number of requests decoded side by side. Halved if memory runs out."""
         ...
 
-    reasons: dict[str, str]  # why the engines before this one cannot serve
-    trained_block: int | None  # block size the model was trained for
-    device: str | None  # where the model runs
-    dtype: str | None  # what it computes in
-    policy: dict[str, object] | None  # what this machine gets and why (`Policy.as_dict`); None: the engine chooses
-    mask_token_id: int | None  # what stands in a Step's tokens for text to be drafted
+    reasons: dict[str, str]  # why the engines before this one in `engine.order` cannot serve
+    trained_block: int | None  # block size that the model was trained with
+    device: str | None  # device of the model
+    dtype: str | None  # dtype of the computation
+    policy: dict[str, object] | None  # `Policy.as_dict`; None: the engine decides by itself
+    mask_token_id: int | None  # the mask token in the tokens of a Step
     eos_token_id: int | None
-    context: int | None  # tokens of a prompt and its answer together; None: no limit
+    context: int | None  # most tokens of prompt and completion together; None: no limit
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
-        """None, or the reason why not. Loads nothing."""
+        """The reason why this engine cannot serve the model on this machine, or None if it can. Loads nothing."""
         ...
 
     def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        """Token ids of a prompt. `known`: ids of its beginning, kept as they are where they stand for the same text."""
+        """Token ids of a prompt (text or chat messages). `known`: ids of its beginning, reused if they fit."""
         ...
 
     def settings(self, config: Config) -> Settings: ...
@@ -92,28 +93,33 @@ class Engine(Protocol):
 
     def generate(self, request: Request) -> Completion: ...
 
-    def stream(self, request: Request) -> Iterator[Event]: ...
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The request's events. The last one is its Completion."""
+        ...
 
     def close(self) -> None: ...
 
 
 @runtime_checkable
 class Steps(Protocol):
-    """Requests under way, moved on together. What `submit` returns names a request in `cancel` and in the events."""
+    """Decodes several requests together. The handle from `submit` identifies a request in `cancel` and `step`."""
 
     def submit(self, request: Request) -> Any:
-        """Raises UsageError for a request that cannot be answered."""
+        """Queue a request. Raises UsageError if it is invalid or too long."""
         ...
 
     def cancel(self, handle: Any) -> None: ...
 
     def step(self) -> list[tuple[Any, Event | HildaError]]:
-        """What one pass brought; a request's last event is its Completion, or the error that ended it."""
+        """Run one pass. Returns (handle, event) pairs.
+
+        A request's last event is its Completion or the error that ended it.
+        """
         ...
 
 
 class OneByOne:
-    """`Steps` for an engine that answers one request at a time: a step is the next event of the oldest request."""
+    """`Steps` for an engine that answers one request at a time. A step is the next event of the oldest request."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -130,12 +136,12 @@ class OneByOne:
     def step(self) -> list[tuple[object, Event | HildaError]]:
         handle, events = next(iter(self.waiting.items()))
         try:
-            what: Event | HildaError = next(events)
+            event: Event | HildaError = next(events)
         except HildaError as error:
-            what = error
-        if isinstance(what, (Completion, HildaError)):
+            event = error
+        if isinstance(event, (Completion, HildaError)):
             del self.waiting[handle]
-        return [(handle, what)]
+        return [(handle, event)]
 
 
 def as_steps(engine: Engine) -> Steps:
@@ -143,7 +149,7 @@ def as_steps(engine: Engine) -> Steps:
 
 
 def last_completion(events: Iterator[Event]) -> Completion:
-    """Run a stream to its end."""
+    """Run a stream to its end and return the Completion."""
     for event in events:
         if isinstance(event, Completion):
             return event

@@ -1,4 +1,4 @@
-"""The reference engine: any model the loader accepts, many requests at once, finished blocks in a cache."""
+"""The reference engine: any model that the loader accepts, many requests at once, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
-from hildanext.decoding.rule import Settings, check_request, read_presets, resolve
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.settings import Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -20,11 +20,11 @@ from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import read_record
 from hildanext.model.prompts import encode_prompt
 
-MOST_CONTEXT = 4096  # tokens a slot holds unless engine.context says otherwise
+MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
 
 
 class TransformersEngine:
-    """A scheduler around a runtime. One thread: whoever iterates `stream` moves everybody's requests on."""
+    """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests."""
 
     name: EngineName = "transformers"
 
@@ -51,7 +51,9 @@ class TransformersEngine:
         self.context: int | None = context
         self.mask_token_id: int | None = self.lm.mask_token_id
         self.eos_token_id: int | None = self.vocabulary.eos_token_id
-        self.listeners: dict[Sequence, list[Event]] = {}  # what `events` and `generate_batch` have not handed on yet
+        self.listeners: dict[
+            Sequence, list[Event]
+        ] = {}  # events that `events` and `generate_batch` did not deliver yet
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
@@ -70,16 +72,16 @@ class TransformersEngine:
         return str(self.lm.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises UsageError for a prompt that is empty, holds the mask token or does not fit."""
+        """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
         check_request(request.prompt_ids, request.settings, self.context)
         if self.vocabulary.mask_token_id in request.prompt_ids:
-            raise UsageError("the prompt holds the mask token, which stands for text to be drafted; take it out")
+            raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
         sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
         self.scheduler.submit(sequence)
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
-        """Drop a request; its slot is free for the next one."""
+        """Drop a request and free its slot."""
         self.scheduler.cancel(sequence)
         self.listeners.pop(sequence, None)
 
@@ -88,24 +90,24 @@ class TransformersEngine:
         return self.scheduler.slots
 
     def step(self) -> list[tuple[Sequence, Event | HildaError]]:
-        """One forward or two, and what they brought to whom."""
+        """Run one step of the scheduler: schedule, run, postprocess. A sequence that ended also gets its Completion."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self.runtime.torch_threads or threads)
         try:
-            happened: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
-        finally:  # between steps the caller computes, too: an AR base, a judge
+            events: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
+        finally:  # the caller may compute between steps (an AR base, a judge) and needs its threads
             torch.set_num_threads(threads)
-        ended = dict.fromkeys(sequence for sequence, _ in happened if sequence.finish_reason is not None)
-        return happened + [(sequence, self._completion(sequence)) for sequence in ended]
+        ended = dict.fromkeys(sequence for sequence, _ in events if sequence.finish_reason is not None)
+        return events + [(sequence, self._completion(sequence)) for sequence in ended]
 
     def _step(self) -> None:
-        """A step whose events go to each request's own list."""
-        for sequence, what in self.step():
-            assert not isinstance(what, HildaError)
-            self.listeners.setdefault(sequence, []).append(what)
+        """Run a step and append its events to the lists of their requests."""
+        for sequence, event in self.step():
+            assert not isinstance(event, HildaError)
+            self.listeners.setdefault(sequence, []).append(event)
 
     def events(self, sequence: Sequence) -> Iterator[Event]:
-        """What happens to a submitted request, to its Completion. Leaving early drops the request."""
+        """The events of a submitted request, up to its Completion. Closing the iterator early drops the request."""
         self.listeners.setdefault(sequence, [])
         try:
             while True:
@@ -119,7 +121,7 @@ class TransformersEngine:
             self.cancel(sequence)
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Steps, finished blocks, then the Completion. Raises UsageError as `submit` does, when it is first asked."""
+        """Yield steps and finished blocks, then the Completion. The first `next` raises UsageError as `submit` does."""
         yield from self.events(self.submit(request))
 
     def generate(self, request: Request) -> Completion:
@@ -128,10 +130,10 @@ class TransformersEngine:
     def generate_batch(
         self, requests: list[Request], on_event: Callable[[int, Event], None] | None = None
     ) -> list[Completion]:
-        """Complete requests side by side, in `engine.slots` at a time; answers in their order.
+        """Complete requests side by side, at most `engine.slots` at a time. The completions keep the requests' order.
 
-        `on_event(index, event)` hears every step, finished block and completion as it happens. Every request is checked
-        before the first one runs.
+        `on_event(index, event)` is called for every step, finished block and completion as it happens. All requests are
+        checked before the first one runs; raises UsageError as `submit` does.
         """
         sequences: list[Sequence] = []
         done: dict[int, Completion] = {}

@@ -1,4 +1,4 @@
-"""Runtimes: what runs the forwards of the transformers engine."""
+"""Runtimes run the forwards of the transformers engine. Read `protocol.py` first, then `eager.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ __all__ = ["Runtime", "choose_runtime", "open_runtime"]
 
 
 def choose_runtime(wanted: str, device: str, openvino: bool) -> tuple[str, str]:
-    """What `engine.runtime` stands for on this machine: (runtime, reason). Raises ConfigError for one that cannot run."""
+    """(runtime, reason) for `engine.runtime` on this machine. Raises ConfigError if the wanted runtime cannot run."""
     if wanted == "auto":
         if device == "cuda":
-            return "cudagraphs", "on a GPU a block's forward is short, and launching it costs more than running it"
+            return "cudagraphs", "a block's forward is short, so launching its kernels costs more than running them"
         if device == "cpu" and openvino:
-            return "openvino", "installed, and faster than eager on CPUs"
-        return "eager", "OpenVINO is not installed (extra 'cpu')" if device == "cpu" else f"the only one for {device}"
+            return "openvino", "it is installed and faster than eager on CPUs"
+        return (
+            "eager",
+            "OpenVINO is not installed (extra 'cpu')" if device == "cpu" else f"the only runtime for {device}",
+        )
     if wanted == "openvino" and not openvino:
         raise ConfigError("'engine.runtime': openvino is not installed; pip install 'hildanext[cpu]', or use 'auto'")
     if wanted == "openvino" and device != "cpu":
@@ -29,20 +32,24 @@ def choose_runtime(wanted: str, device: str, openvino: bool) -> tuple[str, str]:
         )
     if wanted == "cudagraphs" and device != "cuda":
         raise ConfigError(f"'engine.runtime': cudagraphs needs a CUDA GPU, the model is on {device}; use 'auto'")
-    return wanted, "asked for"
+    return wanted, "set in the configuration"
 
 
 def has_openvino() -> bool:
-    """Whether the extra `cpu` is installed. Looks without importing."""
+    """Whether OpenVINO is installed (extra `cpu`). Does not import it."""
     return importlib.util.find_spec("openvino") is not None
 
 
 def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runtime:
-    """The runtime of `engine.runtime` around a loaded model; says which one and why. `block_size`: the usual one."""
+    """Open the runtime of `engine.runtime` around a loaded model, and say which one runs and why.
+
+    block_size: the block size of most requests, which decides the fixed shapes. Raises ConfigError for settings that
+    cannot run on this machine.
+    """
     name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino())
     if config.weights != "native" and name != "openvino":
         raise ConfigError(
-            f"'engine.weights': the {name} runtime has 'native' only; {config.weights} needs 'openvino', on a CPU"
+            f"'engine.weights': the {name} runtime supports 'native' only; '{config.weights}' needs 'openvino' on a CPU"
         )
     say(f"runtime {name}: {reason}")
     if name == "openvino":

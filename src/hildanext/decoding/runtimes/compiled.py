@@ -1,7 +1,7 @@
-"""torch.compile: one graph for each of a few fixed shapes, all compiled before the first request.
+"""torch.compile: one graph for each fixed shape, all compiled before the first request.
 
-Forwards of other shapes (chunks of a prompt) run eagerly. Only the number of keys stays symbolic, so nothing is compiled
-again as texts grow. Needs a C++ compiler on CPUs, Triton on GPUs.
+Only the number of keys is dynamic, so nothing is compiled again as texts grow. Needs a C++ compiler on CPUs and
+Triton on GPUs.
 """
 
 from __future__ import annotations
@@ -11,30 +11,25 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from hildanext.decoding.cache import SlotView
-from hildanext.decoding.runtimes.eager import EagerRuntime
-from hildanext.decoding.runtimes.protocol import ForwardBatch, pad_batch, widen
+from hildanext.decoding.runtimes.fixed_shapes import FixedShapeRuntime
+from hildanext.decoding.runtimes.protocol import ForwardBatch, pad_batch
 from hildanext.errors import ModelError
 from hildanext.progress import say
 
 
-class CompiledRuntime(EagerRuntime):
-    """Fixed shapes: one sequence or all slots, a block or a block and the one to store before it."""
-
+class CompiledRuntime(FixedShapeRuntime):
     name = "compiled"
 
     def __init__(self, model: PreTrainedModel, block_size: int) -> None:
-        super().__init__(model)
-        self.widths = (block_size, 2 * block_size)
-        self.slots = 1
-        self.compiled = torch.compile(super().forward, fullgraph=True)
+        super().__init__(model, block_size)
+        self.compiled = torch.compile(self.forward, fullgraph=True)
 
     @torch.inference_mode()
     def allocate(self, slots: int, context: int) -> None:
-        """Besides, compile every shape. Raises ModelError where torch.compile cannot work."""
+        """Allocate the cache and compile every shape. Raises ModelError if torch.compile cannot work here."""
         super().allocate(slots, context)
-        self.slots = slots
-        super().body(pad_batch([([0], 0, [1])], 0))  # the cache's tensors come into being with the first forward
+        # The cache creates its tensors in the first forward, which must not be a compiled one.
+        self.forward(*self.inputs(pad_batch([([0], 0, [1])], 0)))
         say(f"torch.compile: {len({1, slots}) * len(self.widths)} shapes, some seconds each")
         try:
             for n in {1, slots}:
@@ -45,17 +40,8 @@ class CompiledRuntime(EagerRuntime):
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise ModelError(f"torch.compile does not work here: {reason}; use engine.runtime 'eager'") from error
 
-    def body(self, batch: ForwardBatch) -> Tensor:
-        n, old = batch.ids.shape
-        width = next((width for width in self.widths if old <= width), None)
-        if width is None:
-            return super().body(batch)
-        alone = n == 1 and batch.slot == 0
-        return super().body(widen(batch, 1 if alone else self.slots, width))[batch.slot : batch.slot + n, :old]
-
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: SlotView) -> Tensor:
-        if ids.shape[1] not in self.widths or len(ids) not in (1, self.slots) or place.start is not None:
-            return super().forward(ids, positions, visible, place)
+    def run_fixed(self, batch: ForwardBatch) -> Tensor:
+        ids, positions, visible, place = self.inputs(batch)
         for tensor in (ids, positions, visible, place.columns, place.rows):
             torch._dynamo.mark_static(tensor)
         torch._dynamo.mark_dynamic(place.keys, 0)

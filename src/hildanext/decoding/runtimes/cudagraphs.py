@@ -1,6 +1,6 @@
-"""CUDA graphs: a forward recorded once for each shape and replayed, without a kernel launch from Python.
+"""CUDA graphs: the forward of each fixed shape is recorded once and replayed, without kernel launches from Python.
 
-For GPUs, the old ones included: it needs neither Triton nor a compiler. Prompts in chunks run eagerly.
+Works on old GPUs, too: it needs neither Triton nor a compiler.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hildanext.decoding.cache import SlotView
-from hildanext.decoding.runtimes.eager import EagerRuntime
-from hildanext.decoding.runtimes.protocol import ForwardBatch, widen
+from hildanext.decoding.runtimes.fixed_shapes import FixedShapeRuntime
+from hildanext.decoding.runtimes.protocol import ForwardBatch
 
-SHORTEST = 256  # keys of the smallest graph; the others have twice as many each
+SHORTEST = 256  # keys of the smallest graph; each larger graph has twice as many
 
 
 class Recorded(NamedTuple):
@@ -29,58 +28,48 @@ class Recorded(NamedTuple):
     hidden: Tensor
 
 
-class CudaGraphRuntime(EagerRuntime):
-    """Fixed shapes: one sequence or all slots, a block or two, keys in powers of two; recorded when first needed."""
+class CudaGraphRuntime(FixedShapeRuntime):
+    """The number of keys is fixed, too, to powers of two. A graph is recorded when first needed."""
 
     name = "cudagraphs"
 
     def __init__(self, model: PreTrainedModel, block_size: int) -> None:
-        super().__init__(model)
-        self.widths = (block_size, 2 * block_size)
-        self.slots = 1
+        super().__init__(model, block_size)
         self.recorded: dict[tuple[int, int, int], Recorded] = {}
-        self.pool = torch.cuda.graph_pool_handle()  # one graph runs at a time: they share their memory
+        self.pool = torch.cuda.graph_pool_handle()  # one graph runs at a time, so all share their memory
 
     def allocate(self, slots: int, context: int) -> None:
         self.recorded.clear()
         super().allocate(slots, context)
-        self.slots = slots
 
-    def body(self, batch: ForwardBatch) -> Tensor:
-        n, old = batch.ids.shape
-        width = next((width for width in self.widths if old <= width), None)
-        if width is None:
-            return super().body(batch)
-        alone = n == 1 and batch.slot == 0
-        wide = widen(batch, 1 if alone else self.slots, width)
+    def run_fixed(self, batch: ForwardBatch) -> Tensor:
         length = graph_length(batch.length, self.cache.context)
-        shape = (len(wide.ids), width, length)
+        shape = (len(batch.ids), batch.ids.shape[1], length)
         if shape not in self.recorded:
-            self.recorded[shape] = self._record(wide, length)
+            self.recorded[shape] = self._record(batch._replace(length=length))
         found = self.recorded[shape]
-        # Pageable memory on the host: these copies wait for nothing, the replay comes after them in the stream.
-        for target, source in zip(found[1:5], (*wide[:3], wide.columns(self.cache.context)), strict=True):
+        # Safe without synchronization: pageable sources are staged at once, and the replay follows in the same stream.
+        sources = (batch.ids, batch.positions, batch.visible, batch.columns(self.cache.context))
+        for target, source in zip((found.ids, found.positions, found.visible, found.columns), sources, strict=True):
             target.copy_(source)
         found.graph.replay()
-        return found.hidden[batch.slot : batch.slot + n, :old]
+        return found.hidden
 
-    def _record(self, batch: ForwardBatch, length: int) -> Recorded:
-        device = self.model.device
-        ids, positions, visible = (part.to(device) for part in batch[:3])
-        columns = batch.columns(self.cache.context).to(device)
-        rows = torch.arange(len(batch.ids), device=device)[:, None]
-        place = SlotView(0, torch.arange(length, device=device), rows, columns, None)
-        # As PyTorch asks: warm up on another stream, so that nothing is set up while recording.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+    def _record(self, batch: ForwardBatch) -> Recorded:
+        ids, positions, visible, place = self.inputs(batch)
+        assert visible is not None
+        assert place.columns is not None
+        # As PyTorch's documentation asks: warm up on a side stream, so that no lazy initialization is recorded.
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(2):
                 self.forward(ids, positions, visible, place)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             hidden = self.forward(ids, positions, visible, place)
-        return Recorded(graph, ids, positions, visible, columns, hidden)
+        return Recorded(graph, ids, positions, visible, place.columns, hidden)
 
     def close(self) -> None:
         self.recorded.clear()  # graphs hold the cache's memory
@@ -88,5 +77,5 @@ class CudaGraphRuntime(EagerRuntime):
 
 
 def graph_length(length: int, context: int) -> int:
-    """Keys that a graph for `length` keys reads: the next of 256, 512, 1024, ..., at most the slot's."""
+    """Keys that a graph for `length` keys reads: the next of 256, 512, 1024, ..., but at most `context`."""
     return min(SHORTEST << max(0, (length - 1) // SHORTEST).bit_length(), context)

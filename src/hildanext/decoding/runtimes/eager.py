@@ -1,4 +1,4 @@
-"""The reference runtime: transformers' own forward, op by op."""
+"""The reference runtime: transformers' own forward, operation by operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hildanext.model.decoding_attention import use_grouped_attention
 
 
 class EagerRuntime:
-    """Any model that the loader accepts, on any device."""
+    """Runs any model that the loader accepts, on any device."""
 
     name = "eager"
     torch_threads: int | None = None
@@ -21,16 +21,20 @@ class EagerRuntime:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         use_grouped_attention(model)
-        # Asked of the model at every forward, these cost a search through it.
+        # Kept because the model searches its modules each time for these.
         self.device, self.dtype, self.lm_head = model.device, model.dtype, model.get_output_embeddings()
         self.cache = SlotCache(0, 0, 0)
 
     @torch.inference_mode()
     def allocate(self, slots: int, context: int) -> None:
-        self.cache = SlotCache(0, 0, 0)  # freed first: two caches may not fit
+        self.cache = SlotCache(0, 0, 0)  # frees the old cache first: memory may not suffice for two
         self.cache = SlotCache(self.model.config.get_text_config().num_hidden_layers, slots, context)
 
     def body(self, batch: ForwardBatch) -> Tensor:
+        return self.forward(*self.inputs(batch))
+
+    def inputs(self, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor | None, SlotView]:
+        """The arguments of `forward`, on the model's device."""
         device, visible, rows, columns = self.device, None, None, None
         if not batch.sees_all:
             visible = batch.visible.to(device)
@@ -38,12 +42,12 @@ class EagerRuntime:
             rows = torch.arange(batch.slot, batch.slot + len(batch.ids), device=device)[:, None]
             columns = batch.columns(self.cache.context).to(device)
         place = SlotView(batch.slot, torch.arange(batch.length, device=device), rows, columns, batch.start)
-        return self.forward(batch.ids.to(device), batch.positions.to(device), visible, place)
+        return batch.ids.to(device), batch.positions.to(device), visible, place
 
     def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: SlotView) -> Tensor:
-        """ids, positions, visible [B, W] -> hidden states [B, W, H]; keys and values are read and written at `place`.
+        """ids, positions, visible [B, W] int64 -> hidden states [B, W, H]. Keys and values are cached at `place`.
 
-        visible None: every token sees all keys.
+        `visible` None: every token attends to all keys.
         """
         self.cache.at(place)
         if visible is None:
@@ -58,13 +62,12 @@ class EagerRuntime:
         return self.lm_head(hidden)
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, length: int) -> None:
-        self.cache.move(source, target, length)
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.cache.copy(source, target, length)
 
     @torch.inference_mode()
-    def swap(self, one: int, other: int, length: int) -> None:
-        self.cache.swap(one, other, length)
+    def swap(self, slot: int, other: int, length: int) -> None:
+        self.cache.swap(slot, other, length)
 
     def close(self) -> None:
-        """Free the cache."""
         self.cache = SlotCache(0, 0, 0)

@@ -1,7 +1,7 @@
-"""OpenVINO for CPUs (extra `cpu`): the same model as one optimized graph, keys and values in memory that it reads in place.
+"""OpenVINO for CPUs (extra `cpu`): the model exported as an optimized graph.
 
-The graph is made from transformers' own forward: attention and cache are handed in through their public interfaces. It
-reads the stored keys and values of a slot where they lie and gives back those of the new tokens only.
+The exporter traces transformers' own forward, with an attention and a cache passed through their public interfaces. The
+graph reads the cached keys and values of a slot in place and returns those of the new tokens only.
 """
 
 from __future__ import annotations
@@ -24,62 +24,64 @@ from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
 from hildanext.model.decoding_attention import EXTRAS
 
-GROW = 128  # a slot's memory grows in steps of so many tokens
-GROUP = 128  # activations share an int8 scale in groups of so many where weights are int8
-LEAST_ALIKE = 0.8  # mean cosine of hidden states: bf16 keeps 0.99 and int8 0.95, a wrong graph next to nothing
+GROW = 128  # a slot's memory grows in steps of this many tokens
+GROUP = 128  # with int8 weights, this many activations share an int8 scale
+LEAST_COSINE = 0.8  # mean cosine of hidden states with the model's: bf16 reaches 0.99, int8 0.95, a wrong graph about 0
 KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
 
 Weights = Literal["native", "int8"]
-Parts = tuple[Tensor, Tensor]  # stored [B, H, K, D] and new [B, H, W, D]
+Parts = tuple[Tensor, Tensor]  # cached [B, H, K, D] and new [B, H, W, D]
 
 
 def split_attention(
     module: nn.Module, query: Tensor, key: Parts, value: Parts, mask: Tensor, scaling: float, **kwargs: object
 ) -> tuple[Tensor, None]:
-    """Attention over stored and new keys without joining them, which would copy the cache at every forward.
+    """Attention over cached and new keys without concatenating them, which would copy the cache in every forward.
 
-    query [B, Hq, W, D]; key, value: what `SplitCache.update` returned. Query heads that share a key head are stacked along
-    W, so that keys are not repeated either; the additive mask [B, 1, G W, W + K], new keys first, has
-    its rows repeated as often.
+    query [B, Hq, W, D]; key, value: as returned by `SplitCache.update`. The G query heads that share a key head are
+    stacked along W, so that keys are not repeated. mask [B, 1, G W, W + K] is additive, with its rows repeated G
+    times and the new keys first. Returns [B, W, Hq, D]. Raises ModelError if the model needs an attention feature
+    that is missing here.
     """
-    if asked := [name for name in EXTRAS if kwargs.get(name) is not None]:
+    if needed := [name for name in EXTRAS if kwargs.get(name) is not None]:
         raise ModelError(
-            f"{type(module).__name__} has '{asked[0]}', which this runtime has not; use engine.runtime 'eager'"
+            f"{type(module).__name__} needs '{needed[0]}', which OpenVINO does not support here; use engine.runtime 'eager'"
         )
-    (stored_keys, new_keys), (stored_values, new_values) = key, value
+    (cached_keys, new_keys), (cached_values, new_values) = key, value
     batch, n_heads, width, dim = query.shape
     n_kv = new_keys.shape[1]
     query = query.reshape(batch, n_kv, n_heads // n_kv * width, dim) * scaling
-    scores = torch.cat([query @ new_keys.transpose(2, 3), query @ stored_keys.transpose(2, 3)], -1)
+    scores = torch.cat([query @ new_keys.transpose(2, 3), query @ cached_keys.transpose(2, 3)], -1)
     weights = (scores + mask).softmax(-1)
-    output = weights[..., :width] @ new_values + weights[..., width:] @ stored_values
+    output = weights[..., :width] @ new_values + weights[..., width:] @ cached_values
     return output.reshape(batch, n_heads, width, dim).transpose(1, 2), None
 
 
 class SplitCache(Cache):
-    """Hands the attention stored and new keys apart, and collects the new ones."""
+    """Passes cached and new keys to the attention separately, and collects the new ones."""
 
-    def __init__(self, stored: Sequence[Tensor]) -> None:
+    def __init__(self, cached: Sequence[Tensor]) -> None:
         super().__init__(layers=[])
-        self.stored, self.new = stored, []  # type: ignore[var-annotated]
+        self.cached = cached  # keys and values of each layer in turn
+        self.new: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Any:
         self.new += [key_states, value_states]
-        return (self.stored[2 * layer_idx], key_states), (self.stored[2 * layer_idx + 1], value_states)
+        return (self.cached[2 * layer_idx], key_states), (self.cached[2 * layer_idx + 1], value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
 
 class Exported(nn.Module):
-    """A model's body as a function of tensors alone, for the exporter."""
+    """A model's body with tensors as its only inputs and outputs, for the exporter."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.body = model.base_model
 
-    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
-        cache = SplitCache(stored)
+    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, *cached: Tensor) -> tuple[Tensor, ...]:
+        cache = SplitCache(cached)
         hidden = self.body(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -87,12 +89,12 @@ class Exported(nn.Module):
 
 
 def simplify(graph: ov.Model, weights: Weights) -> None:
-    """Join the linear layers that read the same tensor into one, and store their weights as int8 if asked. In place.
+    """Merge the linear layers that read the same tensor into one, in place. `weights` "int8": store them as int8.
 
-    Each layer costs some 30 microseconds beside its multiplication; a transformer block has seven and needs four.
+    Each layer costs about 30 microseconds besides its multiplication. A transformer block has seven and needs four.
     """
     for op in graph.get_ordered_ops():
-        # A number that is converted at every forward also hides the rotation of positions from OpenVINO's own fusion.
+        # Scalars converted in the graph prevent OpenVINO from fusing the rotary position embedding.
         if (
             op.get_type_name() in ("Convert", "ConvertLike")
             and op.input_value(0).get_node().get_type_name() == "Constant"
@@ -108,7 +110,7 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
     for group in groups.values():
         parts = [op.input_value(1).get_node().get_data() for op in group]
         parts = [w if op.get_attributes()["transpose_b"] else w.T for w, op in zip(parts, group, strict=True)]
-        joined = ops.matmul(group[0].input_value(0), stored_weight(np.concatenate(parts), weights), False, True)
+        joined = ops.matmul(group[0].input_value(0), weight_node(np.concatenate(parts), weights), False, True)
         sizes = ops.constant(np.array([len(part) for part in parts], dtype=np.int64))
         split = ops.variadic_split(joined, ops.constant(np.int64(-1)), sizes) if len(parts) > 1 else joined
         for index, op in enumerate(group):
@@ -116,8 +118,8 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def stored_weight(weight: np.ndarray, weights: Weights) -> ov.Node:
-    """A weight [out, in] as a graph node: as it is, or int8, symmetric, rounded to nearest, with a scale for each row."""
+def weight_node(weight: np.ndarray, weights: Weights) -> ov.Node:
+    """A weight [out, in] as a graph node: unchanged, or symmetric int8, rounded to nearest, with a scale per row."""
     if weights == "native":
         return ops.constant(weight)
     scale = np.maximum(np.abs(weight).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
@@ -126,15 +128,13 @@ def stored_weight(weight: np.ndarray, weights: Weights) -> ov.Node:
 
 
 class OpenVinoRuntime:
-    """Graphs of fixed shape for one sequence (a block; a block and the one to store before it), one of free shape, the head's.
+    """Four graphs: one sequence of one block, one sequence of two blocks, any other shape, and the head.
 
-    Each graph holds the weights in a form of its own: their memory is three times the weights'.
+    The three graphs of the body each hold the weights in their own layout: together three times the model's memory.
     """
 
     name = "openvino"
-    torch_threads: int | None = (
-        1  # the cores are OpenVINO's: torch's threads, which wait by spinning, would take them from it
-    )
+    torch_threads: int | None = 1  # torch threads wait by spinning and would take cores from OpenVINO
 
     def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
         self.model, self.weights = model.eval(), weights
@@ -144,20 +144,22 @@ class OpenVinoRuntime:
         self.kind = torch.bfloat16 if model.dtype == torch.bfloat16 and weights == "native" else torch.float32
         self.core, self.threads = ov.Core(), torch.get_num_threads()
         before = model.dtype
-        model.float()  # the exporter wants one number format; bf16 to fp32 and back loses nothing
-        body, head = self._export(), self._export_head()
+        model.float()  # the exporter needs a single dtype; bf16 to fp32 and back is exact
+        body = self._export()
+        head = self._convert(model.get_output_embeddings(), (torch.zeros(1, self.hidden),))
+        head.reshape([-1, self.hidden])
         for graph in (body, head):
             simplify(graph, weights)
         self.free = self._compile(body, -1, -1)
         self.fixed = {width: self._compile(body, 1, width) for width in (block_size, 2 * block_size)}
         self.head_request = self.core.compile_model(head, "CPU", self._options()).create_infer_request()
         self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
-        expected = self._truth()
+        expected = self._expected_states()
         cast(Any, model).to(before)
-        self.slots, self.context, self.room = 0, 0, 0
+        self.slots, self.room = 0, 0  # slots, and the tokens that each has memory for
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
-        self.bound: dict[int, tuple[int, ...]] = {}
-        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.bound: dict[int, tuple[int, ...]] = {}  # for each request, the memory that its tensors refer to
+        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # for each request, hidden states and new keys and values
         self._check(expected)
 
     def _options(self) -> dict[str, Any]:
@@ -172,29 +174,24 @@ class OpenVinoRuntime:
 
     def _convert(self, module: nn.Module, example: tuple[Tensor, ...]) -> ov.Model:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the tracer's remarks on Python numbers
+            warnings.simplefilter("ignore")  # the tracer warns about Python numbers
             try:
                 return ov.convert_model(module, example_input=example)
             except RuntimeError as error:
                 lines = str(error).splitlines()
                 reason = lines[lines.index("Exception:") + 1] if "Exception:" in lines else lines[0]
-                raise ModelError(f"OpenVINO cannot take {type(self.model).__name__}: {reason}") from error
-
-    def _export_head(self) -> ov.Model:
-        graph = self._convert(self.model.get_output_embeddings(), (torch.zeros(1, self.hidden),))
-        graph.reshape([-1, self.hidden])
-        return graph
+                raise ModelError(f"OpenVINO cannot export {type(self.model).__name__}: {reason}") from error
 
     def _export(self) -> ov.Model:
-        model, width, stored = self.model, 4, 8
+        model, width, n_cached = self.model, 4, 8
         before = model.config._attn_implementation
         AttentionInterface.register("hildanext_split", cast(Any, split_attention))
         model.set_attn_implementation("hildanext_split")
         example = (
             torch.zeros(1, width, self.hidden),
-            torch.arange(stored, stored + width)[None],
-            torch.zeros(1, 1, self.groups * width, stored + width),
-            *[torch.zeros(1, self.n_kv, stored, self.dim)] * self.n_states,
+            torch.arange(n_cached, n_cached + width)[None],
+            torch.zeros(1, 1, self.groups * width, n_cached + width),
+            *[torch.zeros(1, self.n_kv, n_cached, self.dim)] * self.n_states,
         )
         try:
             return self._convert(Exported(model), example)
@@ -202,53 +199,53 @@ class OpenVinoRuntime:
             model.set_attn_implementation(before)
 
     def _compile(self, graph: ov.Model, batch: int, width: int) -> ov.InferRequest:
-        """An infer request of the graph for B sequences of W tokens (-1: any); stored keys may have any length."""
+        """An infer request of the graph for B sequences of W tokens (-1: any) and any number of cached keys."""
         graph = graph.clone()
         rows = self.groups * width if width > 0 else -1
         shapes = [[batch, width, self.hidden], [batch, width], [batch, 1, rows, -1]]
         shapes += [[batch, self.n_kv, -1, self.dim]] * self.n_states
         graph.reshape(dict(zip(graph.inputs, shapes, strict=True)))
-        door = ov.preprocess.PrePostProcessor(graph)
-        for index in range(2, len(shapes)):  # mask, keys and values in the format that attention computes in
-            door.input(index).tensor().set_element_type(KINDS[self.kind])
+        converter = ov.preprocess.PrePostProcessor(graph)
+        for index in range(2, len(shapes)):  # mask, keys and values in the dtype of the attention
+            converter.input(index).tensor().set_element_type(KINDS[self.kind])
         for index in range(1, len(graph.outputs)):
-            door.output(index).tensor().set_element_type(KINDS[self.kind])
-        return self.core.compile_model(door.build(), "CPU", self._options()).create_infer_request()
+            converter.output(index).tensor().set_element_type(KINDS[self.kind])
+        return self.core.compile_model(converter.build(), "CPU", self._options()).create_infer_request()
 
-    def _truth(self) -> Tensor:
-        """Hidden states [12, H] of twelve tokens in blocks of four, by the model itself."""
-        places = torch.arange(12)[None]
-        mask = additive(block_causal_mask(torch.zeros_like(places), places // 4), torch.float32)
+    def _expected_states(self) -> Tensor:
+        """The model's own hidden states [12, H] of the probe tokens, in blocks of four."""
+        positions = torch.arange(12)[None]
+        mask = additive(block_causal_mask(torch.zeros_like(positions), positions // 4), torch.float32)
         ids = torch.tensor([self._probe_ids()])
         with torch.inference_mode():
-            return self.model.base_model(ids, attention_mask=mask, position_ids=places, use_cache=False)[0][0]
+            return self.model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][0]
 
     def _probe_ids(self) -> list[int]:
-        # From all over the vocabulary: its first tokens are special ones, which models hardly know.
+        # Spread over the vocabulary: its first tokens are special ones, which models are hardly trained on.
         n = self.model.get_input_embeddings().weight.shape[0]
         return [(i + 1) * n // 14 for i in range(12)]
 
     def _check(self, expected: Tensor) -> None:
-        """Raise ModelError unless the graphs compute what the model does: an export can leave something out and say nothing."""
+        """Raise ModelError unless the graphs reproduce the model: an export can drop an operation without an error."""
         self.allocate(1, 12)
         found = []
         for start, n in ((0, 8), (8, 4)):
-            sees = [(p // 4 + 1) * 4 for p in range(start, start + n)]
-            found.append(self.body(pad_batch([(self._probe_ids()[start : start + n], start, sees)], 0))[0].clone())
-        alike = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
-        if alike < LEAST_ALIKE:
+            visible = [(p // 4 + 1) * 4 for p in range(start, start + n)]
+            found.append(self.body(pad_batch([(self._probe_ids()[start : start + n], start, visible)], 0))[0].clone())
+        cosine = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
+        if cosine < LEAST_COSINE:
             raise ModelError(
-                f"{type(self.model).__name__}: OpenVINO computes something else than the model (likeness {alike:.2f}); "
-                "use engine.runtime 'eager'"
+                f"{type(self.model).__name__}: the hidden states of OpenVINO differ from the model's "
+                f"(cosine {cosine:.2f}); use engine.runtime 'eager'"
             )
         self.memory, self.room = torch.empty(0), 0
 
     def allocate(self, slots: int, context: int) -> None:
-        self.slots, self.context, self.room, self.memory = slots, context, 0, torch.empty(0)
+        self.slots, self.room, self.memory = slots, 0, torch.empty(0)
         self._grow(1)
 
     def _grow(self, needed: int) -> None:
-        """Room for `needed` tokens a slot. The graph reads whole slots, so they grow with the text, in steps."""
+        """Make room for `needed` tokens in every slot. They grow in steps with the text: the graph reads them whole."""
         if needed <= self.room:
             return
         room = -(-needed // GROW) * GROW
@@ -276,7 +273,7 @@ class OpenVinoRuntime:
         return hidden
 
     def _bind(self, request: ov.InferRequest, slot: int, n: int, width: int) -> tuple[Tensor, Tensor]:
-        """Let the request read the memory of n slots where it lies. Returns what it writes: hidden states, new keys and values."""
+        """Bind the request's inputs to the memory of n slots. Returns its outputs: hidden states, new keys/values."""
         where = (slot, n, width, self.room)
         if self.bound.get(id(request)) != where:
             hidden = torch.zeros(n, width, self.hidden)
@@ -289,18 +286,18 @@ class OpenVinoRuntime:
         return self.outputs[id(request)]
 
     def _mask(self, batch: ForwardBatch, starts: Tensor) -> Tensor:
-        """[B, 1, G W, W + room] additive: a sequence's new tokens, then stored positions before its first one."""
+        """Additive mask [B, 1, G W, W + room]: the new tokens, then the cached positions before the first new one."""
         n, width = batch.ids.shape
         real = torch.arange(width) < torch.tensor(batch.widths)[:, None]  # [B, W]
-        stored = (torch.arange(self.room) < starts[:, None])[:, None].expand(n, width, self.room)
+        cached = (torch.arange(self.room) < starts[:, None])[:, None].expand(n, width, self.room)
         new = (batch.positions[:, None] < batch.visible[..., None]) & real[:, None]
-        new = new | ~real[..., None]  # padding sees whatever: an empty row would be nan
-        visible = torch.cat([new, stored], -1).repeat(1, self.groups, 1)[:, None]
+        new = new | ~real[..., None]  # padding attends to all new tokens: an empty row would give nan
+        visible = torch.cat([new, cached], -1).repeat(1, self.groups, 1)[:, None]
         return torch.zeros(visible.shape, dtype=self.kind).masked_fill_(~visible, torch.finfo(self.kind).min)
 
     def head(self, hidden: Tensor) -> Tensor:
         n = len(hidden)
-        if n > len(self.logits):  # kept: fresh memory for some megabytes costs as much as half of the head
+        if n > len(self.logits):  # reused: allocating some megabytes takes half as long as the head
             self.logits = torch.zeros(n, self.logits.shape[1])
         logits = self.logits[:n]
         self.head_request.set_input_tensor(as_openvino(hidden.contiguous()))
@@ -309,37 +306,39 @@ class OpenVinoRuntime:
         return logits
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
 
     @torch.inference_mode()
-    def swap(self, one: int, other: int, length: int) -> None:
+    def swap(self, slot: int, other: int, length: int) -> None:
         for states in self.memory:
-            states[[one, other], :, :length] = states[[other, one], :, :length]
+            states[[slot, other], :, :length] = states[[other, slot], :, :length]
 
     def close(self) -> None:
-        """Free the memory."""
         self.memory, self.room = torch.empty(0), 0
         self.bound.clear()
         self.outputs.clear()
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    """(number of key and value tensors, heads, width), by running two tokens. Raises ModelError where layers differ."""
+    """(number of key and value tensors, key heads, head dimension), found by a forward of two tokens.
+
+    Raises ModelError if layers differ.
+    """
     with torch.inference_mode():
         cache = model.base_model(torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
     states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     shapes = {states.shape[1::2] if states is not None else None for states in states}
     if len(shapes) != 1 or None in shapes:
         raise ModelError(
-            f"{type(model).__name__}: its layers keep keys of different shapes; use engine.runtime 'eager'"
+            f"{type(model).__name__}: its layers cache keys of different shapes; use engine.runtime 'eager'"
         )
     heads, dim = states[0].shape[1::2]
     return len(states), heads, dim
 
 
 def as_openvino(tensor: Tensor) -> ov.Tensor:
-    """The same memory as an OpenVINO tensor. numpy has no bf16: it goes through as 16-bit integers."""
+    """An OpenVINO tensor that shares the memory. numpy has no bf16, so bf16 is passed as 16-bit integers."""
     if tensor.dtype == torch.bfloat16:
         return ov.Tensor(tensor.view(torch.int16).numpy(), ov.Shape(tensor.shape), ov.Type.bf16)
     return ov.Tensor(tensor.numpy(), shared_memory=True)

@@ -1,4 +1,4 @@
-"""What runs a model for the scheduler: the body behind a block cache, and the head."""
+"""The protocol between the scheduler and the code that runs the model: a batch of tokens, hidden states, logits."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 
 class ForwardBatch(NamedTuple):
-    """One forward of B sequences in neighbouring slots, W tokens each. Padding has position 0 and sees key 0 only."""
+    """One forward of B sequences in neighbouring slots, W tokens each. Padding is at position 0 and sees key 0 only."""
 
     ids: Tensor  # [B, W] int64
-    positions: Tensor  # [B, W] int64, place in the text
-    visible: Tensor  # [B, W] int64: each token sees the text positions below this
-    slot: int  # of the first sequence
+    positions: Tensor  # [B, W] int64: text position
+    visible: Tensor  # [B, W] int64: each token attends to the text positions below this
+    slot: int  # slot of the first sequence
     length: int  # K: the largest `visible`
-    widths: list[int]  # tokens of each sequence that are not padding
-    start: int | None  # position of the first token where one sequence runs alone, None for several
-    sees_all: bool  # every token sees all K positions: nothing to mask
+    widths: list[int]  # number of tokens of each sequence, padding excluded
+    start: int | None  # position of the first token of a single sequence; None for several sequences
+    sees_all: bool  # every token attends to all K positions: no mask is needed
 
     def columns(self, trash: int) -> Tensor:
-        """[B, W]: where the keys of each token go in its slot; padding goes to `trash`."""
+        """[B, W] int64: the position in its slot where each token's keys are written; `trash` for padding."""
         columns = self.positions.clone()
         for row, width in enumerate(self.widths):
             columns[row, width:] = trash
@@ -29,41 +29,38 @@ class ForwardBatch(NamedTuple):
 
 
 class Runtime(Protocol):
-    """A loaded model with its cache. `body` may hand out a buffer that the next call overwrites.
-
-    `body` and `head` are called inside torch.inference_mode, which the scheduler enters once a step.
-    """
+    """A loaded model with its key-value cache. The scheduler calls `body` and `head` inside torch.inference_mode."""
 
     name: str
-    torch_threads: int | None  # what torch computes with during a step; None: with all it has
+    torch_threads: int | None  # torch threads during a step; None: all of them
 
     def allocate(self, slots: int, context: int) -> None:
-        """Make room for `slots` sequences of `context` tokens; what was stored is gone."""
+        """Allocate `slots` slots of `context` tokens. Drops all cached keys and values."""
         ...
 
     def body(self, batch: ForwardBatch) -> Tensor:
-        """Store the keys and values of the batch's tokens in place; return hidden states [B, W, H]."""
+        """Run the batch and cache its keys and values. Returns hidden states [B, W, H], valid until the next call."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [P, V] of hidden states [P, H]."""
         ...
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot to another."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of slot `source` to slot `target`."""
         ...
 
-    def swap(self, one: int, other: int, length: int) -> None:
+    def swap(self, slot: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""
         ...
 
     def close(self) -> None:
-        """Give back what it holds; `allocate` starts it again."""
+        """Free the cache. `allocate` makes the runtime usable again."""
         ...
 
 
 def widen(batch: ForwardBatch, slots: int, width: int) -> ForwardBatch:
-    """The same work in a forward of all slots from 0 on, `width` tokens each: what is new is padding."""
+    """Pad a batch to a forward of the slots 0 to `slots` - 1, `width` tokens each."""
     n, old = batch.ids.shape
     frame = (0, width - old, batch.slot, slots - batch.slot - n)
     grow = nn.functional.pad
@@ -81,19 +78,19 @@ def widen(batch: ForwardBatch, slots: int, width: int) -> ForwardBatch:
 
 
 def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> ForwardBatch:
-    """Sequences as (tokens, start, visible) -> one Batch, shorter ones padded. An empty one is a slot that sits out.
+    """A batch of sequences, each (tokens, start, visible), in the slots from `slot` on. Shorter ones are padded.
 
-    `visible` never falls along a sequence, as later blocks see more.
+    An empty sequence is a slot without work. `visible` must not decrease along a sequence.
     """
     width = max(len(tokens) for tokens, _, _ in spans)
-    length = max((sees[-1] for _, _, sees in spans if sees), default=1)
-    ids, positions, visible = [], [], []
-    for tokens, start, sees in spans:
+    length = max((visible[-1] for _, _, visible in spans if visible), default=1)
+    ids, positions, visibles = [], [], []
+    for tokens, start, visible in spans:
         padding = [0] * (width - len(tokens))
         ids.append(tokens + padding)
         positions.append([*range(start, start + len(tokens)), *padding])
-        visible.append(sees + [1] * len(padding))
-    rows = torch.tensor([ids, positions, visible])  # one tensor made from lists costs less than three
+        visibles.append(visible + [1] * len(padding))
+    rows = torch.tensor([ids, positions, visibles])  # one conversion from lists is faster than three
     return ForwardBatch(
         ids=rows[0],
         positions=rows[1],
@@ -102,5 +99,5 @@ def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Forwa
         length=length,
         widths=[len(tokens) for tokens, _, _ in spans],
         start=spans[0][1] if len(spans) == 1 else None,
-        sees_all=all(sees[0] == length for sees in visible),
+        sees_all=all(visible[0] == length for visible in visibles),
     )

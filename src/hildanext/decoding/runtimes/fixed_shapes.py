@@ -1,0 +1,37 @@
+"""The part that the compiled and the CUDA graph runtime share: forwards padded to a few fixed shapes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hildanext.decoding.runtimes.eager import EagerRuntime
+from hildanext.decoding.runtimes.protocol import ForwardBatch, widen
+
+
+class FixedShapeRuntime(EagerRuntime):
+    """Pads forwards to one sequence or all slots, one block or two (the block to cache and the current one).
+
+    Wider forwards, such as prompt chunks, run eagerly. A subclass implements `run_fixed`.
+    """
+
+    def __init__(self, model: PreTrainedModel, block_size: int) -> None:
+        super().__init__(model)
+        self.widths = (block_size, 2 * block_size)
+        self.slots = 1
+
+    def allocate(self, slots: int, context: int) -> None:
+        super().allocate(slots, context)
+        self.slots = slots
+
+    def body(self, batch: ForwardBatch) -> Tensor:
+        n, width = batch.ids.shape
+        fixed_width = next((fixed for fixed in self.widths if width <= fixed), None)
+        if fixed_width is None:
+            return super().body(batch)
+        n_fixed = 1 if n == 1 and batch.slot == 0 else self.slots
+        return self.run_fixed(widen(batch, n_fixed, fixed_width))[batch.slot : batch.slot + n, :width]
+
+    def run_fixed(self, batch: ForwardBatch) -> Tensor:
+        """Hidden states [B, W, H] of a batch of a fixed shape, in the slots from 0 on."""
+        raise NotImplementedError

@@ -1,0 +1,92 @@
+"""Decoding settings: the presets of the modes, the resolved settings of a request, and the check that it fits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from hildanext.config import DecodeConfig, Mode
+from hildanext.errors import ContextError, ModelError, UsageError
+
+
+class Preset(NamedTuple):
+    """The settings of a mode."""
+
+    tau_mask: float
+    tau_edit: float | None
+    max_post_steps: int = 16
+    block_size: int | None = None  # None: the checkpoint's block size
+    edit_blocks: int = 0
+
+
+# Defaults for checkpoints without calibration: the thresholds that SGLang and diffusers document.
+PRESETS: dict[Mode, Preset] = {"S_MODE": Preset(0.5, 0.0), "Q_MODE": Preset(0.7, 0.5)}
+
+
+def read_presets(modes: dict[str, Any]) -> dict[Mode, Preset]:
+    """The presets that `calibrate` wrote into a checkpoint. Raises ModelError for unknown fields."""
+    try:
+        return {mode: Preset(**modes[mode]) for mode in PRESETS if mode in modes}
+    except TypeError as error:
+        raise ModelError(f"generation_config.json: 'hilda' has invalid modes: {error}; run calibrate again") from None
+
+
+class Settings(NamedTuple):
+    """Decoding parameters of a request, all presets resolved."""
+
+    mode: Mode
+    tau_mask: float
+    tau_edit: float | None  # None: editing off
+    max_post_steps: int
+    block_size: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    edit_blocks: int = 0  # finished blocks before the current one that remain editable; see editable_blocks
+    stop: tuple[str, ...] = ()
+
+    @property
+    def editable_blocks(self) -> int:
+        """`edit_blocks`, or 0 if editing is off."""
+        return 0 if self.tau_edit is None else self.edit_blocks
+
+
+def resolve(config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset] | None = None) -> Settings:
+    """Settings of a configuration. A key comes from the configuration, else from the mode's preset in `presets`
+    (calibrated for the checkpoint), else from PRESETS; the block size may also be `trained_block`, the checkpoint's."""
+    preset = (PRESETS | (presets or {}))[config.mode]
+    tau_edit = preset.tau_edit if config.tau_edit == "preset" else config.tau_edit
+    return Settings(
+        mode=config.mode,
+        tau_mask=float(preset.tau_mask if config.tau_mask == "preset" else config.tau_mask),
+        tau_edit=None if tau_edit is None else float(tau_edit),
+        max_post_steps=preset.max_post_steps if config.max_post_steps == "preset" else config.max_post_steps,
+        block_size=config.block_size or preset.block_size or trained_block,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
+        edit_blocks=preset.edit_blocks if config.edit_blocks == "preset" else config.edit_blocks,
+        stop=tuple(config.stop),
+    )
+
+
+def tokens_needed(n_prompt: int, settings: Settings) -> int:
+    """Context length of a prompt of `n_prompt` tokens plus `max_new_tokens`, rounded up to whole blocks."""
+    return -(-(n_prompt + settings.max_new_tokens) // settings.block_size) * settings.block_size
+
+
+def check_request(prompt_ids: list[int], settings: Settings, context_length: int | None) -> None:
+    """Raise UsageError for an empty prompt, ContextError if prompt and budget exceed the context."""
+    if not prompt_ids:
+        raise UsageError("the prompt is empty; give at least one token")
+    needed = tokens_needed(len(prompt_ids), settings)
+    if context_length is not None and needed > context_length:
+        raise ContextError(
+            f"prompt ({len(prompt_ids)} tokens) plus max_new_tokens ({settings.max_new_tokens}), rounded up to whole "
+            f"blocks {needed}, exceed the model's context of {context_length}; shorten one of them"
+        )
