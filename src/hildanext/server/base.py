@@ -1,4 +1,4 @@
-"""POST /generate/base: the AR base of the served checkpoint, to be looked at beside it. Loaded when first asked for."""
+"""POST /generate/base: the AR base of the served checkpoint, for comparison. It loads at the first request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hildanext.server.worker import DeadlineError, NoBase, Ticket, Worker
 
 
 class BaseWorker:
-    """The base's own worker. There is none until the first request; one that could not open is tried again."""
+    """The worker of the AR base. The first request creates it; after a failure the next request tries again."""
 
     def __init__(self, config: Config, open_base: Callable[[Config], Engine]) -> None:
         self.config, self.open_base = config, open_base
@@ -47,11 +47,14 @@ class BaseWorker:
         return "failed" if self.worker.failure is not None else self.worker.state
 
     async def opened(self, deadline_s: float | None) -> Worker:
-        """The worker, its engine open. Raises NoBase with the reason when there is no base, DeadlineError."""
+        """Return the worker with its engine open.
+
+        Raises NoBase with the reason if the base is not available, DeadlineError if loading takes too long.
+        """
         if not self.config.server.base:
-            raise NoBase("server.base is off; set it to true and start the server again")
+            raise NoBase("server.base is false; set it to true and restart the server")
         if self.worker is None or self.worker.failure is not None:
-            # Meters of its own: /metrics measures the served model.
+            # Separate meters: /metrics describes the served model only.
             self.worker = Worker(self.config, self.open_base, Meters())
             self.worker.start(lambda: None)
         worker, limit = self.worker, self.config.server.deadline_s
@@ -60,7 +63,7 @@ class BaseWorker:
         except asyncio.TimeoutError:
             raise DeadlineError("the deadline passed while the AR base was loading; try again") from None
         if worker.failure is not None:
-            raise NoBase(f"no AR base: {worker.failure}")
+            raise NoBase(f"the AR base is not available: {worker.failure}")
         return worker
 
     def stop(self) -> None:
@@ -68,12 +71,12 @@ class BaseWorker:
             self.worker.stop()
 
 
-def parent_routes(config: Config, parent: BaseWorker) -> APIRouter:
+def base_routes(config: Config, base: BaseWorker) -> APIRouter:
     router = APIRouter()
 
     async def begin(body: BaseBody) -> tuple[Worker, Ticket]:
         began, most = time.monotonic(), config.server.deadline_s
-        worker = await parent.opened(body.deadline_s)
+        worker = await base.opened(body.deadline_s)
         left = min(body.deadline_s or most, most) - (time.monotonic() - began)
         decode = body.decode_config(config.decode)
         return worker, await submit(worker, config, body.text, decode, left, wants_steps=body.stream)
@@ -86,11 +89,11 @@ def parent_routes(config: Config, parent: BaseWorker) -> APIRouter:
         },
     )
     async def generate_base(body: BaseBody, request: Request) -> Response:
-        """Complete a prompt with the checkpoint's AR base, greedily; streamed, a token at a time."""
+        """Complete a prompt greedily with the AR base of the checkpoint. A stream sends each token."""
         worker, ticket = await unless_gone(request, begin(body))
         events = worker.events(ticket)
         if body.stream:
-            first = await unless_gone(request, anext(events))
+            first = await unless_gone(request, anext(events))  # an invalid request still gets an error status
             return event_stream(_stream(request, config, body, ticket, chained(first, events)))
         done, _ = await unless_gone(request, completed(events))
         request.state.facts = facts(config, body.text, done)

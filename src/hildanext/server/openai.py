@@ -1,4 +1,4 @@
-"""OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions. The mode and thresholds travel in `extra_body`."""
+"""OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions. Clients send mode and thresholds in `extra_body`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class OpenAIProblem(Body):
 
 
 def error_body(status: int, line: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
+    """Return an error in OpenAI's format."""
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": line, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
@@ -63,13 +63,13 @@ def openai_problem(
     headers: dict[str, str] | None = None,
     code: str | None = None,
 ) -> Response:
-    """What does not fit the schema is 400 there."""
+    """Build an error answer. OpenAI's API uses 400 where others use 422."""
     status = 400 if status == 422 else status
     return JSONResponse(error_body(status, line, param, code), status, with_retry(status, headers))
 
 
 def code_of(error: HildaError) -> str | None:
-    """The word of OpenAI's that says more than the status."""
+    """Return OpenAI's error code where it says more than the status."""
     return "context_length_exceeded" if isinstance(error, ContextError) else None
 
 
@@ -94,7 +94,7 @@ class ChatMessage(Body):
 
 
 class OpenAIBody(Body):
-    """What both kinds of completion share. A setting left out is the server's own, as in POST /generate."""
+    """Fields of both endpoints. An omitted setting takes the server's value, as in POST /generate."""
 
     model: Text
     stream: bool | None = None
@@ -103,14 +103,14 @@ class OpenAIBody(Body):
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    user: Text | None = Field(None, description="Taken and not looked at.")
-    # In `extra_body` of OpenAI's clients:
+    user: Text | None = Field(None, description="Accepted and ignored.")
+    # OpenAI's clients send these in `extra_body`:
     mode: Mode | None = None
     tau_mask: Share | None = None
-    tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
+    tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
     top_k: int | None = Field(None, ge=1)
     repetition_penalty: float | None = Field(None, gt=0.0)
-    # Features that this server does not have: only the value that means 'without' is taken.
+    # Not supported: only the value that turns the feature off is accepted.
     n: Literal[1] | None = None
     frequency_penalty: float | None = Field(None, ge=0.0, le=0.0)
     presence_penalty: float | None = Field(None, ge=0.0, le=0.0)
@@ -134,7 +134,7 @@ class CompletionBody(OpenAIBody):
     @model_validator(mode="after")
     def _one_stream(self) -> CompletionBody:
         if self.stream and len(self.prompts) > 1:
-            raise ValueError("a stream takes one prompt")
+            raise ValueError("a stream takes exactly one prompt")
         return self
 
     @property
@@ -144,27 +144,27 @@ class CompletionBody(OpenAIBody):
 
 class ChatBody(OpenAIBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    max_tokens: int | None = Field(None, ge=1, description="Older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
 def model_id(config: Config) -> str:
-    """The served model's name: a hub name as it is, of a folder or file its last part."""
+    """Return the served model's name: a hub name unchanged, or the last part of a path."""
     return Path(config.model.base).name if Path(config.model.base).exists() else config.model.base
 
 
 def usage(n_prompt: int, done: list[Completion]) -> dict[str, Any]:
-    n_completion = sum(len(one.token_ids) for one in done)
+    n_completion = sum(len(completion.token_ids) for completion in done)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,
         "total_tokens": n_prompt + n_completion,
-        "prompt_tokens_details": {"cached_tokens": sum(one.stats.prefix_tokens for one in done)},
+        "prompt_tokens_details": {"cached_tokens": sum(completion.stats.prefix_tokens for completion in done)},
     }
 
 
 class Form:
-    """How one of the two endpoints writes an answer."""
+    """The JSON of an answer, as /v1/chat/completions (`chat`) or /v1/completions writes it."""
 
     def __init__(self, config: Config, *, chat: bool) -> None:
         self.chat, self.model = chat, model_id(config)
@@ -186,9 +186,9 @@ class Form:
 
     def answer(self, done: list[Completion], n_prompt: int) -> dict[str, Any]:
         return self.head(chunk=False) | {
-            "choices": [self.choice(index, one.text, one.finish_reason) for index, one in enumerate(done)],
+            "choices": [self.choice(index, item.text, item.finish_reason) for index, item in enumerate(done)],
             "usage": usage(n_prompt, done),
-            "hildanext": [{"engine": one.engine, "mode": one.mode, "stats": asdict(one.stats)} for one in done],
+            "hildanext": [{"engine": item.engine, "mode": item.mode, "stats": asdict(item.stats)} for item in done],
         }
 
 
@@ -250,7 +250,7 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
 
 
 def unknown_model(name: str) -> Response:
-    line = f"the model '{name}' is not served here; GET /v1/models lists what is"
+    line = f"model '{name}' is not served here; GET /v1/models lists the served model"
     return openai_problem(404, line, "model", code="model_not_found")
 
 
