@@ -15,7 +15,7 @@ from hildanext.decoding.engines import Completion, Engine, Event
 from hildanext.decoding.events import Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.store import ConflictError, MissingError, StoreError
-from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Unready
+from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Ticket, Unready, Worker
 
 RETRY_S = 1  # a slot usually becomes free within this time
 T = TypeVar("T")
@@ -118,20 +118,57 @@ async def completed(events: AsyncIterator[list[Event]]) -> tuple[Completion, lis
     raise RuntimeError("a request's events ended without a completion")
 
 
-async def chained(first: list[Event], rest: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
-    yield first
-    async for news in rest:
-        yield news
+def error_event(error: HildaError) -> str:
+    """Format the `error` event that ends a stream."""
+    return sse({"detail": str(error), "status": status_of(error)}, "error")
+
+
+async def streamed(
+    request: Request,
+    worker: Worker,
+    ticket: Ticket,
+    written: Callable[[Event], str],
+    *,
+    head: str | None = None,
+    failed: Callable[[HildaError], str] = error_event,
+    tail: str = "",
+) -> StreamingResponse:
+    """Answer with a stream: `head`, `written(event)` for each event, `failed(error)` if the request fails, `tail`.
+
+    The default `head` is the `start` event of /generate. The answer begins after the request's first event, so that an
+    invalid request still gets an error status.
+    """
+    if head is None:
+        settings = ticket.request.settings._asdict()
+        head = sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings}, "start")
+    events = worker.events(ticket)
+    first = await unless_gone(request, anext(events))
+
+    async def batches() -> AsyncIterator[list[Event]]:
+        yield first
+        async for news in events:
+            yield news
+
+    async def chunks() -> AsyncIterator[str]:
+        if head:
+            yield head
+        try:
+            async for news in batches():
+                if text := "".join(map(written, news)):  # one write per batch: each write holds up the engine's thread
+                    yield text
+        except HildaError as error:
+            # The status 200 was already sent: the log and /metrics get the error from here.
+            request.state.facts = {"error": type(error).__name__}
+            yield failed(error)
+        if tail:
+            yield tail
+
+    return event_stream(chunks())
 
 
 def event_stream(chunks: AsyncIterator[str]) -> StreamingResponse:
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
-
-
-def note_failure(request: Request, error: HildaError) -> None:
-    """Record for the log and /metrics that a stream, whose status was already sent as 200, ended with an error."""
-    request.state.facts = {"error": type(error).__name__}
 
 
 def sse(data: Any, event: str | None = None) -> str:

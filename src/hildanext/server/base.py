@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,18 +13,7 @@ from fastapi.responses import JSONResponse
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Engine, Event
 from hildanext.decoding.events import Finished, Step
-from hildanext.errors import HildaError
-from hildanext.server.answers import (
-    chained,
-    completed,
-    event_stream,
-    note_failure,
-    problems,
-    sse,
-    status_of,
-    streams,
-    unless_gone,
-)
+from hildanext.server.answers import completed, problems, sse, streamed, streams, unless_gone
 from hildanext.server.bodies import BaseBody
 from hildanext.server.meters import Meters
 from hildanext.server.native import facts, submit
@@ -91,22 +80,17 @@ def base_routes(config: Config, base: BaseWorker) -> APIRouter:
     async def generate_base(body: BaseBody, request: Request) -> Response:
         """Complete a prompt greedily with the AR base of the checkpoint. A stream sends each token."""
         worker, ticket = await unless_gone(request, begin(body))
-        events = worker.events(ticket)
         if body.stream:
-            first = await unless_gone(request, anext(events))  # an invalid request still gets an error status
-            return event_stream(_stream(request, config, body, ticket, chained(first, events)))
-        done, _ = await unless_gone(request, completed(events))
+            return await streamed(request, worker, ticket, token_events(request, config, body))
+        done, _ = await unless_gone(request, completed(worker.events(ticket)))
         request.state.facts = facts(config, body.text, done)
         return JSONResponse(done.as_dict())
 
     return router
 
 
-async def _stream(
-    request: Request, config: Config, body: BaseBody, ticket: Ticket, events: AsyncIterator[list[Event]]
-) -> AsyncIterator[str]:
-    settings = ticket.request.settings
-    yield sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings._asdict()}, "start")
+def token_events(request: Request, config: Config, body: BaseBody) -> Callable[[Event], str]:
+    """Return a function that writes a `token` event for each token, its text once final, and `done` at the end."""
     token: dict[str, Any] = {}
 
     def written(event: Event) -> str:
@@ -119,10 +103,4 @@ async def _stream(
         request.state.facts = facts(config, body.text, event)
         return sse(event.as_dict(), "done")
 
-    try:
-        async for news in events:
-            if text := "".join(map(written, news)):
-                yield text
-    except HildaError as error:
-        note_failure(request, error)
-        yield sse({"detail": str(error), "status": status_of(error)}, "error")
+    return written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,9 @@ from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
 from hildanext.decoding.engines import Completion, Event
 from hildanext.decoding.events import Finished, Step
-from hildanext.errors import HildaError, UsageError
+from hildanext.errors import UsageError
 from hildanext.jobs.watcher import Jobs
-from hildanext.server.answers import (
-    chained,
-    completed,
-    event_stream,
-    make_show_step,
-    note_failure,
-    problem,
-    problems,
-    sse,
-    status_of,
-    streams,
-    unless_gone,
-)
+from hildanext.server.answers import completed, make_show_step, problem, problems, sse, streamed, streams, unless_gone
 from hildanext.server.bodies import GenerateBody, n_chars
 from hildanext.server.meters import Meters
 from hildanext.server.worker import Ticket, Worker
@@ -136,12 +124,19 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
         ticket = await unless_gone(
             request, submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps)
         )
-        events, show = worker.events(ticket), make_show_step(worker.opened())
+        show = make_show_step(worker.opened())
+
+        def written(event: Event) -> str:
+            if isinstance(event, Step):
+                return sse(show(event), "step")
+            if isinstance(event, Finished):
+                return sse(event._asdict(), "block")
+            request.state.facts = facts(config, body.text, event)
+            return sse(event.as_dict(), "done")
+
         if body.stream:
-            # Wait for the first event, so that an invalid request still gets an error status.
-            first = await unless_gone(request, anext(events))
-            return event_stream(_stream(request, config, body, ticket, chained(first, events), show))
-        done, steps = await unless_gone(request, completed(events))
+            return await streamed(request, worker, ticket, written)
+        done, steps = await unless_gone(request, completed(worker.events(ticket)))
         request.state.facts = facts(config, body.text, done)
         return JSONResponse(done.as_dict() | ({"trace": [show(step) for step in steps]} if body.trace else {}))
 
@@ -154,29 +149,3 @@ def facts(config: Config, prompt: str | list[dict[str, str]], done: Completion) 
         "finish_reason": done.finish_reason,
     }
     return numbers | ({"prompt": prompt, "text": done.text} if config.server.log_prompts else {})
-
-
-async def _stream(
-    request: Request,
-    config: Config,
-    body: GenerateBody,
-    ticket: Ticket,
-    events: AsyncIterator[list[Event]],
-    show: Callable[[Step], dict[str, Any]],
-) -> AsyncIterator[str]:
-    def written(event: Event) -> str:
-        if isinstance(event, Step):
-            return sse(show(event), "step")
-        if isinstance(event, Finished):
-            return sse(event._asdict(), "block")
-        request.state.facts = facts(config, body.text, event)
-        return sse(event.as_dict(), "done")
-
-    settings = ticket.request.settings
-    yield sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings._asdict()}, "start")
-    try:
-        async for news in events:  # one write per batch: each write holds up the engine's thread
-            yield "".join(map(written, news))
-    except HildaError as error:
-        note_failure(request, error)
-        yield sse({"detail": str(error), "status": status_of(error)}, "error")

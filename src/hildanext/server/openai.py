@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,18 +17,7 @@ from hildanext.config import Config, DecodeConfig, Mode
 from hildanext.decoding.engines import Completion, Event
 from hildanext.decoding.events import Finished
 from hildanext.errors import ContextError, HildaError
-from hildanext.server.answers import (
-    chained,
-    completed,
-    event_stream,
-    note_failure,
-    sse,
-    status_of,
-    streams,
-    together,
-    unless_gone,
-    with_retry,
-)
+from hildanext.server.answers import completed, sse, status_of, streamed, streams, together, unless_gone, with_retry
 from hildanext.server.bodies import Body, Share, Stop, Text, with_settings
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import Ticket, Worker
@@ -221,10 +210,10 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
             for prompt in prompts:
                 tickets.append(await unless_gone(request, submit(worker, config, prompt, decode)))
             if body.stream:
-                events = worker.events(tickets[0])
-                first = await unless_gone(request, anext(events))
-                return event_stream(
-                    _stream(request, config, body, prompts[0], tickets[0], chained(first, events), form)
+                head = form.chunk({"role": "assistant", "content": ""}) if chat else ""
+                written = _chunks(request, config, body, prompts[0], tickets[0], form)
+                return await streamed(
+                    request, worker, tickets[0], written, head=head, failed=_failed, tail="data: [DONE]\n\n"
                 )
             found = await unless_gone(request, together([completed(worker.events(t)) for t in tickets]))
         except BaseException:
@@ -254,15 +243,20 @@ def unknown_model(name: str) -> Response:
     return openai_problem(404, line, "model", code="model_not_found")
 
 
-async def _stream(
+def _failed(error: HildaError) -> str:
+    return sse(error_body(status_of(error), str(error), code=code_of(error)))
+
+
+def _chunks(
     request: Request,
     config: Config,
     body: OpenAIBody,
     prompt: str | list[dict[str, str]],
     ticket: Ticket,
-    events: AsyncIterator[list[Event]],
     form: Form,
-) -> AsyncIterator[str]:
+) -> Callable[[Event], str]:
+    """Return a function that writes a chunk for each finished block, and the last chunks for the completion."""
+
     def written(event: Event) -> str:
         if isinstance(event, Finished):
             return form.chunk({"content": event.text}) if event.text else ""
@@ -275,13 +269,4 @@ async def _stream(
             last += sse(form.head(chunk=True) | {"choices": [], "usage": tokens})
         return last
 
-    if form.chat:
-        yield form.chunk({"role": "assistant", "content": ""})
-    try:
-        async for news in events:
-            if text := "".join(map(written, news)):
-                yield text
-    except HildaError as error:
-        note_failure(request, error)
-        yield sse(error_body(status_of(error), str(error), code=code_of(error)))
-    yield "data: [DONE]\n\n"
+    return written

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hildanext.jobs.store import ENDED, MissingError, StoreError
 from hildanext.jobs.watcher import Jobs
-from hildanext.server.answers import sse, status_of
+from hildanext.server.answers import error_event, sse
 
 FOLLOW_S = 0.25
 PIECE = 262_144
@@ -85,7 +85,7 @@ async def follow(jobs: Jobs, job_id: str, path: Path) -> AsyncIterator[str]:
                 if events:
                     yield events
         except MissingError as error:
-            yield sse({"detail": str(error), "status": status_of(error)}, "error")
+            yield error_event(error)
             return
         except (StoreError, OSError):
             await asyncio.sleep(FOLLOW_S)
