@@ -19,8 +19,7 @@ from hildanext.errors import HildaError, UsageError
 
 Result = dict[str, Any]
 LESS_MEMORY = (
-    "Training: lower train.micro_batch or data.seq_len, or set train.gradient_checkpointing. "
-    "Decoding: shorten the prompt."
+    "Lower train.micro_batch or data.seq_len, set train.gradient_checkpointing, or shorten the prompt (decoding)."
 )
 DESCRIPTION = """\
 Convert an autoregressive language model into an editable block-diffusion language model, tune it, run it and serve it.

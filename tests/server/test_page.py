@@ -376,6 +376,7 @@ def test_without_a_mouse(visit: Any, server: str) -> None:
 # --- Jobs
 
 
+# Tests name `workplace` before `visit`: the page must be closed before its server, which it asks every two seconds.
 @pytest.fixture
 def workplace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server with jobs over real rows and a real base; what still runs at the end is cancelled."""
@@ -406,7 +407,7 @@ def last_step(page: Any, chart: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_job_is_started_watched_cancelled_and_resumed(visit: Any, workplace: str) -> None:
+def test_a_job_is_started_watched_cancelled_and_resumed(workplace: str, visit: Any) -> None:
     here = visit(workplace, "/#jobs")
     page = here.page
     expect(page.locator("#job-list")).to_contain_text("No jobs yet")
@@ -471,7 +472,7 @@ print(json.dumps({"finished": True, "steps": 2000}))
 
 @pytest.mark.slow
 def test_runs_are_laid_over_each_other(
-    visit: Any, workplace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: str, visit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         watcher, "command", lambda python, kind, options, *_, **__: [python, "-c", TRAINED, options.run]

@@ -71,7 +71,7 @@ function draw(health, metrics) {
     h(
       "article",
       { class: "card" },
-      h("h2", { class: "title" }, "Now", h("small", {}, ` last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes, updated every ${EVERY_MS / 1000} seconds`)),
+      h("h2", { class: "title" }, "Load", h("small", {}, ` last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes, updated every ${EVERY_MS / 1000} seconds`)),
       h(
         "div",
         { class: "gauges" },
