@@ -50,8 +50,7 @@ def bind(server: ServerConfig) -> socket.socket:
 def open_engine(config: Config) -> engines.Engine:
     """Open the engine and report it, with the reasons of the engines passed over, on stderr."""
     engine = engines.open_engine(config)
-    for name, reason in engine.reasons.items():
-        say(f"engine {name} passed over: {reason}")
+    engines.say_passed_over(engine)
     say(f"{engine.name} engine ready, {config.model.base}")
     return engine
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hildanext.config import Config, parse_config
-from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine
+from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine, say_passed_over
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.progress import say, stop_on_signals
@@ -42,8 +42,7 @@ def chat(config: Config, system: str | None) -> None:
     """
     engine = open_engine(config)
     try:
-        for name, reason in engine.reasons.items():
-            say(f"engine {name} passed over: {reason}")
+        say_passed_over(engine)
         engine.encode(
             [{"role": "user", "content": "Hello"}]
         )  # refuses a model without a chat template before the first message

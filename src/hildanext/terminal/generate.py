@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hildanext.config import Config
-from hildanext.decoding.engines import Completion, Engine, Request, open_engine
+from hildanext.decoding.engines import Completion, Engine, Request, open_engine, say_passed_over
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import UsageError
 from hildanext.progress import say
@@ -36,8 +36,7 @@ def generate(
     if picture is not None:
         check_format(picture)
     engine = open_engine(config)
-    for name, reason in engine.reasons.items():
-        say(f"engine {name} passed over: {reason}")
+    say_passed_over(engine)
     try:
         request = Request(engine.encode(text if raw else [{"role": "user", "content": text}]), engine.settings(config))
         stream_text = live and sys.stdout.isatty()
