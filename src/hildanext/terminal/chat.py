@@ -21,7 +21,7 @@ from hildanext.terminal.live import LiveAnswer, PlainAnswer, draw_line
 
 HELP = """\
 /mode                     show the mode and its thresholds
-/mode S_MODE|Q_MODE       switch to S_MODE (speed) or Q_MODE (quality); 's' and 'q' are short forms
+/mode S_MODE|Q_MODE       switch to S_MODE (speedy) or Q_MODE (careful); 's' and 'q' are short forms
 /tau MASK [EDIT|off]      set the thresholds: draft above MASK, edit above EDIT; 'off' turns editing off
 /trace                    show every pass of the last answer, one line each
 /trace on|off             show every pass of all further answers, or stop showing them
