@@ -18,12 +18,9 @@ from hildanext import __version__
 from hildanext.errors import HildaError, UsageError
 
 Result = dict[str, Any]
-LESS_MEMORY = (
-    "Lower train.micro_batch or data.seq_len, set train.gradient_checkpointing, or shorten the prompt (decoding)."
-)
-DESCRIPTION = """\
-Convert an autoregressive language model into an editable block-diffusion language model, tune it, run it and serve it.
-
+LESS_MEMORY = "Lower train.micro_batch or data.seq_len, set train.gradient_checkpointing, or shorten the prompt."
+DESCRIPTION = "Convert an autoregressive language model into an editable block-diffusion model, tune it and run it."
+ORDER = """\
 The usual order:
   init                      write a configuration file
   prepare-data, tokenize    read the sources, pack them into rows of tokens
@@ -315,7 +312,7 @@ def _add_using(add: Add) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser. `--help` lists the commands in the order in which they are usually run."""
     parser = argparse.ArgumentParser(
-        prog="hildanext", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="hildanext", description=DESCRIPTION, epilog=ORDER, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"hildanext {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
