@@ -1,7 +1,7 @@
-"""Clients for serve.py, in a process of their own: `python client.py PLAN.json OUT.json`. Standard library only.
+"""HTTP clients for serve.py, in a separate process: `python client.py PLAN.json OUT.json`. Standard library only.
 
-Each client keeps a connection and asks again as soon as it has its answer. One that is told 429 waits as Retry-After says
-and asks again.
+Each client keeps its connection and sends the next request as soon as it has an answer. After a 429 it waits for
+Retry-After and retries.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Row = dict[str, Any]
 
 
 class Connection:
-    """HTTP/1.1 on a kept connection, as much of it as the server speaks: lengths, chunks, server-sent events."""
+    """HTTP/1.1 on a kept connection, with the features that the server uses: lengths, chunks, server-sent events."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
         self.host = "{}:{}".format(*writer.get_extra_info("peername"))
 
     async def post(self, path: str, body: bytes, request_id: str) -> tuple[int, dict[str, str]]:
-        """Send a request; (status, headers) of the answer, whose body is then read by `body` or `chunk`."""
+        """Send a request; return (status, headers). Read the body with `body` or `chunk`."""
         head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
         self.writer.write(f"{head}X-Request-Id: {request_id}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         first, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
@@ -34,13 +34,13 @@ class Connection:
         return await self.reader.readexactly(int(headers["content-length"]))
 
     async def chunk(self) -> bytes:
-        """The next chunk of a stream; empty at its end."""
+        """Read the next chunk of a stream; empty at its end."""
         size = int(await self.reader.readuntil(b"\r\n"), 16)
         return (await self.reader.readexactly(size + 2))[:-2]
 
 
 async def ask(connection: Connection, plan: dict[str, Any], number: int, row: Row) -> None:
-    """One request, again and again until it is accepted, then its answer; what was seen goes into `row`."""
+    """Send a request until it is accepted, read its answer, and record the results in `row`."""
     row |= {"prompt": number % len(plan["prompts"]), "refused": 0, "answers": 0}
     stream = number % plan["stream_every"] == 0
     body = json.dumps(plan["settings"] | {"prompt": plan["prompts"][row["prompt"]], "stream": stream}).encode()
@@ -68,7 +68,7 @@ async def ask(connection: Connection, plan: dict[str, Any], number: int, row: Ro
 
 
 async def _events(connection: Connection, row: Row, began: float) -> Any:
-    """Read a stream to its end: the data of its last event, and the time of its first block into `row`."""
+    """Read a stream to its end; return the data of its last event and record the time to the first block in `row`."""
     rest, done = b"", None
     while chunk := await connection.chunk():
         *events, rest = (rest + chunk).split(b"\n\n")
@@ -82,7 +82,7 @@ async def _events(connection: Connection, row: Row, began: float) -> Any:
 
 
 async def client(plan: dict[str, Any], numbers: Iterator[int], rows: list[Row], until: float) -> None:
-    """Ask until there are no numbers left or no time."""
+    """Send requests until no numbers are left or the time is over."""
     connection: Connection | None = None
     for number in numbers:
         rows.append(row := {})
@@ -90,7 +90,7 @@ async def client(plan: dict[str, Any], numbers: Iterator[int], rows: list[Row], 
             if connection is None:
                 connection = Connection(*await asyncio.open_connection("127.0.0.1", plan["port"]))
             await ask(connection, plan, number, row)
-        except (OSError, EOFError, ValueError, KeyError) as error:  # no answer, or none that can be read
+        except (OSError, EOFError, ValueError, KeyError) as error:  # no answer, or an unreadable one
             row["error"] = repr(error)
         if "error" in row and connection is not None:
             connection.writer.close()
@@ -102,7 +102,7 @@ async def client(plan: dict[str, Any], numbers: Iterator[int], rows: list[Row], 
 
 
 async def run(plan: dict[str, Any]) -> dict[str, Any]:
-    """`requests` in all, taken by whoever is free, as far as `seconds` allow."""
+    """Send `requests` in total, shared by all clients, for at most `seconds`."""
     rows: list[Row] = []
     numbers, until = iter(range(plan["requests"])), time.monotonic() + plan["seconds"]
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""docs/benchmarks/decode.md from the numbers of decode.py."""
+"""Write docs/benchmarks/decode.md from the results of decode.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def write_page(results: dict[str, Any], path: Path) -> None:
     lines = [
         "# Decoding",
         "",
-        "Made by `make bench-decode` (`benchmarks/decode.py`): one process, the two sides of a pair in",
-        f"turn, medians. CPU `{about['cpu']}` with {about['threads']} threads; "
+        "Made by `make bench-decode` (`benchmarks/decode.py`): one process, the two sides of a pair run",
+        f"alternately; all values are medians. CPU `{about['cpu']}` with {about['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "hildanext")
         + ".",
         "Model: SmolLM2-135M"
-        + (", converted." if about["converted"] else ", unconverted: the cost is the same, the text is worthless."),
+        + (", converted." if about["converted"] else ", not converted: the cost is the same, the text is meaningless."),
     ]
     for name, section in SECTIONS.items():
         if name in results:
@@ -34,7 +34,7 @@ def _diffusers(found: dict[str, Any]) -> list[str]:
     return [
         "## Against diffusers' LLaDA2Pipeline",
         "",
-        "Prompt 256, 512 new tokens, block 32, fp32, the block-causal mask supplied to it, weights read as `in_place` (it knows no other).",
+        "Prompt 256, 512 new tokens, block 32, fp32. diffusers gets the block-causal mask and reads the weights as `in_place`, its only convention.",
         "",
         "| | seconds | times faster | identical tokens | forwards | tokens per forward |",
         "|---|---|---|---|---|---|",
@@ -45,10 +45,9 @@ def _diffusers(found: dict[str, Any]) -> list[str]:
 
 def _storing(rows: list[dict[str, Any]]) -> list[str]:
     return [
-        "## Storing shares a forward",
+        "## Caching a block in the forward of the next block",
         "",
-        "Editing off, fp32, 128 new tokens: storing block k together with the first pass of block k+1, against a storing pass of",
-        "its own.",
+        "Editing off, fp32, 128 new tokens: block k is cached in the first pass of block k+1, compared with a separate caching pass.",
         "",
         "| block | seconds | separate | times faster | forwards | separate | identical tokens |",
         "|---|---|---|---|---|---|---|",
@@ -62,10 +61,10 @@ def _storing(rows: list[dict[str, Any]]) -> list[str]:
 
 def _bare(rows: list[dict[str, Any]]) -> list[str]:
     return [
-        "## What is not the model",
+        "## Overhead outside the model",
         "",
-        "The time of a whole run (block 8, 128 new tokens) over that of as many bare forwards of transformers at the same shapes, each",
-        "behind a `DynamicCache` of the same length with logits at all positions.",
+        "Time of a whole run (block 8, 128 new tokens) divided by the time of the same number of plain transformers forwards of the same",
+        "shapes, each with a `DynamicCache` of the same length and logits at all positions.",
         "",
         "| model | editing | forwards | seconds | bare forwards | ratio |",
         "|---|---|---|---|---|---|",
@@ -78,7 +77,7 @@ def _bare(rows: list[dict[str, Any]]) -> list[str]:
 
 def _batch(rows: list[dict[str, Any]]) -> list[str]:
     return [
-        "## Eight together against eight alone",
+        "## A batch of eight against eight single requests",
         "",
         "Block 8, bf16, prompts of 64 tokens, 64 new tokens each.",
         "",
@@ -96,7 +95,7 @@ def _ar(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## Against transformers' AR generate",
         "",
-        "Eager, block 8, editing off; tokens per second at each TPF that a sweep of `tau_mask` gives, the prompt not timed.",
+        "Eager, block 8, editing off; tokens per second at each TPF of a sweep of `tau_mask`, without the time of the prompt.",
         "",
         "| dtype | AR tokens/s | ours at TPF 2.5 | ratio | TPF: tokens/s |",
         "|---|---|---|---|---|",
@@ -108,7 +107,7 @@ def _ar(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _reaches(points: list[tuple[float, float]], wanted: float) -> str:
-    """TPF at which a curve reaches a rate, on the line between the points beside it."""
+    """Return the TPF at which a curve reaches a rate, interpolated between the neighbouring points."""
     ordered = sorted(points)
     for (x, y), (x2, y2) in itertools.pairwise(ordered):
         if y < wanted <= y2:
@@ -124,9 +123,9 @@ def _llama_cpp(found: dict[str, Any]) -> list[str]:
         f"llama.cpp (Q4_1 of the same base, AR, same cores): {rate:.0f} tokens/s."
         if rate
         else "llama-cpp-python was not installed.",
-        "Ours: prompt 64, 128 new tokens, the prompt not timed on either side. The ratio is against llama.cpp's rate right before and after.",
+        "HildaNext: prompt 64, 128 new tokens. The time of the prompt is excluded for both. The ratio is to the mean of llama.cpp's rate directly before and after.",
         "",
-        "| weights | block | editing | at TPF 2.5 | ratio | TPF that passes it | TPF for 1.2 times | TPF: tokens/s |",
+        "| weights | block | editing | at TPF 2.5 | ratio | TPF for equal speed | TPF for 1.2 times | TPF: tokens/s |",
         "|---|---|---|---|---|---|---|---|",
         *[
             f"| {r['weights']} | {r['block']} | {'on' if r['editing'] else 'off'} | {r['at_2.5']:.0f} | "
@@ -146,23 +145,23 @@ def _memory(found: dict[str, Any]) -> list[str]:
     return [
         "## Memory",
         "",
-        f"Eight sequences of 2,048 tokens, bf16: weights {mb['weights']:.0f} MB and cache {mb['cache']:.0f} MB by hand; peak "
-        f"{mb['peak'] - mb['before']:.0f} MB above what the libraries hold before the model is loaded: {found['over']:.2f} times.",
+        f"Eight sequences of 2,048 tokens, bf16: weights {mb['weights']:.0f} MB and cache {mb['cache']:.0f} MB as calculated; measured peak "
+        f"{mb['peak'] - mb['before']:.0f} MB above the memory in use before the model is loaded: {found['over']:.2f} times the calculated size.",
     ]
 
 
 def _context(found: dict[str, Any]) -> list[str]:
     return [
-        "## As the context grows",
+        "## Growth with the context",
         "",
-        f"From 256 to 4,096 stored tokens attention grows {found['attention']:.1f} times and a pass {found['pass']:.1f} times. In milliseconds the",
-        f"pass grows by {found['milliseconds']:.2f} times what its attention grows by.",
+        f"From 256 to 4,096 cached tokens, attention takes {found['attention']:.1f} times as long and a pass {found['pass']:.1f} times. In milliseconds,",
+        f"the increase of a pass is {found['milliseconds']:.2f} times the increase of its attention.",
         "",
-        "| stored tokens | pass of 8 tokens, ms | attention alone, ms |",
+        "| cached tokens | pass of 8 tokens, ms | attention alone, ms |",
         "|---|---|---|",
         *[f"| {r['context']} | {r['step_ms']:.1f} | {r['attention_ms']:.1f} |" for r in found["rows"]],
         "",
-        "![time of a pass over the context](decode_context.png)",
+        "![time of a pass by context length](decode_context.png)",
     ]
 
 
@@ -170,10 +169,10 @@ def _turns(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## The fifth turn of a conversation",
         "",
-        "Block 8, editing off, messages of 60 tokens and answers of 64: the fifth turn behind what the first four left in their slot, against the",
-        "same turn computed from its beginning. Median ratios of pairs in turn; bf16 rounds by shape, so its texts may part ways.",
+        "Block 8, editing off, messages of 60 tokens and answers of 64: the fifth turn with the cached tokens of the first four, compared with the",
+        "same turn computed from the start. Median ratios of alternating pairs. bf16 rounding depends on shapes, so bf16 texts may differ.",
         "",
-        "| runtime | prompt tokens | of these stored | first block, s | without | times faster | whole answer, s | without | times faster | identical tokens |",
+        "| runtime | prompt tokens | of these cached | first block, s | without | times faster | whole answer, s | without | times faster | identical tokens |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *[
             f"| {r['runtime']} {r['dtype']} | {r['prompt']} | {r['reused']} | {r['first_block_s'][0]:.2f} | {r['first_block_s'][1]:.2f} | "

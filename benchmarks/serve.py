@@ -1,12 +1,12 @@
-"""The HTTP server under load: `hildanext serve` on loopback, asked by client.py, each in a process of its own.
+"""Benchmark of the HTTP server: `hildanext serve` on loopback under load from client.py, each in its own process.
 
     make bench-serve
     make bench-serve ARGS="--only soak --soak 600"
     make bench-serve ARGS="--model smollm2-135m --threads 2 --tokens 16 --clients 8"
 
-Without --model a tiny random Llama of the demo's size, converted without training: what it costs counts, not what it says.
-Every level runs between two runs of one client, so that a ratio compares neighbours in time. Writes docs/benchmarks/serve.md (and
-what it is made of, runs/bench-serve.json, which later runs of single parts add to).
+Without --model it serves a tiny random Llama of the demo's size, converted without training: only the cost is measured.
+Every run of N clients is between two runs of one client, so that ratios compare runs close in time. Writes
+docs/benchmarks/serve.md and its data, runs/bench-serve.json, to which later runs of single parts are added.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from hildanext.provenance import versions
 Row = dict[str, Any]
 BLOCK = 8
 PROMPTS = 16
-WARMUP_SHARE = 0.1  # of a soak, before memory is judged
+WARMUP_SHARE = 0.1  # share of a soak before memory growth is measured
 FOREVER = 10**9
 START = 600.0  # seconds for a server to load its model
 
 
 class Server(NamedTuple):
-    """`hildanext serve` as a process."""
+    """A `hildanext serve` process."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -61,7 +61,7 @@ class Server(NamedTuple):
         return body
 
     def counters(self) -> Counter[str]:
-        """What /metrics has counted of POST /generate: answers by status, and tokens."""
+        """Return the counts of POST /generate in /metrics: answers by status, and tokens."""
         found: Counter[str] = Counter()
         for family in text_string_to_metric_families(self.get("/metrics").decode()):
             for name, labels, value, *_ in family.samples:
@@ -72,7 +72,7 @@ class Server(NamedTuple):
         return found
 
     def logged(self) -> Counter[str]:
-        """How often each request id was answered with 200, by the server's log."""
+        """Return how often the server's log says that each request id was answered with 200."""
         lines = self.log.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines if line.startswith('{"time"')]
         return Counter(r["id"] for r in records if r.get("path") == "/generate" and r["status"] == 200)
@@ -82,13 +82,13 @@ class Server(NamedTuple):
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def size(self) -> tuple[float, int]:
-        """Resident MB, and open file descriptors."""
+        """Return the resident memory in MB and the number of open file descriptors."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
 
 def converted(model: str | None, folder: Path) -> str:
-    """A checkpoint that can be served: the given one, or one made here from a base, without training."""
+    """Return a servable checkpoint: the given one, or a base saved as converted without training."""
     if model is None:
         tokenizer = story_tokenizer()
         tiny_llama(tokenizer, hidden=128, layers=3, context=512, seed=0).save_pretrained(folder / "base")
@@ -105,7 +105,7 @@ def converted(model: str | None, folder: Path) -> str:
 
 @contextlib.contextmanager
 def serving(model: str, args: argparse.Namespace, folder: Path) -> Iterator[Server]:
-    """`hildanext serve` with this runtime and dtype, all else as it comes, once it is ready; SIGTERM at the end."""
+    """Yield a ready `hildanext serve` with the given runtime and dtype and default settings; SIGTERM at the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     raw = {
@@ -145,7 +145,7 @@ def plan(server: Server, args: argparse.Namespace, name: str, clients: int, **li
 
 @contextlib.contextmanager
 def clients(server: Server, wanted: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The clients, as a process that runs beside the block; what they saw is in the dictionary after it."""
+    """Run the clients in a process beside the block; the yielded dictionary holds their results after it."""
     found: dict[str, Any] = {}
     source, target = (server.log.with_name(f"{wanted['name']}.{part}.json") for part in ("plan", "out"))
     source.write_text(json.dumps(wanted), encoding="utf-8")
@@ -163,7 +163,7 @@ def clients(server: Server, wanted: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def account(rows: list[Row], counted: dict[str, int], logged: Counter[str]) -> dict[str, Any]:
-    """Was every accepted request answered exactly once? The clients' books against the server's two."""
+    """Check that every accepted request was answered exactly once: clients' rows against log and /metrics."""
     answered = [row for row in rows if row.get("status") == 200 and "error" not in row]
     tokens = sum(row["tokens"] for row in answered)
     refused = sum(row.get("refused", 0) for row in rows)
@@ -181,13 +181,13 @@ def account(rows: list[Row], counted: dict[str, int], logged: Counter[str]) -> d
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """p50, p95 and p99, in the unit of the values."""
+    """Return p50, p95 and p99, in the unit of the values."""
     ordered = sorted(values)
     return {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 95, 99)}
 
 
 def level(server: Server, args: argparse.Namespace, name: str, n: int, requests: int | None = None) -> dict[str, Any]:
-    """One run of n clients with a fixed amount of work."""
+    """Run n clients with a fixed number of requests."""
     requests = requests or max(args.requests, args.each * n)
     with clients(server, plan(server, args, name, n, requests=requests)) as found:
         pass
@@ -197,7 +197,7 @@ def level(server: Server, args: argparse.Namespace, name: str, n: int, requests:
 
 
 def summed(runs: list[dict[str, Any]], texts: dict[int, str]) -> dict[str, Any]:
-    """The runs of a level as one line of the table. `texts`: what one client was told, by prompt."""
+    """Combine the runs of a level into one row of the table. `texts`: the answers to a single client, by prompt."""
     rows = [row for run in runs for row in run["rows"] if "error" not in row]
     return {
         "clients": runs[0]["clients"],
@@ -216,11 +216,11 @@ def summed(runs: list[dict[str, Any]], texts: dict[int, str]) -> dict[str, Any]:
 
 
 def bench_levels(model: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Each level between two runs of one client, `--rounds` times."""
+    """Run each level between two runs of one client, `--rounds` times."""
     runs: dict[int, list[dict[str, Any]]] = {1: []}
     ratios: dict[int, list[float]] = {n: [] for n in args.clients}
 
-    def one(number: int, n: int) -> None:
+    def run_level(number: int, n: int) -> None:
         name = f"run-{sum(map(len, runs.values()))}-round-{number}-of-{n}"
         runs.setdefault(n, []).append(level(server, args, name, n))
         print(f"{n} clients: {runs[n][-1]['rate']:.0f} tokens/s", file=sys.stderr, flush=True)
@@ -228,11 +228,11 @@ def bench_levels(model: str, args: argparse.Namespace, folder: Path) -> dict[str
     with serving(model, args, folder) as server:
         alone = level(server, args, "alone", 1, PROMPTS)
         texts = {row["prompt"]: row["text"] for row in alone["rows"]}
-        one(0, 1)
+        run_level(0, 1)
         for number in range(args.rounds):
             for n in args.clients:
-                one(number, n)
-                one(number, 1)
+                run_level(number, n)
+                run_level(number, 1)
                 around = statistics.mean(run["rate"] for run in runs[1][-2:])
                 ratios[n].append(runs[n][-1]["rate"] / around)
         health = json.loads(server.get("/health"))
@@ -244,12 +244,12 @@ def bench_levels(model: str, args: argparse.Namespace, folder: Path) -> dict[str
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
-    """Least squares: units a second."""
+    """Return the least-squares slope, in units per second."""
     return statistics.linear_regression(*zip(*samples, strict=True)).slope
 
 
 def bench_soak(model: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """`--soak` seconds of the most clients, every other answer streamed; memory and descriptors once a second."""
+    """Run the most clients for `--soak` seconds, every second answer streamed; sample memory each second."""
     n, samples = max(args.clients), []
     with serving(model, args, folder) as server:
         began = time.monotonic()
@@ -276,21 +276,23 @@ PARTS = {"levels": bench_levels, "soak": bench_soak}
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint, or a base to serve as if converted (default: a tiny one)")
-    parser.add_argument("--only", choices=list(PARTS), help="run this part")
-    parser.add_argument("--clients", type=int, nargs="+", default=[8, 32, 128], help="levels beside one client")
-    parser.add_argument("--requests", type=int, default=16, help="requests of a level, at least (default: 16)")
-    parser.add_argument("--each", type=int, default=2, help="requests a client, at least (default: 2)")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer (default: 48)")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each level runs (default: 9)")
-    parser.add_argument("--soak", type=float, default=60.0, help="seconds of the soak (default: 60)")
+    parser.add_argument("--model", help="checkpoint, or base model to serve as if converted (default: a tiny model)")
+    parser.add_argument("--only", choices=list(PARTS), help="run only this part")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[8, 32, 128], help="numbers of clients to compare with one client"
+    )
+    parser.add_argument("--requests", type=int, default=16, help="minimum requests per run (default: 16)")
+    parser.add_argument("--each", type=int, default=2, help="minimum requests per client (default: 2)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per answer (default: 48)")
+    parser.add_argument("--rounds", type=int, default=9, help="runs per level (default: 9)")
+    parser.add_argument("--soak", type=float, default=60.0, help="length of the soak in seconds (default: 60)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of the server (default: 1)")
     parser.add_argument("--runtime", default="eager", help="engine.runtime (default: eager)")
-    parser.add_argument("--dtype", default="float32", help="model.dtype (default: float32: same text in every batch)")
     parser.add_argument(
-        "--results", type=Path, default=Path("runs/bench-serve.json"), help="where the numbers are kept"
+        "--dtype", default="float32", help="model.dtype (default: float32, which gives the same text in every batch)"
     )
-    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/serve.md"), help="the page made of them")
+    parser.add_argument("--results", type=Path, default=Path("runs/bench-serve.json"), help="file for the results")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/serve.md"), help="page to write")
     return parser.parse_args()
 
 
@@ -321,7 +323,7 @@ def main() -> None:
     write_page(results, args.page)
     print(f"written: {args.page}")
     if bad:
-        sys.exit("an answer was lost, doubled or an error: see the page")
+        sys.exit("an answer was lost, duplicated or an error; see the page")
 
 
 if __name__ == "__main__":

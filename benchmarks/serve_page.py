@@ -1,4 +1,4 @@
-"""docs/benchmarks/serve.md and its picture from the numbers of serve.py."""
+"""Write docs/benchmarks/serve.md and its plot from the results of serve.py."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 NAMES = {
     "tiny": "A tiny model (a Llama of the demo's size, width 128, 3 layers, random weights)",
-    "smollm2-135m": "SmolLM2-135M (unconverted: the cost is the same, the text is worthless)",
+    "smollm2-135m": "SmolLM2-135M (not trained after conversion: the cost is the same, the text is meaningless)",
 }
 HEAD = """# Serving
 
 Made by `make bench-serve` (`benchmarks/serve.py`): `hildanext serve` with the runtime and dtype of
-`--runtime` and `--dtype` (eager and float32 unless given: a text is then the same in every batch), all else as it comes, and an
-asyncio client (`benchmarks/client.py`) in a process of its own, over loopback, on the same cores.
-Each client keeps a connection and asks `POST /generate` again as soon as it has its answer; one that gets 429 waits as
-`Retry-After` says and asks again. Answers are streamed, with every denoising step, which is the most that a client can ask
-for. Before and after each run of N clients there is one of a single client, and the ratio is to the mean of those two; medians.
+`--runtime` and `--dtype` (default: eager and float32, which give the same text in every batch) and default settings otherwise,
+and an asyncio client (`benchmarks/client.py`) in its own process, over loopback, on the same cores.
+Each client keeps its connection and sends the next `POST /generate` as soon as it has an answer; after a 429 it waits for
+`Retry-After` and retries. Answers are streamed with every denoising step, the most expensive kind of request. Before and after
+each run of N clients there is a run of one client, and the ratio is to the mean of those two. All values are medians.
 
-Time to first block and of a request count from the attempt that was accepted; *with retries* from the first. *Same text*: share
-of the answers that are, letter for letter, what a client alone was told. *Exactly once*: every accepted request has one
-answer at its client, one line in the server's log under its id, and the sums agree with `/metrics`.
+Time to first block and request time count from the accepted attempt, *with retries* from the first attempt. *Same text*: share
+of the answers that equal, character by character, the answer to a single client. *Exactly once*: every accepted request has one
+answer at its client and one line in the server's log under its id, and the sums agree with `/metrics`.
 """
 
 
@@ -41,7 +41,7 @@ def _about(about: dict[str, Any]) -> str:
     shared = about["load_before"] > 0.5
     return (
         f"CPU `{about['cpu']}`, {about['cores']} cores, {about['arguments']['threads']} for torch; {versions}. "
-        + (f"The machine was shared: {about['load_before']:.1f} processes ran already." if shared else "")
+        + (f"The machine was shared: {about['load_before']:.1f} other processes were running." if shared else "")
     ).strip()
 
 
@@ -55,11 +55,11 @@ def _levels(found: dict[str, Any]) -> list[str]:
     return [
         _about(found["about"]),
         "",
-        f"{given['tokens']} tokens an answer, at least {given['requests']} requests a run and {given['each']} a client, {given['rounds']} "
+        f"{given['tokens']} tokens per answer, at least {given['requests']} requests per run and {given['each']} per client, {given['rounds']} "
         f"rounds; {given['runtime']}, {found['dtype']}, {slots} slots and {queue} places in the queue; "
         f"{found['levels'][0]['tokens_per_forward']:.2f} tokens per forward.",
         "",
-        "| clients | tokens/s | ratio | server's CPU, µs a token | first block, ms (p50 / p95 / p99) | request, ms | with retries, ms | 429 | errors | same text | exactly once |",
+        "| clients | tokens/s | ratio | server's CPU, µs per token | first block, ms (p50 / p95 / p99) | request, ms | with retries, ms | 429 | errors | same text | exactly once |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *[
             f"| {row['clients']} | {row['rate']:.0f} | {row['ratio']:.2f} | {row['cpu_us']:.0f} | {_ms(row['first_s'])} | "
@@ -74,14 +74,14 @@ def _levels(found: dict[str, Any]) -> list[str]:
             + (f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}" if row["ratios"] else "1")
             for row in found["levels"][1:]
         )
-        + ". By the server's CPU time, which other work on the machine touches less, a token costs "
+        + ". In CPU time of the server, which other load affects less, a token costs "
         + ", ".join(
             f"{found['levels'][0]['cpu_us'] / row['cpu_us']:.2f} times less with {row['clients']}"
             for row in found["levels"][1:]
         )
         + "."
         + (
-            " Where there is 429, a run ends with clients that sit out their `Retry-After` while slots are empty."
+            " In runs with 429, clients still wait for `Retry-After` at the end while slots are empty."
             if any(row["refused"] for row in found["levels"])
             else ""
         ),
@@ -95,18 +95,18 @@ def _soak(found: dict[str, Any], picture: str) -> list[str]:
         "",
         _about(found["about"]),
         "",
-        f"{found['answered']} answers, every other one streamed, {found['rate']:.0f} tokens/s; {found['refused']} times 429, "
+        f"{found['answered']} answers, every second one streamed, {found['rate']:.0f} tokens/s; {found['refused']} times 429, "
         f"{len(found['errors'])} errors; every accepted request answered exactly once: "
         f"{'yes' if found['exactly_once'] else '**no**'}. Resident memory went from {found['mb'][0]:.1f} MB after the first tenth to "
         f"{found['mb'][1]:.1f} MB, by least squares {found['mb_per_10_min']:+.2f} MB in 10 minutes; {least} to {most} open file "
-        f"descriptors, {left} once the clients had gone.",
+        f"descriptors, {left} after the clients disconnected.",
         "",
         f"![memory and file descriptors over time]({picture})",
     ]
 
 
 def draw_soak(found: dict[str, Any], path: Path) -> None:
-    """Resident memory and open file descriptors over time."""
+    """Plot resident memory and open file descriptors over time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -39,7 +39,7 @@ NEVER = {
 PURE = {"diffusion.noise", "diffusion.masks", "diffusion.objective"}
 PURE_IMPORTS = {"torch", "hashlib", "collections", "typing", "__future__"}
 # Where the environment, exits and broad exceptions may live; threads that must survive any error are there too.
-EDGE = {"cli", "jobs.watcher", "server", "server.guard", "server.worker"}
+EDGE = {"cli", "jobs.watcher", "server.command", "server.guard", "server.worker"}
 HEAVY = {"torch", "transformers", "numpy", "fastapi", "matplotlib", "pydantic"}
 
 

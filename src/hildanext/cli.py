@@ -1,6 +1,6 @@
-"""The command line. Heavy imports live inside the commands, so that `--help` answers at once.
+"""The command line. Heavy imports are inside the commands, so that `--help` answers at once.
 
-Exit codes: 0 done, 1 failed, 2 wrong use. Progress and notes go to stderr; stdout carries the result only.
+Exit codes: 0 done, 1 failed, 2 wrong use. Progress and notes go to stderr, only the result goes to stdout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,21 @@ from hildanext import __version__
 from hildanext.errors import HildaError, UsageError
 
 Result = dict[str, Any]
-LESS_MEMORY = "Lower train.micro_batch or data.seq_len, or set train.gradient_checkpointing (training); shorten the prompt (decoding)."
+LESS_MEMORY = "Lower train.micro_batch or data.seq_len, set train.gradient_checkpointing, or shorten the prompt."
+DESCRIPTION = "Convert an autoregressive language model into an editable block-diffusion model, tune it and run it."
+ORDER = """\
+The usual order:
+  init                      write a configuration file
+  prepare-data, tokenize    read the sources, pack them into rows of tokens
+  preflight                 check that the training fits into memory
+  convert-wsd, merge-topk   convert the model, average the best checkpoints
+  sft, dpo                  fine-tune it on instructions, then on preference pairs (optional)
+  calibrate                 choose its decoding thresholds (optional)
+  benchmark, evaluate       measure speed and quality against the base model
+  generate, chat, serve     use it
+
+'generate', 'chat' and 'serve' use a small converted model that comes with the package if none is named.
+'demo' runs all main steps on a tiny model, offline, in minutes."""
 
 
 def _config(args: argparse.Namespace, base: str | None = None) -> Any:
@@ -31,7 +45,7 @@ def _config(args: argparse.Namespace, base: str | None = None) -> Any:
 
 
 def _to_decode(args: argparse.Namespace) -> Any:
-    """The configuration of a command that needs a converted model, and has one where none is named."""
+    """Load the configuration of a command that needs a converted model; the default is the shipped model."""
     from hildanext.config import SHIPPED_MODEL
 
     return _config(args, SHIPPED_MODEL)
@@ -51,7 +65,7 @@ def _init(args: argparse.Namespace) -> Result:
         source = ready / f"{args.preset}.json"
         if not source.is_file():
             known = ", ".join(sorted(path.stem for path in ready.glob("*.json")))
-            raise UsageError(f"no preset '{args.preset}'; there are: {known}")
+            raise UsageError(f"no preset '{args.preset}'; available: {known}")
         raw = json.loads(source.read_text(encoding="utf-8"))
     write_json(beside, schema())
     write_json(target, {"$schema": f"./{beside.name}"} | raw)
@@ -63,7 +77,7 @@ def _prepare_data(args: argparse.Namespace) -> Result:
 
     config = _config(args)
     if any(source.kind == "self" for source in config.data.sources):
-        from hildanext.model.self_answers import write_answers  # loads torch, which other sources do without
+        from hildanext.model.self_answers import write_answers  # imports torch, which the other sources do not need
 
         write_answers(config)
     manifest = prepare_data(config)
@@ -129,7 +143,7 @@ def _generate(args: argparse.Namespace) -> Result:
 
 def _chat(args: argparse.Namespace) -> Result:
     if args.json:
-        raise UsageError("a conversation is not one JSON object; use 'generate --json', or /save FILE.json in the chat")
+        raise UsageError("chat does not support --json; use 'generate --json', or /save FILE.json in the chat")
     from hildanext.terminal.chat import chat
 
     chat(_to_decode(args), args.system)
@@ -155,7 +169,7 @@ def _evaluate(args: argparse.Namespace) -> Result:
         args.set.append(f"evaluate.limit={args.limit}")
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks:
-        raise UsageError("--tasks is empty; give humaneval, gsm8k, stories, infilling or tasks of lm-eval")
+        raise UsageError("--tasks is empty; give humaneval, gsm8k, stories, infilling or lm-eval tasks")
     return evaluate(
         _config(args),
         tasks,
@@ -168,7 +182,7 @@ def _evaluate(args: argparse.Namespace) -> Result:
 
 
 def _serve(args: argparse.Namespace) -> Result:
-    from hildanext.server import serve
+    from hildanext.server.command import serve
 
     return serve(_to_decode(args))
 
@@ -185,129 +199,149 @@ def _demo(args: argparse.Namespace) -> Result:
     return demo(args.config, list(args.set))
 
 
-Add = Callable[[str, Callable[[argparse.Namespace], Result], str], argparse.ArgumentParser]
+Call = Callable[[argparse.Namespace], Result]
+Add = Callable[[str, Call, str], argparse.ArgumentParser]
 
 
-def _add_decoding(add: Add) -> None:
-    """The commands that decode, and those that run everything."""
-    generate = add("generate", _generate, "Complete a prompt with a converted checkpoint.")
-    generate.add_argument("prompt", help="the prompt ('-' reads stdin)")
-    generate.add_argument(
-        "--raw", action="store_true", help="continue the text as it stands, without the chat template"
+def _add_preparing(add: Add) -> None:
+    init = add("init", _init, "Write a configuration file and its JSON Schema.")
+    init.add_argument("path", nargs="?", default="hildanext.json", help="file to write (default: %(default)s)")
+    init.add_argument(
+        "--preset", metavar="NAME", help="start from a configuration that comes with the package (configs/NAME.json)"
     )
-    generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising step")
-    generate.add_argument(
-        "--picture", metavar="FILE", help="draw every denoising step: .png or .svg in rows, .gif animated"
+    init.add_argument("--force", action="store_true", help="overwrite an existing file")
+    text = "Read the data sources and write training and held-out documents to data/processed."
+    add("prepare-data", _prepare_data, text)
+    tokenize = add("tokenize", _tokenize, "Tokenize the documents and pack them into rows of tokens in data/tokenized.")
+    tokenize.add_argument(
+        "--verify", action="store_true", help="check the checksum of every shard and rebuild only damaged shards"
     )
-    chat = add("chat", _chat, "Talk with a converted checkpoint in the terminal.")
-    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    benchmark = add("benchmark", _benchmark, "Measure a converted checkpoint beside its autoregressive base.")
-    benchmark.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
-    benchmark.add_argument(
-        "--out", default="runs/benchmark.json", metavar="FILE.json", help="report (default: %(default)s)"
+
+
+def _add_training(add: Add) -> None:
+    text = "Predict the peak memory of a training step, and suggest changes if it does not fit."
+    fits = add("preflight", _preflight, text)
+    fits.add_argument(
+        "--for",
+        dest="command_for",
+        choices=["convert-wsd", "sft", "dpo"],
+        default="convert-wsd",
+        help="training command to predict (default: %(default)s)",
     )
-    calibrate = add("calibrate", _calibrate, "Find S_MODE and Q_MODE for a checkpoint and write them into it.")
+    fits.add_argument(
+        "--card", metavar="sm_XY", help="predict for another GPU, given by its compute capability, for example sm_61"
+    )
+    fits.add_argument("--memory", type=float, metavar="GB", help="available memory (default: that of this machine)")
+    fits.add_argument("--measure", action="store_true", help="also measure three steps with random weights")
+    text = "Convert an autoregressive model by continued pre-training with the WSD schedule."
+    convert = add("convert-wsd", _convert_wsd, text)
+    text = "Average the best checkpoints of a run, or the given checkpoints, into one model."
+    merge = add("merge-topk", _merge_topk, text)
+    tune = add("sft", _sft, "Fine-tune a converted model on instructions.")
+    prefer = add("dpo", _dpo, "Fine-tune a converted model on preference pairs (DPO).")
+    for command, run in ((convert, "convert"), (tune, "sft"), (prefer, "dpo"), (merge, "convert")):
+        text = f"name of the run, a folder in paths.runs (default: {run})"
+        command.add_argument("--run", default=run, metavar="NAME", help=text)
+    for command in (convert, tune, prefer):
+        text = "continue an interrupted run from its last checkpoint"
+        command.add_argument("--resume", action="store_true", help=text)
+    text = "checkpoint folders to average (default: the run's best)"
+    merge.add_argument("checkpoints", nargs="*", metavar="FOLDER", help=text)
+    merge.add_argument("--k", type=int, default=3, help="number of the run's best checkpoints (default: %(default)s)")
+    merge.add_argument("--out", metavar="FOLDER", help="folder for the result (default: RUN/merged)")
+    text = "adapters: add their mean to the base and save complete weights"
+    merge.add_argument("--full", action="store_true", help=text)
+    merge.add_argument("--rank", type=int, help="adapters: reduce the mean to this rank (default: full rank)")
+    merge.add_argument("--half", action="store_true", help="adapters: save the mean in float16, at half the size")
+    text = "held-out rows to evaluate the result on (default: %(default)s)"
+    merge.add_argument("--split", choices=["eval", "sft_eval"], default="eval", help=text)
+
+
+def _add_measuring(add: Add) -> None:
+    text = "Find the S_MODE and Q_MODE thresholds of a converted model and write them into its checkpoint."
+    calibrate = add("calibrate", _calibrate, text)
     calibrate.add_argument(
-        "--prompts", metavar="FILE", help="your prompts: .jsonl, or a line of text each (default: held-out text)"
+        "--prompts", metavar="FILE", help="file of prompts: .jsonl, or one prompt per line (default: held-out text)"
     )
-    calibrate.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
-    calibrate.add_argument(
-        "--out", default="runs/calibrate", metavar="FOLDER", help="report and picture (default: %(default)s)"
-    )
-    _add_evaluate(add)
-    add("serve", _serve, "Answer over HTTP: /generate, OpenAI's API, /health, /metrics.")
-    add("smoke-test", _smoke_test, "One conversion step, one SFT step and one generation; prints OK.")
-    add("demo", _demo, "The whole way on synthetic stories, offline, in minutes.")
-
-
-def _add_evaluate(add: Add) -> None:
-    evaluate = add("evaluate", _evaluate, "Quality against speed: AR base, Q_MODE and S_MODE, editing on and off.")
+    text = "Compare speed and likelihood of a converted model with its autoregressive base."
+    benchmark = add("benchmark", _benchmark, text)
+    text = "Measure task quality and speed of the AR base, Q_MODE and S_MODE, with and without editing."
+    evaluate = add("evaluate", _evaluate, text)
     evaluate.add_argument(
         "--tasks",
         required=True,
         metavar="A,B",
-        help="humaneval, gsm8k, stories, infilling; else tasks of lm-eval, or YAML files of such tasks",
+        help="comma-separated: humaneval, gsm8k, stories, infilling, names of lm-eval tasks, YAML files of such tasks",
     )
-    evaluate.add_argument("--limit", type=int, metavar="N", help="items of each task (default: all)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="number of items per task (default: all)")
     evaluate.add_argument(
-        "--data", action="append", default=[], metavar="TASK=FILE", help="data file of a task; repeatable"
-    )
-    evaluate.add_argument("--base", metavar="NAME", help="the base model (default: the one the checkpoint records)")
-    evaluate.add_argument(
-        "--out", default="runs/evaluate", metavar="FOLDER", help="report and samples (default: %(default)s)"
+        "--data", action="append", default=[], metavar="TASK=FILE", help="data file of a task; may be repeated"
     )
     evaluate.add_argument(
-        "--resume", action="store_true", help="take over what an interrupted evaluation left in --out"
+        "--resume", action="store_true", help="continue an interrupted evaluation from the samples in --out"
     )
     evaluate.add_argument(
-        "--allow-code-execution", action="store_true", help="let humaneval run what the model wrote, in a sandbox"
+        "--allow-code-execution", action="store_true", help="humaneval: run code written by the model, in a sandbox"
     )
+    for command, kind, out, what in (
+        (calibrate, "FOLDER", "runs/calibrate", "folder for the report and its plot"),
+        (benchmark, "FILE.json", "runs/benchmark.json", "report file"),
+        (evaluate, "FOLDER", "runs/evaluate", "folder for the report and samples"),
+    ):
+        command.add_argument("--base", metavar="NAME", help="base model (default: the one recorded in the checkpoint)")
+        command.add_argument("--out", default=out, metavar=kind, help=f"{what} (default: %(default)s)")
+
+
+def _add_using(add: Add) -> None:
+    generate = add("generate", _generate, "Complete a prompt with a converted model.")
+    generate.add_argument("prompt", help="prompt text; '-' reads it from stdin")
+    generate.add_argument("--raw", action="store_true", help="continue the text without the chat template")
+    generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising pass as one JSON line")
+    generate.add_argument(
+        "--picture", metavar="FILE", help="draw every denoising pass: as rows (.png, .svg) or as an animation (.gif)"
+    )
+    chat = add("chat", _chat, "Chat with a converted model in the terminal.")
+    chat.add_argument("--system", metavar="TEXT", help="system message of the conversation")
+    text = "Serve a converted model over HTTP: web page, /generate, OpenAI's API, jobs, /health, /metrics."
+    add("serve", _serve, text)
+    text = "Check the installation: one conversion step, one SFT step and one generation; prints OK."
+    add("smoke-test", _smoke_test, text)
+    add("demo", _demo, "Run all main steps on synthetic stories with a tiny model: offline, in minutes.")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser. `--help` lists the commands in the order in which they are usually run."""
     parser = argparse.ArgumentParser(
-        prog="hildanext", description="Autoregressive language models in, editable block-diffusion language models out."
+        prog="hildanext", description=DESCRIPTION, epilog=ORDER, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"hildanext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--config", metavar="FILE.json", help="configuration file (default: the built-in defaults)")
     shared.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one configuration key; may be repeated",
     )
-    shared.add_argument("--model", metavar="NAME", help="short for --set model.base=NAME")
-    shared.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    shared.add_argument("--model", metavar="NAME", help="model to load; short for --set model.base=NAME")
+    shared.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
 
-    def add(name: str, call: Callable[[argparse.Namespace], Result], text: str) -> argparse.ArgumentParser:
+    def add(name: str, call: Call, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=text, description=text)
         command.set_defaults(call=call)
         return command
 
-    init = add("init", _init, "Write a configuration file and its JSON Schema.")
-    init.add_argument("path", nargs="?", default="hildanext.json", help="file to write (default: hildanext.json)")
-    init.add_argument("--preset", metavar="NAME", help="start from a ready-made configuration (configs/NAME.json)")
-    init.add_argument("--force", action="store_true", help="overwrite the file")
-    add("prepare-data", _prepare_data, "Read the sources into data/processed, training and held-out documents apart.")
-    tokenize = add("tokenize", _tokenize, "Pack documents into rows of tokens in data/tokenized.")
-    tokenize.add_argument(
-        "--verify", action="store_true", help="check every shard's checksum; make damaged ones again, alone"
-    )
-    convert = add(
-        "convert-wsd", _convert_wsd, "Convert an autoregressive model by continued pre-training on the WSD schedule."
-    )
-    tune = add("sft", _sft, "Fine-tune a converted checkpoint on instructions.")
-    prefer = add("dpo", _dpo, "Tune a converted checkpoint on preference pairs.")
-    merge = add("merge-topk", _merge_topk, "Average the best checkpoints of a run, or the given folders.")
-    for command, run in ((convert, "convert"), (tune, "sft"), (prefer, "dpo"), (merge, "convert")):
-        command.add_argument("--run", default=run, metavar="NAME", help=f"name of the run's folder (default: {run})")
-    for command in (convert, tune, prefer):
-        command.add_argument("--resume", action="store_true", help="continue an interrupted run where it was")
-    fits = add(
-        "preflight", _preflight, "Predict the peak memory of a training step; say what to change to make it fit."
-    )
-    fits.add_argument(
-        "--for", dest="command_for", choices=["convert-wsd", "sft", "dpo"], default="convert-wsd", help="which training"
-    )
-    fits.add_argument("--card", metavar="sm_XY", help="a GPU that is not here, by its compute capability (sm_61)")
-    fits.add_argument("--memory", type=float, metavar="GB", help="memory to fit into (default: what is here)")
-    fits.add_argument("--measure", action="store_true", help="also run three steps on random weights and measure them")
-    merge.add_argument("checkpoints", nargs="*", metavar="FOLDER", help="checkpoint folders (default: the run's best)")
-    merge.add_argument("--k", type=int, default=3, help="how many of the run's best (default: 3)")
-    merge.add_argument("--out", metavar="FOLDER", help="result (default: RUN/merged)")
-    merge.add_argument(
-        "--full", action="store_true", help="adapters: add their mean to the base and write whole weights"
-    )
-    merge.add_argument("--rank", type=int, help="adapters: cut the mean to this rank (default: all of it)")
-    merge.add_argument("--half", action="store_true", help="adapters: store the mean in float16, half the size")
-    merge.add_argument(
-        "--split", choices=["eval", "sft_eval"], default="eval", help="held-out rows that judge the result"
-    )
-    _add_decoding(add)
+    _add_preparing(add)
+    _add_training(add)
+    _add_measuring(add)
+    _add_using(add)
     return parser
 
 
 def _show(result: Result) -> None:
-    """A result for people: the printed text if it has one, else a line a key."""
+    """Print a result for reading: its text if it has one, else one line per key."""
     if "stdout" in result:
         print(result["stdout"])
         return
@@ -316,13 +350,13 @@ def _show(result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit code."""
+    """Run a command. Entry point of the console script; returns the exit code."""
     args = build_parser().parse_args(argv)
-    # Kept quiet for people: weights load in a blink here, and progress has its own place.
+    # The libraries' own progress bars and warnings would mix with ours on stderr.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Of several processes (torchrun, accelerate launch) the first one speaks; an error of any of them is heard.
+    # With several processes (torchrun, accelerate launch) only rank 0 prints; errors of every rank are printed.
     if os.environ.get("RANK", "0") == "0":
         return _run(args, sys.stderr)
     errors = sys.stderr
@@ -332,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, errors: TextIO) -> int:
     def complain(line: object) -> None:
-        # One write: lines of several unbuffered processes must not run into each other.
+        # A single write keeps the lines of several processes apart.
         errors.write(f"hildanext {args.command}: {line}\n")
 
     try:
@@ -344,7 +378,7 @@ def _run(args: argparse.Namespace, errors: TextIO) -> int:
         complain((f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)))
         return 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported for this
+        if type(error).__name__ != "OutOfMemoryError":  # torch's class, compared by name to avoid the import
             raise
         complain(f"out of GPU memory: {str(error).splitlines()[0]} {LESS_MEMORY}")
         return 1

@@ -39,7 +39,7 @@ from hildanext.model.pretrained import load_tokenizer
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.progress import duration, progress, say
 from hildanext.provenance import git_revision, versions
-from hildanext.terminal.cells import Settling, as_line
+from hildanext.terminal.cells import CellTracker, as_line
 from hildanext.training.ar_base import train_ar
 from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.convert import convert_wsd, sft
@@ -146,9 +146,9 @@ def show_passes(engine: TransformersEngine, settings: Settings, slots: Slots, bl
     """The first blocks of one answer, one line per pass: `_` is a mask, [word] a new draft, {word} a new edit."""
     request = Request(engine.encode([{"role": "user", "content": instruction(slots)}]), settings)
     last = len(request.prompt_ids) // settings.block_size + blocks
-    settling = Settling(engine, request)
+    tracker = CellTracker(engine, request)
     steps = [event for event in engine.stream(request) if isinstance(event, Step) and event.block < last]
-    return "\n".join("  " + as_line(step, settling.cells(step)) for step in steps)
+    return "\n".join("  " + as_line(step, tracker.cells(step)) for step in steps)
 
 
 def measure(config: Config, base: PreTrainedModel, lm: DiffusionLM) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,7 @@ import pytest
 from hildanext.cli import build_parser, main
 from hildanext.config import Config, load_config, parse_config
 from hildanext.decoding.engines import open_engine
-from hildanext.server import make_app
+from hildanext.server.app import make_app
 from hildanext.server.guard import OPEN_PATHS
 from hildanext.server.keys import KEYS_VARIABLE, read_keys
 from support import serving

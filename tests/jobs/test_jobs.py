@@ -24,7 +24,8 @@ from hildanext.decoding.engines.dummy import DummyEngine
 from hildanext.jobs import child, kinds, store, watcher
 from hildanext.jobs.store import ENDED, Job, Store, new_id
 from hildanext.jobs.watcher import Jobs
-from hildanext.server import open_jobs, tail
+from hildanext.server import tail
+from hildanext.server.command import open_jobs
 from support import serving
 from support.training import material
 from support.waiting import until
@@ -193,10 +194,10 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
         ({"kind": "tokenize", "config": {"train": {"stepz": 1}}}, "train.stepz"),
         ({"kind": "tokenize", "config": {"train": 3}}, "train"),
         ({"kind": "tokenize", "config": {"model": {"trust_remote_code": True}}}, "trust_remote_code"),
-        ({"kind": "sft", "config": {"model": {"base": "/etc"}}}, "/etc lies outside the workspace"),
-        ({"kind": "sft", "config": {"model": {"base": "../x"}}}, "../x lies outside the workspace"),
-        ({"kind": "sft", "config": {"model": {"base": "link/x"}}}, "link/x lies outside the workspace"),
-        ({"kind": "sft", "config": {"model": {"base": "a\0b"}}}, "lies outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "/etc"}}}, "/etc is outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "../x"}}}, "../x is outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "link/x"}}}, "link/x is outside the workspace"),
+        ({"kind": "sft", "config": {"model": {"base": "a\0b"}}}, "is outside the workspace"),
         (
             {"kind": "prepare-data", "config": {"data": {"sources": [{"kind": "instruct", "path": "/etc/passwd"}]}}},
             "outside the workspace",
@@ -207,11 +208,11 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
                 "kind": "tokenize",
                 "config": {"data": {"sources": [{"kind": "dolma", "path": "http://10.0.0.1/x.jsonl"}]}},
             },
-            "'config.data.sources.0.path': a job may not open a URL",
+            "'config.data.sources.0.path': a job may open only URLs",
         ),
         ({"kind": "sft", "options": {"run": "../x"}}, "'options.run'"),
-        ({"kind": "sft", "options": {"k": 2}}, "'options.k': sft does not take it"),
-        ({"kind": "tokenize", "options": {"run": "x"}}, "'options.run': tokenize does not take it"),
+        ({"kind": "sft", "options": {"k": 2}}, "'options.k': sft does not take this option"),
+        ({"kind": "tokenize", "options": {"run": "x"}}, "'options.run': tokenize does not take this option"),
         ({"kind": "merge-topk"}, "'options.run': merge-topk needs"),
         ({"kind": "merge-topk", "options": {"run": "x", "out": "/tmp/x"}}, "'options.out'"),
     ],
@@ -333,7 +334,7 @@ def test_one_gpu_is_not_fought_for(config: Config, monkeypatch: pytest.MonkeyPat
         later = start(client, "tokenize")
         assert ended(client, later)["state"] == "done"  # it did not wait for that one
         shown = client.get(f"/jobs/{early.id}").json()
-        assert (shown["state"], "on the GPU" in shown["waits_because"]) == ("queued", True)
+        assert (shown["state"], "uses the GPU" in shown["waits_because"]) == ("queued", True)
         engine.device = "cpu"
         assert ended(client, {"id": early.id})["state"] == "done"
         assert jobs.store.move(jobs.store.get(early.id), "failed")
@@ -371,7 +372,7 @@ def test_a_stream_of_a_job_that_is_deleted_ends_with_an_error(config: Config, mo
     first, second = asyncio.run(all_of_it())
     assert (first, second) == (
         'data: "one"\n\n',
-        'event: error\ndata: {"detail": "there is no such job", "status": 404}\n\n',
+        'event: error\ndata: {"detail": "no such job", "status": 404}\n\n',
     )
 
 
@@ -501,7 +502,7 @@ def test_databases_that_cannot_be_had(config: Config) -> None:
     for url, line in (("nonsense", "'jobs.database'"), ("nosuch://x", "'jobs.database'"), ("mysql://x", "MySQLdb")):
         with pytest.raises(store.UsageError, match=line):
             Store(url)
-    with pytest.raises(store.StoreError, match="the jobs' database"):
+    with pytest.raises(store.StoreError, match="job database"):
         Store("sqlite:////nowhere/at/all.sqlite")
 
 

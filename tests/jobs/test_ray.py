@@ -20,14 +20,14 @@ from pathlib import Path
 import pytest
 from test_jobs import OBEDIENT, ended, queued, scripted, start
 
-from hildanext import server
 from hildanext.config import Config, ConfigError, parse_config
 from hildanext.errors import UsageError
 from hildanext.jobs import child
 from hildanext.jobs.backend import BackendError
 from hildanext.jobs.store import Job
 from hildanext.jobs.watcher import Jobs
-from hildanext.server import open_jobs
+from hildanext.server import command
+from hildanext.server.command import open_jobs
 from support import serving
 from support.training import material
 from support.waiting import until
@@ -341,7 +341,7 @@ def test_a_node_that_does_not_share_the_folder_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert (
         done.stderr
-        == f"{tmp_path}/none is not on this machine: paths.runs must be on storage that it shares with the server\n"
+        == f"{tmp_path}/none does not exist on this machine; paths.runs must be on storage shared with the server\n"
     )
 
 
@@ -359,13 +359,13 @@ def test_the_address_is_checked() -> None:
 
 def test_what_is_missing_or_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse_config({"jobs": {"backend": "ray", "ray_address": "http://127.0.0.1:1"}})
-    find_spec: Callable[[str], object] = server.importlib.util.find_spec
-    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None if name == "ray" else find_spec(name))
+    find_spec: Callable[[str], object] = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "ray" else find_spec(name))
     with pytest.raises(UsageError, match=r"pip install 'hildanext\[ray\]'"):
-        server.open_backend(config, {})
-    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: object())
+        command.open_backend(config, {})
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UsageError, match="unset RAY_ADDRESS"):
-        server.open_backend(config, {"RAY_ADDRESS": "auto"})
+        command.open_backend(config, {"RAY_ADDRESS": "auto"})
 
 
 def test_jobs_of_the_other_backend_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +376,7 @@ def test_jobs_of_the_other_backend_are_left_alone(tmp_path: Path, monkeypatch: p
     assert jobs.store.move(job, "running", backend_id=f"hildanext-{job.id}-1")
 
     def done() -> bool:
-        with pytest.raises(BackendError, match="1 running jobs are not of backend 'local'"):
+        with pytest.raises(BackendError, match="1 running jobs belong to another backend than 'local'"):
             jobs.tick()
         return jobs.store.get(mine.id).state == "done"
 

@@ -15,7 +15,7 @@ from test_jobs import queued, scripted, until
 
 from hildanext.config import Config, parse_config
 from hildanext.jobs.store import STATES, ConflictError, MissingError, Store, StoreError
-from hildanext.server import open_jobs
+from hildanext.server.command import open_jobs
 
 BINARIES = [Path(folder) for folder in sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)]
 
@@ -176,9 +176,9 @@ def test_a_server_that_was_away(postgres: Postgres) -> None:
     store = Store(postgres.url)
     store.add("kept", "sft", {})
     postgres.stop()
-    with pytest.raises(StoreError, match="the jobs' database"):
+    with pytest.raises(StoreError, match="job database"):
         store.get("kept")
-    with pytest.raises(StoreError, match="the jobs' database"):
+    with pytest.raises(StoreError, match="job database"):
         Store(postgres.url)
     postgres.start()
     assert store.get("kept").state == "queued"

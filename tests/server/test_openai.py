@@ -129,7 +129,7 @@ def test_sampling_and_stops(client: openai.OpenAI, expected) -> None:
         ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
         ({"extra_body": {"tau_mask": 2}}, "tau_mask", "less than or equal to 1"),
         ({"extra_body": {"tau_mark": 0.5}}, "tau_mark", "Extra inputs are not permitted"),
-        ({"prompt": ["a", "b"], "stream": True}, None, "a stream takes one prompt"),
+        ({"prompt": ["a", "b"], "stream": True}, None, "a stream takes exactly one prompt"),
         ({"prompt": ""}, None, "the prompt is empty"),
         ({"max_tokens": 1000}, None, "exceed the model's context of 64"),
         ({"max_tokens": 1000, "stream": True}, None, "exceed the model's context of 64"),

@@ -11,7 +11,7 @@ import pytest
 from hildanext.config import parse_config
 from hildanext.decoding.engines import open_engine
 from hildanext.jobs import watcher
-from hildanext.server import open_jobs
+from hildanext.server.command import open_jobs
 from support import serving
 
 pytest.importorskip("schemathesis")

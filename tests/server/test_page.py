@@ -19,7 +19,7 @@ import pytest
 from hildanext.config import Config
 from hildanext.jobs import watcher
 from hildanext.jobs.store import ENDED
-from hildanext.server import open_jobs
+from hildanext.server.command import open_jobs
 from support import serving, waiting
 from support.training import material
 
@@ -250,7 +250,7 @@ def test_a_base_that_cannot_be_had_is_said_in_its_column(visit: Any, converted: 
         here.ask()
         here.page.click("#compare")
         canvases = [here.finished(nth) for nth in range(3)]
-        problem = "no AR base: model '/nowhere/at/all': no such folder"
+        problem = "the AR base is not available: model '/nowhere/at/all': no such folder"
         assert canvases[0].locator(".problem").text_content() == problem
         assert [one.get_attribute("data-state") for one in canvases[1:]] == ["done", "done"]
         here.look("compare-no-base")
@@ -265,7 +265,7 @@ def test_a_base_that_cannot_be_had_is_said_in_its_column(visit: Any, converted: 
         ({"tau_mask": "2"}, "'tau_mask': Input should be less than or equal to 1"),
         ({"tau_edit": "some"}, "τ edit is not a number."),
         ({"max_new_tokens": "500"}, "exceed the model's context of 64"),
-        ({"deadline_s": "0.000001"}, "504, too slow: the deadline passed"),
+        ({"deadline_s": "0.000001"}, "504, timed out: the deadline passed"),
     ],
 )
 @pytest.mark.slow
@@ -376,6 +376,7 @@ def test_without_a_mouse(visit: Any, server: str) -> None:
 # --- Jobs
 
 
+# Tests name `workplace` before `visit`: the page must be closed before its server, which it asks every two seconds.
 @pytest.fixture
 def workplace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server with jobs over real rows and a real base; what still runs at the end is cancelled."""
@@ -406,10 +407,10 @@ def last_step(page: Any, chart: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_job_is_started_watched_cancelled_and_resumed(visit: Any, workplace: str) -> None:
+def test_a_job_is_started_watched_cancelled_and_resumed(workplace: str, visit: Any) -> None:
     here = visit(workplace, "/#jobs")
     page = here.page
-    expect(page.locator("#job-list")).to_contain_text("No job yet")
+    expect(page.locator("#job-list")).to_contain_text("No jobs yet")
     page.click("#new-job")
     for section, key, value in (
         ("wsd", "stable_steps", "50000"),
@@ -451,7 +452,7 @@ def test_a_job_is_started_watched_cancelled_and_resumed(visit: Any, workplace: s
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#job-pane .pill")).to_have_text("cancelled")
     page.get_by_role("button", name="Delete").click()
-    expect(page.locator("#job-list")).to_contain_text("No job yet")
+    expect(page.locator("#job-list")).to_contain_text("No jobs yet")
 
 
 # What a training leaves behind, without the training: metrics in its run's folder, a result on stdout.
@@ -471,7 +472,7 @@ print(json.dumps({"finished": True, "steps": 2000}))
 
 @pytest.mark.slow
 def test_runs_are_laid_over_each_other(
-    visit: Any, workplace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: str, visit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         watcher, "command", lambda python, kind, options, *_, **__: [python, "-c", TRAINED, options.run]

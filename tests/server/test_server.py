@@ -12,14 +12,16 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from hildanext import __version__, server
+from hildanext import __version__
 from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Engine, Event, Request, open_engine
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model.policy import choose_policy
+from hildanext.server import command, meters, openai
 from hildanext.server import keys as server_keys
-from hildanext.server import make_app, meters, openai, serve
+from hildanext.server.app import make_app
+from hildanext.server.command import serve
 from hildanext.server.keys import is_authorized, is_loopback, is_own_page, read_keys
 from support import serving
 from support.waiting import until
@@ -144,7 +146,7 @@ def test_what_nobody_foresaw_is_500_with_an_id_and_a_log(
     ):
         answer = client.get(path, headers={"X-Request-Id": "mine"})
         assert answer.status_code == 500
-        assert where(answer.json()) == "the server failed: RuntimeError; its log has more under mine"
+        assert where(answer.json()) == "the server failed: RuntimeError; see its log for request mine"
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
         assert [(line["event"], line["id"]) for line in lines] == [("failed", "mine"), ("request", "mine")]
@@ -161,7 +163,7 @@ def test_an_empty_prompt_is_400(client: TestClient, body: dict[str, Any]) -> Non
 def test_long_prompts_are_refused() -> None:
     with serving.client(dummy(max_prompt_chars=10)) as client:
         assert client.post("/generate", json={"prompt": "é" * 10}).status_code == 200
-        line = {"detail": "the prompt has 11 characters; server.max_prompt_chars is 10"}
+        line = {"detail": "the prompt has 11 characters; the limit is 10 (server.max_prompt_chars)"}
         messages = [{"role": "user", "content": "x" * 6}, {"role": "assistant", "content": "x" * 5}]
         for body in ({"prompt": "x" * 11}, {"messages": messages}):
             answer = client.post("/generate", json=body)
@@ -175,7 +177,7 @@ def test_long_prompts_are_refused() -> None:
     ("error", "line"),
     [
         (ModelError("the model is not well"), "the model is not well"),
-        (ZeroDivisionError("secret"), "the engine failed: ZeroDivisionError; the server's log has more"),
+        (ZeroDivisionError("secret"), "the engine failed: ZeroDivisionError; see the server's log"),
     ],
 )
 def test_a_model_that_fails_is_500_with_a_line_and_the_next_request_has_its_chance(
@@ -410,7 +412,7 @@ def test_loopback(host: str, own: bool) -> None:
 
 def refused(monkeypatch: pytest.MonkeyPatch, config: Config, match: str) -> None:
     """`serve` refuses before anything loads."""
-    monkeypatch.setattr(server.engines, "open_engine", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(command.engines, "open_engine", lambda config: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=match):
         serve(config)
 
@@ -422,7 +424,7 @@ def test_no_other_address_without_keys(monkeypatch: pytest.MonkeyPatch, host: st
 
 def test_key_files_that_hold_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n  \n")
-    refused(monkeypatch, dummy(host="0.0.0.0", api_key_file=str(tmp_path / "empty")), "empty holds no key")
+    refused(monkeypatch, dummy(host="0.0.0.0", api_key_file=str(tmp_path / "empty")), "empty contains no key")
     refused(monkeypatch, dummy(api_key_file=str(tmp_path / "none")), "'server.api_key_file': cannot read .*none")
 
 
@@ -437,7 +439,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_socket_lets_asyncio_turn_nagle_off() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with server.bind(dummy(port=port).server) as sock:
+    with command.bind(dummy(port=port).server) as sock:
         assert sock.proto == socket.IPPROTO_TCP
 
 

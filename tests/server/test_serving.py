@@ -19,14 +19,15 @@ from typing import Any
 import httpx2
 import pytest
 
-from hildanext import server
 from hildanext.config import Config, ServerConfig, parse_config
 from hildanext.decoding.engines import Completion, Event, Request, Stats
 from hildanext.decoding.engines.dummy import DummyEngine
 from hildanext.decoding.events import Finished, Step
 from hildanext.jobs.watcher import Jobs
-from hildanext.server import guard, make_app, open_jobs
+from hildanext.server import command, guard
 from hildanext.server import worker as server_worker
+from hildanext.server.app import make_app
+from hildanext.server.command import open_jobs
 from hildanext.server.worker import Worker
 from support import serving, waiting
 
@@ -440,8 +441,8 @@ def test_what_the_metrics_say_of_passes_and_of_errors_in_a_stream() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system has no such limit")
 def test_a_connection_whose_client_takes_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "STALL_S", 0.1)
-    with server.bind(ServerConfig(port=serving.free_port())) as listening:
+    monkeypatch.setattr(command, "STALL_S", 0.1)
+    with command.bind(ServerConfig(port=serving.free_port())) as listening:
         listening.listen()
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -22,7 +22,8 @@ from hildanext.decoding.engines.ar import ArEngine
 from hildanext.decoding.events import Finished, Step
 from hildanext.jobs.kinds import KINDS, SECTIONS, TAKES
 from hildanext.model.ar_generate import ar_complete
-from hildanext.server import make_app, open_jobs
+from hildanext.server.app import make_app
+from hildanext.server.command import open_jobs
 from support import serving
 
 WEB = Path(__file__).parents[2] / "src" / "hildanext" / "server" / "web"
@@ -205,8 +206,8 @@ def test_while_it_loads_a_request_waits_no_longer_than_its_deadline(converted: C
 @pytest.mark.parametrize(
     ("server", "line"),
     [
-        ({"base": False}, "server.base is off; set it to true and start the server again"),
-        ({}, "no AR base: '{}' is not a converted checkpoint"),
+        ({"base": False}, "server.base is false; set it to true and restart the server"),
+        ({}, "the AR base is not available: '{}' is not a converted checkpoint"),
     ],
 )
 def test_no_base_is_404_and_says_why(converted: Config, server: dict[str, Any], line: str) -> None:

@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from hildanext.config import Config
 from hildanext.decoding.engines import Engine, open_engine
 from hildanext.jobs.watcher import Jobs
-from hildanext.server import make_app
+from hildanext.server.app import make_app
 from hildanext.server.worker import Worker
 from support import forked
 from support.waiting import LAST_RESORT, until

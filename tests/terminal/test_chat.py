@@ -32,7 +32,7 @@ from hildanext.errors import DataError, UsageError
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.prompts import encode_prompt
 from hildanext.model.tiny import tiny_llama
-from hildanext.terminal.cells import Settling, as_line, token_texts
+from hildanext.terminal.cells import CellTracker, as_line, token_texts
 from hildanext.terminal.dialogue import Dialogue
 from hildanext.terminal.live import LiveAnswer, draw_line
 
@@ -138,12 +138,12 @@ def test_modes_and_thresholds(piped):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/nothing", "no command '/nothing'; /help lists them"),
+        ("/nothing", "unknown command '/nothing'; /help lists the commands"),
         ("/mode fast", "chat: 'decode.mode': input should be 'S_MODE' or 'Q_MODE', got 'FAST'"),
         ("/tau", "usage: /tau MASK [EDIT|off], for example /tau 0.7 0.5"),
         ("/tau high", "usage: /tau MASK [EDIT|off], for example /tau 0.7 0.5"),
         ("/tau 1.5", "chat: 'decode': tau_mask must lie in [0, 1], got 1.5"),
-        ("/trace", "no answer with passes to show yet"),
+        ("/trace", "there are no passes to show yet"),
         ("/save", "usage: /save FILE.json or FILE.md"),
         ("/load", "usage: /load FILE.json"),
         ("/load nowhere.json", "nowhere.json: No such file or directory"),
@@ -207,7 +207,7 @@ def test_what_is_no_conversation_is_not_loaded(engine: TransformersEngine, tmp_p
         '[{"role": "king", "content": ""}]',
     ):
         (tmp_path / "x.json").write_text(content)
-        with pytest.raises(DataError, match=r"x.json: not a conversation that /save wrote as JSON: "):
+        with pytest.raises(DataError, match=r"x.json: not a conversation saved as JSON by /save: "):
             dialogue.load(tmp_path / "x.json")
     assert [one["role"] for one in dialogue.messages] == ["system"]
 
@@ -216,7 +216,7 @@ def test_json_is_refused_and_so_is_a_model_without_a_chat_template(piped, folder
     code, out, err = piped("hello\n", "--json")
     assert (code, out) == (2, "")
     assert err == [
-        "hildanext chat: a conversation is not one JSON object; use 'generate --json', or /save FILE.json in the chat"
+        "hildanext chat: chat does not support --json; use 'generate --json', or /save FILE.json in the chat"
     ]
     for file in (folder / "model").iterdir():
         if file.name != "chat_template.jinja":
@@ -315,10 +315,10 @@ def test_cells_say_what_each_pass_did(engine: TransformersEngine, config: Config
     mask, eos = engine.mask_token_id, engine.eos_token_id
     assert eos is not None
     request = Request([10, 11], engine.settings(config)._replace(max_new_tokens=4))
-    settling = Settling(engine, request)
+    tracker = CellTracker(engine, request)
 
     def kinds(tokens: list[int], drafted: list[int], edited: list[int]) -> list[str]:
-        cells = settling.cells(Step(0, 0, tokens, drafted, edited, [0.25] * len(tokens), 0.0, 0))
+        cells = tracker.cells(Step(0, 0, tokens, drafted, edited, [0.25] * len(tokens), 0.0, 0))
         assert [cell.position for cell in cells] == list(range(len(tokens)))
         return [f"{cell.kind} {cell.strength:.2f}" for cell in cells]
 
@@ -342,7 +342,7 @@ def test_a_pass_as_a_line(engine: TransformersEngine, config: Config):
     assert engine.eos_token_id is not None
     tokens = [the, cat, engine.mask_token_id, saw, a, engine.eos_token_id, a]
     step = Step(3, 1, tokens, [1], [3], [0.5] * 7, 0.0, 0)
-    cells = Settling(engine, request).cells(step)
+    cells = CellTracker(engine, request).cells(step)
     assert as_line(step, cells) == "block 3 pass 2:  the [cat] _ {saw} a ∎"
     assert draw_line(step, cells).plain == "block   3 pass  2 the cat ▒ saw a ∎"
     styles = {span.style for span in draw_line(step, cells).spans}
@@ -351,12 +351,12 @@ def test_a_pass_as_a_line(engine: TransformersEngine, config: Config):
 
 def test_a_live_answer_ends_as_its_plain_text_and_cannot_steer_the_terminal(engine: TransformersEngine, config: Config):
     console = Console(file=io.StringIO(), force_terminal=True, width=30, height=10, color_system="truecolor")
-    settling = Settling(engine, Request([10], engine.settings(config)))
+    tracker = CellTracker(engine, Request([10], engine.settings(config)))
     mask = engine.mask_token_id
     assert mask is not None
     step = Step(0, 0, [10, 20, mask, mask], [1], [], [None, 0.9, 0.1, 0.1], 1.0, 0)
     texts = ["one two three four five six seven eight nine\n", "\nten \x1b[31meleven\a twelve", " end"]
-    with LiveAnswer(console, settling, BLOCK, trace=False) as shown:
+    with LiveAnswer(console, tracker, BLOCK, trace=False) as shown:
         shown.show(step)
         for text in texts:
             shown.show(Finished(0, [1], text))

@@ -18,7 +18,7 @@ from hildanext.decoding import engines
 from hildanext.decoding.engines import Request
 from hildanext.decoding.events import Step
 from hildanext.decoding.settings import Settings
-from hildanext.terminal.cells import Settling
+from hildanext.terminal.cells import CellTracker
 from hildanext.terminal.picture import (
     COLUMNS,
     DRAFT_HIGH,
@@ -53,8 +53,8 @@ def scripted() -> tuple[Decode, list[Step]]:
         Step(1, 0, [5, MASK, EOS, 9], [0, 2, 3], [], [1.0, 0.1, 0.7, 0.7], 1.0, 4),
         Step(1, 1, [5, 4, EOS, 9], [1], [], [1.0, 0.4, 0.7, 0.7], 0.25, 4),
     ]
-    settling = Settling(engine, request)
-    return Decode("Tell & tell", [(step, settling.cells(step)) for step in steps], "S_MODE: 5 tokens"), steps
+    tracker = CellTracker(engine, request)
+    return Decode("Tell & tell", [(step, tracker.cells(step)) for step in steps], "S_MODE: 5 tokens"), steps
 
 
 def drawn(row: list[Box]) -> list[str]:
@@ -174,11 +174,11 @@ def test_the_command_draws_its_own_decode(converted: Config, tmp_path: Path, kin
 def test_no_picture_of_that_kind_or_of_an_engine_without_passes(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(engines, "_engine", lambda name: pytest.fail("loaded before the options were looked at"))
     assert main(["generate", "hi", "--picture", str(tmp_path / "x.jpg")]) == 2
-    assert capsys.readouterr().err.endswith("x.jpg: a picture is a .png, .svg, .gif file\n")
+    assert capsys.readouterr().err.endswith("x.jpg: the name of a picture file must end in .png, .svg, .gif\n")
     monkeypatch.undo()
     path = tmp_path / "x.png"
     assert main(["generate", "hi", "--set", 'engine.order=["dummy"]', "--picture", str(path)]) == 0
-    assert f"{path}: not drawn, the dummy engine shows no passes" in capsys.readouterr().err
+    assert f"{path} not drawn: the dummy engine reports no passes" in capsys.readouterr().err
     assert not path.exists()
 
 

@@ -1,4 +1,4 @@
-"""Where a job's attempts run: what a backend has to do. The loop that uses one is in `watcher`."""
+"""The interface of a backend, which runs the attempts of jobs. `watcher.py` calls it."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from hildanext.jobs.store import Job
 
 
 class BackendError(HildaError):
-    """The backend does not answer. What runs goes on; the next look sees it all again."""
+    """The backend does not answer. Running attempts are not affected; the watcher tries again."""
 
 
 class Look(NamedTuple):
-    """What a backend knows of an attempt.
+    """A backend's view of an attempt.
 
-    unknown: it never got it; waiting: it has not begun; alive: it runs; gone: nothing of it runs any more.
+    unknown: never submitted; waiting: submitted, not started; alive: running; gone: no process is left.
     """
 
     state: Literal["unknown", "waiting", "alive", "gone"]
-    code: int | None = None  # of a gone one, where the backend heard it
-    note: str | None = None  # of a gone one, why
+    code: int | None = None  # exit code of a gone attempt, if the backend knows it
+    note: str | None = None  # why the attempt is gone, if the backend knows
 
 
 class Backend(Protocol):
-    """An attempt is (job.id, job.attempt); its folder holds what `child` writes. All but `trouble` may raise BackendError."""
+    """Runs attempts, each named by (job.id, job.attempt). Every method except `trouble` may raise BackendError.
 
-    every_s: float  # between two looks
-    python: str  # what runs the commands, where they run
+    `folder` is the job's folder, which holds the files that `child` writes.
+    """
+
+    every_s: float  # seconds between two polls
+    python: str  # Python interpreter for the commands, on the machine where they run
 
     def backend_id(self, job: Job) -> str | None:
-        """What the backend calls the attempt; the same whoever asks, before it starts and after."""
+        """Return the backend's name for the attempt. It depends on the job only, so it is known before the start."""
 
     def trouble(self) -> str | None:
-        """Why it can take no job now."""
+        """Return why the backend accepts no jobs now, or None."""
 
     def start(self, job: Job, folder: Path, command: list[str]) -> None:
-        """Start the attempt. One that it has already is left as it is. Raises OSError where it never can."""
+        """Start the attempt; does nothing if it was already submitted. Raises OSError if it can never start."""
 
     def look(self, job: Job, folder: Path) -> Look:
-        """What has become of the attempt."""
+        """Return the current state of the attempt."""
 
     def stop(self, job: Job, folder: Path) -> None:
-        """Ask it to stop, and kill it after `jobs.cancel_s`. Called at every look until it is gone."""
+        """Ask the attempt to stop; kill it after `jobs.cancel_s`. Called at every poll until it is gone."""

@@ -1,9 +1,9 @@
-"""What a job's process runs: the command, with a lock around it that the kernel gives back whatever happens.
+"""The process of a job's attempt: it runs the command and records its start and its exit code in files.
 
     python -m hildanext.jobs.child FOLDER ATTEMPT -- COMMAND ...
 
-FOLDER/lock is held while the command lives, by the command too; started-N.json is made once, so that an attempt never runs
-twice; exit-N.json holds the exit code. A server that comes back reads from them what became of the job.
+FOLDER/lock is locked while this process or the command lives; the kernel releases it in every case. started-N.json is
+created exclusively, so that no attempt runs twice. exit-N.json holds the exit code. A restarted server reads them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 from hildanext.files import write_json
 
-REFUSED = 3  # exit code: this attempt runs or ran already
+REFUSED = 3  # exit code: this attempt is running or has already run
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a job's process lives."""
+    """Whether a process of the job is alive."""
     try:
         with open(folder / "lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -37,7 +37,7 @@ def is_held(folder: Path) -> bool:
 
 
 def forbid(folder: Path, attempt: int) -> bool:
-    """Take the place of an attempt that has not begun: it never will. False: it has begun."""
+    """Prevent an attempt from ever starting. Returns False if it has already started."""
     try:
         with open(folder / f"started-{attempt}.json", "x") as file:
             json.dump({"forbidden": time.time()}, file)
@@ -47,7 +47,7 @@ def forbid(folder: Path, attempt: int) -> bool:
 
 
 def run(folder: Path, attempt: int, command: list[str]) -> int:
-    """Run a command as attempt N of the job in `folder`. Returns its exit code, -N for a signal, or REFUSED."""
+    """Run a command as an attempt of the job in `folder`. Returns its exit code, -N for signal N, or REFUSED."""
     with open(folder / "lock", "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +56,7 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
             return REFUSED
         with os.fdopen(started, "w") as file:
             json.dump({"group": os.getpgid(0), "time": time.time()}, file)
-        # A cancelled job is told as a group: the command ends as it likes, and this process stays to note how.
+        # Cancelling signals the whole process group. This process ignores it and records how the command ends.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         with open(folder / "log.txt", "ab") as log, open(folder / f"stdout-{attempt}.json", "wb") as output:
@@ -74,7 +74,7 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
 
 
 def _stop_with_parent() -> Callable[[], object]:
-    """What a new process calls to be sent SIGTERM when its parent is killed: nobody else would note how it ends."""
+    """Return a `preexec_fn` that has the kernel send SIGTERM to the command if this process is killed."""
     prctl, set_death_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG, see prctl(2)
     return lambda: prctl(set_death_signal, signal.SIGTERM)
 
@@ -83,5 +83,5 @@ if __name__ == "__main__":
     folder, attempt, dashes, *command = sys.argv[1:]
     assert dashes == "--"
     if not Path(folder).is_dir():
-        sys.exit(f"{folder} is not on this machine: paths.runs must be on storage that it shares with the server")
+        sys.exit(f"{folder} does not exist on this machine; paths.runs must be on storage shared with the server")
     sys.exit(run(Path(folder), int(attempt), command) & 0xFF)

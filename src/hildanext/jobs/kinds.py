@@ -1,6 +1,6 @@
-"""What a job may be asked to do: a command, options of its own, and overrides of some sections of the configuration.
+"""What a job request may contain: a command, its options, and overrides of some configuration sections.
 
-Nothing in a request can name a file outside the workspace, and no key that could run foreign code.
+A request can name no file outside the workspace and set no key that could run foreign code.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Options(BaseModel):
-    """What the commands take besides the configuration."""
+    """Options of the commands, besides the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     run: str | None = Field(
         None,
-        description="Run folder under paths.runs. Training: a new one, named after the job if left out; merge-topk: an existing one.",
+        description="Run folder in paths.runs: new for training (default: the job's id), existing for merge-topk.",
     )
-    k: int | None = Field(None, ge=1, description="merge-topk: how many of the run's best checkpoints.")
-    split: Literal["eval", "sft_eval"] | None = Field(None, description="merge-topk: rows that judge the result.")
+    k: int | None = Field(None, ge=1, description="merge-topk: number of the run's best checkpoints to average.")
+    split: Literal["eval", "sft_eval"] | None = Field(
+        None, description="merge-topk: held-out rows to evaluate the result on."
+    )
 
 
 TAKES: dict[Kind, set[str]] = {"convert-wsd": {"run"}, "sft": {"run"}, "merge-topk": {"run", "k", "split"}}
-# What each command reads of the configuration, the most telling first; a form shows these.
+# The configuration sections that each command reads, most important first; the page's form shows them in this order.
 USES: dict[Kind, tuple[str, ...]] = {
     "prepare-data": ("data", "train"),
     "tokenize": ("data", "model", "wsd", "sft"),
@@ -49,7 +51,7 @@ USES: dict[Kind, tuple[str, ...]] = {
 
 
 def check_options(kind: Kind, raw: dict[str, Any]) -> Options:
-    """Raises UsageError for an option that the kind does not take, or a run's name that is not a plain one."""
+    """Validate a job's options. Raises UsageError for an option the kind does not take or an invalid run name."""
     try:
         options = Options.model_validate(raw)
     except ValidationError as error:
@@ -57,38 +59,38 @@ def check_options(kind: Kind, raw: dict[str, Any]) -> Options:
         raise UsageError(f"'options.{'.'.join(str(part) for part in first['loc'])}': {first['msg']}") from None
     given = {name for name, value in options if value is not None}
     if extra := given - TAKES.get(kind, set()):
-        raise UsageError(f"'options.{min(extra)}': {kind} does not take it")
+        raise UsageError(f"'options.{min(extra)}': {kind} does not take this option")
     if options.run is not None and not NAME.fullmatch(options.run):
-        raise UsageError("'options.run': a folder's name of letters, digits, '.', '_' and '-'")
+        raise UsageError("'options.run': must be a folder name of letters, digits, '.', '_' and '-'")
     if kind == "merge-topk" and options.run is None:
-        raise UsageError("'options.run': merge-topk needs the run whose checkpoints it averages")
+        raise UsageError("'options.run': merge-topk needs the run whose checkpoints to average")
     return options
 
 
 def job_config(base: Config, overrides: dict[str, Any], workspace: Path) -> Config:
-    """The server's configuration with a job's overrides. Raises ConfigError, naming the key.
+    """Return the server's configuration with a job's overrides. Raises ConfigError that names the key.
 
-    No command of a job reads the sections server and jobs, which hold the database's password: they are left out.
+    The sections `server` and `jobs` are left out: no job reads them, and they may hold the database's password.
     """
     for section in overrides:
         if section not in SECTIONS:
-            raise ConfigError(f"'config.{section}': a job may set {', '.join(SECTIONS)}")
+            raise ConfigError(f"'config.{section}': a job may set only {', '.join(SECTIONS)}")
     config = parse_config(_merged(base.model_dump(mode="json", exclude={"server", "jobs"}), overrides), "config")
     if config.model.trust_remote_code:
-        raise ConfigError("'config.model.trust_remote_code': a job may not run code from elsewhere")
+        raise ConfigError("'config.model.trust_remote_code': a job may not run remote code")
     named: dict[str, str | None] = {"data.source_tokenizer": config.data.source_tokenizer}
     named |= {f"data.sources.{index}.path": source.path for index, source in enumerate(config.data.sources)}
-    if "base" in overrides.get("model", {}):  # what the server was started with may lie anywhere
+    if "base" in overrides.get("model", {}):  # the server's own model may be anywhere
         named["model.base"] = config.model.base
     known = {source.path for source in base.data.sources}
     for index, source in enumerate(config.data.sources):
         if "://" in (source.path or "") and source.path not in known:
             raise ConfigError(
-                f"'config.data.sources.{index}.path': a job may not open a URL that the server does not name"
+                f"'config.data.sources.{index}.path': a job may open only URLs of the server's configuration"
             )
     for key, path in named.items():
         if path is not None and not _is_inside(path, workspace):
-            raise ConfigError(f"'config.{key}': {path} lies outside the workspace")
+            raise ConfigError(f"'config.{key}': {path} is outside the workspace")
     return config
 
 
@@ -100,15 +102,15 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_inside(path: str, workspace: Path) -> bool:
-    """Links are followed. A hub name (owner/name) reads as a path inside, which does no harm."""
+    """Whether a path is inside the workspace, symbolic links resolved. A hub name (owner/name) counts as inside."""
     try:
         return (workspace / path).resolve().is_relative_to(workspace.resolve())
-    except (ValueError, OSError):  # a NUL byte, a name that is too long, links in a circle
+    except (ValueError, OSError):  # a NUL byte, a name that is too long, a loop of links
         return False
 
 
 def command(python: str, kind: str, options: Options, job_id: str, folder: Path, *, resume: bool) -> list[str]:
-    """The command line of a job whose configuration is FOLDER/config.json."""
+    """Return the command line of a job whose configuration is FOLDER/config.json."""
     line = [python, "-m", "hildanext.cli", kind, "--json", "--config", str(folder / "config.json")]
     if kind in TRAINING:
         line += ["--run", options.run or job_id] + (["--resume"] if resume else [])

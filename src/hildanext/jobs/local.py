@@ -1,6 +1,6 @@
-"""The local backend: subprocesses of this machine.
+"""The local backend: each attempt is a process on this machine.
 
-What is true of a running job stands in its folder (see `child`), so a server that was killed finds its jobs again.
+The state of an attempt is in its folder (see `child.py`), so a restarted server finds its running jobs.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class LocalBackend:
     every_s = 0.2
 
     def __init__(self, config: JobsConfig, environment: Mapping[str, str]) -> None:
-        """`environment`: what the jobs' processes are given of the server's."""
+        """`environment`: environment variables of the jobs' processes."""
         self.config, self.environment = config, environment
         self.python = sys.executable
-        self.processes: dict[tuple[str, int], subprocess.Popen[bytes]] = {}  # children of this very process
-        self.told: dict[tuple[str, int], float] = {}  # when a cancelled attempt was sent SIGTERM
+        self.processes: dict[tuple[str, int], subprocess.Popen[bytes]] = {}  # started by this process
+        self.told: dict[tuple[str, int], float] = {}  # time at which a cancelled attempt was sent SIGTERM
 
     def backend_id(self, job: Job) -> None:
-        return None  # a process has its number only once it runs; the folder's lock tells whether it does
+        return None  # a process id exists only after the start; the lock in the folder identifies the attempt
 
     def trouble(self) -> None:
         return None
 
     def start(self, job: Job, folder: Path, command: list[str]) -> None:
-        # A session of its own: what stops the server does not stop its jobs.
+        # A new session: signals that stop the server do not reach its jobs.
         self.processes[job.id, job.attempt] = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -51,7 +51,7 @@ class LocalBackend:
         process = self.processes.get(attempt)
         has_ended = (folder / f"exit-{job.attempt}.json").is_file()
         if process is not None:
-            if has_ended:  # its last act
+            if has_ended:  # writing the file is the child's last action
                 process.wait()
             if process.poll() is None:
                 return Look("alive")
@@ -59,14 +59,14 @@ class LocalBackend:
         if has_ended:
             return Look("gone")
         if not (folder / f"started-{job.attempt}.json").is_file():
-            return Look("unknown")  # the server died before it began
+            return Look("unknown")  # the server died before the attempt started
         return Look("alive" if is_held(folder) else "gone")
 
     def stop(self, job: Job, folder: Path) -> None:
         """SIGTERM once, SIGKILL after `jobs.cancel_s`."""
         try:
             started = (folder / f"started-{job.attempt}.json").read_text()
-        except FileNotFoundError:  # it is about to begin
+        except FileNotFoundError:  # the attempt is about to start; the next poll tries again
             return
         group = json.loads(started or "{}").get("group")
         if group is None:

@@ -1,7 +1,7 @@
 """The Ray backend: each attempt is a job of an existing Ray cluster, with a name that is known before it is submitted.
 
-The attempt is the same `child` as on one machine, so its folder must be on storage that the cluster's nodes share. Ray says
-whether it waits or runs, the folder how it ended.
+An attempt is the same `child` process as with the local backend, so its folder must be on storage that the nodes share.
+Ray reports whether the attempt waits or runs; the files in the folder say how it ended.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hildanext.jobs.child import REFUSED, is_held
 from hildanext.jobs.kinds import GPU_KINDS
 from hildanext.jobs.store import Job
 
-TIMEOUT_S = 10.0  # for an answer of Ray; without one a dead head node would hold the loop up for good
-FORGOTTEN = "the Ray cluster does not know it any more (was it restarted?); resume it"
-SHARED = "the folder of the server, paths.runs and the Python must be on the cluster's nodes, under the same paths"
+TIMEOUT_S = 10.0  # for an answer from Ray; otherwise a dead head node would block the watcher forever
+FORGOTTEN = "the Ray cluster no longer knows the job (was it restarted?); resume the job"
+SHARED = "the server's folder, paths.runs and Python must exist on the cluster's nodes under the same paths"
 
 
 class Client(JobSubmissionClient):
@@ -35,10 +35,10 @@ class Client(JobSubmissionClient):
 
 
 class RayBackend:
-    every_s = 1.0  # Ray itself looks as often
+    every_s = 1.0  # as often as Ray itself polls
 
     def __init__(self, config: JobsConfig, workspace: Path) -> None:
-        """`workspace`: where the commands run. Nothing is asked of the cluster yet."""
+        """`workspace`: working folder of the commands. The cluster is not contacted yet."""
         self.config, self.workspace = config, workspace
         self.python = config.ray_python or sys.executable
         self._connected: Client | None = None
@@ -59,10 +59,10 @@ class RayBackend:
             job.kind in GPU_KINDS and json.loads((folder / "config.json").read_text())["model"]["device"] != "cpu"
         )
         entrypoint = f"cd {shlex.quote(str(self.workspace))} && exec {shlex.join(command)}"
-        # Else Ray kills 3 seconds after it asked a job to stop, in the middle of a checkpoint.
+        # By default Ray kills a job 3 seconds after asking it to stop, possibly in the middle of a checkpoint.
         env = {"RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(self.config.cancel_s))}
         gpus = self.config.ray_num_gpus if wants_gpu else 0.0
-        if gpus == 0.0:  # else it sees all of its node, those given to others too
+        if gpus == 0.0:  # otherwise the job would see all GPUs of its node, including those of other jobs
             env["CUDA_VISIBLE_DEVICES"] = ""
         with self._client() as client:
             try:
@@ -73,7 +73,7 @@ class RayBackend:
                     entrypoint_num_gpus=gpus,
                     runtime_env={"env_vars": env},
                 )
-            except RuntimeError:  # refused; because it is there already, if the last answer was lost
+            except RuntimeError:  # refused, possibly because an earlier submission arrived and its answer was lost
                 if self._details(client, self.backend_id(job)) is None:
                     raise
 
@@ -85,38 +85,38 @@ class RayBackend:
         has_begun = (folder / f"started-{job.attempt}.json").is_file()
         if details is not None and not details.status.is_terminal():
             return Look("alive" if has_begun else "waiting")
-        if has_begun and is_held(folder):  # Ray lost it and is about to kill it
+        if has_begun and is_held(folder):  # Ray lost the job and is about to kill it
             return Look("alive")
         if details is None:
             return Look("gone", note=FORGOTTEN) if has_begun else Look("unknown")
         code = details.driver_exit_code
-        if code is not None and (code < 0 or code == REFUSED):  # killed, or it ran before the cluster forgot it
+        if code is not None and (code < 0 or code == REFUSED):  # killed, or started before the cluster lost it
             code = None
         return Look("gone", code) if has_begun else Look("gone", code, _why(details, folder))
 
     def stop(self, job: Job, folder: Path) -> None:
-        """Ray sends SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S."""
+        """Stop the attempt: Ray sends SIGTERM, then SIGKILL after RAY_JOB_STOP_WAIT_TIME_S."""
         with self._client() as client:
             client.stop_job(self.backend_id(job))
 
     @contextmanager
     def _client(self) -> Iterator[Client]:
-        """The cluster's client. Whatever goes wrong with it is a BackendError."""
+        """Yield the client of the cluster. Its errors are raised as BackendError."""
         try:
             if self._connected is None:
                 self._connected = Client(self.config.ray_address)
             yield self._connected
-        except OSError as error:  # requests' errors too; their text differs from one to the next
+        except OSError as error:  # includes errors of requests, whose text varies between attempts
             trouble = f"does not answer ({type(error).__name__})"
         except (RuntimeError, RayError) as error:
             lines = [line for line in str(error).splitlines() if any(map(str.isalpha, line))]
-            trouble = f"cannot do it: {lines[-1][:300] if lines else type(error).__name__}"
+            trouble = f"failed: {lines[-1][:300] if lines else type(error).__name__}"
         else:
             return
         raise BackendError(f"Ray at {self.config.ray_address} {trouble}")
 
     def _details(self, client: Client, submission_id: str) -> JobDetails | None:
-        """What the cluster knows of a job. One that it does not know and one it cannot tell of are the same error."""
+        """Return the cluster's record of a job, or None. Ray raises one error for unknown jobs and failed queries."""
         try:
             return client.get_job_info(submission_id)
         except RuntimeError:
@@ -126,11 +126,11 @@ class RayBackend:
 
 
 def _why(details: JobDetails, folder: Path) -> str:
-    """Why an attempt ended that never began: Ray's message goes to the log, its line that says most into the note."""
+    """Explain an attempt that ended before it started: append Ray's message to the log, return its last useful line."""
     with open(folder / "log.txt", "a") as log:
         log.write(f"{details.message}\n")
     lines = [line.strip() for line in (details.message or "").splitlines()]
     own = [
         line for line in lines if line and not line.startswith("Running entrypoint ") and "INFO job_manager" not in line
     ]
-    return f"Ray could not run it: {own[-1][:300] if own else details.status}; {SHARED}"
+    return f"Ray could not run the job: {own[-1][:300] if own else details.status}; {SHARED}"

@@ -1,4 +1,4 @@
-"""The jobs' table. Every change is committed before anybody hears of it; changes of state name the state they expect."""
+"""The table of jobs. A change is committed before it is reported; a state change names the state it expects."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from hildanext.errors import HildaError, UsageError
 State = Literal["queued", "running", "done", "failed", "cancelled", "interrupted"]
 STATES: tuple[State, ...] = ("queued", "running", "done", "failed", "cancelled", "interrupted")
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled", "interrupted")
-BUSY_S = 5.0  # how long SQLite waits for another process's lock
+BUSY_S = 5.0  # seconds that SQLite waits for another process's lock
 
 TABLE = sql.Table(
     "jobs",
     sql.MetaData(),
     sql.Column("id", sql.String(32), primary_key=True),
     sql.Column("kind", sql.String(32), nullable=False),
-    sql.Column("request", sql.Text, nullable=False),  # what was asked for, as JSON
+    sql.Column("request", sql.Text, nullable=False),  # the request's configuration and options, as JSON
     sql.Column("idempotency_key", sql.String(200), unique=True),
     sql.Column("state", sql.String(16), nullable=False, index=True),
-    sql.Column("attempt", sql.Integer, nullable=False),  # 1, and one more for each resume
+    sql.Column("attempt", sql.Integer, nullable=False),  # starts at 1; each resume adds 1
     sql.Column("cancel_requested", sql.Boolean, nullable=False),
-    sql.Column("backend_id", sql.String(200)),  # what the backend calls the running attempt
+    sql.Column("backend_id", sql.String(200)),  # the backend's name for the running attempt
     sql.Column("exit_code", sql.Integer),
-    sql.Column("note", sql.Text),  # why it ended as it did
+    sql.Column("note", sql.Text),  # why the job ended this way
     sql.Column("created", sql.Float, nullable=False, index=True),  # seconds since 1970
     sql.Column("started", sql.Float),
     sql.Column("ended", sql.Float),
@@ -40,15 +40,15 @@ TABLE = sql.Table(
 
 
 class StoreError(HildaError):
-    """The database cannot be reached or is locked; nothing was changed."""
+    """The database cannot be reached or is locked. Nothing was changed."""
 
 
 class ConflictError(HildaError):
-    """The job's state does not allow it, or an idempotency key was used for something else."""
+    """The job's state does not allow the change, or an idempotency key was used for another request."""
 
 
 class MissingError(HildaError):
-    """There is no such job."""
+    """The job does not exist."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def _job(row: sql.RowMapping) -> Job:
 
 
 def new_id() -> str:
-    """A job's name: its time, and enough chance that two never meet."""
+    """Return a new job id: the UTC time and 32 random bits."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
 class Store:
-    """Jobs in a database. SQLite by default; any URL of SQLAlchemy."""
+    """The jobs in a database, given by an SQLAlchemy URL."""
 
     def __init__(self, url: str) -> None:
-        """Raises UsageError for a URL that SQLAlchemy cannot take, StoreError where the database cannot be opened."""
+        """Raises UsageError for an invalid URL or a missing driver, StoreError if the database cannot be opened."""
         try:
             is_sqlite = sql.engine.make_url(url).get_backend_name() == "sqlite"
             self.engine = sql.create_engine(
@@ -107,12 +107,15 @@ class Store:
         except IntegrityError:
             raise
         except DBAPIError as error:
-            raise StoreError(f"the jobs' database: {' '.join(str(error.orig).split())}") from None
+            raise StoreError(f"job database: {' '.join(str(error.orig).split())}") from None
 
     def add(
         self, job_id: str, kind: str, request: dict[str, Any], idempotency_key: str | None = None
     ) -> tuple[Job, bool]:
-        """A new queued job, True; or the one that the same key made before, False. Raises ConflictError, StoreError."""
+        """Add a queued job; returns (job, True). If the idempotency key exists, returns (its job, False).
+
+        Raises ConflictError if the key was used for another request, StoreError.
+        """
         job = Job(
             id=job_id,
             kind=kind,
@@ -133,21 +136,21 @@ class Store:
                 connection.execute(TABLE.insert().values(**{**asdict(job), "request": json.dumps(request)}))
             return job, True
         except IntegrityError:
-            old = self._one(TABLE.c.idempotency_key == idempotency_key)
+            old = self._find(TABLE.c.idempotency_key == idempotency_key)
         if (old.kind, old.request) != (kind, request):
-            raise ConflictError(f"this Idempotency-Key was used for another request, job {old.id}")
+            raise ConflictError(f"this Idempotency-Key was already used for another request, job {old.id}")
         return old, False
 
     def get(self, job_id: str) -> Job:
-        if "\0" in job_id:  # PostgreSQL has no such text
-            raise MissingError("there is no such job")
-        return self._one(TABLE.c.id == job_id)
+        if "\0" in job_id:  # PostgreSQL refuses NUL in text
+            raise MissingError("no such job")
+        return self._find(TABLE.c.id == job_id)
 
-    def _one(self, where: sql.ColumnElement[bool]) -> Job:
+    def _find(self, where: sql.ColumnElement[bool]) -> Job:
         with self._begin() as connection:
             row = connection.execute(TABLE.select().where(where)).mappings().first()
         if row is None:
-            raise MissingError("there is no such job")
+            raise MissingError("no such job")
         return _job(row)
 
     def list(
@@ -159,20 +162,20 @@ class Store:
             return [_job(row) for row in connection.execute(query).mappings()]
 
     def counts(self) -> dict[State, int]:
-        """Jobs in each state."""
+        """Return the number of jobs in each state."""
         query = sql.select(TABLE.c.state, sql.func.count()).group_by(TABLE.c.state)
         with self._begin() as connection:
             found: dict[str, int] = {row[0]: row[1] for row in connection.execute(query)}
         return {state: found.get(state, 0) for state in STATES}
 
     def move(self, job: Job, to: State, **values: Any) -> bool:
-        """Change the state, if job and attempt are still in the state that `job` shows. False: somebody was faster."""
+        """Change the state if the stored job still has the state and attempt of `job`. Returns False otherwise."""
         changed = TABLE.update().where(TABLE.c.id == job.id, TABLE.c.state == job.state, TABLE.c.attempt == job.attempt)
         with self._begin() as connection:
             return connection.execute(changed.values(state=to, **values)).rowcount == 1
 
     def delete(self, job_id: str) -> None:
-        """Forget an ended job. Raises MissingError, ConflictError for one that has not ended."""
+        """Delete an ended job. Raises MissingError, or ConflictError if the job has not ended."""
         job = self.get(job_id)
         with self._begin() as connection:
             gone = connection.execute(TABLE.delete().where(TABLE.c.id == job_id, TABLE.c.state.in_(ENDED))).rowcount
@@ -184,7 +187,7 @@ class Store:
 
 
 def _durable(connection: Any, record: object) -> None:
-    """SQLite: readers do not wait for writers, and a commit is on the disk."""
+    """Configure a new SQLite connection: readers do not wait for writers, and a commit is on disk when it returns."""
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")

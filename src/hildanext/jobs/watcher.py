@@ -1,4 +1,4 @@
-"""The loop: starts queued jobs, a few at a time, and notes what becomes of them, whatever backend runs them."""
+"""The loop that starts queued jobs, at most `jobs.at_once`, and records how they end, with any backend."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hildanext.jobs.kinds import Options, command
 from hildanext.jobs.store import STATES, Job, State, Store, StoreError
 from hildanext.progress import say
 
-INTERRUPTED = "its process ended without saying how (killed, or out of memory or disk); resume it"
+INTERRUPTED = "the process ended without an exit code (killed, or out of memory or disk space); resume the job"
 
 
 class Jobs:
-    """Starts queued jobs, at most `jobs.at_once`, and notes what becomes of them. `trouble`: why it cannot, if so."""
+    """Starts queued jobs and records how they end, in a thread. `trouble`: why it cannot, or None."""
 
     def __init__(self, store: Store, runs: Path, config: JobsConfig, backend: Backend) -> None:
         self.store, self.runs, self.config, self.backend = store, runs, config, backend
         self.counts = dict.fromkeys(STATES, 0)
         self.trouble: str | None = None
-        self.why_not: Callable[[Job], str | None] = lambda job: None  # why a queued job must not start now
-        self.one_by_one = threading.Lock()  # held while it is seen whose a run is, and taken
+        self.why_not: Callable[[Job], str | None] = lambda job: None  # why a queued job must wait
+        self.run_lock = threading.Lock()  # held while a run folder is checked and claimed for a job
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._watch, name="jobs")
@@ -37,25 +37,25 @@ class Jobs:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching. Jobs go on; the next server finds them."""
+        """Stop watching. Jobs keep running; the next server finds them."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
 
     def wake(self) -> None:
-        """Something changed: look now."""
+        """Poll now, because something has changed."""
         self._wake.set()
 
     def counts_of(self, state: State) -> int:
-        """Jobs in a state at the last look."""
+        """Return the number of jobs in a state, as of the last poll."""
         return self.counts[state]
 
     def path(self, job_id: str) -> Path:
-        """Folder of what a job reads and writes beside its run: configuration, log, result."""
+        """Return the job's own folder, which holds its configuration, log and result."""
         return self.runs / ".jobs" / job_id
 
     def run(self, job: Job) -> Path:
-        """The run's folder of a training or merging job."""
+        """Return the run folder of a training or merging job."""
         return self.runs / (job.request["options"]["run"] or job.id)
 
     def _watch(self) -> None:
@@ -63,22 +63,22 @@ class Jobs:
             try:
                 self.tick()
                 self._tell(None)
-            except (StoreError, BackendError, OSError) as error:  # for now: the next look sees it all again
+            except (StoreError, BackendError, OSError) as error:  # temporary: the next poll tries again
                 self._tell(str(error))
-            except Exception as error:  # noqa: BLE001  (nobody foresaw it; a thread that dies would start no job any more)
+            except Exception as error:  # noqa: BLE001  (unexpected; if the thread died, no job would start again)
                 self._tell(f"{type(error).__name__}: {error}")
             self._wake.wait(self.backend.every_s)
             self._wake.clear()
 
     def _tell(self, trouble: str | None) -> None:
-        """Say what is wrong once, and once that it is over."""
+        """Report a new trouble once, and its end once."""
         before, self.trouble = self.trouble, trouble
         if trouble != before:
-            with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
-                say(f"jobs: {trouble}; trying again" if trouble else "jobs: all is well again")
+            with contextlib.suppress(OSError, ValueError):  # stderr is closed
+                say(f"jobs: {trouble}; trying again" if trouble else "jobs: working again")
 
     def tick(self) -> None:
-        """One look at everything. Raises StoreError, BackendError, OSError; what was seen before it is noted."""
+        """Poll all jobs once and start queued ones. Raises StoreError, BackendError, OSError; keeps earlier results."""
         busy, failure = 0, None
         try:
             running = self.store.list(("running",))
@@ -95,32 +95,34 @@ class Jobs:
             self._start_waiting(self.config.at_once - busy)
             if len(mine) < len(running):
                 raise BackendError(
-                    f"{len(running) - len(mine)} running jobs are not of backend {self.config.backend!r}"
+                    f"{len(running) - len(mine)} running jobs belong to another backend than {self.config.backend!r}"
                 )
         finally:
             self.counts = self.store.counts()
 
     def _start_waiting(self, free: int) -> None:
-        may = (job for job in self.store.list(("queued",)) if self.why_not(job) is None)
-        for job in itertools.islice(may, max(0, free)):
-            # The claim names what the backend is about to hear: a server killed in between finds it again.
+        ready = (job for job in self.store.list(("queued",)) if self.why_not(job) is None)
+        for job in itertools.islice(ready, max(0, free)):
+            # The backend's name is stored before the start: if the server dies in between, the next one finds the job.
             if self.store.move(job, "running", started=time.time(), backend_id=self.backend.backend_id(job)):
                 self._start(self.store.get(job.id))
 
     def _start(self, job: Job) -> None:
         folder = self.path(job.id)
         options = Options.model_validate(job.request["options"])
-        resume = job.attempt > 1 and (self.run(job) / "config.json").is_file()  # else it had not begun
+        resume = (
+            job.attempt > 1 and (self.run(job) / "config.json").is_file()
+        )  # without the file the training had not started
         python = self.backend.python
         line = command(python, job.kind, options, job.id, folder, resume=resume)
         child = [python, "-m", "hildanext.jobs.child", str(folder), str(job.attempt), "--", *line]
         try:
             self.backend.start(job, folder, child)
         except OSError as error:
-            self._move(job, "failed", None, f"cannot start: {error}")
+            self._move(job, "failed", None, f"cannot start the job: {error}")
 
     def _settle(self, job: Job) -> bool:
-        """Whether a running job has ended; if so it is noted. One that never began begins."""
+        """Whether a running job has ended; its end is recorded. Starts an attempt that was never submitted."""
         folder = self.path(job.id)
         look = self.backend.look(job, folder)
         if look.state == "gone":
@@ -146,7 +148,7 @@ class Jobs:
         elif code is None and started_file.is_file():
             self._move(job, "interrupted", None, look.note or INTERRUPTED)
         elif code == 0 and _stopped(folder / f"stdout-{job.attempt}.json"):
-            self._move(job, "interrupted", code, "it was told to stop, and stopped at a checkpoint; resume it")
+            self._move(job, "interrupted", code, "stopped by a signal after saving a checkpoint; resume the job")
         elif code == 0:
             self._move(job, "done", code, None)
         else:
@@ -157,7 +159,7 @@ class Jobs:
 
 
 def _stopped(path: Path) -> bool:
-    """Whether a training command's result says that a signal stopped it."""
+    """Whether a training command's result says that it was stopped by a signal."""
     try:
         return json.loads(path.read_text()).get("finished") is False
     except (OSError, ValueError):
@@ -165,7 +167,7 @@ def _stopped(path: Path) -> bool:
 
 
 def _last_line(path: Path) -> str | None:
-    """The end of a log: the line that says what went wrong."""
+    """Return the last line of a log, which is the error message of a failed command."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").replace("\0", " ").strip().splitlines()

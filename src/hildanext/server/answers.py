@@ -1,4 +1,4 @@
-"""From events to bytes: errors, server-sent events, and a client that goes away."""
+"""Building answers: error statuses, server-sent events, and stopping when the client disconnects."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hildanext.decoding.engines import Completion, Engine, Event
 from hildanext.decoding.events import Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.store import ConflictError, MissingError, StoreError
-from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Unready
+from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Ticket, Unready, Worker
 
-RETRY_S = 1  # a slot is free again within about as much
+RETRY_S = 1  # a slot usually becomes free within this time
 T = TypeVar("T")
 
 
 class ClientGone(HildaError):
-    """The client closed the connection: nobody reads the answer."""
+    """The client closed the connection."""
 
 
 class Problem(BaseModel):
@@ -41,17 +41,17 @@ STATUSES: dict[type[HildaError], int] = {
     DeadlineError: 504,
 }
 MEANINGS = {
-    400: "The request cannot be answered as it is.",
-    401: "No valid API key.",
-    403: "The Host or Origin header is another site's.",
-    404: "There is no such thing.",
-    409: "Not possible in the present state.",
-    411: "POST without Content-Length, or with a Transfer-Encoding.",
-    413: "The body is too long.",
-    422: "The body does not fit the schema.",
-    429: "The queue is full; Retry-After says when to come again.",
-    500: "The engine failed, or the server.",
-    503: "The model is loading, the server is stopping, or the jobs' database or disk cannot be written.",
+    400: "The request is invalid.",
+    401: "The API key is missing or invalid.",
+    403: "The Host or Origin header names another site.",
+    404: "Not found.",
+    409: "The job's current state does not allow this.",
+    411: "Content-Length is missing, or Transfer-Encoding is set.",
+    413: "The request body is too large.",
+    422: "The request body does not match the schema.",
+    429: "The queue is full; retry after the seconds in Retry-After.",
+    500: "The engine or the server failed.",
+    503: "The model is loading, the server is stopping, or the job database or the disk cannot be written.",
     504: "The deadline passed.",
 }
 
@@ -61,12 +61,12 @@ def status_of(error: HildaError) -> int:
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route, for the OpenAPI document."""
+    """Return the `responses` of a route for the OpenAPI document."""
     return {status: {"model": Problem, "description": MEANINGS[status]} for status in statuses}
 
 
 def streams(also: str) -> dict[str, Any]:
-    """The 200 of a route that answers at once, as `also`, or with server-sent events."""
+    """Describe a 200 answer that is either of media type `also` or a stream of server-sent events."""
     text = {"schema": {"type": "string"}}
     return {"content": {"text/event-stream": text, **({also: text} if also == "text/plain" else {})}}
 
@@ -80,14 +80,14 @@ def with_retry(status: int, headers: dict[str, str] | None = None) -> dict[str, 
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects. Raises ClientGone then."""
+    """Await `work`. If the client disconnects first, cancel it and raise ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone("the client went away")
+        raise ClientGone("the client disconnected")
     finally:
         for future in (task, gone):
             future.cancel()
@@ -99,7 +99,7 @@ async def _gone(request: Request) -> None:
 
 
 async def together(works: list[Awaitable[T]]) -> list[T]:
-    """All results; when one fails, the others are cancelled."""
+    """Await all of `works`. If one fails, cancel the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
@@ -109,7 +109,7 @@ async def together(works: list[Awaitable[T]]) -> list[T]:
 
 
 async def completed(events: AsyncIterator[list[Event]]) -> tuple[Completion, list[Step]]:
-    """Run a request to its end: the completion and every step."""
+    """Read a request's events to the end; return its completion and all steps."""
     steps: list[Step] = []
     async for news in events:
         steps += [event for event in news if isinstance(event, Step)]
@@ -118,10 +118,52 @@ async def completed(events: AsyncIterator[list[Event]]) -> tuple[Completion, lis
     raise RuntimeError("a request's events ended without a completion")
 
 
-async def chained(first: list[Event], rest: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
-    yield first
-    async for news in rest:
-        yield news
+def error_event(error: HildaError) -> str:
+    """Format the `error` event that ends a stream."""
+    return sse({"detail": str(error), "status": status_of(error)}, "error")
+
+
+async def streamed(
+    request: Request,
+    worker: Worker,
+    ticket: Ticket,
+    written: Callable[[Event], str],
+    *,
+    head: str | None = None,
+    failed: Callable[[HildaError], str] = error_event,
+    tail: str = "",
+) -> StreamingResponse:
+    """Answer with a stream: `head`, `written(event)` for each event, `failed(error)` if the request fails, `tail`.
+
+    The default `head` is the `start` event of /generate. The answer begins after the request's first event, so that an
+    invalid request still gets an error status.
+    """
+    if head is None:
+        settings = ticket.request.settings._asdict()
+        head = sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings}, "start")
+    events = worker.events(ticket)
+    first = await unless_gone(request, anext(events))
+
+    async def batches() -> AsyncIterator[list[Event]]:
+        yield first
+        async for news in events:
+            yield news
+
+    async def chunks() -> AsyncIterator[str]:
+        if head:
+            yield head
+        try:
+            async for news in batches():
+                if text := "".join(map(written, news)):  # one write per batch: each write holds up the engine's thread
+                    yield text
+        except HildaError as error:
+            # The status 200 was already sent: the log and /metrics get the error from here.
+            request.state.facts = {"error": type(error).__name__}
+            yield failed(error)
+        if tail:
+            yield tail
+
+    return event_stream(chunks())
 
 
 def event_stream(chunks: AsyncIterator[str]) -> StreamingResponse:
@@ -129,18 +171,16 @@ def event_stream(chunks: AsyncIterator[str]) -> StreamingResponse:
     return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
 
 
-def note_failure(request: Request, error: HildaError) -> None:
-    """For the log and /metrics: an answer that had begun, so that its status is 200, ends with an error."""
-    request.state.facts = {"error": type(error).__name__}
-
-
 def sse(data: Any, event: str | None = None) -> str:
-    """One server-sent event. JSON has no line break of its own."""
+    """Format one server-sent event. Compact JSON contains no line breaks."""
     return (f"event: {event}\n" if event else "") + f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def make_show_step(engine: Engine) -> Callable[[Step], dict[str, Any]]:
-    """A step as clients see it: besides ids the text of each token, None where it is masked."""
+    """Return a function that turns a step into JSON: its fields and `pieces`, each token's text alone (None: masked).
+
+    The page lays these pieces along the completion's text; texts in context are `terminal.cells.token_texts`.
+    """
     known: dict[int, str | None] = {engine.mask_token_id: None} if engine.mask_token_id is not None else {}
 
     def piece(token: int) -> str | None:

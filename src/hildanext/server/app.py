@@ -1,4 +1,4 @@
-"""The application: routes, guard and errors around a worker."""
+"""The FastAPI application: all routes, the guard in front of them and the error handlers, around one worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hildanext.errors import HildaError
 from hildanext.jobs.store import STATES
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import problem, problems, status_of
-from hildanext.server.base import BaseWorker, parent_routes
+from hildanext.server.base import BaseWorker, base_routes
 from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
@@ -29,8 +29,8 @@ from hildanext.server.openai import OpenAIProblem, code_of, openai_problem, open
 from hildanext.server.page import page_routes
 from hildanext.server.worker import Worker
 
-BODY_BYTES_PER_CHAR = 12  # JSON may write a character as two escapes of six bytes
-BODY_BYTES_BESIDE = 65_536  # keys, numbers, and the messages' own brackets
+BODY_BYTES_PER_CHAR = 12  # JSON may escape one character as two units of six bytes
+BODY_BYTES_BESIDE = 65_536  # for keys, numbers and the brackets around messages
 
 
 def make_app(
@@ -41,13 +41,13 @@ def make_app(
     on_failure: Callable[[HildaError], object] = lambda error: None,
     open_base: Callable[..., Engine] = engines.open_base,
 ) -> FastAPI:
-    """The application. The engine opens in the background when it starts; `on_failure` hears when it cannot.
+    """Build the application. The engine opens in the background at startup; a failure is passed to `on_failure`.
 
-    `open_base` opens the AR base, at the first request for it. Without `jobs` there is no /jobs.
+    `open_base` opens the AR base at the first request to /generate/base. Without `jobs`, /jobs does not exist.
     """
     meters = Meters()
     worker = Worker(config, open_engine, meters)
-    parent = BaseWorker(config, partial(open_base, threads=engines.n_threads()))
+    base = BaseWorker(config, partial(open_base, threads=engines.n_threads()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,14 +56,14 @@ def make_app(
             jobs.start()
         yield
         await asyncio.to_thread(worker.stop)
-        await asyncio.to_thread(parent.stop)
+        await asyncio.to_thread(base.stop)
         if jobs is not None:
             await asyncio.to_thread(jobs.stop)
 
     app = FastAPI(title="HildaNext", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
-    app.include_router(native_routes(config, worker, meters, jobs, lambda: parent.state), responses=problems(422))
-    app.include_router(parent_routes(config, parent), responses=problems(422))
+    app.include_router(native_routes(config, worker, meters, jobs, lambda: base.state), responses=problems(422))
+    app.include_router(base_routes(config, base), responses=problems(422))
     app.include_router(page_routes())
     app.include_router(openai_routes(config, worker), responses={422: {"model": OpenAIProblem}})
     if jobs is not None:
@@ -83,7 +83,7 @@ def make_app(
 
 
 def _answer_errors(app: FastAPI, meters: Meters) -> None:
-    """Every error as one line, in the form of the API that was asked."""
+    """Answer every error with one line, in the format of the API that was called."""
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> Response:
@@ -93,8 +93,10 @@ def _answer_errors(app: FastAPI, meters: Meters) -> None:
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
-        if error.status_code == 405:  # Starlette names the methods of one route only
-            headers["Allow"] = ", ".join(sorted(_methods(app, request)))
+        if error.status_code == 405:  # Starlette lists the methods of one matching route only
+            matching = [route for route in app.routes if route.matches(request.scope)[0] != Match.NONE]
+            methods = {method for route in matching if isinstance(route, Route) for method in route.methods or ()}
+            headers["Allow"] = ", ".join(sorted(methods))
         return _refuse(request.url.path, error.status_code, str(error.detail), headers)
 
     @app.exception_handler(HildaError)
@@ -108,12 +110,6 @@ def _answer_errors(app: FastAPI, meters: Meters) -> None:
         return _refuse(request.url.path, 503, error.strerror or "a file could not be written", {})
 
 
-def _methods(app: FastAPI, request: Request) -> set[str]:
-    """What may be done with a path, whichever route does it."""
-    matching = [route for route in app.routes if route.matches(request.scope)[0] != Match.NONE]
-    return {method for route in matching if isinstance(route, Route) for method in route.methods or ()}
-
-
 def _refuse(
     path: str,
     status: int,
@@ -122,7 +118,7 @@ def _refuse(
     param: str | None = None,
     code: str | None = None,
 ) -> Response:
-    # A line names what was sent: half of a surrogate pair, which JSON can spell, cannot be sent back.
+    # The line may quote the request. JSON can contain lone surrogates, which cannot be encoded in the answer.
     line = line.encode(errors="replace").decode()
     param = param and param.encode(errors="replace").decode()
     if path.startswith("/v1/"):
@@ -131,9 +127,12 @@ def _refuse(
 
 
 def _validation_line(error: RequestValidationError) -> tuple[str, str | None]:
-    """First problem of a body as one line, and its key. The input is not echoed: it may be long, and NaN has no JSON."""
+    """Return the body's first problem as one line, and its key.
+
+    The input is not repeated: it may be long, and NaN is not valid JSON.
+    """
     first = error.errors()[0]
-    # JSON decoding says at which byte; that is no key.
+    # For a JSON error the location is a byte offset, not a key.
     named = () if first["type"] == "json_invalid" else first["loc"][1:]
     key = ".".join(str(part) for part in named)
     return f"'{key or 'body'}': {first['msg'].removeprefix('Value error, ')}", key or None

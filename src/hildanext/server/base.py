@@ -1,10 +1,10 @@
-"""POST /generate/base: the AR base of the served checkpoint, to be looked at beside it. Loaded when first asked for."""
+"""POST /generate/base: the AR base of the served checkpoint, for comparison. It loads at the first request."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,18 +13,7 @@ from fastapi.responses import JSONResponse
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Engine, Event
 from hildanext.decoding.events import Finished, Step
-from hildanext.errors import HildaError
-from hildanext.server.answers import (
-    chained,
-    completed,
-    event_stream,
-    note_failure,
-    problems,
-    sse,
-    status_of,
-    streams,
-    unless_gone,
-)
+from hildanext.server.answers import completed, problems, sse, streamed, streams, unless_gone
 from hildanext.server.bodies import BaseBody
 from hildanext.server.meters import Meters
 from hildanext.server.native import facts, submit
@@ -32,7 +21,7 @@ from hildanext.server.worker import DeadlineError, NoBase, Ticket, Worker
 
 
 class BaseWorker:
-    """The base's own worker. There is none until the first request; one that could not open is tried again."""
+    """The worker of the AR base. The first request creates it; after a failure the next request tries again."""
 
     def __init__(self, config: Config, open_base: Callable[[Config], Engine]) -> None:
         self.config, self.open_base = config, open_base
@@ -47,11 +36,14 @@ class BaseWorker:
         return "failed" if self.worker.failure is not None else self.worker.state
 
     async def opened(self, deadline_s: float | None) -> Worker:
-        """The worker, its engine open. Raises NoBase with the reason when there is no base, DeadlineError."""
+        """Return the worker with its engine open.
+
+        Raises NoBase with the reason if the base is not available, DeadlineError if loading takes too long.
+        """
         if not self.config.server.base:
-            raise NoBase("server.base is off; set it to true and start the server again")
+            raise NoBase("server.base is false; set it to true and restart the server")
         if self.worker is None or self.worker.failure is not None:
-            # Meters of its own: /metrics measures the served model.
+            # Separate meters: /metrics describes the served model only.
             self.worker = Worker(self.config, self.open_base, Meters())
             self.worker.start(lambda: None)
         worker, limit = self.worker, self.config.server.deadline_s
@@ -60,7 +52,7 @@ class BaseWorker:
         except asyncio.TimeoutError:
             raise DeadlineError("the deadline passed while the AR base was loading; try again") from None
         if worker.failure is not None:
-            raise NoBase(f"no AR base: {worker.failure}")
+            raise NoBase(f"the AR base is not available: {worker.failure}")
         return worker
 
     def stop(self) -> None:
@@ -68,12 +60,12 @@ class BaseWorker:
             self.worker.stop()
 
 
-def parent_routes(config: Config, parent: BaseWorker) -> APIRouter:
+def base_routes(config: Config, base: BaseWorker) -> APIRouter:
     router = APIRouter()
 
     async def begin(body: BaseBody) -> tuple[Worker, Ticket]:
         began, most = time.monotonic(), config.server.deadline_s
-        worker = await parent.opened(body.deadline_s)
+        worker = await base.opened(body.deadline_s)
         left = min(body.deadline_s or most, most) - (time.monotonic() - began)
         decode = body.decode_config(config.decode)
         return worker, await submit(worker, config, body.text, decode, left, wants_steps=body.stream)
@@ -86,24 +78,19 @@ def parent_routes(config: Config, parent: BaseWorker) -> APIRouter:
         },
     )
     async def generate_base(body: BaseBody, request: Request) -> Response:
-        """Complete a prompt with the checkpoint's AR base, greedily; streamed, a token at a time."""
+        """Complete a prompt greedily with the AR base of the checkpoint. A stream sends each token."""
         worker, ticket = await unless_gone(request, begin(body))
-        events = worker.events(ticket)
         if body.stream:
-            first = await unless_gone(request, anext(events))
-            return event_stream(_stream(request, config, body, ticket, chained(first, events)))
-        done, _ = await unless_gone(request, completed(events))
+            return await streamed(request, worker, ticket, token_events(request, config, body))
+        done, _ = await unless_gone(request, completed(worker.events(ticket)))
         request.state.facts = facts(config, body.text, done)
         return JSONResponse(done.as_dict())
 
     return router
 
 
-async def _stream(
-    request: Request, config: Config, body: BaseBody, ticket: Ticket, events: AsyncIterator[list[Event]]
-) -> AsyncIterator[str]:
-    settings = ticket.request.settings
-    yield sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings._asdict()}, "start")
+def token_events(request: Request, config: Config, body: BaseBody) -> Callable[[Event], str]:
+    """Return a function that writes a `token` event for each token, its text once final, and `done` at the end."""
     token: dict[str, Any] = {}
 
     def written(event: Event) -> str:
@@ -116,10 +103,4 @@ async def _stream(
         request.state.facts = facts(config, body.text, event)
         return sse(event.as_dict(), "done")
 
-    try:
-        async for news in events:
-            if text := "".join(map(written, news)):
-                yield text
-    except HildaError as error:
-        note_failure(request, error)
-        yield sse({"detail": str(error), "status": status_of(error)}, "error")
+    return written

@@ -1,4 +1,4 @@
-"""What POST /generate takes."""
+"""Request bodies of POST /generate and /generate/base."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _whole(text: str) -> str:
-    # JSON can spell half of a surrogate pair; no tokenizer can take it.
+    # JSON can contain a lone surrogate; tokenizers cannot encode it.
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("half of a surrogate pair is no text")
+        raise ValueError("the text contains a lone surrogate")
     return text
 
 
@@ -32,13 +32,13 @@ class Message(Body):
 
 
 class BaseBody(Body):
-    """A request to the AR base, which is greedy. A setting left out is the server's own."""
+    """A request to the AR base, which decodes greedily. An omitted setting takes the server's value."""
 
-    prompt: Text | None = Field(None, description="Text to continue as it stands.")
-    messages: list[Message] | None = Field(None, description="A conversation, through the model's chat template.")
+    prompt: Text | None = Field(None, description="Text to continue, without the chat template.")
+    messages: list[Message] | None = Field(None, description="A conversation, rendered with the model's chat template.")
     max_new_tokens: int | None = Field(None, ge=1)
     stop: list[Stop] | None = Field(None, max_length=16)
-    deadline_s: float | None = Field(None, gt=0.0, description="Seconds to answer in; at most server.deadline_s.")
+    deadline_s: float | None = Field(None, gt=0.0, description="Time limit in seconds; at most server.deadline_s.")
     stream: bool = Field(False, description="Server-sent events: start, token, then done or error.")
 
     @model_validator(mode="after")
@@ -49,7 +49,7 @@ class BaseBody(Body):
 
     @property
     def text(self) -> str | list[dict[str, str]]:
-        """The prompt as `Engine.encode` takes it."""
+        """The prompt in the form that `Engine.encode` takes."""
         return self.prompt if self.prompt is not None else [message.model_dump() for message in self.messages or []]
 
     def decode_config(self, base: DecodeConfig) -> DecodeConfig:
@@ -64,26 +64,26 @@ class BaseBody(Body):
 
 
 class GenerateBody(BaseBody):
-    """A request. A setting left out is the server's own; with `mode` given, thresholds left out are that mode's."""
+    """A request. Omitted settings take the server's values; with `mode`, omitted thresholds take that mode's values."""
 
     mode: Mode | None = None
     tau_mask: Share | None = None
-    tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
+    tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
     temperature: float | None = Field(None, ge=0.0)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     repetition_penalty: float | None = Field(None, gt=0.0)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
-    trace: bool = Field(False, description="Add every denoising step to the answer.")
+    trace: bool = Field(False, description="Include every denoising step in the answer.")
 
 
 def with_settings(base: DecodeConfig, given: dict[str, Any]) -> DecodeConfig:
-    """The server's decoding section with a request's settings over it; a mode brings its own thresholds."""
+    """Overlay a request's settings on the server's `decode` section. A given mode brings its own thresholds."""
     presets = {"tau_mask": "preset", "tau_edit": "preset"} if "mode" in given else {}
     return base.model_copy(update=presets | given)
 
 
 def n_chars(prompt: str | list[dict[str, str]]) -> int:
-    """Characters of a prompt or of all messages."""
+    """Count the characters of a prompt or of all its messages."""
     return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)

@@ -1,4 +1,4 @@
-"""Before and around every request: keys, sizes, headers, request ids, the log line."""
+"""Middleware around every request: API key, body size, security headers, request id and log line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hildanext.server.answers import MEANINGS
 from hildanext.server.keys import is_authorized, is_own_page
 from hildanext.server.meters import Meters
 
-STALL_S = 60.0  # a client that takes nothing for so long is dropped
-OPEN_PATHS = {"/", "/health/live", "/health/ready"}  # no secret there; probes and browsers carry no key
+STALL_S = 60.0  # a client that reads nothing for this time is disconnected
+OPEN_PATHS = {"/", "/health/live", "/health/ready"}  # nothing secret; probes and browsers send no key
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -33,20 +33,20 @@ SECURITY_HEADERS = {
 
 
 class Stalled(Exception):
-    """The client takes nothing. Not an OSError, as a timeout is: those are answered, and here nobody listens."""
+    """The client reads nothing. Not a TimeoutError: that is an OSError, which would be answered."""
 
 
-Refusal = Callable[[str, int, str, dict[str, str]], ASGIApp]  # path, status, line, headers -> a response
+Refusal = Callable[[str, int, str, dict[str, str]], ASGIApp]  # (path, status, line, headers) -> response
 
 
 def log(event: str, **fields: Any) -> None:
-    """One JSON object a line, on stderr."""
+    """Write one JSON object as a line to stderr."""
     record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event} | fields
     print(json.dumps(record, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
 class Guard:
-    """ASGI middleware. A stranger without a key learns nothing, and makes the server hold and parse nothing."""
+    """ASGI middleware. A request without a valid key is refused before its body is read or parsed."""
 
     def __init__(self, app: ASGIApp, keys: list[bytes], most_bytes: int, meters: Meters, refuse: Refusal) -> None:
         self.app, self.keys, self.most_bytes = app, keys, most_bytes
@@ -71,7 +71,7 @@ class Guard:
                     mine[name] = value
             try:
                 await asyncio.wait_for(send(message), STALL_S)
-            except asyncio.TimeoutError:  # another class on Python 3.10
+            except asyncio.TimeoutError:  # not the built-in TimeoutError on Python 3.10
                 raise Stalled from None
 
         try:
@@ -79,12 +79,12 @@ class Guard:
             await (self.app if refusal is None else refusal)(scope, receive, send_on)
         except Stalled:
             log("stalled", id=request_id)
-        except Exception as error:  # nobody foresaw it: the whole of it for the log, one line for the client
+        except Exception as error:  # unexpected: the traceback goes to the log, one line to the client
             self.meters.errors.labels(type(error).__name__).inc()
             log("failed", id=request_id, traceback=traceback.format_exc())
-            if status:  # too late to say so: the connection is cut
+            if status:  # the answer has begun: the connection is cut
                 raise
-            line = f"the server failed: {type(error).__name__}; its log has more under {request_id}"
+            line = f"the server failed: {type(error).__name__}; see its log for request {request_id}"
             await self.refuse(scope["path"], 500, line, {})(scope, receive, send_on)
         finally:
             self._record(scope, status, time.monotonic() - began, request_id)
@@ -96,25 +96,29 @@ class Guard:
             return self.refuse(path, status, line or MEANINGS[status], extra or {})
 
         if not self.keys and not is_own_page(headers.get("host", ""), headers.get("origin", "")):
-            return refused(403, "this server answers pages and programs of this machine only")
+            return refused(
+                403, "without API keys this server accepts requests from this machine only (check Host and Origin)"
+            )
         is_open = path in OPEN_PATHS or path.startswith("/web/")
         if self.keys and not is_open and not is_authorized(headers.get("authorization", ""), self.keys):
             return refused(401, "this server needs 'Authorization: Bearer KEY'", {"WWW-Authenticate": "Bearer"})
         if method in ("POST", "PUT", "PATCH"):
-            if "transfer-encoding" in headers:  # it would win over Content-Length
-                return refused(411, "the request has a Transfer-Encoding; send Content-Length alone")
+            if "transfer-encoding" in headers:  # it would override Content-Length
+                return refused(411, "Transfer-Encoding is not accepted; send Content-Length")
             length = headers.get("content-length", "")
             if not (length.isascii() and length.isdecimal() and len(length) < 20):
-                return refused(411, "the request has no Content-Length")
+                return refused(411, "Content-Length is missing or not a number")
             if int(length) > self.most_bytes:
                 return refused(
-                    413, f"the body has {length} bytes; {self.most_bytes} are the most (server.max_prompt_chars)"
+                    413, f"the body has {length} bytes; the limit is {self.most_bytes} (from server.max_prompt_chars)"
                 )
         return None
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         route = scope.get("route")
-        path = route.path if route is not None else "(none)"  # not the raw path: anybody could make up labels
+        path = (
+            route.path if route is not None else "(none)"
+        )  # not the raw path: clients could create any number of labels
         self.meters.answers.labels(path, status).inc()
         self.meters.seconds.labels(path).observe(seconds)
         facts = scope["state"].get("facts", {})

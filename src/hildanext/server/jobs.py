@@ -1,4 +1,4 @@
-"""/jobs: start, watch, cancel and resume the commands of the CLI."""
+"""/jobs: start, watch, cancel, resume and delete jobs. A job runs one command of the command line."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ USUAL = problems(401, 403, 404, 503)
 class JobBody(Body):
     kind: Kind
     config: dict[str, Any] = Field(
-        default_factory=dict, description="Overrides of the server's configuration, section by section."
+        default_factory=dict, description="Overrides of the server's configuration, by section."
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="What the command takes besides: run, k, split.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the command: run, k, split.")
 
 
 def job_routes(config: Config, worker: Worker, jobs: Jobs) -> APIRouter:
-    """The workspace is the folder that the server was started in."""
+    """Build the /jobs routes. The workspace is the folder in which the server was started."""
     router = APIRouter(prefix="/jobs")
     _add_start(router, config, worker, jobs)
     _add_schema(router, config)
@@ -63,23 +63,25 @@ def job_routes(config: Config, worker: Worker, jobs: Jobs) -> APIRouter:
 def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: Jobs) -> None:
     workspace = Path.cwd()
 
-    replayed: dict[int | str, dict[str, Any]] = {200: {"description": "The job that this key made before."}}
+    replayed: dict[int | str, dict[str, Any]] = {
+        200: {"description": "The job that an earlier request with this key created."}
+    }
 
     @router.post("", status_code=201, responses=replayed | problems(400, 401, 403, 409, 411, 413, 422, 503))
     def start(
         body: JobBody, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None
     ) -> Response:
-        """Queue a job. With an Idempotency-Key the same request again gives the same job."""
+        """Queue a job. Repeating a request with the same Idempotency-Key returns the same job."""
         options = check_options(body.kind, body.options)
         merged = job_config(config, body.config, workspace)
-        # While the model loads nobody knows where it will be: the job waits.
+        # While the model loads its device is unknown: the job is accepted and waits.
         if worker.state != "loading" and (why := gpu_trouble(config, worker, body.kind, merged.model.device)):
             raise ConflictError(why)
         request, job_id = {"config": body.config, "options": options.model_dump()}, new_id()
-        # All that the job's process reads is on the disk before the job is there.
+        # The job's process may start as soon as the row exists, so its configuration is written first.
         try:
             write_json(jobs.path(job_id) / "config.json", merged.model_dump(mode="json"))
-            with jobs.one_by_one:
+            with jobs.run_lock:
                 check_run(jobs, body.kind, options.run or job_id, but_key=idempotency_key)
                 job, is_new = jobs.store.add(job_id, body.kind, request, idempotency_key)
         except (HildaError, OSError):
@@ -93,12 +95,12 @@ def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: Jobs) ->
 
 def _add_schema(router: APIRouter, config: Config) -> None:
     whole, values = schema(), config.model_dump(mode="json", include=set(SECTIONS))
-    # What the jobs may not touch stays unsaid.
+    # Sections that a job may not set are not shown.
     sections = {name: whole["properties"][name] for name in SECTIONS}
 
     @router.get("/schema", responses=problems(401, 403))
     async def form() -> dict[str, Any]:
-        """What a form needs to make a POST /jobs: kinds, options, the sections' JSON Schema and the server's values."""
+        """Data for a form that sends POST /jobs: kinds, options, the sections' JSON Schema and the server's values."""
         return {
             "kinds": {kind: {"options": sorted(TAKES.get(kind, ())), "sections": USES[kind]} for kind in KINDS},
             "options": Options.model_json_schema()["properties"],
@@ -112,21 +114,21 @@ def _add_views(router: APIRouter, jobs: Jobs) -> None:
 
     @router.get("", responses=problems(401, 403, 503))
     def all_jobs(state: State | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
-        """The newest jobs, newest first. `trouble`: why none can be started or looked after just now."""
+        """The newest jobs, newest first. `trouble`: why jobs cannot be started or watched now, if so."""
         found = store.list((state,) if state else STATES, limit, newest_first=True)
         return {"jobs": [_shown(jobs, job) for job in found], "trouble": jobs.trouble}
 
     @router.get("/{job_id}", responses=USUAL)
-    def one(job_id: str) -> dict[str, Any]:
-        """A job, and what its command printed if it is done."""
+    def show_job(job_id: str) -> dict[str, Any]:
+        """One job, with the result that its command printed."""
         job = store.get(job_id)
         return _shown(jobs, job) | {"result": _result(jobs, job)}
 
     @router.get("/{job_id}/logs", response_class=Response, responses={200: streams("text/plain"), **USUAL})
     def logs(job_id: str, follow: bool = False, tail: Tail = 1_000_000) -> Response:
-        """What the command wrote to stderr, the last `tail` bytes of it; X-Skipped-Bytes says how many came before.
+        """The last `tail` bytes of the command's stderr; X-Skipped-Bytes counts the bytes before them.
 
-        `follow` streams all of it (server-sent events, a line each) to the job's end.
+        `follow` streams the whole log until the job ends, one server-sent event per line.
         """
         path = jobs.path(store.get(job_id).id) / "log.txt"
         if follow:
@@ -136,9 +138,9 @@ def _add_views(router: APIRouter, jobs: Jobs) -> None:
 
     @router.get("/{job_id}/metrics", responses={200: streams("application/json"), **USUAL})
     def metrics(job_id: str, follow: bool = False, tail: Tail = MOST_TAIL) -> Response:
-        """The rows in the last `tail` bytes of the run's metrics.jsonl, after `skipped_bytes`; what is no number is null.
+        """The rows in the last `tail` bytes of the run's metrics.jsonl, after `skipped_bytes`. NaN becomes null.
 
-        `follow` streams all of them to the job's end, with 'reset' when it was rewound.
+        `follow` streams all rows until the job ends, with a 'reset' event when the file was rewound.
         """
         job = store.get(job_id)
         path = jobs.run(job) / "metrics.jsonl"
@@ -153,29 +155,29 @@ def _add_controls(router: APIRouter, config: Config, worker: Worker, jobs: Jobs)
 
     @router.post("/{job_id}/cancel", responses={**USUAL, **problems(409, 411, 413)})
     def cancel(job_id: str) -> dict[str, Any]:
-        """A queued job ends at once; a running one is asked to stop, and killed if it does not in jobs.cancel_s."""
+        """Cancel a job. A queued job ends at once; a running job is asked to stop and killed after jobs.cancel_s."""
         job = store.get(job_id)
         if job.state == "queued" and not store.move(job, "cancelled", ended=time.time()):
             job = store.get(job_id)
         if job.state == "running":
             store.move(job, "running", cancel_requested=True)
         elif job.state in ENDED and job.state != "cancelled":
-            raise ConflictError(f"job {job_id} is {job.state}")
+            raise ConflictError(f"job {job_id} is {job.state}; only a queued or running job can be cancelled")
         jobs.wake()
         return _shown(jobs, store.get(job_id))
 
     @router.post("/{job_id}/resume", responses={**USUAL, **problems(409, 411, 413)})
     def resume(job_id: str) -> dict[str, Any]:
-        """Queue an interrupted, failed or cancelled job once more; training goes on from its last checkpoint."""
+        """Queue an interrupted, failed or cancelled job again. Training continues from its last checkpoint."""
         job = store.get(job_id)
         if job.state not in ("interrupted", "failed", "cancelled"):
             raise ConflictError(
-                f"job {job_id} is {job.state}; only what was interrupted, failed or cancelled can go on"
+                f"job {job_id} is {job.state}; only an interrupted, failed or cancelled job can be resumed"
             )
         if worker.state != "loading" and (why := job_trouble(config, worker, jobs, job)):
             raise ConflictError(why)
         again = {"attempt": job.attempt + 1, "cancel_requested": False, "exit_code": None, "note": None}
-        with jobs.one_by_one:
+        with jobs.run_lock:
             check_run(jobs, job.kind, jobs.run(job).name, but_id=job_id)
             if not store.move(job, "queued", **again, started=None, ended=None):
                 raise ConflictError(f"job {job_id} was changed by another request")
@@ -184,7 +186,7 @@ def _add_controls(router: APIRouter, config: Config, worker: Worker, jobs: Jobs)
 
     @router.delete("/{job_id}", status_code=204, responses={**USUAL, **problems(409)})
     def delete(job_id: str) -> Response:
-        """Forget an ended job and its log. The run's folder with its checkpoints stays."""
+        """Delete an ended job and its log. The run's folder and its checkpoints are kept."""
         store.delete(job_id)
         shutil.rmtree(jobs.path(job_id), ignore_errors=True)
         return Response(status_code=204)

@@ -1,4 +1,4 @@
-"""Who may ask: API keys, and what counts as this machine's own address."""
+"""Access control: API keys, and which addresses count as loopback."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ KEYS_VARIABLE = "HILDANEXT_API_KEYS"
 
 
 def read_keys(server: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
-    """API keys of `server.api_key_file` (one a line) and of HILDANEXT_API_KEYS (commas between them).
+    """Return the API keys of `server.api_key_file` (one per line) and of HILDANEXT_API_KEYS (comma-separated).
 
-    Raises ConfigError for an address beyond loopback without keys, and for a file that cannot be read or holds none.
+    Raises ConfigError for a non-loopback address without keys, and for a key file that is unreadable or empty.
     """
     keys = [key.strip().encode() for key in environment.get(KEYS_VARIABLE, "").split(",") if key.strip()]
     if server.api_key_file is not None:
@@ -27,7 +27,7 @@ def read_keys(server: ServerConfig, environment: Mapping[str, str]) -> list[byte
             raise ConfigError(f"'server.api_key_file': cannot read {server.api_key_file}: {error.strerror}") from None
         in_file = [line.strip() for line in lines if line.strip()]
         if not in_file:
-            raise ConfigError(f"'server.api_key_file': {server.api_key_file} holds no key; write one a line")
+            raise ConfigError(f"'server.api_key_file': {server.api_key_file} contains no key; write one key per line")
         keys += in_file
     if not keys and not is_loopback(server.host):
         raise ConfigError(
@@ -38,7 +38,7 @@ def read_keys(server: ServerConfig, environment: Mapping[str, str]) -> list[byte
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own. A name other than localhost counts as reachable from outside."""
+    """Whether an address is loopback. A name other than localhost counts as reachable from other machines."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -46,19 +46,19 @@ def is_loopback(host: str) -> bool:
 
 
 def is_authorized(header: str, keys: list[bytes]) -> bool:
-    """Whether an Authorization header carries one of the keys. Every key is compared, each in constant time."""
+    """Whether an Authorization header contains one of the keys. All keys are compared, each in constant time."""
     scheme, _, given = header.partition(" ")
     matches = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in keys]
     return scheme.lower() == "bearer" and any(matches)
 
 
 def is_own_page(host: str, origin: str) -> bool:
-    """Without keys: whether a request names a loopback host, and comes from a page of that host if from any.
+    """Whether Host is loopback and Origin, if present, is the same host. Checked when the server has no keys.
 
-    A page elsewhere could otherwise reach this server through its visitor's browser (DNS rebinding, cross-site posts).
+    Otherwise a page of another site could reach the server through a browser (DNS rebinding, cross-site requests).
     """
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return is_loopback(name) and (not origin or urlsplit(origin).netloc == host)
-    except ValueError:  # half of an IPv6 address
+    except ValueError:  # an incomplete IPv6 address
         return False

@@ -1,9 +1,9 @@
-"""HildaNext's own routes: /health and /generate."""
+"""HildaNext's own routes: /health, /metrics and /generate."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,9 @@ from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
 from hildanext.decoding.engines import Completion, Event
 from hildanext.decoding.events import Finished, Step
-from hildanext.errors import HildaError, UsageError
+from hildanext.errors import UsageError
 from hildanext.jobs.watcher import Jobs
-from hildanext.server.answers import (
-    chained,
-    completed,
-    event_stream,
-    make_show_step,
-    note_failure,
-    problem,
-    problems,
-    sse,
-    status_of,
-    streams,
-    unless_gone,
-)
+from hildanext.server.answers import completed, make_show_step, problem, problems, sse, streamed, streams, unless_gone
 from hildanext.server.bodies import GenerateBody, n_chars
 from hildanext.server.meters import Meters
 from hildanext.server.worker import Ticket, Worker
@@ -36,7 +24,7 @@ from hildanext.server.worker import Ticket, Worker
 
 @dataclass(frozen=True)
 class GenerateAnswer(Completion):
-    """A completion; with `trace`, every denoising step and the text of its tokens."""
+    """A completion. With `trace`, it includes every denoising step and the text of its tokens."""
 
     trace: list[dict[str, Any]] | None = None
 
@@ -50,10 +38,10 @@ async def submit(
     *,
     wants_steps: bool = False,
 ) -> Ticket:
-    """Hand a prompt to the engine. Raises UsageError for one that is too long, and as `Worker.accept` does."""
+    """Submit a prompt to the engine. Raises UsageError if it is too long, and the errors of `Worker.accept`."""
     limit = config.server.max_prompt_chars
     if n_chars(prompt) > limit:
-        raise UsageError(f"the prompt has {n_chars(prompt)} characters; server.max_prompt_chars is {limit}")
+        raise UsageError(f"the prompt has {n_chars(prompt)} characters; the limit is {limit} (server.max_prompt_chars)")
     settings = worker.opened().settings(config.model_copy(update={"decode": decode}))
     most = config.server.deadline_s
     deadline_s = most if deadline_s is None else min(deadline_s, most)
@@ -81,7 +69,7 @@ def _add_views(
 
     @router.get("/health", responses=problems(401, 403))
     async def health() -> dict[str, Any]:
-        """What runs, why the other engines do not, and how much is going on."""
+        """The engine, the reasons why other engines were passed over, and the current load."""
         engine = worker.engine
         return {
             "status": "ok" if worker.state == "ready" else worker.state,
@@ -104,12 +92,12 @@ def _add_views(
 
     @router.get("/health/live", responses=problems(403))
     async def live() -> dict[str, str]:
-        """The process answers."""
+        """Liveness: the process answers."""
         return {"status": "live"}
 
     @router.get("/health/ready", responses=problems(403, 503))
     async def ready() -> Response:
-        """The model answers: it did once when it was opened, and did not fail at the last pass."""
+        """Readiness: the model has answered once, and its last pass did not fail."""
         if worker.state != "ready":
             return problem(503, f"the server is {worker.state}")
         return JSONResponse({"status": "ready"})
@@ -118,7 +106,7 @@ def _add_views(
         "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problems(401, 403)}
     )
     async def metrics() -> Response:
-        """Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -131,52 +119,33 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
         },
     )
     async def generate(body: GenerateBody, request: Request) -> Response:
-        """Complete a prompt; streamed, with every denoising step as it happens."""
+        """Complete a prompt. A stream includes every denoising step as it happens."""
         decode, wants_steps = body.decode_config(config.decode), body.stream or body.trace
         ticket = await unless_gone(
             request, submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps)
         )
-        events, show = worker.events(ticket), make_show_step(worker.opened())
+        show = make_show_step(worker.opened())
+
+        def written(event: Event) -> str:
+            if isinstance(event, Step):
+                return sse(show(event), "step")
+            if isinstance(event, Finished):
+                return sse(event._asdict(), "block")
+            request.state.facts = facts(config, body.text, event)
+            return sse(event.as_dict(), "done")
+
         if body.stream:
-            # Waiting for the first event lets what is wrong with the request be a status.
-            first = await unless_gone(request, anext(events))
-            return event_stream(_stream(request, config, body, ticket, chained(first, events), show))
-        done, steps = await unless_gone(request, completed(events))
+            return await streamed(request, worker, ticket, written)
+        done, steps = await unless_gone(request, completed(worker.events(ticket)))
         request.state.facts = facts(config, body.text, done)
         return JSONResponse(done.as_dict() | ({"trace": [show(step) for step in steps]} if body.trace else {}))
 
 
 def facts(config: Config, prompt: str | list[dict[str, str]], done: Completion) -> dict[str, Any]:
-    """What the log keeps of a completion: numbers, and text only if it was asked for."""
+    """Return the log fields of a completion: numbers, and its text if `server.log_prompts` is set."""
     numbers = {
         "tokens": len(done.token_ids),
         "tokens_per_forward": round(done.stats.tokens_per_forward, 2),
         "finish_reason": done.finish_reason,
     }
     return numbers | ({"prompt": prompt, "text": done.text} if config.server.log_prompts else {})
-
-
-async def _stream(
-    request: Request,
-    config: Config,
-    body: GenerateBody,
-    ticket: Ticket,
-    events: AsyncIterator[list[Event]],
-    show: Callable[[Step], dict[str, Any]],
-) -> AsyncIterator[str]:
-    def written(event: Event) -> str:
-        if isinstance(event, Step):
-            return sse(show(event), "step")
-        if isinstance(event, Finished):
-            return sse(event._asdict(), "block")
-        request.state.facts = facts(config, body.text, event)
-        return sse(event.as_dict(), "done")
-
-    settings = ticket.request.settings
-    yield sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings._asdict()}, "start")
-    try:
-        async for news in events:  # one write: each takes the interpreter from the engine's thread for a moment
-            yield "".join(map(written, news))
-    except HildaError as error:
-        note_failure(request, error)
-        yield sse({"detail": str(error), "status": status_of(error)}, "error")

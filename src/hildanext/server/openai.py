@@ -1,10 +1,10 @@
-"""OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions. The mode and thresholds travel in `extra_body`."""
+"""OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions. Clients send mode and thresholds in `extra_body`."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,18 +17,7 @@ from hildanext.config import Config, DecodeConfig, Mode
 from hildanext.decoding.engines import Completion, Event
 from hildanext.decoding.events import Finished
 from hildanext.errors import ContextError, HildaError
-from hildanext.server.answers import (
-    chained,
-    completed,
-    event_stream,
-    note_failure,
-    sse,
-    status_of,
-    streams,
-    together,
-    unless_gone,
-    with_retry,
-)
+from hildanext.server.answers import completed, sse, status_of, streamed, streams, together, unless_gone, with_retry
 from hildanext.server.bodies import Body, Share, Stop, Text, with_settings
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import Ticket, Worker
@@ -51,7 +40,7 @@ class OpenAIProblem(Body):
 
 
 def error_body(status: int, line: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
+    """Return an error in OpenAI's format."""
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": line, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
@@ -63,13 +52,13 @@ def openai_problem(
     headers: dict[str, str] | None = None,
     code: str | None = None,
 ) -> Response:
-    """What does not fit the schema is 400 there."""
+    """Build an error answer. OpenAI's API uses 400 where others use 422."""
     status = 400 if status == 422 else status
     return JSONResponse(error_body(status, line, param, code), status, with_retry(status, headers))
 
 
 def code_of(error: HildaError) -> str | None:
-    """The word of OpenAI's that says more than the status."""
+    """Return OpenAI's error code where it says more than the status."""
     return "context_length_exceeded" if isinstance(error, ContextError) else None
 
 
@@ -94,7 +83,7 @@ class ChatMessage(Body):
 
 
 class OpenAIBody(Body):
-    """What both kinds of completion share. A setting left out is the server's own, as in POST /generate."""
+    """Fields of both endpoints. An omitted setting takes the server's value, as in POST /generate."""
 
     model: Text
     stream: bool | None = None
@@ -103,14 +92,14 @@ class OpenAIBody(Body):
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    user: Text | None = Field(None, description="Taken and not looked at.")
-    # In `extra_body` of OpenAI's clients:
+    user: Text | None = Field(None, description="Accepted and ignored.")
+    # OpenAI's clients send these in `extra_body`:
     mode: Mode | None = None
     tau_mask: Share | None = None
-    tau_edit: Share | None = Field(None, description="null turns editing off; left out, the preset's.")
+    tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
     top_k: int | None = Field(None, ge=1)
     repetition_penalty: float | None = Field(None, gt=0.0)
-    # Features that this server does not have: only the value that means 'without' is taken.
+    # Not supported: only the value that turns the feature off is accepted.
     n: Literal[1] | None = None
     frequency_penalty: float | None = Field(None, ge=0.0, le=0.0)
     presence_penalty: float | None = Field(None, ge=0.0, le=0.0)
@@ -134,7 +123,7 @@ class CompletionBody(OpenAIBody):
     @model_validator(mode="after")
     def _one_stream(self) -> CompletionBody:
         if self.stream and len(self.prompts) > 1:
-            raise ValueError("a stream takes one prompt")
+            raise ValueError("a stream takes exactly one prompt")
         return self
 
     @property
@@ -144,27 +133,27 @@ class CompletionBody(OpenAIBody):
 
 class ChatBody(OpenAIBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    max_tokens: int | None = Field(None, ge=1, description="Older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
 def model_id(config: Config) -> str:
-    """The served model's name: a hub name as it is, of a folder or file its last part."""
+    """Return the served model's name: a hub name unchanged, or the last part of a path."""
     return Path(config.model.base).name if Path(config.model.base).exists() else config.model.base
 
 
 def usage(n_prompt: int, done: list[Completion]) -> dict[str, Any]:
-    n_completion = sum(len(one.token_ids) for one in done)
+    n_completion = sum(len(completion.token_ids) for completion in done)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,
         "total_tokens": n_prompt + n_completion,
-        "prompt_tokens_details": {"cached_tokens": sum(one.stats.prefix_tokens for one in done)},
+        "prompt_tokens_details": {"cached_tokens": sum(completion.stats.prefix_tokens for completion in done)},
     }
 
 
 class Form:
-    """How one of the two endpoints writes an answer."""
+    """The JSON of an answer, as /v1/chat/completions (`chat`) or /v1/completions writes it."""
 
     def __init__(self, config: Config, *, chat: bool) -> None:
         self.chat, self.model = chat, model_id(config)
@@ -186,9 +175,9 @@ class Form:
 
     def answer(self, done: list[Completion], n_prompt: int) -> dict[str, Any]:
         return self.head(chunk=False) | {
-            "choices": [self.choice(index, one.text, one.finish_reason) for index, one in enumerate(done)],
+            "choices": [self.choice(index, item.text, item.finish_reason) for index, item in enumerate(done)],
             "usage": usage(n_prompt, done),
-            "hildanext": [{"engine": one.engine, "mode": one.mode, "stats": asdict(one.stats)} for one in done],
+            "hildanext": [{"engine": item.engine, "mode": item.mode, "stats": asdict(item.stats)} for item in done],
         }
 
 
@@ -221,10 +210,10 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
             for prompt in prompts:
                 tickets.append(await unless_gone(request, submit(worker, config, prompt, decode)))
             if body.stream:
-                events = worker.events(tickets[0])
-                first = await unless_gone(request, anext(events))
-                return event_stream(
-                    _stream(request, config, body, prompts[0], tickets[0], chained(first, events), form)
+                head = form.chunk({"role": "assistant", "content": ""}) if chat else ""
+                written = _chunks(request, config, body, prompts[0], tickets[0], form)
+                return await streamed(
+                    request, worker, tickets[0], written, head=head, failed=_failed, tail="data: [DONE]\n\n"
                 )
             found = await unless_gone(request, together([completed(worker.events(t)) for t in tickets]))
         except BaseException:
@@ -250,19 +239,24 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
 
 
 def unknown_model(name: str) -> Response:
-    line = f"the model '{name}' is not served here; GET /v1/models lists what is"
+    line = f"model '{name}' is not served here; GET /v1/models lists the served model"
     return openai_problem(404, line, "model", code="model_not_found")
 
 
-async def _stream(
+def _failed(error: HildaError) -> str:
+    return sse(error_body(status_of(error), str(error), code=code_of(error)))
+
+
+def _chunks(
     request: Request,
     config: Config,
     body: OpenAIBody,
     prompt: str | list[dict[str, str]],
     ticket: Ticket,
-    events: AsyncIterator[list[Event]],
     form: Form,
-) -> AsyncIterator[str]:
+) -> Callable[[Event], str]:
+    """Return a function that writes a chunk for each finished block, and the last chunks for the completion."""
+
     def written(event: Event) -> str:
         if isinstance(event, Finished):
             return form.chunk({"content": event.text}) if event.text else ""
@@ -275,13 +269,4 @@ async def _stream(
             last += sse(form.head(chunk=True) | {"choices": [], "usage": tokens})
         return last
 
-    if form.chat:
-        yield form.chunk({"role": "assistant", "content": ""})
-    try:
-        async for news in events:
-            if text := "".join(map(written, news)):
-                yield text
-    except HildaError as error:
-        note_failure(request, error)
-        yield sse(error_body(status_of(error), str(error), code=code_of(error)))
-    yield "data: [DONE]\n\n"
+    return written

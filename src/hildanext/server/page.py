@@ -1,4 +1,4 @@
-"""The web page at /: files of this package, read once. Nothing but these can be asked for, so no path leads out of them."""
+"""The web page at /. Its files are read once at startup; a request can name only these, so no path can escape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 WEB = Path(__file__).parent / "web"
-# By name: what the machine's own table says of .js may be another, and browsers then refuse it.
+# Fixed: the system's table may map .js to another type, which browsers refuse.
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -26,7 +26,7 @@ class StaticFile(NamedTuple):
 
 
 def read_files() -> dict[str, StaticFile]:
-    """Every file of the page, by its name."""
+    """Return every file of the page by name."""
     found = {}
     for path in sorted(WEB.iterdir()):
         content = path.read_bytes()
@@ -44,14 +44,14 @@ def page_routes() -> APIRouter:
     @router.api_route("/web/{name}", methods=["GET", "HEAD"])
     async def web_file(name: str, request: Request) -> Response:
         if name not in files:
-            raise HTTPException(404, "there is no such file")
+            raise HTTPException(404, "no such file")
         return _answer(request, files[name])
 
     return router
 
 
 def _answer(request: Request, file: StaticFile) -> Response:
-    """The file, or 304 to a browser that has it. `no-cache`: it asks each time, so a new version is seen at once."""
+    """Return the file, or 304 if the browser has it. `no-cache` makes browsers check for a new version each time."""
     headers = {"ETag": file.etag, "Cache-Control": "no-cache"}
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if file.etag in known or "*" in known:

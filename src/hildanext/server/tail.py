@@ -1,4 +1,4 @@
-"""Logs and metrics of jobs: their ends, and what is added to them. They may be large: neither is held whole."""
+"""Read the end of a job's log or metrics, and follow new lines. The files may be large, so they are read in pieces."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 from hildanext.jobs.store import ENDED, MissingError, StoreError
 from hildanext.jobs.watcher import Jobs
-from hildanext.server.answers import sse, status_of
+from hildanext.server.answers import error_event, sse
 
 FOLLOW_S = 0.25
 PIECE = 262_144
 
 
 def last_lines(path: Path, most: int) -> tuple[bytes, int]:
-    """The whole lines among the last `most` bytes of a file, and how many bytes come before them. No file: none."""
+    """Return the complete lines in the last `most` bytes, and the number of bytes before them. No file: (b"", 0)."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             start = max(0, size - most)
-            # One byte more tells whether a line begins there.
+            # One extra byte shows whether a line begins at `start`.
             file.seek(max(0, start - 1))
             text = file.read(size - max(0, start - 1))
     except FileNotFoundError:
@@ -32,7 +32,7 @@ def last_lines(path: Path, most: int) -> tuple[bytes, int]:
 
 
 def rows_of(text: bytes) -> list[Any]:
-    """Rows of JSON lines; NaN, which JSON does not have, is null, and a line that is none is left out."""
+    """Parse JSON lines. NaN and infinity become null, which JSON requires; invalid lines are skipped."""
     rows = []
     for line in text.splitlines():
         try:
@@ -43,14 +43,14 @@ def rows_of(text: bytes) -> list[Any]:
 
 
 class LogPosition(NamedTuple):
-    """How far a file has been read, and which file it was."""
+    """How far a file has been read, and the inode that identifies it."""
 
     offset: int = 0
     inode: int | None = None
 
 
 def _next_piece(path: Path, place: LogPosition, *, to_the_end: bool) -> tuple[str, LogPosition, bool]:
-    """What comes next as events, where that ends, and whether there may be more at once."""
+    """Return the next lines as events, the position after them, and whether more may be available at once."""
     try:
         with open(path, "rb") as file:
             inode, size = path.stat().st_ino, file.seek(0, 2)
@@ -61,7 +61,7 @@ def _next_piece(path: Path, place: LogPosition, *, to_the_end: bool) -> tuple[st
     except FileNotFoundError:
         return "", place, False
     is_full = len(new) == PIECE
-    cut = new.rfind(b"\n") + 1 or (len(new) if is_full else 0)  # a line without end is sent in pieces
+    cut = new.rfind(b"\n") + 1 or (len(new) if is_full else 0)  # a very long line is sent in pieces
     if to_the_end and not is_full:
         cut = len(new)
     whole = new[:cut]
@@ -71,9 +71,9 @@ def _next_piece(path: Path, place: LogPosition, *, to_the_end: bool) -> tuple[st
 
 
 async def follow(jobs: Jobs, job_id: str, path: Path) -> AsyncIterator[str]:
-    """Whole lines of a growing file, to the end of the job. A file that was replaced is read again from its start.
+    """Stream the complete lines of a growing file until the job ends. A replaced file is read from its start.
 
-    While the database or the disk does not answer it waits; `error` is for a job that was deleted.
+    Waits while the database or the disk does not answer. Ends with an `error` event if the job was deleted.
     """
     place = LogPosition()
     while True:
@@ -85,7 +85,7 @@ async def follow(jobs: Jobs, job_id: str, path: Path) -> AsyncIterator[str]:
                 if events:
                     yield events
         except MissingError as error:
-            yield sse({"detail": str(error), "status": status_of(error)}, "error")
+            yield error_event(error)
             return
         except (StoreError, OSError):
             await asyncio.sleep(FOLLOW_S)

@@ -1,4 +1,4 @@
-"""The one thread that owns the engine: requests come in through a queue, what happens to them goes back to the event loop."""
+"""The thread that owns the engine. Requests enter through a queue; their events return to the event loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ State = Literal["loading", "ready", "failing", "stopping", "stopped"]
 
 
 class Overloaded(HildaError):
-    """All slots and places in the queue are taken."""
+    """All slots and all places in the queue are in use."""
 
 
 class Unready(HildaError):
@@ -32,15 +32,15 @@ class Unready(HildaError):
 
 
 class NoBase(HildaError):
-    """There is no AR base to answer."""
+    """The AR base is not available."""
 
 
 class DeadlineError(HildaError):
-    """A request did not finish in its time."""
+    """A request passed its deadline before it finished."""
 
 
 class Ticket:
-    """A request that has a place, and what has happened to it and was not fetched yet."""
+    """An accepted request and its events that the route has not read yet."""
 
     def __init__(self, settings: Settings, deadline_s: float, *, wants_steps: bool) -> None:
         self.request, self.began, self.wants_steps = Request([], settings), time.monotonic(), wants_steps
@@ -48,45 +48,45 @@ class Ticket:
         self.news: list[Event | HildaError] = []
         self.has_news = asyncio.Event()
         self.has_block = False
-        self.handle: Any = None  # the engine's, once it has seen the request
+        self.handle: Any = None  # the engine's name for the request, once submitted
 
 
 class Worker:
-    """Accepts up to slots + `server.queue` requests. Every accepted one gets a Completion or one error, unless dropped."""
+    """Accepts up to slots + `server.queue` requests. Each ends with a Completion or one error, unless it is dropped."""
 
     def __init__(self, config: Config, open_engine: Callable[[Config], Engine], meters: Meters) -> None:
         self.config, self.open_engine, self.meters = config, open_engine, meters
         self.engine: Engine | None = None
         self.state: State = "loading"
         self.failure: HildaError | None = None
-        self.is_open = asyncio.Event()  # set when the engine is open, or could not be opened
-        self.accepted: set[Ticket] = set()  # the event loop's
+        self.is_open = asyncio.Event()  # set once opening has succeeded or failed
+        self.accepted: set[Ticket] = set()  # used in the event loop only
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         meters.queued.set_function(lambda: self.n_queued)
         meters.running.set_function(lambda: len(self.accepted) - self.n_queued)
-        self._under_way: dict[Any, Ticket] = {}  # the thread's
+        self._running: dict[Any, Ticket] = {}  # used in the engine's thread only
 
     def start(self, on_failure: Callable[[], object]) -> None:
-        """Open the engine in the thread. Called in the event loop that requests will come from; it hears of a failure."""
+        """Open the engine in the thread. Call this in the event loop that serves; `on_failure` is called there."""
         self.on_failure = on_failure
         self.loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """Drop what runs and close the engine. Called outside the event loop, which must still run.
+        """Drop all requests and close the engine. Call this outside the event loop, which must still be running.
 
-        A loading or a pass that takes longer than STOP_S is left behind, to end with the process.
+        A load or a pass that takes longer than STOP_S is abandoned; it ends with the process.
         """
         self._inbox.put(("stop", None))
         self._thread.join(STOP_S)
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
-    # --- The event loop's side
+    # --- Called in the event loop
 
     def opened(self) -> Engine:
-        """The engine. Raises Unready while there is none."""
+        """Return the engine. Raises Unready while it is not available."""
         if self.engine is None or self.state not in ("ready", "failing"):
             raise Unready(f"the server is {self.state}")
         return self.engine
@@ -98,24 +98,24 @@ class Worker:
     async def accept(
         self, prompt: str | list[dict[str, str]], settings: Settings, deadline_s: float, *, wants_steps: bool
     ) -> Ticket:
-        """Give a prompt a place, and its tokens to the engine.
+        """Reserve a place, tokenize the prompt and submit it to the engine.
 
-        Raises Overloaded when the queue is full, Unready while nothing can be answered, DeadlineError, and what is wrong
-        with the prompt.
+        Raises Overloaded if the queue is full, Unready while the engine is not available, DeadlineError, and UsageError
+        for a prompt that cannot be encoded.
         """
         engine = self.opened()
         if len(self.accepted) >= engine.slots + self.config.server.queue:
             raise Overloaded(f"{len(self.accepted)} requests are waiting or running (server.queue); try again later")
         ticket = Ticket(settings, deadline_s, wants_steps=wants_steps)
         self.accepted.add(ticket)
-        # In a thread of its own, since a long prompt takes a while; no more wait for it than have a place.
+        # A long prompt takes time to tokenize, so that runs in its own thread. Its queue is bounded by the places.
         encoding = self.loop.run_in_executor(self._encoder, engine.encode, prompt)
         try:
             await asyncio.wait({encoding}, timeout=deadline_s)
             if not encoding.done():
-                raise DeadlineError("the deadline passed before the prompt was read")
+                raise DeadlineError("the deadline passed before the prompt was tokenized")
             ticket.request = Request(encoding.result(), settings)
-            self.opened()  # still
+            self.opened()  # the server may have stopped meanwhile
         except BaseException:
             encoding.cancel()
             self.accepted.discard(ticket)
@@ -124,15 +124,15 @@ class Worker:
         return ticket
 
     def drop(self, ticket: Ticket) -> None:
-        """Nobody waits for it any more: its slot is free within a pass. Harmless for one that is done."""
+        """Cancel a request; its slot is free after the current pass. Does nothing for a finished request."""
         if ticket in self.accepted:
             self.accepted.discard(ticket)
             self._inbox.put(("drop", ticket))
 
     async def events(self, ticket: Ticket) -> AsyncIterator[list[Event]]:
-        """What happens to an accepted request, to its Completion; each time all that has come since the last look.
+        """Yield the events of an accepted request until its Completion, in batches of all that arrived meanwhile.
 
-        Raises HildaError; leaving early drops the request.
+        Raises the HildaError that ended the request. Closing the generator early drops the request.
         """
         try:
             while True:
@@ -161,19 +161,19 @@ class Worker:
                 self.accepted.discard(ticket)
 
     def _end(self, error: HildaError) -> None:
-        """The engine is no more: nobody waits for it any longer. In the event loop, so that no request slips through."""
+        """End all accepted requests after the engine has stopped. Runs in the event loop, so that none is missed."""
         self._deliver([(ticket, error) for ticket in self.accepted])
         if self.failure is not None:
             self.on_failure()
 
-    # --- The thread's side
+    # --- Called in the engine's thread
 
     def _run(self) -> None:
         try:
             engine = self.open_engine(self.config)
             settings = engine.settings(self.config)._replace(max_new_tokens=1)
-            engine.generate(Request(engine.encode("Hello"), settings))  # ready means: it has answered
-        except Exception as error:  # noqa: BLE001  (the loader may fail in any way)
+            engine.generate(Request(engine.encode("Hello"), settings))  # ready means that it has answered once
+        except Exception as error:  # noqa: BLE001  (loading may fail in any way)
             self.failure = _failure(error)
             self.state = "stopped"
             self._call(self.on_failure)
@@ -184,65 +184,65 @@ class Worker:
         end: HildaError = Unready("the server is stopping")
         try:
             self._serve(as_steps(engine))
-        except Exception as error:  # noqa: BLE001  (an engine that cannot even forget its requests is lost)
+        except Exception as error:  # noqa: BLE001  (an engine that cannot cancel its requests is unusable)
             end = self.failure = _failure(error)
         self.state = "stopped"
         self._call(self._end, end)
         engine.close()
 
     def _serve(self, steps: Steps) -> None:
-        """Answer until told to stop. When a pass fails, so do the requests under way; the next ones have their chance."""
+        """Run passes until told to stop. If a pass fails, the running requests fail; later requests are tried again."""
         while True:
             try:
-                if not self._take_in(steps):
+                if not self._receive(steps):
                     return
-                self._move_on(steps)
+                self._run_pass(steps)
             except Exception as error:  # noqa: BLE001
                 self.state = "failing"
                 self._fail(steps, _failure(error))
 
-    def _take_in(self, steps: Steps) -> bool:
-        """Hand new requests to the engine and take dropped ones from it; wait if there is nothing else to do."""
-        while not self._under_way or not self._inbox.empty():
+    def _receive(self, steps: Steps) -> bool:
+        """Submit new requests and cancel dropped ones; wait while no request is running. False: stop."""
+        while not self._running or not self._inbox.empty():
             what, ticket = self._inbox.get()
             if ticket is None:
                 return False
             if what == "drop":
-                if self._under_way.pop(ticket.handle, None) is not None:
+                if self._running.pop(ticket.handle, None) is not None:
                     steps.cancel(ticket.handle)
                 continue
             try:
                 ticket.handle = steps.submit(ticket.request)
-            except Exception as error:  # noqa: BLE001  (this request fails, the others do not)
+            except Exception as error:  # noqa: BLE001  (only this request fails)
                 self._tell([(ticket, _failure(error))])
             else:
-                self._under_way[ticket.handle] = ticket
+                self._running[ticket.handle] = ticket
         return True
 
-    def _move_on(self, steps: Steps) -> None:
-        """One pass of everything that runs."""
+    def _run_pass(self, steps: Steps) -> None:
+        """Run one pass over all running requests and deliver its events."""
         assert self.engine is not None
-        n_running = min(self.engine.slots, len(self._under_way))  # before the pass: after it, some have ended
+        n_running = min(self.engine.slots, len(self._running))  # counted before the pass, which may end some requests
         happened = steps.step()
         self.state = "ready"
         self.meters.batch.observe(n_running)
-        mine = [(self._under_way[handle], what) for handle, what in happened if handle in self._under_way]
-        # To wake the event loop costs more than the rule of a pass: not for what nobody looks at.
+        mine = [(self._running[handle], what) for handle, what in happened if handle in self._running]
+        # Waking the event loop costs more than the decode rule of a pass: skip steps that nobody reads.
         news = [(ticket, what) for ticket, what in mine if ticket.wants_steps or not isinstance(what, Step)]
         for ticket, what in news:
             if isinstance(what, (Completion, HildaError)):
-                del self._under_way[ticket.handle]
+                del self._running[ticket.handle]
         now = time.monotonic()
-        late = [ticket for ticket in self._under_way.values() if now > ticket.deadline]
+        late = [ticket for ticket in self._running.values() if now > ticket.deadline]
         news += [(ticket, DeadlineError("the deadline passed before the answer was complete")) for ticket in late]
         self._tell(news)
         for ticket in late:
-            del self._under_way[ticket.handle]
+            del self._running[ticket.handle]
             steps.cancel(ticket.handle)
 
     def _fail(self, steps: Steps, error: HildaError) -> None:
-        """Told first: to cancel after a failure may fail too."""
-        failed, self._under_way = self._under_way, {}
+        """End all running requests with an error. Deliver it first: cancelling may fail too."""
+        failed, self._running = self._running, {}
         self._tell([(ticket, error) for ticket in failed.values()])
         for handle in failed:
             steps.cancel(handle)
@@ -252,13 +252,13 @@ class Worker:
             self._call(self._deliver, news)
 
     def _call(self, what: Callable[..., object], *given: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self.loop.call_soon_threadsafe(what, *given)
 
 
 def _failure(error: Exception) -> HildaError:
-    """Of an error that nobody foresaw the whole goes to the log, one line to the client."""
+    """Turn any error into one line for the client. An unexpected error's traceback goes to the log."""
     if isinstance(error, HildaError):
         return error
     traceback.print_exception(error)
-    return ModelError(f"the engine failed: {type(error).__name__}; the server's log has more")
+    return ModelError(f"the engine failed: {type(error).__name__}; see the server's log")

@@ -1,22 +1,25 @@
-"""A decode to look at: after each pass, what stands at each position of the block and how it came there."""
+"""What each pass of a decode did to each position, as cells for drawing, as a line of text and as a trace file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hildanext.decoding.engines import Engine, Request
 from hildanext.decoding.events import Step
+from hildanext.files import atomic_open
 from hildanext.terminal.console import printable
 
-FADE = 3  # passes in which an edit can still be told
+FADE = 3  # passes for which an edit stays visible
 
-# end: the end-of-text token; cut: what stands behind it, or beyond the budget, and is no part of the answer.
+# end: the end-of-text token. cut: a token after it or beyond max_new_tokens, which is not part of the answer.
 Kind = Literal["prompt", "mask", "drafted", "edited", "settled", "end", "cut"]
 
 
 class Cell(NamedTuple):
-    """One position. `strength`: of a draft its confidence, of an edit 1 in its pass and less in the next ones."""
+    """One position. `strength`: the confidence of a draft; for an edit 1 in its own pass, less in later passes."""
 
     position: int
     text: str
@@ -24,8 +27,8 @@ class Cell(NamedTuple):
     strength: float
 
 
-class Settling:
-    """Follows the passes of one answer."""
+class CellTracker:
+    """Turns the passes of one answer into cells. Keeps the age of edits between passes."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.engine = engine
@@ -34,7 +37,7 @@ class Settling:
         self.edited: dict[int, int] = {}  # position -> passes since its last edit
 
     def cells(self, step: Step) -> list[Cell]:
-        """The positions of a pass, in order."""
+        """Return the cells of the positions that a pass shows, in order."""
         self.edited = {position: age + 1 for position, age in self.edited.items() if age + 1 < FADE}
         self.edited |= {step.start + place: 0 for place in step.edited}
         texts = token_texts(self.engine.decode_tokens, step.tokens, self.engine.mask_token_id)
@@ -64,7 +67,7 @@ class Settling:
 
 
 def token_texts(decode_tokens: Callable[[list[int]], str], tokens: list[int], mask_token_id: int | None) -> list[str]:
-    """The piece of text that each token adds to those before it; '' for masks and for the first bytes of a character."""
+    """Return the text that each token adds to the tokens before it; '' for a mask and for an incomplete character."""
     texts: list[str] = []
     run: list[int] = []
     shown = ""
@@ -81,10 +84,16 @@ def token_texts(decode_tokens: Callable[[list[int]], str], tokens: list[int], ma
 
 
 def as_line(step: Step, cells: list[Cell]) -> str:
-    """A pass in plain text: `_` is a mask, [word] was drafted in it, {word} edited, ∎ is the end."""
+    """Format a pass as text: `_` is a mask, [word] was drafted and {word} edited in this pass, ∎ ends the text."""
     words = []
     for cell in (cell for cell in cells if cell.kind != "cut"):
         word = printable(cell.text).strip() or {"mask": "_", "end": "∎"}.get(cell.kind, "")
         fresh = cell.kind == "edited" and cell.strength == 1.0
         words.append(f"[{word}]" if cell.kind == "drafted" else f"{{{word}}}" if fresh else word)
     return f"block {step.block} pass {step.step + 1}:  {' '.join(word for word in words if word)}"
+
+
+def write_trace(path: Path, steps: list[Step]) -> None:
+    """Write the passes of an answer as JSON lines, one object with the fields of `Step` per pass, atomically."""
+    with atomic_open(path) as file:
+        file.writelines(json.dumps(step._asdict()) + "\n" for step in steps)

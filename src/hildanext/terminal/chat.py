@@ -1,9 +1,8 @@
-"""The `chat` command: a conversation in the terminal, or line by line through pipes."""
+"""The `chat` command: a conversation in a terminal, or line by line through pipes."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,42 +10,49 @@ from pathlib import Path
 from rich.console import Console
 
 from hildanext.config import Config, parse_config
-from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine
+from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine, say_passed_over
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import HildaError, UsageError
-from hildanext.files import atomic_open
 from hildanext.progress import say, stop_on_signals
-from hildanext.terminal.cells import Settling, as_line
+from hildanext.terminal.cells import CellTracker, as_line, write_trace
 from hildanext.terminal.console import NOT_UTF8, checked, input_lines
 from hildanext.terminal.dialogue import Dialogue
 from hildanext.terminal.live import LiveAnswer, PlainAnswer, draw_line
 
 HELP = """\
-/mode [S_MODE|Q_MODE]     speedy or careful ('s' and 'q' do); its thresholds with it
-/tau MASK [EDIT|off]      thresholds: draft above MASK, edit above EDIT
-/trace [on|off|FILE]      a line for each pass: of the last answer, of every answer from now on, into a file
-/system [TEXT]            set the system message, or take it away
-/save FILE                the conversation as JSON, or Markdown for .md
-/load FILE                go on with a conversation saved as JSON
-/reset                    begin anew
-/quit                     leave (Ctrl-D does, too)
-Ctrl-C stops an answer. A message that begins with '/' is sent with a space before it."""
+/mode                     show the mode and its thresholds
+/mode S_MODE|Q_MODE       switch to S_MODE (speedy) or Q_MODE (careful); 's' and 'q' are short forms
+/tau MASK [EDIT|off]      set the thresholds: draft above MASK, edit above EDIT; 'off' turns editing off
+/trace                    show every pass of the last answer, one line each
+/trace on|off             show every pass of all further answers, or stop showing them
+/trace FILE               write the passes of the last answer to FILE as JSON lines
+/system [TEXT]            set the system message; without TEXT, remove it
+/save FILE                save the conversation as JSON, or as Markdown if FILE ends in .md
+/load FILE                continue a conversation that was saved as JSON
+/reset                    start a new conversation; the system message is kept
+/help                     show this help
+/quit                     leave (or press Ctrl-D)
+Ctrl-C stops an answer. To send a message that begins with '/', type a space before it."""
 
 
 def chat(config: Config, system: str | None) -> None:
-    """Talk until the end of input. Raises HildaError for a model that cannot chat and, through pipes, for any mistake."""
+    """Run a conversation until the end of input.
+
+    Raises HildaError for a model that cannot chat and, if stdin is not a terminal, for any invalid line.
+    """
     engine = open_engine(config)
     try:
-        for name, reason in engine.reasons.items():
-            say(f"engine {name} passed over: {reason}")
-        engine.encode([{"role": "user", "content": "Hello"}])  # a model without a chat template is refused at once
+        say_passed_over(engine)
+        engine.encode(
+            [{"role": "user", "content": "Hello"}]
+        )  # refuses a model without a chat template before the first message
         Chat(config, engine, system).run()
     finally:
         engine.close()
 
 
 class Chat:
-    """The loop: a line is a command or a message."""
+    """Reads lines; each is a command or a message."""
 
     def __init__(self, config: Config, engine: Engine, system: str | None) -> None:
         self.config, self.engine = config, engine
@@ -55,7 +61,7 @@ class Chat:
         self.interactive = sys.stdin.isatty()
         self.live = sys.stdout.isatty() and not self.console.is_dumb_terminal
         self.trace = False
-        self.passes: list[Step] = []  # of the last answer
+        self.passes: list[Step] = []  # passes of the last answer
         self.asked: Request | None = None
         self.left = False
         self.commands: dict[str, Callable[[str], None]] = {
@@ -76,7 +82,7 @@ class Chat:
         for line in self.lines():
             try:
                 if line.startswith("/"):
-                    self.obey(line)
+                    self.run_command(line)
                 elif line.strip():
                     self.answer(line.strip())
             except (HildaError, OSError) as error:
@@ -84,7 +90,7 @@ class Chat:
                     raise
                 reason = error if isinstance(error, HildaError) else f"{error.filename}: {error.strerror}"
                 self.tell(f"{reason}")
-            except KeyboardInterrupt:  # outside an answer, which sees it as a wish to stop
+            except KeyboardInterrupt:  # outside an answer; within one it stops the answer
                 if not self.interactive:
                     raise
                 self.tell("interrupted")
@@ -92,12 +98,12 @@ class Chat:
                 return
 
     def lines(self) -> Iterator[str]:
-        """What the user types, to the end of input."""
+        """Yield the user's lines until the end of input."""
         if not self.interactive:
             yield from input_lines()
             return
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives `input` a history and keys to edit with)
+            import readline  # noqa: F401  (gives `input` a history and editing keys)
         while True:
             try:
                 yield checked(input("> " if sys.stdout.isatty() else ""))
@@ -112,7 +118,7 @@ class Chat:
                 self.tell("Ctrl-D or /quit leaves")
 
     def tell(self, text: str) -> None:
-        """A remark that is no part of the conversation: dim on a terminal, else on stderr."""
+        """Show a line that is not part of the conversation: dimmed on a terminal, else on stderr."""
         if self.live:
             self.console.print(text, style="bright_black", markup=False)
         else:
@@ -126,10 +132,10 @@ class Chat:
         if dropped:
             self.tell(f"the conversation no longer fits the context: its {dropped} oldest messages were dropped")
         self.passes, self.asked = [], request
-        settling = Settling(self.engine, request)
-        shown: LiveAnswer | PlainAnswer = PlainAnswer(settling, trace=self.trace)
+        tracker = CellTracker(self.engine, request)
+        shown: LiveAnswer | PlainAnswer = PlainAnswer(tracker, trace=self.trace)
         if self.live:
-            shown = LiveAnswer(self.console, settling, settings.block_size, trace=self.trace)
+            shown = LiveAnswer(self.console, tracker, settings.block_size, trace=self.trace)
         blocks: list[Finished] = []
         done: Completion | None = None
         try:
@@ -150,7 +156,7 @@ class Chat:
         self.left = stopped() == "SIGTERM"
 
     def events(self, request: Request, stopped: Callable[[], str | None]) -> Iterator[Event]:
-        """What happens to a request, until its Completion or a signal; pass by pass, so that a signal is soon seen."""
+        """Yield a request's events until its Completion or a signal. Signals are checked after every pass."""
         steps = as_steps(self.engine)
         handle = steps.submit(request)
         try:
@@ -163,11 +169,11 @@ class Chat:
             steps.cancel(handle)
 
     def conclude(self, request: Request, blocks: list[Finished], done: Completion | None) -> None:
-        """Keep the answer, or what there is of one that was stopped, and say what it cost."""
+        """Add the answer, complete or stopped, to the conversation and show what it cost."""
         text = "".join(block.text for block in blocks)
         if not text:
             self.dialogue.take_back()
-            self.tell("[no answer: the message was taken back]")
+            self.tell("[no answer; the message was removed from the conversation]")
             return
         tokens = [token for block in blocks for token in block.new_tokens]
         self.dialogue.answered(request, tokens, text)
@@ -177,24 +183,24 @@ class Chat:
         stats = done.stats
         cut = " (decode.max_new_tokens)" if done.finish_reason == "length" else ""
         self.tell(
-            f"[{len(done.token_ids)} tokens{cut}, {stats.tokens_per_forward:.2f} a forward, "
+            f"[{len(done.token_ids)} tokens{cut}, {stats.tokens_per_forward:.2f} per forward, "
             f"{stats.tokens_per_second:.1f} tokens/s, {stats.edits} edits, "
-            f"{stats.prefix_tokens} of {len(request.prompt_ids)} prompt tokens kept from before]"
+            f"{stats.prefix_tokens} of {len(request.prompt_ids)} prompt tokens from the cache]"
         )
 
     # --- Commands
 
-    def obey(self, line: str) -> None:
+    def run_command(self, line: str) -> None:
         name, _, rest = line.strip().partition(" ")
         if name not in self.commands:
-            raise UsageError(f"no command '{name}'; /help lists them")
+            raise UsageError(f"unknown command '{name}'; /help lists the commands")
         self.commands[name](rest.strip())
 
     def leave(self, rest: str) -> None:
         self.left = True
 
     def change(self, **decode: object) -> None:
-        """Other decoding settings, checked as those of a file are."""
+        """Change decoding settings, with the same checks as for a configuration file."""
         raw = self.config.model_dump(mode="json")
         self.config = parse_config(raw | {"decode": raw["decode"] | decode}, "chat")
 
@@ -226,15 +232,14 @@ class Chat:
         if rest in ("on", "off"):
             self.trace = rest == "on"
         elif self.asked is None or not self.passes:
-            raise UsageError("no answer with passes to show yet")
+            raise UsageError("there are no passes to show yet")
         elif rest:
-            with atomic_open(Path(rest).expanduser()) as file:
-                file.writelines(json.dumps(step._asdict()) + "\n" for step in self.passes)
+            write_trace(Path(rest).expanduser(), self.passes)
             self.tell(f"{len(self.passes)} passes written to {rest}")
         else:
-            settling = Settling(self.engine, self.asked)
+            tracker = CellTracker(self.engine, self.asked)
             for step in self.passes:
-                cells = settling.cells(step)
+                cells = tracker.cells(step)
                 if self.live:
                     self.console.print(draw_line(step, cells))
                 else:

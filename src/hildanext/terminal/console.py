@@ -1,4 +1,4 @@
-"""Text from standard input, and a model's text to a terminal."""
+"""Reading text from standard input and writing generated text to stdout."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator
 
 from hildanext.errors import UsageError
 
-# C0 and C1 without tab and newline.
+# The C0 and C1 control characters except tab and newline.
 _CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if code not in (9, 10))
 NOT_UTF8 = "the prompt is not valid UTF-8 text"
 
 
 def printable(text: str) -> str:
-    """A model's text without control characters: it must not steer the terminal."""
+    """Remove control characters from generated text, so that it cannot control the terminal."""
     return text.translate(_CONTROLS)
 
 
 def write_text(text: str) -> None:
-    """To stdout at once: as it is into pipes and files, printable on a terminal."""
+    """Write text to stdout and flush: unchanged to pipes and files, without control characters to a terminal."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def checked(text: str) -> str:
-    """The text. Raises UsageError for one with bytes that are no UTF-8, which Python may hand on as lone surrogates."""
+    """Return the text. Raises UsageError if it contains lone surrogates, which Python may read for invalid UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -32,7 +32,7 @@ def checked(text: str) -> str:
 
 
 def read_input() -> str:
-    """All of stdin. Raises UsageError where it is not UTF-8."""
+    """Read all of stdin. Raises UsageError if it is not UTF-8."""
     try:
         return checked(sys.stdin.read())
     except UnicodeDecodeError:
@@ -40,7 +40,7 @@ def read_input() -> str:
 
 
 def input_lines() -> Iterator[str]:
-    """Lines of stdin without their ends. Raises UsageError where it is not UTF-8."""
+    """Yield the lines of stdin without line ends. Raises UsageError if stdin is not UTF-8."""
     try:
         for line in sys.stdin:
             yield checked(line.rstrip("\n"))

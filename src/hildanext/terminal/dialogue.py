@@ -1,4 +1,4 @@
-"""A conversation with an engine: its messages, the ids they were decoded as, and what to drop when it grows too long."""
+"""A conversation with an engine: its messages, their token ids, and dropping old messages when it is too long."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hildanext.decoding.settings import Settings, check_request, tokens_needed
 from hildanext.errors import DataError
 from hildanext.files import atomic_open, write_json
 
-ROOM = 0.75  # a conversation that no longer fits is cut down to this share of the context
+ROOM = 0.75  # a conversation that no longer fits is cut to this share of the context
 
 
 class Dialogue:
-    """Turn by turn: `ask`, then `answered` or `take_back`.
+    """The messages of a conversation. For each message call `ask`, then `answered` or `take_back`.
 
-    `known` are the ids of the turns so far, the answers' as they were decoded: a slot of the cache has them.
+    `known` holds the token ids so far, with answers as they were decoded. The cache can reuse them for the next prompt.
     """
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
@@ -31,20 +31,20 @@ class Dialogue:
         return int(bool(self.messages) and self.messages[0]["role"] == "system")
 
     def set_system(self, text: str | None) -> None:
-        """Put a system message first, in place of the one that is there; None takes it away."""
+        """Set or replace the system message; None removes it."""
         del self.messages[: self.n_system]
         if text:
             self.messages.insert(0, {"role": "system", "content": text})
 
     def reset(self) -> None:
-        """Begin anew; the system message stays."""
+        """Remove all messages except the system message."""
         del self.messages[self.n_system :]
         self.known = []
 
     def ask(self, text: str, settings: Settings) -> tuple[Request, int]:
-        """Add a message: the request for its answer, and how many of the oldest messages were dropped to make room.
+        """Add a user message; return the request for its answer and the number of old messages dropped to make room.
 
-        Raises UsageError, with the conversation as it was, for a message that does not even fit alone.
+        Raises UsageError if the message does not fit even alone; the conversation is then left unchanged.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
@@ -52,8 +52,8 @@ class Dialogue:
             ids = self.engine.encode(self.messages, self.known)
             if self._fits(ids, settings, 1.0):
                 return Request(ids, settings), 0
-            # To a part of the context only: else every further turn would drop one, and the texts that slots hold would
-            # begin otherwise each time.
+            # Cut well below the context: otherwise each later message would drop one again, and the changed beginning
+            # would make the cached tokens useless each time.
             while len(self.messages) > self.n_system + 1 and not self._fits(ids, settings, ROOM):
                 self._drop_oldest()
                 ids = self.engine.encode(self.messages)
@@ -67,34 +67,36 @@ class Dialogue:
         return self.engine.context is None or tokens_needed(len(ids), settings) <= share * self.engine.context
 
     def _drop_oldest(self) -> None:
-        """The oldest message that is not the system's, with the answers to it."""
+        """Drop the oldest message after the system message, together with its answers."""
         first = self.n_system
         del self.messages[first]
         while len(self.messages) > first + 1 and self.messages[first]["role"] == "assistant":
             del self.messages[first]
 
     def answered(self, request: Request, token_ids: list[int], text: str) -> None:
-        """The answer, or what there is of it."""
+        """Add the answer, or the part of it that was decoded before a stop."""
         self.messages.append({"role": "assistant", "content": text})
         self.known = request.prompt_ids + token_ids
 
     def take_back(self) -> None:
-        """The last message got no answer."""
+        """Remove the last message, which got no answer."""
         self.messages.pop()
 
     def save(self, path: Path) -> None:
         """Write the messages as JSON, or as Markdown for `.md`, atomically."""
         if path.suffix == ".md":
             with atomic_open(path) as file:
-                file.write("\n\n".join(f"**{one['role']}**\n\n{one['content']}" for one in self.messages) + "\n")
+                file.write(
+                    "\n\n".join(f"**{message['role']}**\n\n{message['content']}" for message in self.messages) + "\n"
+                )
         else:
             write_json(path, self.messages)
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that `save` wrote as JSON. Raises DataError for any other file."""
+        """Load a conversation that `save` wrote as JSON. Raises DataError for any other file."""
         try:
             found = check_messages(json.loads(path.read_text(encoding="utf-8")))
         except (json.JSONDecodeError, UnicodeDecodeError, DataError) as error:
-            raise DataError(f"{path}: not a conversation that /save wrote as JSON: {error}") from None
-        self.messages = [{"role": one["role"], "content": one["content"]} for one in found]
+            raise DataError(f"{path}: not a conversation saved as JSON by /save: {error}") from None
+        self.messages = [{"role": message["role"], "content": message["content"]} for message in found]
         self.known = []

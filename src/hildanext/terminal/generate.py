@@ -1,25 +1,23 @@
-"""The `generate` command: one prompt, text streamed block by block, or one JSON object."""
+"""The `generate` command: complete one prompt, as text streamed block by block or as one JSON object."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from hildanext.config import Config
-from hildanext.decoding.engines import Completion, Engine, Request, open_engine
+from hildanext.decoding.engines import Completion, Engine, Request, open_engine, say_passed_over
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import UsageError
-from hildanext.files import atomic_open
 from hildanext.progress import say
-from hildanext.terminal.cells import Settling
+from hildanext.terminal.cells import CellTracker, write_trace
 from hildanext.terminal.console import checked, read_input, write_text
 from hildanext.terminal.picture import Decode, check_format, draw
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt itself, or stdin for '-'. Raises UsageError for an empty one, and for one that is not UTF-8."""
+    """Return the prompt, read from stdin if it is '-'. Raises UsageError if it is empty or not UTF-8."""
     text = read_input() if prompt == "-" else checked(prompt)
     if not text.strip():
         raise UsageError("the prompt is empty; give some text")
@@ -29,13 +27,16 @@ def read_prompt(prompt: str) -> str:
 def generate(
     config: Config, prompt: str, *, raw: bool, trace: str | None, live: bool, picture: str | None = None
 ) -> dict[str, Any]:
-    """Complete a prompt. live=True streams text to stdout on a terminal; the result holds the completion's fields."""
+    """Complete a prompt and return the completion's fields.
+
+    raw: continue the text without the chat template. live: stream the text if stdout is a terminal. trace: file for the
+    passes as JSON lines. picture: file for a drawing of the passes.
+    """
     text = read_prompt(prompt)
     if picture is not None:
         check_format(picture)
     engine = open_engine(config)
-    for name, reason in engine.reasons.items():
-        say(f"engine {name} passed over: {reason}")
+    say_passed_over(engine)
     try:
         request = Request(engine.encode(text if raw else [{"role": "user", "content": text}]), engine.settings(config))
         stream_text = live and sys.stdout.isatty()
@@ -45,8 +46,7 @@ def generate(
     if picture is not None:
         _draw(engine, request, text, completion, steps, Path(picture))
     if trace is not None:
-        with atomic_open(Path(trace)) as file:
-            file.writelines(json.dumps(step._asdict()) + "\n" for step in steps)
+        write_trace(Path(trace), steps)
     if completion.engine == "dummy":
         say("the dummy engine answered: no model ran")
     stats = completion.stats
@@ -65,10 +65,10 @@ def _cost(completion: Completion) -> str:
 
 def _draw(engine: Engine, request: Request, prompt: str, completion: Completion, steps: list[Step], path: Path) -> None:
     if not steps:
-        say(f"{path}: not drawn, the {engine.name} engine shows no passes")
+        say(f"{path} not drawn: the {engine.name} engine reports no passes")
         return
-    settling = Settling(engine, request)
-    draw(Decode(prompt, [(step, settling.cells(step)) for step in steps], _cost(completion)), path)
+    tracker = CellTracker(engine, request)
+    draw(Decode(prompt, [(step, tracker.cells(step)) for step in steps], _cost(completion)), path)
 
 
 def _consume(engine: Engine, request: Request, stream_text: bool) -> tuple[Completion, list[Step]]:

@@ -1,4 +1,4 @@
-"""An answer while it is written: redrawn after every pass on a terminal, plain text elsewhere."""
+"""Showing an answer during decoding: redrawn after every pass on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hildanext.decoding.events import Finished, Step
 from hildanext.progress import say
-from hildanext.terminal.cells import Cell, Settling, as_line
+from hildanext.terminal.cells import Cell, CellTracker, as_line
 from hildanext.terminal.console import printable, write_text
 
 REDRAW_S = 1 / 30
@@ -19,7 +19,7 @@ MASK = " ▒▒▒"
 
 
 def style_of(cell: Cell) -> str:
-    """Colours of the terminal's own palette, so that they suit its background."""
+    """Return a cell's style, in colours of the terminal's own palette, which suit its background."""
     if cell.kind == "drafted":
         return "bold green" if cell.strength >= 0.9 else "green" if cell.strength >= 0.6 else "dim green"
     if cell.kind == "edited":
@@ -28,7 +28,7 @@ def style_of(cell: Cell) -> str:
 
 
 def draw_cells(cells: list[Cell]) -> Text:
-    """A block: masks as shades, drafts and edits in colour; what is no part of the answer is left out."""
+    """Draw a block: masks as shades, drafts and edits in colour, without the cells that are not part of the answer."""
     text = Text()
     for cell in cells:
         if cell.kind == "mask":
@@ -39,7 +39,7 @@ def draw_cells(cells: list[Cell]) -> Text:
 
 
 def draw_line(step: Step, cells: list[Cell]) -> Text:
-    """A line of a trace: the whole block, the prompt's part dim."""
+    """Draw a pass as one line of a trace: the whole block, with the prompt dimmed."""
     line = Text(f"block {step.block:3} pass {step.step + 1:2} ", "bright_black", overflow="fold")
     for cell in cells:
         if cell.kind == "mask":
@@ -52,10 +52,10 @@ def draw_line(step: Step, cells: list[Cell]) -> Text:
 
 
 class PlainAnswer:
-    """Text as its blocks become final, to stdout; trace lines to stderr."""
+    """Writes text to stdout as blocks become final, and trace lines to stderr."""
 
-    def __init__(self, settling: Settling, *, trace: bool) -> None:
-        self.settling, self.trace = settling, trace
+    def __init__(self, tracker: CellTracker, *, trace: bool) -> None:
+        self.tracker, self.trace = tracker, trace
 
     def __enter__(self) -> PlainAnswer:
         return self
@@ -64,7 +64,7 @@ class PlainAnswer:
         if isinstance(event, Finished):
             write_text(event.text)
         elif self.trace:
-            say(as_line(event, self.settling.cells(event)))
+            say(as_line(event, self.tracker.cells(event)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -73,10 +73,10 @@ class PlainAnswer:
 
 
 class LiveAnswer:
-    """Paragraphs that are final are printed; the last one and the block under way are redrawn in place below them."""
+    """Prints final paragraphs; below them, redraws the unfinished paragraph and the current block in place."""
 
-    def __init__(self, console: Console, settling: Settling, block_size: int, *, trace: bool) -> None:
-        self.console, self.settling, self.trace = console, settling, trace
+    def __init__(self, console: Console, tracker: CellTracker, block_size: int, *, trace: bool) -> None:
+        self.console, self.tracker, self.trace = console, tracker, trace
         self.upcoming = [Cell(0, "", "mask", 1.0)] * block_size
         self.paragraph, self.cells = "", self.upcoming
         self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -93,14 +93,14 @@ class LiveAnswer:
                 self.console.print(Text(paragraph))
             self.cells = self.upcoming
         else:
-            self.cells = self.settling.cells(event)
+            self.cells = self.tracker.cells(event)
             if self.trace:
                 self.console.print(draw_line(event, self.cells))
         if time.monotonic() - self.drawn >= REDRAW_S:
             self._draw()
 
     def _draw(self) -> None:
-        """The end of what is not printed yet: as much as the window has lines for."""
+        """Redraw the end of the unprinted text, as many lines as the window has."""
         text = Text(self.paragraph) + draw_cells(self.cells)
         lines = text.wrap(self.console, self.console.width)[-max(1, self.console.height - 2) :]
         self.live.update(Text("\n").join(lines), refresh=True)

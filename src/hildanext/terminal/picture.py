@@ -1,6 +1,6 @@
-"""A picture of a decode: every pass a row (PNG, SVG), or a frame of an animation (GIF).
+"""A picture of a decode: one row per pass (PNG, SVG) or one frame per pass (GIF).
 
-The drawing is boxes with text, made without a painter; Pillow paints them with the font that matplotlib brings.
+A drawing is a list of boxes with text. Pillow paints them with the font that comes with matplotlib.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hildanext.files import atomic_open
 from hildanext.terminal.cells import Cell
 
 FORMATS = (".png", ".svg", ".gif")
-SIZE = 14  # of the font, in pixels of the drawing
-CHAR = SIZE * 1233 / 2048  # DejaVu Sans Mono's advance
+SIZE = 14  # font size, in pixels of the drawing
+CHAR = SIZE * 1233 / 2048  # character width of DejaVu Sans Mono
 ROW, PAD, MARGIN, GUTTER = 26, 5, 22, 84
-COLUMNS = 76  # characters of a line of the animation
-SHARP = 2  # pixels painted for one of the drawing
+COLUMNS = 76  # characters per line of the animation
+SHARP = 2  # image pixels per pixel of the drawing
 PASS_MS, LAST_MS = 450, 4000
 
 Color = tuple[int, int, int]
@@ -31,7 +31,7 @@ DRAFT_LOW, DRAFT_HIGH, EDIT = (18, 60, 62), (24, 150, 128), (196, 62, 142)
 
 
 class Box(NamedTuple):
-    """A rounded rectangle, filled unless fill is None, and text from its left edge on."""
+    """A rounded rectangle with text: filled unless `fill` is None; if `width` is 0, the text starts at `x`."""
 
     x: float
     y: float
@@ -44,11 +44,11 @@ class Box(NamedTuple):
 class Drawing(NamedTuple):
     width: float
     height: float
-    rows: list[list[Box]]  # heading, then a row a pass (stepped) or everything (frame)
+    rows: list[list[Box]]  # heading, then one row per pass (`stepped`) or the whole text (`frames`), then a line
 
 
 class Decode(NamedTuple):
-    """What is drawn: the prompt, each pass with its cells, and a line on what it cost."""
+    """The input of a drawing: the prompt, each pass with its cells, and a line with the cost."""
 
     prompt: str
     passes: list[tuple[Step, list[Cell]]]
@@ -56,13 +56,13 @@ class Decode(NamedTuple):
 
 
 def check_format(path: str | Path) -> None:
-    """Raises UsageError for a file name that is none of a picture."""
+    """Raise UsageError if the file name does not end in .png, .svg or .gif."""
     if Path(path).suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a picture is a {', '.join(FORMATS)} file")
+        raise UsageError(f"{path}: the name of a picture file must end in {', '.join(FORMATS)}")
 
 
 def draw(decode: Decode, path: Path) -> None:
-    """Write the picture that the file's name asks for, atomically."""
+    """Write the picture in the format that the file's name gives, atomically."""
     check_format(path)
     kind = path.suffix.lower()
     if kind == ".svg":
@@ -73,20 +73,20 @@ def draw(decode: Decode, path: Path) -> None:
         if kind == ".png":
             paint(stepped(decode)).save(file, "PNG", optimize=True)
         else:
-            save_animation([paint(one) for one in frames(decode)], file)
+            save_animation([paint(frame) for frame in frames(decode)], file)
 
 
 # --- Drawings
 
 
 def mix(low: Color, high: Color, share: float) -> Color:
-    """Between two colours; share 1 is `high`."""
+    """Interpolate between two colours; share 0 is `low`, 1 is `high`."""
     red, green, blue = (round(a + (b - a) * min(max(share, 0.0), 1.0)) for a, b in zip(low, high, strict=True))
     return red, green, blue
 
 
 def look(cell: Cell) -> tuple[Color, Color | None]:
-    """(ink, fill) of a cell: masks faint, drafts tinted by confidence, edits fading, the rest plain."""
+    """Return a cell's (ink, fill): masks faint, drafts tinted by confidence, edits fading, others plain."""
     if cell.kind == "mask":
         return DIM, FAINT
     if cell.kind == "drafted":
@@ -97,14 +97,14 @@ def look(cell: Cell) -> tuple[Color, Color | None]:
 
 
 def shown_text(cell: Cell) -> str:
-    """A token's text within its box: no space around it, line ends visible."""
+    """Return the text in a cell's box: without spaces around it, line ends and tabs visible."""
     if cell.kind == "end":
         return "∎"
     return "" if cell.kind == "mask" else cell.text.strip(" ").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def heading(decode: Decode, width: float) -> list[Box]:
-    """The prompt, and below it the colours explained."""
+    """Return the boxes of the prompt and, below it, of the colour legend."""
     lines = textwrap.wrap(" ".join(decode.prompt.split()), int((width - 2 * MARGIN) / CHAR), max_lines=3)
     boxes = [Box(MARGIN, MARGIN + i * ROW, 0, line, BRIGHT) for i, line in enumerate(lines)]
     y, x = MARGIN + len(lines) * ROW, float(MARGIN)
@@ -120,8 +120,8 @@ def heading(decode: Decode, width: float) -> list[Box]:
 
 
 def stepped(decode: Decode) -> Drawing:
-    """A row a pass, the passes of a block together, its positions below each other."""
-    blocks = [list(group) for _, group in groupby(decode.passes, key=lambda one: one[0].block)]
+    """Draw one row per pass, grouped by block, with each position in its own column."""
+    blocks = [list(group) for _, group in groupby(decode.passes, key=lambda row: row[0].block)]
     width = max(640.0, *(MARGIN + GUTTER + sum(w + 4 for w in _columns(block)) + MARGIN for block in blocks))
     rows = [heading(decode, width)]
     y = rows[0][-1].y + 1.6 * ROW
@@ -143,7 +143,7 @@ def stepped(decode: Decode) -> Drawing:
 
 
 def _columns(block: list[tuple[Step, list[Cell]]]) -> list[float]:
-    """Width of each position: that of its longest text in any pass."""
+    """Return the column width of each position: the width of its longest text in any pass."""
     longest = [
         max(len(shown_text(cell)) for cell in column) for column in zip(*(cells for _, cells in block), strict=True)
     ]
@@ -151,15 +151,15 @@ def _columns(block: list[tuple[Step, list[Cell]]]) -> list[float]:
 
 
 def frames(decode: Decode) -> Iterator[Drawing]:
-    """A frame a pass: the text as it grows, masks as wide as the words that they become. The last one is plain."""
+    """Draw one frame per pass, with masks as wide as their later words, and a last frame without colours."""
     width = COLUMNS * CHAR + 2 * MARGIN
     top = heading(decode, width)
     first = top[-1].y + 1.7 * ROW
-    texts = {cell.position: cell.text for _, cells in decode.passes for cell in cells}  # what stays
+    texts = {cell.position: cell.text for _, cells in decode.passes for cell in cells}  # the final texts
     pages: list[tuple[list[Box], int, str]] = []
     written: dict[int, Cell] = {}
     for number, (step, cells) in enumerate(decode.passes, start=1):
-        # What is before the window is final.
+        # Positions before the pass's first position are final.
         written = {position: _plain(cell) for position, cell in written.items() if position < step.start}
         written |= {cell.position: cell for cell in cells if cell.kind not in ("cut", "prompt")}
         shown = [cell._replace(text=texts[cell.position]) if cell.kind == "mask" else cell for cell in written.values()]
@@ -176,7 +176,7 @@ def _plain(cell: Cell) -> Cell:
 
 
 def _page(cells: list[Cell], top: float) -> tuple[list[Box], int]:
-    """Cells as running text, broken between words: their boxes, and the number of lines."""
+    """Lay cells out as running text, broken between words; return their boxes and the number of lines."""
     boxes: list[Box] = []
     column = line = 0
     for word in _words(cells):
@@ -190,7 +190,7 @@ def _page(cells: list[Cell], top: float) -> tuple[list[Box], int]:
             text = cell.text.strip()
             ink, fill = look(cell)
             if fill is not None or (text and cell.kind != "end"):
-                # A box reaches into the space around its word, and leaves a gap to what is joined to it.
+                # A box extends into the space around its word but leaves a gap to other boxes of the same word.
                 left = 2.5 if index == 0 else -0.75
                 right = 2.5 if index == len(word) - 1 else -0.75
                 n = max(len(text), 1) * CHAR
@@ -216,7 +216,7 @@ def _words(cells: list[Cell]) -> Iterator[list[Cell]]:
 
 
 def as_svg(drawing: Drawing) -> str:
-    """A group for each row. Texts are as wide as their characters in any viewer's monospaced font."""
+    """Return the drawing as SVG, one group per row. `textLength` fixes text widths in any monospaced font."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {drawing.width:.0f} {drawing.height:.0f}" '
         f'width="{drawing.width:.0f}" height="{drawing.height:.0f}" font-size="{SIZE}" '
@@ -228,7 +228,8 @@ def as_svg(drawing: Drawing) -> str:
         for box in row:
             if box.fill:
                 lines.append(
-                    f'<rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{ROW - 5}" rx="4" fill="{_hex(box.fill)}"/>'
+                    f'<rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{ROW - 5}" rx="4" '
+                    f'fill="{_hex(box.fill)}"/>'
                 )
             if box.text:
                 x = box.x + (box.width - len(box.text) * CHAR) / 2 if box.width else box.x
@@ -245,7 +246,7 @@ def _hex(color: Color) -> str:
 
 
 def paint(drawing: Drawing) -> Any:
-    """The drawing as a Pillow image, two pixels for one."""
+    """Return the drawing as a Pillow image, SHARP image pixels per pixel."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -263,7 +264,7 @@ def paint(drawing: Drawing) -> Any:
 
 
 def save_animation(images: list[Any], file: Any) -> None:
-    """An endless GIF in one palette, so that a frame holds what changed only."""
+    """Write an endlessly looping GIF. One palette for all frames lets each frame store only what changed."""
     from PIL import Image
 
     few = images[:: max(1, len(images) // 6)] + images[-1:]

@@ -1,12 +1,12 @@
-// The server: JSON, server-sent events over fetch (an EventSource cannot send a key), the key itself, errors as one line.
+// Requests to the server: JSON, server-sent events over fetch (an EventSource cannot send a key), API key, one-line errors.
 
 import { $, say } from "./dom.js";
 
 const KEY = "hildanext.key";
 
-const HINTS = { 429: "the server is busy", 503: "not now", 504: "too slow" };
+const HINTS = { 429: "the server is busy", 503: "not available", 504: "timed out" };
 
-/** What went wrong, in one line. `status` 0: the server cannot be reached. */
+/** An error as one line. `status` 0: the server cannot be reached. */
 export class Problem extends Error {
   constructor(status, line) {
     super(HINTS[status] ? `${status}, ${HINTS[status]}: ${line}` : line);
@@ -19,12 +19,12 @@ async function problemOf(answer) {
   try {
     line = (await answer.json()).detail ?? line;
   } catch {
-    // not JSON: the status says what can be said
+    // not JSON: keep the status text
   }
   return new Problem(answer.status, line);
 }
 
-let asking = null; // one dialog, however many requests wait for it
+let asking = null; // promise of the open key dialog; all requests share it
 
 function askKey(refused) {
   asking ??= new Promise((resolve) => {
@@ -42,10 +42,10 @@ function askKey(refused) {
   return asking;
 }
 
-/** The bytes of a key: a header takes no other characters. */
+/** A key as UTF-8 bytes, one character each: a header accepts no other characters. */
 const bytes = (key) => String.fromCharCode(...new TextEncoder().encode(key));
 
-/** A fetch that knows the key and asks for one when the server does. Throws Problem. */
+/** A fetch that sends the API key, and asks the user for it if the server requires one. Throws Problem. */
 export async function request(path, { body, headers = {}, ...options } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
@@ -59,7 +59,7 @@ export async function request(path, { body, headers = {}, ...options } = {}) {
       throw new Problem(0, "the server cannot be reached");
     }
     if (answer.status === 401) {
-      // Another request may have asked in the meantime: then its key is tried first.
+      // Another request may have asked for a key meanwhile: then try that key first.
       if (sessionStorage.getItem(KEY) === key) await askKey(Boolean(key));
       continue;
     }
@@ -71,7 +71,7 @@ export async function request(path, { body, headers = {}, ...options } = {}) {
 export const get = async (path, options) => (await request(path, options)).json();
 export const post = async (path, body = {}, headers) => (await request(path, { method: "POST", body, headers })).json();
 
-/** Server-sent events of an answer: {event, data} each, data parsed. */
+/** Yield the server-sent events of an answer as {event, data}, with the data parsed. */
 async function* eventsOf(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -95,13 +95,13 @@ async function* eventsOf(answer) {
   }
 }
 
-/** Events of a request. An aborted one ends quietly; a connection that breaks is a Problem. */
+/** Yield the events of a request. Throws AbortError if aborted, Problem if the connection is lost. */
 export async function* stream(path, options) {
   const answer = await request(path, options);
   try {
     yield* eventsOf(answer);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw error instanceof TypeError ? new Problem(0, "the connection broke off") : error;
+    throw error instanceof TypeError ? new Problem(0, "the connection was lost") : error;
   }
 }

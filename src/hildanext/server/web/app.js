@@ -1,4 +1,4 @@
-// The page: three sections by the address's hash, and in the header what is served.
+// The page: three sections, chosen by the URL's hash, and a header with the served model.
 
 import { get } from "./api.js";
 import { $ } from "./dom.js";
@@ -12,16 +12,16 @@ const SERVED_MS = 5000;
 function route() {
   const [name, id] = location.hash.slice(1).split("/");
   const section = SECTIONS.includes(name) ? name : "playground";
-  for (const one of SECTIONS) {
-    $(one).hidden = one !== section;
-    $(`tab-${one}`).setAttribute("aria-selected", String(one === section));
+  for (const other of SECTIONS) {
+    $(other).hidden = other !== section;
+    $(`tab-${other}`).setAttribute("aria-selected", String(other === section));
   }
   document.title = section === "playground" ? "HildaNext" : `${section[0].toUpperCase()}${section.slice(1)} · HildaNext`;
   showHealth(section === "health");
   if (section === "jobs") showJobs(id && decodeURIComponent(id));
 }
 
-/** Arrows move between the tabs. */
+/** The arrow keys move the focus between the tabs. */
 function walkTabs(event) {
   const to = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   const at = SECTIONS.indexOf(event.target.id?.replace("tab-", ""));
@@ -36,7 +36,7 @@ async function served() {
   try {
     const health = await get("/health");
     dot.dataset.state = health.status;
-    // Of a folder its last parts say enough.
+    // Show only the last two parts of a path.
     const short = health.model.split("/").slice(-2).join("/");
     name.textContent = health.status === "ok" ? short : `${short}: ${health.status}`;
     $("served").title = `${health.model}, ${health.engine ?? "no engine"}, ${health.status}`;

@@ -1,4 +1,4 @@
-// The block canvas: a trace drawn as text made of tokens, a slider through its passes, each token's history, the figures.
+// The canvas of one answer: its tokens as text, a slider over the passes, the history of a token, and statistics.
 
 import { sparkline } from "./chart.js";
 import { h, number, duration } from "./dom.js";
@@ -6,21 +6,21 @@ import { Trace } from "./trace.js";
 
 const PLAY_MS = 140;
 
-/** Confidence as one of ten tints. */
+/** CSS class for a confidence, one of ten tints. */
 const tint = (confidence) => (confidence === null ? "" : `c${Math.min(9, Math.floor(confidence * 10))}`);
 const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.1 ? 1 : 0)} %`;
 
-/** A piece as it can be read: white space has a sign. */
+/** A piece of text with visible white space. */
 const readable = (piece) =>
   piece === null ? "mask" : piece === "" ? "∅" : piece.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ | $/g, "·");
 
 export class Canvas {
-  /** `title`: what stands above; `compact`: one of several side by side. */
+  /** `title`: the heading. `compact`: one of several canvases side by side. */
   constructor(title, { compact = false } = {}) {
     this.trace = new Trace();
-    this.k = 0; // passes shown
-    this.live = true; // follow the last pass
-    this.chosen = null; // position whose history is open
+    this.k = 0; // number of passes shown
+    this.live = true; // show each new pass
+    this.chosen = null; // position whose history is shown
     this.nodes = new Map(); // position -> its element
     this.blocks = new Map(); // block -> its element
     this.timer = this.frame = null;
@@ -36,8 +36,8 @@ export class Canvas {
     this.where = h("output", { class: "where" });
     this.play = h("button", { type: "button", class: "icon", "aria-label": "Play" }, "▶");
     const back = h("button", { type: "button", class: "icon", "aria-label": "Back one pass" }, "‹");
-    const on = h("button", { type: "button", class: "icon", "aria-label": "On one pass" }, "›");
-    this.bar = h("div", { class: "stepper", hidden: true }, back, this.play, on, this.slider, this.where);
+    const forward = h("button", { type: "button", class: "icon", "aria-label": "Forward one pass" }, "›");
+    this.bar = h("div", { class: "stepper", hidden: true }, back, this.play, forward, this.slider, this.where);
     this.history = h("div", { class: "history", hidden: true });
     this.stats = h("div", { class: "stats" });
     this.more = h("div", { class: "more" });
@@ -54,13 +54,13 @@ export class Canvas {
     );
     this.slider.addEventListener("input", () => this.go(this.slider.valueAsNumber));
     back.addEventListener("click", () => this.go(this.k - 1));
-    on.addEventListener("click", () => this.go(this.k + 1));
+    forward.addEventListener("click", () => this.go(this.k + 1));
     this.play.addEventListener("click", () => (this.timer ? this.pause() : this.start()));
     this.body.addEventListener("click", (event) => this.#choose(event.target.closest(".tok")));
     this.body.addEventListener("keydown", (event) => this.#walk(event));
   }
 
-  /** Show whose text it continues. */
+  /** Show the prompt before the first event arrives. */
   begin(prompt, isChat) {
     this.prompt.textContent = prompt;
     this.prompt.classList.toggle("said", isChat);
@@ -75,20 +75,20 @@ export class Canvas {
       if (event === "token") this.state.textContent = `token ${this.trace.steps.length}`;
     }
     if (event === "done") this.#finished(data);
-    this.#later();
+    this.#drawSoon();
   }
 
-  /** The run ended without a completion. */
+  /** Show that the run ended without a completion: `line` is the error, null means stopped. */
   fail(line) {
     this.root.dataset.state = "failed";
     this.state.textContent = line ? "failed" : "stopped";
     this.problem.textContent = line ?? "";
     this.problem.hidden = !line;
-    this.#later();
+    this.#drawSoon();
   }
 
-  /** Draw once a frame, however many passes came. */
-  #later() {
+  /** Draw at most once per animation frame. */
+  #drawSoon() {
     this.frame ??= requestAnimationFrame(() => {
       this.frame = null;
       if (this.live) this.k = this.trace.steps.length;
@@ -160,7 +160,7 @@ export class Canvas {
     if (step && cell.block === step.block && this.trace.blockSize > 1) names.push("open");
     if (position >= this.trace.end) names.push("cut");
     if (position === this.chosen) names.push("chosen");
-    // An edit right after an edit flashes again only if something changes.
+    // Alternating classes restart the animation when two passes in a row edit the same token.
     if (state === "edited") names.push(this.k % 2 ? "odd" : "even");
     const wanted = names.filter(Boolean).join(" ");
     if (node.className !== wanted) node.className = wanted;
@@ -179,7 +179,7 @@ export class Canvas {
     if (!node) {
       node = h("span", { class: this.trace.blockSize > 1 ? "block" : "block plain", "data-block": number + 1 });
       this.blocks.set(number, node);
-      // Blocks come in order, but for editable ones opened again.
+      // Blocks arrive in order, except earlier blocks that are edited again.
       const next = [...this.blocks.keys()].filter((other) => other > number).sort((a, b) => a - b)[0];
       this.body.insertBefore(node, next === undefined ? null : this.blocks.get(next));
     }
@@ -192,13 +192,13 @@ export class Canvas {
     this.slider.max = n;
     this.slider.value = this.k;
     const name = this.unit;
-    const what = step === null ? "before the first" : `${step.drafted.length} drafted, ${step.edited.length} edited`;
+    const what = step === null ? "before the first pass" : `${step.drafted.length} drafted, ${step.edited.length} edited`;
     this.where.textContent = `${name} ${this.k} of ${n}`;
     this.slider.setAttribute("aria-valuetext", `${name} ${this.k} of ${n}: ${what}`);
     this.slider.title = what;
   }
 
-  /** Open a token's history; once more closes it. */
+  /** Show a token's history, or hide it if it is shown. */
   #choose(node) {
     const position = node ? Number(node.dataset.position) : null;
     this.chosen = position === this.chosen ? null : position;
@@ -209,7 +209,7 @@ export class Canvas {
     this.draw();
   }
 
-  /** Up and down walk through the tokens (left and right are the passes'), Enter opens a history. */
+  /** Up and Down move between tokens, Enter shows a history. Left and Right step through the passes. */
   #walk(event) {
     const node = event.target.closest(".tok");
     if (!node) return;
@@ -231,8 +231,8 @@ export class Canvas {
   #drawHistory() {
     this.history.hidden = this.chosen === null;
     if (this.chosen === null) return;
-    const rows = this.trace.history(this.chosen).filter((one) => one.what !== "looked at" || one.piece === null);
-    const shown = rows.filter((one) => one.what !== "looked at");
+    const rows = this.trace.history(this.chosen).filter((row) => row.what !== "unchanged" || row.piece === null);
+    const shown = rows.filter((row) => row.what !== "unchanged");
     const waited = rows.length - shown.length;
     this.history.replaceChildren(
       h(
@@ -245,16 +245,16 @@ export class Canvas {
         "ol",
         {},
         waited ? h("li", { class: "quiet" }, `masked for ${waited} pass${waited === 1 ? "" : "es"}`) : null,
-        shown.map((one) =>
+        shown.map((row) =>
           h(
             "li",
-            { class: one.index < this.k ? "" : "quiet" },
-            h("button", { type: "button", class: "link", onclick: () => this.go(one.index + 1) }, `${this.unit} ${one.index + 1}`),
-            h("span", { class: `what ${one.what}` }, one.what),
-            one.what === "edited" ? h("del", {}, readable(one.before)) : null,
-            h("b", {}, readable(one.piece)),
-            h("span", { class: "meter", role: "img", "aria-label": `confidence ${percent(one.confidence)}` }, h("i", { class: `fill ${tint(one.confidence)}` })),
-            h("span", { class: "number" }, percent(one.confidence)),
+            { class: row.index < this.k ? "" : "quiet" },
+            h("button", { type: "button", class: "link", onclick: () => this.go(row.index + 1) }, `${this.unit} ${row.index + 1}`),
+            h("span", { class: `what ${row.what}` }, row.what),
+            row.what === "edited" ? h("del", {}, readable(row.before)) : null,
+            h("b", {}, readable(row.piece)),
+            h("span", { class: "meter", role: "img", "aria-label": `confidence ${percent(row.confidence)}` }, h("i", { class: `fill ${tint(row.confidence)}` })),
+            h("span", { class: "number" }, percent(row.confidence)),
           ),
         ),
       ),
@@ -266,7 +266,7 @@ export class Canvas {
     return ` position ${this.chosen}${block}`;
   }
 
-  /** What one step of the trace is called. */
+  /** The name of one step of the trace: a pass, or a token of the AR base. */
   get unit() {
     return this.trace.blockSize > 1 ? "pass" : "token";
   }
@@ -276,7 +276,7 @@ export class Canvas {
     this.root.dataset.state = "done";
     this.live = false;
     this.k = this.trace.steps.length;
-    this.state.textContent = { stop: "ended by itself", length: "token budget spent" }[done.finish_reason] ?? done.finish_reason;
+    this.state.textContent = { stop: "finished", length: "token limit reached" }[done.finish_reason] ?? done.finish_reason;
     const figures = [
       [number(stats.tokens_per_second), "tokens/s"],
       [number(stats.tokens_per_forward), "tokens per forward"],
@@ -293,7 +293,7 @@ export class Canvas {
       this.stats.append(h("figure", { class: "mask-ratio" }, this.spark.root, h("figcaption", {}, "mask ratio before each pass")));
     }
     this.#about(done);
-    if (!this.trace.steps.length) this.body.textContent = done.text; // an engine that shows no passes
+    if (!this.trace.steps.length) this.body.textContent = done.text; // the engine reports no passes
   }
 
   #about(done) {
@@ -311,7 +311,7 @@ export class Canvas {
         ? h(
             "details",
             {},
-            h("summary", {}, reasons.length ? "Why no other engine" : "What was ignored"),
+            h("summary", {}, reasons.length ? "Engines passed over" : "Ignored settings"),
             h("ul", {}, reasons.map(([name, reason]) => h("li", {}, h("b", {}, name), `: ${reason}`)), done.ignored.map((line) => h("li", {}, `ignored: ${line}`))),
           )
         : null,
@@ -323,15 +323,15 @@ export class Canvas {
             h(
               "ol",
               {},
-              edits.map((one) =>
+              edits.map((edit) =>
                 h(
                   "li",
                   {},
-                  h("button", { type: "button", class: "link", onclick: () => this.go(one.index + 1) }, `pass ${one.index + 1}`),
-                  h("del", {}, readable(one.before)),
+                  h("button", { type: "button", class: "link", onclick: () => this.go(edit.index + 1) }, `pass ${edit.index + 1}`),
+                  h("del", {}, readable(edit.before)),
                   "→",
-                  h("b", {}, readable(one.piece)),
-                  h("span", { class: "number" }, percent(one.confidence)),
+                  h("b", {}, readable(edit.piece)),
+                  h("span", { class: "number" }, percent(edit.confidence)),
                 ),
               ),
             ),

@@ -1,22 +1,22 @@
-// Line charts in SVG: a few series over steps, with a readout under the pointer; and sparklines.
+// Line charts in SVG: several series over steps, with the values under the pointer. Also sparklines.
 
 import { h, number, s } from "./dom.js";
 
-const MOST_POINTS = 600; // a line has no more corners than a screen has columns
+const MOST_POINTS = 600; // points per line; more cannot be told apart on a screen
 const HEIGHT = 168;
 const EDGE = { top: 10, right: 12, bottom: 22, left: 46 };
 
-/** Ticks at round numbers, about `n`. */
+/** About `n` ticks at round numbers. */
 function ticks(low, high, n) {
   const rough = (high - low) / n || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= rough);
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough);
   const found = [];
   for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-6; at += step) found.push(Number(at.toPrecision(12)));
   return found;
 }
 
-/** Points thinned to each stretch's lowest and highest, so that no spike is lost. */
+/** Reduce the points to the lowest and highest of each section, which keeps spikes. */
 function thinned(points) {
   if (points.length <= MOST_POINTS) return points;
   const size = Math.ceil((2 * points.length) / MOST_POINTS);
@@ -32,7 +32,7 @@ function thinned(points) {
 
 const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
-/** Index of the point nearest to `x`; points are in order of x. */
+/** Index of the point nearest to `x`; the points are sorted by x. */
 function nearest(points, x) {
   let [low, high] = [0, points.length - 1];
   while (high - low > 1) {
@@ -58,17 +58,17 @@ export class Chart {
 
   /** series: [{name, tone (0..5), points: [[x, y]], dots}] */
   set(series) {
-    this.series = series.filter((one) => one.points.length);
+    this.series = series.filter((line) => line.points.length);
     this.draw();
   }
 
   draw() {
     const width = this.svg.clientWidth || 320;
-    const all = this.series.flatMap((one) => one.points);
+    const all = this.series.flatMap((line) => line.points);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
-    this.svg.setAttribute("aria-label", this.series.map((one) => `${one.name} ${number(one.points.at(-1)[1])} at step ${one.points.at(-1)[0]}`).join(", ") || `${this.title}: nothing yet`);
+    this.svg.setAttribute("aria-label", this.series.map((line) => `${line.name} ${number(line.points.at(-1)[1])} at step ${line.points.at(-1)[0]}`).join(", ") || `${this.title}: no data yet`);
     if (!all.length) {
-      this.svg.replaceChildren(s("text", { class: "empty", x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "nothing yet"));
+      this.svg.replaceChildren(s("text", { class: "empty", x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "no data yet"));
       this.readout.replaceChildren();
       return;
     }
@@ -90,47 +90,47 @@ export class Chart {
       s("g", { class: "grid" }, ticks(x0, x1, Math.max(2, width / 75)).filter(Number.isInteger).map((value) =>
         s("text", { x: this.x(value), y: HEIGHT - 6, "text-anchor": this.x(value) > width - 28 ? "end" : "middle" }, number(value, 5)),
       )),
-      ...this.series.map((one) => this.#line(one)),
+      ...this.series.map((line) => this.#line(line)),
       this.cursor,
     );
     this.#rest();
   }
 
-  #line(one) {
-    const points = thinned(one.points).map(([x, y]) => [this.x(x), this.y(y)]);
-    const dots = one.dots || points.length === 1 ? points.map(([cx, cy]) => s("circle", { cx, cy, r: 3 })) : [];
-    return s("g", { class: `line t${one.tone}${one.dots ? " dotted" : ""}` }, s("path", { d: path(points) }), dots);
+  #line(line) {
+    const points = thinned(line.points).map(([x, y]) => [this.x(x), this.y(y)]);
+    const dots = line.dots || points.length === 1 ? points.map(([cx, cy]) => s("circle", { cx, cy, r: 3 })) : [];
+    return s("g", { class: `line t${line.tone}${line.dots ? " dotted" : ""}` }, s("path", { d: path(points) }), dots);
   }
 
   #hover(event) {
     if (!this.series.length) return;
     const box = this.svg.getBoundingClientRect();
     const step = this.toStep(event.clientX - box.left);
-    const found = this.series.map((one) => [one, one.points[nearest(one.points, step)]]);
+    const found = this.series.map((line) => [line, line.points[nearest(line.points, step)]]);
     const at = found.reduce((a, b) => (Math.abs(b[1][0] - step) < Math.abs(a[1][0] - step) ? b : a))[1][0];
     this.cursor.replaceChildren(
       s("line", { x1: this.x(at), x2: this.x(at), y1: EDGE.top, y2: HEIGHT - EDGE.bottom }),
-      ...found.map(([one, [x, y]]) => s("circle", { class: `t${one.tone}`, cx: this.x(x), cy: this.y(y), r: 3.5 })),
+      ...found.map(([line, [x, y]]) => s("circle", { class: `t${line.tone}`, cx: this.x(x), cy: this.y(y), r: 3.5 })),
     );
     this.#read(found);
   }
 
-  /** Without a pointer: the last values. */
+  /** Show the last values while no pointer is over the chart. */
   #rest() {
     this.cursor?.replaceChildren();
-    this.#read(this.series.map((one) => [one, one.points.at(-1)]));
+    this.#read(this.series.map((line) => [line, line.points.at(-1)]));
   }
 
   #read(found) {
     this.readout.replaceChildren(
-      ...found.map(([one, [x, y]]) =>
-        h("span", { class: `key t${one.tone}${one.dots ? " dotted" : ""}` }, h("i", {}), `${one.name} `, h("b", {}, number(y, 4)), h("small", {}, ` at ${x}`)),
+      ...found.map(([line, [x, y]]) =>
+        h("span", { class: `key t${line.tone}${line.dots ? " dotted" : ""}` }, h("i", {}), `${line.name} `, h("b", {}, number(y, 4)), h("small", {}, ` at ${x}`)),
       ),
     );
   }
 }
 
-/** A tiny curve: {root, mark(index)}. `most`: the top of the scale, else the largest value. */
+/** A small curve: {root, mark(index)}. `most`: top of the scale; default: the largest value. */
 export function sparkline(values, { label, most = null, width = 240, height = 40 } = {}) {
   const top = most ?? Math.max(...values, 1e-9);
   const x = (index) => 2 + (index / Math.max(values.length - 1, 1)) * (width - 4);

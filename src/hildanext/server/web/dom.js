@@ -1,4 +1,4 @@
-// Elements, made in one expression. Text is always text: nothing here parses HTML.
+// Creating elements, and formatting numbers. Text is always inserted as text, never parsed as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -16,18 +16,18 @@ function fill(element, attributes, children) {
 /** h("button", {class: "primary", onclick: f}, "Go") */
 export const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 
-/** The same for SVG. */
+/** Like `h`, for SVG elements. */
 export const s = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
 export const $ = (id) => document.getElementById(id);
 
-/** Show a line in an element that is hidden while there is none. */
+/** Show a line in an element; without a line, hide the element. */
 export function say(element, line) {
   element.textContent = line ?? "";
   element.hidden = !line;
 }
 
-/** A number for people: three digits or so. */
+/** Format a number with about three digits. */
 export function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1);
@@ -35,7 +35,7 @@ export function number(value, digits = 3) {
   return String(Number(value.toPrecision(digits)));
 }
 
-/** Seconds as people say them. */
+/** Format a duration given in seconds. */
 export function duration(seconds) {
   if (seconds < 10) return `${number(seconds, 2)} s`;
   if (seconds < 60) return `${Math.round(seconds)} s`;

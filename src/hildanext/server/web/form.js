@@ -1,15 +1,15 @@
-// A form made of the configuration's JSON Schema. It sends the keys that were changed, and nothing else.
+// A form built from the configuration's JSON Schema. It sends only the keys that were changed.
 
 import { h } from "./dom.js";
 
-/** A schema with its $ref followed. */
+/** Resolve a schema's $ref. */
 const follow = (schema, defs) => (schema.$ref ? { ...defs[schema.$ref.split("/").pop()], ...schema, $ref: undefined } : schema);
 
-/** What is wrong with a value, in a few words; null when it fits. The server has the last word. */
+/** Describe why a value does not fit its schema, or return null. The server checks again. */
 export function misfit(value, schema, defs) {
   const it = follow(schema, defs);
   if (it.anyOf) {
-    const found = it.anyOf.map((one) => misfit(value, one, defs));
+    const found = it.anyOf.map((option) => misfit(value, option, defs));
     return found.includes(null) ? null : found[0];
   }
   if ("const" in it && value !== it.const) return `must be ${it.const}`;
@@ -20,24 +20,24 @@ export function misfit(value, schema, defs) {
   if (kind === "number") {
     if (value < it.minimum) return `must be at least ${it.minimum}`;
     if (value > it.maximum) return `must be at most ${it.maximum}`;
-    if (value <= it.exclusiveMinimum) return `must be above ${it.exclusiveMinimum}`;
-    if (value >= it.exclusiveMaximum) return `must be below ${it.exclusiveMaximum}`;
+    if (value <= it.exclusiveMinimum) return `must be greater than ${it.exclusiveMinimum}`;
+    if (value >= it.exclusiveMaximum) return `must be less than ${it.exclusiveMaximum}`;
   }
   if (kind === "string" && value.length < (it.minLength ?? 0)) return "must not be empty";
   if (kind === "array") {
     if (value.length < (it.minItems ?? 0)) return `needs at least ${it.minItems} entries`;
     if (value.length > (it.maxItems ?? Infinity)) return `takes at most ${it.maxItems} entries`;
-    const parts = value.map((one, at) => misfit(one, it.prefixItems?.[at] ?? it.items ?? {}, defs));
-    return parts.find((one) => one !== null) ?? null;
+    const parts = value.map((item, at) => misfit(item, it.prefixItems?.[at] ?? it.items ?? {}, defs));
+    return parts.find((part) => part !== null) ?? null;
   }
   return null;
 }
 
-const types = (schema, defs) => (follow(schema, defs).anyOf ?? [follow(schema, defs)]).map((one) => follow(one, defs));
+const types = (schema, defs) => (follow(schema, defs).anyOf ?? [follow(schema, defs)]).map((option) => follow(option, defs));
 const written = (value) => (value === null ? "" : typeof value === "string" ? value : JSON.stringify(value));
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
-/** One key: {root, read() -> {value, changed}, onchange}. */
+/** The field of one key: {root, read() -> {value, changed, wrong}}. */
 class Field {
   constructor(name, schema, value, defs, onchange) {
     this.name = name;
@@ -70,10 +70,10 @@ class Field {
     const choices = this.kinds.length === 1 ? first.enum ?? (first.type === "boolean" ? [false, true] : null) : null;
     if (choices) {
       this.choices = choices;
-      return h("select", described, choices.map((one) => h("option", { selected: same(one, this.start) }, String(one))));
+      return h("select", described, choices.map((choice) => h("option", { selected: same(choice, this.start) }, String(choice))));
     }
-    const numeric = this.kinds.every((one) => ["integer", "number", "null"].includes(one.type));
-    const empty = this.kinds.some((one) => one.type === "null") ? "none" : "";
+    const numeric = this.kinds.every((kind) => ["integer", "number", "null"].includes(kind.type));
+    const empty = this.kinds.some((kind) => kind.type === "null") ? "none" : "";
     return h("input", { ...described, type: "text", inputmode: numeric ? "decimal" : null, value: written(this.start), placeholder: empty, spellcheck: "false", autocomplete: "off" });
   }
 
@@ -83,7 +83,7 @@ class Field {
   }
 
   #parse(text) {
-    const has = (type) => this.kinds.some((one) => one.type === type);
+    const has = (type) => this.kinds.some((kind) => kind.type === type);
     if (text === "" && has("null")) return null;
     if (has("array") || has("object")) {
       try {
@@ -97,25 +97,25 @@ class Field {
   }
 }
 
-/** The form of a kind of job. `form`: GET /jobs/schema. read() -> {config, options}; throws Error naming the key. */
+/** The form of one kind of job, from the answer of GET /jobs/schema. read() -> {config, options}; throws Error naming the key. */
 export class JobForm {
   constructor(form, kind) {
     const { schema, values, kinds, options } = form;
     this.sections = kinds[kind].sections.map((name) => this.#section(name, follow(schema.properties[name], schema.$defs), values[name], schema.$defs));
     this.options = kinds[kind].options.map((name) => new Field(name, options[name], null, {}, () => {}));
-    this.root = h("div", { class: "job-form" }, this.options.map((one) => one.root), this.sections.map((one) => one.root));
+    this.root = h("div", { class: "job-form" }, this.options.map((field) => field.root), this.sections.map((section) => section.root));
   }
 
   #section(name, schema, values, defs) {
     const badge = h("span", { class: "badge", hidden: true });
     const count = () => {
-      const n = fields.filter((one) => one.read().changed).length;
+      const n = fields.filter((field) => field.read().changed).length;
       badge.textContent = `${n} changed`;
       badge.hidden = n === 0;
     };
-    const fields = Object.entries(schema.properties).map(([key, one]) => new Field(`${name}.${key}`, one, values[key], defs, count));
+    const fields = Object.entries(schema.properties).map(([key, part]) => new Field(`${name}.${key}`, part, values[key], defs, count));
     const summary = h("summary", {}, h("b", {}, name), h("small", {}, schema.description ?? ""), badge);
-    return { name, fields, root: h("details", { class: "section", "data-section": name }, summary, h("div", { class: "fields" }, fields.map((one) => one.root))) };
+    return { name, fields, root: h("details", { class: "section", "data-section": name }, summary, h("div", { class: "fields" }, fields.map((field) => field.root))) };
   }
 
   read() {

@@ -1,13 +1,13 @@
-// Health: what runs, and how busy it is, from /health and from the rates between two looks at /metrics.
+// The health section: the server's state from /health, and its load from the change of /metrics between two polls.
 
 import { get, request } from "./api.js";
 import { sparkline } from "./chart.js";
 import { $, duration, h, number } from "./dom.js";
 
 const EVERY_MS = 2000;
-const KEPT = 90; // looks that a curve shows
+const KEPT = 90; // polls shown in a curve
 
-/** Prometheus' text format: "name{labels}" -> value. */
+/** Parse Prometheus' text format into a map from "name{labels}" to value. */
 export function parseMetrics(text) {
   const found = new Map();
   for (const line of text.split("\n")) {
@@ -17,23 +17,23 @@ export function parseMetrics(text) {
   return found;
 }
 
-// Curves: [name, unit, figure of two looks (before, now, seconds between)]
+// Curves: [name, unit, function of two polls (before, now, seconds between)]
 const delta = (before, now, name) => (now.get(name) ?? 0) - (before.get(name) ?? 0);
 const ratio = (above, below) => (below > 0 ? above / below : 0);
 const CURVES = [
   ["Throughput", "tokens/s", (a, b, s) => delta(a, b, "hildanext_tokens_total") / s],
   ["Forwards", "per second", (a, b, s) => delta(a, b, "hildanext_forwards_total") / s],
   ["Tokens per forward", "TPF", (a, b) => ratio(delta(a, b, "hildanext_tokens_total"), delta(a, b, "hildanext_forwards_total"))],
-  ["Batch", "requests in a pass", (a, b) => ratio(delta(a, b, "hildanext_batch_size_sum"), delta(a, b, "hildanext_batch_size_count"))],
-  ["Running", "in slots", (a, b) => b.get("hildanext_running") ?? 0],
-  ["Queue", "waiting", (a, b) => b.get("hildanext_queue") ?? 0],
+  ["Batch", "requests per pass", (a, b) => ratio(delta(a, b, "hildanext_batch_size_sum"), delta(a, b, "hildanext_batch_size_count"))],
+  ["Running", "requests", (a, b) => b.get("hildanext_running") ?? 0],
+  ["Queue", "requests", (a, b) => b.get("hildanext_queue") ?? 0],
 ];
 
 let last = null; // {time, metrics}
 let timer = null;
 const curves = CURVES.map(() => []);
 
-const BASES = { off: "off (server.base)", "not loaded": "not loaded; Compare loads it" };
+const BASES = { off: "off (server.base is false)", "not loaded": "not loaded; Compare loads it" };
 
 function facts(health) {
   return [
@@ -45,8 +45,8 @@ function facts(health) {
     ["Slots", `${health.running} of ${health.slots ?? "–"} in use`],
     ["Queue", `${health.queue} of ${health.queue_limit}`],
     ["AR base", BASES[health.base] ?? health.base],
-    ["Jobs", health.jobs ? health.jobs.trouble ?? health.jobs.backend : "none here"],
-    ["Up", duration(health.uptime_s)],
+    ["Jobs", health.jobs ? health.jobs.trouble ?? health.jobs.backend : "off"],
+    ["Uptime", duration(health.uptime_s)],
     ["Version", health.version],
   ];
 }
@@ -71,7 +71,7 @@ function draw(health, metrics) {
     h(
       "article",
       { class: "card" },
-      h("h2", { class: "title" }, "Now", h("small", {}, ` the last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes, every ${EVERY_MS / 1000} seconds`)),
+      h("h2", { class: "title" }, "Load", h("small", {}, ` last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes, updated every ${EVERY_MS / 1000} seconds`)),
       h(
         "div",
         { class: "gauges" },
@@ -89,7 +89,7 @@ function draw(health, metrics) {
     h(
       "article",
       { class: "card" },
-      h("h2", { class: "title" }, "Since the start"),
+      h("h2", { class: "title" }, "Since the server started"),
       h(
         "dl",
         { class: "facts wide" },
@@ -104,7 +104,7 @@ function draw(health, metrics) {
   );
 }
 
-async function look() {
+async function poll() {
   try {
     const [health, answer] = await Promise.all([get("/health"), request("/metrics")]);
     const [metrics, time] = [parseMetrics(await answer.text()), performance.now() / 1000];
@@ -117,12 +117,12 @@ async function look() {
   } catch (error) {
     $("health").replaceChildren(h("article", { class: "card" }, h("p", { class: "problem", role: "alert" }, error.message)));
   }
-  if (timer !== null) timer = setTimeout(look, EVERY_MS);
+  if (timer !== null) timer = setTimeout(poll, EVERY_MS);
 }
 
-/** Look as long as the page is shown. */
-export function showHealth(is) {
+/** Start or stop polling; it runs only while the section is shown. */
+export function showHealth(isShown) {
   clearTimeout(timer);
-  timer = is ? 0 : null;
-  if (is) look();
+  timer = isShown ? 0 : null;
+  if (isShown) poll();
 }

@@ -1,4 +1,4 @@
-// Jobs: the list, a form for a new one, and a job's page with live curves and log; several runs over each other.
+// The jobs section: the list of jobs, the form for a new job, a job with live curves and log, and comparing runs.
 
 import { get, post, request, stream } from "./api.js";
 import { Chart } from "./chart.js";
@@ -8,7 +8,7 @@ import { JobForm } from "./form.js";
 const EVERY_MS = 2000;
 const ENDED = ["done", "failed", "cancelled", "interrupted"];
 const TRAINING = ["convert-wsd", "sft"];
-const MOST_LINES = 2000; // of a log on the page
+const MOST_LINES = 2000; // log lines kept on the page
 // Charts of a run: [title, fromZero, [series name, key of a row, dots]]
 const CHARTS = [
   ["Loss", false, [["train", "loss", false], ["held-out", "eval_loss", true]]],
@@ -18,17 +18,17 @@ const CHARTS = [
 ];
 
 let jobs = [];
-let open = null; // id of the job that is shown
-let watching = null; // AbortController of what follows it
-let picked = new Set(); // ids to compare
+let open = null; // id of the shown job
+let watching = null; // AbortController of its log and metrics streams
+let picked = new Set(); // ids of the jobs to compare
 let pane = "none"; // none, form, job or compare
 
 const when = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 const pill = (state) => h("span", { class: "pill", "data-state": state }, state);
 const took = (job) => (job.started ? duration((job.ended ?? Date.now() / 1000) - job.started) : "not started");
 
-/** Send something to the server; a problem is a line above the list. */
-async function tell(work) {
+/** Run a request; an error is shown as a line above the list. */
+async function attempt(work) {
   say($("jobs-problem"), null);
   try {
     return await work();
@@ -46,7 +46,7 @@ export async function refreshJobs() {
   if (!found) return;
   jobs = found.jobs;
   drawList();
-  const job = jobs.find((one) => one.id === open);
+  const job = jobs.find((item) => item.id === open);
   if (job && pane === "job") drawHead(job);
 }
 
@@ -65,7 +65,7 @@ function drawList() {
   });
   const focus = document.activeElement?.closest?.("#job-list li")?.dataset.id;
   const tag = document.activeElement?.tagName.toLowerCase();
-  $("job-list").replaceChildren(...(items.length ? items : [h("li", { class: "quiet" }, "No job yet. A job runs one of the commands: prepare data, convert, tune, merge, measure.")]));
+  $("job-list").replaceChildren(...(items.length ? items : [h("li", { class: "quiet" }, "No jobs yet. A job runs one command: prepare data, tokenize, convert, tune, merge, benchmark or calibrate.")]));
   if (focus) $("job-list").querySelector(`[data-id="${focus}"] ${tag}`)?.focus();
 }
 
@@ -76,7 +76,7 @@ function leave(next) {
   drawList();
 }
 
-/** Put something into the pane, and the pane into view where it lies below the list. */
+/** Fill the pane. In a narrow window, where it is below the list, scroll to it. */
 function fillPane(...parts) {
   $("job-pane").replaceChildren(...parts.filter(Boolean));
   if (matchMedia("(max-width: 900px)").matches) $("job-pane").scrollIntoView({ block: "start" });
@@ -85,7 +85,7 @@ function fillPane(...parts) {
 // --- A new job
 
 async function newJob() {
-  const form = await tell(() => get("/jobs/schema"));
+  const form = await attempt(() => get("/jobs/schema"));
   if (!form) return;
   open = null;
   leave("form");
@@ -99,7 +99,7 @@ async function newJob() {
     parts = new JobForm(form, select.value);
     holder.replaceChildren(parts.root);
   };
-  let key = newKey(); // the same until the server has answered, so that a second try makes no second job
+  let key = newKey(); // kept until the server has answered, so that a retry creates no second job
   select.addEventListener("change", rebuild);
   rebuild();
   const submit = async (event) => {
@@ -121,7 +121,7 @@ async function newJob() {
       "form",
       { class: "card", onsubmit: submit, novalidate: true },
       h("h2", { class: "title" }, "New job"),
-      h("p", { class: "quiet" }, "What you leave as it is stays the server's own configuration."),
+      h("p", { class: "quiet" }, "Fields that you do not change keep the server's configuration."),
       h("div", { class: "field" }, h("label", { for: "job-kind" }, "kind"), select),
       holder,
       problem,
@@ -135,10 +135,10 @@ const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) 
 
 // --- One job
 
-let head = null; // parts of the job's page that change with its state
+let head = null; // elements that change with the job's state
 
 async function showJob(id) {
-  const job = await tell(() => get(`/jobs/${encodeURIComponent(id)}`));
+  const job = await attempt(() => get(`/jobs/${encodeURIComponent(id)}`));
   if (!job) return;
   open = id;
   leave("job");
@@ -157,7 +157,7 @@ async function showJob(id) {
   follow(job.id, log, charts, watching.signal);
 }
 
-/** Follow log and metrics to the job's end; again when it is resumed. */
+/** Follow log and metrics until the job ends. */
 function follow(id, log, charts, signal) {
   const metrics = charts.length ? followMetrics(id, charts, signal) : Promise.resolve();
   Promise.all([followLog(id, log, signal), metrics])
@@ -208,7 +208,7 @@ async function followMetrics(id, charts, signal) {
 
 const makeCharts = () => CHARTS.map(([title, fromZero, series]) => [new Chart(title, { fromZero }), series]);
 
-/** runs: [{name, rows}]. One run: a colour for each series; several: a colour for each run. */
+/** runs: [{name, rows}]. One run: one colour per series. Several runs: one colour per run. */
 function drawCharts(charts, runs) {
   for (const [chart, series] of charts) {
     chart.set(
@@ -227,7 +227,7 @@ function drawCharts(charts, runs) {
 function drawHead(job) {
   head.time?.replaceChildren(took(job));
   const drawn = JSON.stringify([job.state, job.attempt, job.cancel_requested]);
-  if (drawn === head.drawn && !("result" in job)) return; // the list's jobs come without results
+  if (drawn === head.drawn && !("result" in job)) return; // jobs of the list have no result
   head.drawn = drawn;
   head.time = h("dd", {}, took(job));
   const changed = Object.entries(job.request.config).flatMap(([section, keys]) =>
@@ -242,7 +242,7 @@ function drawHead(job) {
       h("div", {}, h("dt", {}, "Time"), head.time),
       facts.filter(([, value]) => value !== null && value !== undefined).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))),
     ),
-    h("p", { class: "changed-keys" }, changed.length ? changed : h("span", { class: "quiet" }, "the server's configuration, nothing changed")),
+    h("p", { class: "changed-keys" }, changed.length ? changed : h("span", { class: "quiet" }, "server's configuration, no changes")),
   );
   const act = (name, kind, path, method = "POST") =>
     h("button", { type: "button", class: kind, onclick: () => control(job.id, path, method) }, name);
@@ -263,7 +263,7 @@ function drawHead(job) {
 }
 
 async function control(id, path, method) {
-  const job = await tell(async () => {
+  const job = await attempt(async () => {
     const answer = await request(`/jobs/${encodeURIComponent(id)}${path}`, { method, body: method === "POST" ? {} : undefined });
     return method === "DELETE" ? true : answer.json();
   });
@@ -276,13 +276,13 @@ async function control(id, path, method) {
 
 // --- Several runs
 
-function pickRun(id, is) {
-  if (is) picked.add(id);
+function pickRun(id, isPicked) {
+  if (isPicked) picked.add(id);
   else picked.delete(id);
   if (picked.size > 1) compareRuns();
   else if (pane === "compare") {
     leave("none");
-    rest();
+    showHint();
   }
 }
 
@@ -291,12 +291,12 @@ async function compareRuns() {
   leave("compare");
   const charts = makeCharts();
   const chosen = jobs.filter((job) => picked.has(job.id));
-  const status = h("p", { class: "quiet" }, "reading …");
+  const status = h("p", { class: "quiet" }, "loading …");
   fillPane(
     h("article", { class: "card" }, h("h2", { class: "title" }, `${chosen.length} runs`), status),
     h("article", { class: "card charts" }, charts.map(([chart]) => chart.root)),
   );
-  const runs = await tell(() =>
+  const runs = await attempt(() =>
     Promise.all(
       chosen.map(async (job) => ({ name: job.request.options?.run ?? job.id.slice(-8), rows: (await get(`/jobs/${encodeURIComponent(job.id)}/metrics`)).rows })),
     ),
@@ -306,11 +306,11 @@ async function compareRuns() {
   drawCharts(charts, runs);
 }
 
-function rest() {
-  $("job-pane").replaceChildren(h("article", { class: "card quiet" }, "Choose a job, start a new one, or tick two runs to lay their curves over each other."));
+function showHint() {
+  $("job-pane").replaceChildren(h("article", { class: "card quiet" }, "Select a job, start a new one, or tick two or more training jobs to compare their curves."));
 }
 
-/** The page's address says which job. */
+/** Show the job with this id, taken from the page's URL, or none. */
 export function showJobs(id) {
   refreshJobs().then(() => {
     if (id) {
@@ -318,7 +318,7 @@ export function showJobs(id) {
     } else if (pane === "job" || pane === "none") {
       open = null;
       leave("none");
-      rest();
+      showHint();
     }
   });
 }

@@ -1,33 +1,33 @@
-// The playground: a prompt, how to decode it, and one canvas or three.
+// The playground: the prompt, the decoding settings, and one canvas (Generate) or three (Compare).
 
 import { get, Problem, stream } from "./api.js";
 import { Canvas } from "./canvas.js";
 import { $, h, say } from "./dom.js";
 
-// What POST /generate takes besides prompt and mode: [key, label, attributes, hint]. Empty: the server's own value.
+// Settings of POST /generate besides prompt and mode: [key, label, attributes, hint]. Empty: the server's value.
 const SETTINGS = [
   ["tau_mask", "τ mask", { type: "number", min: 0, max: 1, step: "any" }, "draft above this confidence"],
-  ["tau_edit", "τ edit", { type: "text", inputmode: "decimal" }, "edit above this; off: no editing"],
-  ["max_new_tokens", "New tokens", { type: "number", min: 1, step: 1 }, "at most"],
-  ["temperature", "Temperature", { type: "number", min: 0, step: "any" }, "0 is greedy"],
-  ["top_k", "Top k", { type: "number", min: 1, step: 1 }, "the k best only"],
-  ["top_p", "Top p", { type: "number", min: 0, max: 1, step: "any" }, "the likeliest share"],
-  ["repetition_penalty", "Repetition", { type: "number", min: 0, step: "any" }, "penalty, 1 is none"],
-  ["seed", "Seed", { type: "number", min: 0, step: 1 }, "of the sampling"],
-  ["stop", "Stop", { type: "text" }, "end before this text"],
-  ["deadline_s", "Deadline", { type: "number", min: 0, step: "any" }, "seconds"],
+  ["tau_edit", "τ edit", { type: "text", inputmode: "decimal" }, "edit above this confidence; off: no editing"],
+  ["max_new_tokens", "New tokens", { type: "number", min: 1, step: 1 }, "maximum"],
+  ["temperature", "Temperature", { type: "number", min: 0, step: "any" }, "0: greedy"],
+  ["top_k", "Top k", { type: "number", min: 1, step: 1 }, "only the k most likely tokens"],
+  ["top_p", "Top p", { type: "number", min: 0, max: 1, step: "any" }, "only this share of probability"],
+  ["repetition_penalty", "Repetition", { type: "number", min: 0, step: "any" }, "penalty; 1: none"],
+  ["seed", "Seed", { type: "number", min: 0, step: 1 }, "for sampling"],
+  ["stop", "Stop", { type: "text" }, "end the answer before this text"],
+  ["deadline_s", "Deadline", { type: "number", min: 0, step: "any" }, "time limit in seconds"],
 ];
-const BASE = ["prompt", "messages", "max_new_tokens", "stop", "deadline_s"]; // what POST /generate/base takes
+const BASE = ["prompt", "messages", "max_new_tokens", "stop", "deadline_s"]; // fields of POST /generate/base
 
-let running = null; // AbortController of what runs
-let focused = null; // the canvas that the arrow keys step
+let running = null; // AbortController of the running requests
+let focused = null; // canvas that the arrow keys control
 
 const chosen = (name) => document.querySelector(`#ask [name="${name}"]:checked`).value;
 
 function buildSettings() {
   $("settings").append(
     ...SETTINGS.map(([key, label, attributes, hint]) =>
-      h("label", { class: "setting" }, h("span", {}, label), h("input", { ...attributes, name: key, placeholder: "server's" }), h("small", {}, hint)),
+      h("label", { class: "setting" }, h("span", {}, label), h("input", { ...attributes, name: key, placeholder: "default" }), h("small", {}, hint)),
     ),
   );
   $("settings").addEventListener("input", () => {
@@ -39,7 +39,7 @@ function buildSettings() {
 
 const field = (key) => $("ask").elements[key];
 
-/** The body of a request. Throws Error with one line for what is no number. */
+/** Build the request body. Throws Error with one line for an invalid field. */
 function body() {
   const prompt = $("prompt").value;
   if (!prompt.trim()) throw new Error("The prompt is empty.");
@@ -57,7 +57,7 @@ function body() {
   return found;
 }
 
-/** Run one request onto a canvas. A problem goes there; true if it got to its end. */
+/** Run one request and show it on a canvas, errors included. Returns true if it completed. */
 async function run(canvas, path, asked, signal) {
   canvas.begin($("prompt").value, "messages" in asked);
   try {
@@ -65,7 +65,7 @@ async function run(canvas, path, asked, signal) {
       if (event === "error") throw new Problem(data.status, data.detail);
       canvas.push(event, data);
     }
-    if (!canvas.trace.done) canvas.fail("the connection broke off");
+    if (!canvas.trace.done) canvas.fail("the connection was lost");
     return Boolean(canvas.trace.done);
   } catch (error) {
     if (error.name === "AbortError") canvas.fail(null);
@@ -74,7 +74,7 @@ async function run(canvas, path, asked, signal) {
   }
 }
 
-/** What stands around every run: buttons, the problem line, Stop. `work` gets the body and a signal. */
+/** Check the form, disable the buttons and run `work(body, signal)`. Stop aborts the signal. */
 async function during(work) {
   let asked;
   try {
@@ -85,18 +85,18 @@ async function during(work) {
   }
   say($("ask-problem"), null);
   running = new AbortController();
-  busy(true);
+  setBusy(true);
   try {
     await work(asked, running.signal);
   } finally {
     running = null;
-    busy(false);
+    setBusy(false);
   }
 }
 
-function busy(is) {
-  for (const id of ["generate", "compare"]) $(id).disabled = is;
-  $("halt").hidden = !is;
+function setBusy(isBusy) {
+  for (const id of ["generate", "compare"]) $(id).disabled = isBusy;
+  $("halt").hidden = !isBusy;
 }
 
 function show(canvases) {
@@ -115,7 +115,7 @@ const generate = () =>
     await run(canvas, "/generate", { ...asked, mode: chosen("mode") }, signal);
   });
 
-/** One after another, so that none takes time from the other; thresholds are each mode's own. */
+/** Run the AR base and both modes in turn, so that none slows another. Each mode uses its own thresholds. */
 const compare = () =>
   during(async (asked, signal) => {
     const { tau_mask, tau_edit, ...shared } = asked;
@@ -136,10 +136,10 @@ const compare = () =>
     }
   });
 
-/** What the wait for the base is about. */
+/** The state to show while waiting for the AR base. */
 async function loading() {
   const { base } = await get("/health").catch(() => ({}));
-  return base === "ready" ? "waiting" : "loading the base";
+  return base === "ready" ? "waiting" : "loading the AR base";
 }
 
 function welcome() {
@@ -147,8 +147,8 @@ function welcome() {
     h(
       "article",
       { class: "card canvas welcome" },
-      h("p", { class: "canvas-text" }, ...legend("Tokens", "kept"), ...legend(" that are drafted", "drafted c9"), ...legend(" in parallel,", "drafted c5"), ...legend(" some", "edited"), ...legend(" later corrected,", "edited"), ...legend("", "masked"), ...legend("", "masked"), ...legend("", "masked")),
-      h("p", { class: "quiet" }, "A block of masks fills in a few passes. The stronger the green, the surer the draft; amber is an edit. Afterwards step through every pass, and click a token for its history."),
+      h("p", { class: "canvas-text" }, ...legend("Tokens", "kept"), ...legend(" are drafted", "drafted c9"), ...legend(" in parallel", "drafted c5"), ...legend(" and edited", "edited"), ...legend(" later", "edited"), ...legend("", "masked"), ...legend("", "masked"), ...legend("", "masked")),
+      h("p", { class: "quiet" }, "A block of masked tokens is filled in a few passes. Green marks a draft: the stronger the colour, the higher the confidence. Amber marks an edit. After the answer, step through the passes, or click a token to see its history."),
     ),
   );
 }

@@ -1,4 +1,4 @@
-// A decode as data: what each pass did, and from that the text at any pass and the history of any token. No page in here.
+// A decode as data: the passes, and from them the text after any pass and the history of any token. Uses no DOM.
 
 export class Trace {
   constructor() {
@@ -6,10 +6,10 @@ export class Trace {
     this.promptTokens = 0;
     this.blockSize = 1;
     this.done = null; // the completion
-    this.shown = null; // position -> the piece of the final text that its token stands for
+    this.shown = null; // position -> its token's part of the final text
   }
 
-  /** Take in an event of POST /generate or /generate/base. */
+  /** Add an event of POST /generate or /generate/base. */
   push(event, data) {
     if (event === "start") {
       this.promptTokens = data.prompt_tokens;
@@ -19,15 +19,15 @@ export class Trace {
       this.steps.push(data);
     } else if (event === "token") {
       const start = this.promptTokens + this.steps.length;
-      const one = { block: start, step: 0, start, tokens: [data.token], pieces: [data.text], drafted: [0], edited: [] };
-      this.steps.push({ ...one, confidence: [data.confidence], mask_ratio: 1 });
+      const pass = { block: start, step: 0, start, tokens: [data.token], pieces: [data.text], drafted: [0], edited: [] };
+      this.steps.push({ ...pass, confidence: [data.confidence], mask_ratio: 1 });
     } else if (event === "done") {
       this.done = data;
       this.#align();
     }
   }
 
-  /** First position behind the completion: tokens from here on were cut off. */
+  /** First position after the completion; tokens from there on were cut off. */
   get end() {
     return this.done ? this.promptTokens + this.done.token_ids.length : Infinity;
   }
@@ -52,7 +52,7 @@ export class Trace {
           position,
           token,
           piece: masked ? null : step.pieces[place],
-          silent: step.pieces[place] === "", // a special token: it ends or marks, and adds no text
+          silent: step.pieces[place] === "", // a special token, which adds no text
           block: Math.floor(position / this.blockSize),
           confidence: drafted || edited ? step.confidence[place] : before?.confidence ?? null,
           state: masked ? "masked" : fresh && edited ? "edited" : fresh && drafted ? "drafted" : "kept",
@@ -72,16 +72,16 @@ export class Trace {
     return found;
   }
 
-  /** What happened to one position: [{index, block, step, what, piece, before, confidence}]. */
+  /** The history of one position: [{index, block, step, what, piece, before, confidence}]. */
   history(position) {
     const found = [];
     let before = null;
     this.steps.forEach((step, index) => {
       const place = position - step.start;
       if (place < 0 || place >= step.tokens.length) return;
-      const what = step.drafted.includes(place) ? "drafted" : step.edited.includes(place) ? "edited" : "looked at";
+      const what = step.drafted.includes(place) ? "drafted" : step.edited.includes(place) ? "edited" : "unchanged";
       const confidence = step.confidence[place];
-      if (what !== "looked at" || confidence !== null) {
+      if (what !== "unchanged" || confidence !== null) {
         found.push({ index, block: step.block, step: step.step, what, piece: step.pieces[place], before, confidence });
       }
       before = step.pieces[place];
@@ -89,7 +89,7 @@ export class Trace {
     return found;
   }
 
-  /** Every edit: [{index, position, before, piece, confidence}]. */
+  /** All edits: [{index, position, before, piece, confidence}]. */
   edits() {
     const found = [];
     const now = new Map();
@@ -113,15 +113,15 @@ export class Trace {
   }
 
   /**
-   * Share the completion's text among its tokens. A token alone may not show what it adds to the text (half a character,
-   * a space that only stands between words), so the pieces are laid along the text; together they are the text.
+   * Split the completion's text among its tokens. The text of a token alone can differ from what it adds to the whole (part
+   * of a character, a space that appears only between words), so each piece is located in the text.
    */
   #align() {
     const pieces = new Map();
     for (const step of this.steps) step.pieces.forEach((piece, place) => pieces.set(step.start + place, piece ?? ""));
     const [text, from, to] = [this.done.text, this.promptTokens, this.end];
     this.shown = new Map();
-    let [cursor, open] = [0, null]; // open: a token whose share ends where the next one's begins
+    let [cursor, open] = [0, null]; // open: a token whose part ends where the next token's part begins
     const close = (upto) => {
       if (open !== null) this.shown.set(open, text.slice(cursor, upto));
       if (open !== null) cursor = upto;
