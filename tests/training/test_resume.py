@@ -227,7 +227,7 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(make_run: MakeRun, c
     make_run(train={"keep_last": 1, "keep_best": 0})
     stopped = forked.run(["convert-wsd", "--config", file, "--resume"], file.parent, signal_in_step(1, "SIGTERM"))
     assert "SIGTERM: saved step 5 of 6" in stopped.stderr, stopped.stderr
-    assert f"{checkpoints / 'step-6'}: removed, since the run goes on from step 4" in stopped.stderr
+    assert f"{checkpoints / 'step-6'}: removed, because the run continues from step 4" in stopped.stderr
     assert [step for step, _ in list_checkpoints(checkpoints)] == [5]
     checkpoint.verify(checkpoints / "step-5")
 
