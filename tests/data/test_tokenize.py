@@ -240,10 +240,11 @@ def test_a_worker_killed_while_it_sends_is_told(
         iter(todo), PatchedEncoding(tiny_tokenizer, all_tokens=True, seq_len=16), workers=2
     )
     texts: list[object] = []
+    before = set(multiprocessing.active_children())
     with pytest.raises(DataError, match="a tokenize process died"):
         texts.extend(tiny_tokenizer.decode(chunk.input_ids, skip_special_tokens=True) for _, chunk in encoded)
     assert texts == ["the cat a", "the cat b"]
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_bad_lines_are_counted_by_line_up_to_the_share(
