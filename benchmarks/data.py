@@ -1,11 +1,11 @@
-"""Data speed, memory and disk: each data.mode over generated text, against the bare tokenizer on the same text.
+"""Measures speed, memory and disk use of each data.mode on generated text, against the bare tokenizer on the same text.
 
     python benchmarks/data.py [--tokenizer FOLDER] [--megabytes 100] [--workers 1] [--text FILE] [--ways copy direct stream]
 
-`copy` is prepare-data and tokenize, `direct` tokenize from the sources, `stream` all rows of one pass, as a training would
-read them; each in a process of its own, whose peak resident memory is told. Disk is what data/ takes at the end, as a share
-of the text; a stream is read from .gz. The bare run is the tokenizer's encode_batch over the same documents in batches of
-about 1 MB, its fastest way.
+`copy` runs prepare-data and tokenize, `direct` tokenizes from the sources, and `stream` reads all rows of one pass as a
+training would, from .gz files. Each runs in its own process. Printed are speed, peak resident memory, and the size of data/
+at the end relative to the text. The baseline is the tokenizer's encode_batch over the same documents in batches of about
+1 MB, its fastest way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hildanext.config import Config, parse_config
 from hildanext.data.prepare import prepare_data
 from hildanext.data.stream import RowStream
-from hildanext.data.tokenize import make_job, tokenize_data
+from hildanext.data.tokenize import make_encoding, tokenize_data
 from hildanext.data.workers import BATCH_BYTES
 from hildanext.model.tiny import story_tokenizer
 
@@ -39,14 +39,14 @@ WORDS = ["the", "little", "red", "cat", "dog", "river", "walked", "saw", "and", 
 def paragraphs(text: str | None) -> list[str]:
     """Documents to repeat: paragraphs of a file, or random sentences."""
     if text is not None:
-        found = [part for part in Path(text).read_text(encoding="utf-8").split("\n") if len(part) > 100]
-        return ["\n".join(found[i : i + 4]) for i in range(0, len(found), 4)]
+        lines = [line for line in Path(text).read_text(encoding="utf-8").split("\n") if len(line) > 100]
+        return ["\n".join(lines[i : i + 4]) for i in range(0, len(lines), 4)]
     rng = random.Random(0)
     return [" ".join(rng.choices(WORDS, k=rng.randint(50, 400))) + "." for _ in range(2000)]
 
 
 def write_text(folder: Path, megabytes: float, text: str | None, n_files: int = 10) -> None:
-    """Dolma files of about this size together, plain and as .gz; every document differs from the others."""
+    """Write Dolma files of `megabytes` in total, plain and as .gz. All documents are different."""
     documents = paragraphs(text)
     number = 0
     for part in range(n_files):
@@ -64,7 +64,7 @@ def write_text(folder: Path, megabytes: float, text: str | None, n_files: int = 
 
 
 def batches(folder: Path) -> Iterator[list[str]]:
-    """The texts in batches of about what tokenize encodes at once."""
+    """The texts in batches of the size that tokenize uses."""
     batch: list[str] = []
     size = 0
     for path in sorted(folder.glob("*.jsonl")):
@@ -79,7 +79,7 @@ def batches(folder: Path) -> Iterator[list[str]]:
 
 
 def peak_mb(who: int) -> float:
-    """Peak resident memory in MB (Linux counts in KiB)."""
+    """Peak resident memory in MB (Linux reports KiB)."""
     return resource.getrusage(who).ru_maxrss * 1024 / 1e6
 
 
@@ -88,7 +88,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
 
 
 def run_way(way: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """One way over all the text: seconds by part."""
+    """Process all text with one data.mode. Returns the seconds of each part."""
     began = time.perf_counter()
     prepare_data(config)
     prepared = time.perf_counter()
@@ -96,23 +96,23 @@ def run_way(way: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> dic
         tokenize_data(config, tokenizer)
         return {"prepare": prepared - began, "rows": time.perf_counter() - prepared}
     sample, first_batch, seconds = 0, 0.0, 0.0
-    with closing(RowStream(config, "train", make_job(config, "train", tokenizer))) as stream:
+    with closing(RowStream(config, "train", make_encoding(config, "train", tokenizer))) as stream:
         while stream.window is None or stream.window.start.number == 0:
             stream.batch([sample])
             first_batch = first_batch or time.perf_counter() - prepared
             assert stream.window is not None
             sample += 1
-            if stream.window.start.number == 0:  # the next pass is being read ahead already
+            if stream.window.start.number == 0:  # the stream reads ahead into the next pass
                 seconds = time.perf_counter() - prepared
     return {"prepare": prepared - began, "rows": seconds, "first_batch": first_batch}
 
 
 def child(args: argparse.Namespace) -> dict[str, Any]:
-    """What a child process measures."""
+    """The measurements of a child process."""
     folder = Path(args.folder)
     source = {"kind": "dolma", "path": f"{folder}/text/*.jsonl{'.gz' if args.way == 'stream' else ''}"}
     data = {"sources": [source], "workers": args.workers, "seq_len": args.seq_len, "mode": args.way}
-    data |= {"json_lines": None if args.way == "copy" else False}  # large corpora have none
+    data |= {"json_lines": None if args.way == "copy" else False}  # as for a large corpus
     config = parse_config({"paths": {"data": f"{folder}/{args.way}"}, "data": data})
     seconds = run_way(args.way, config, load_tokenizer(args.tokenizer))
     disk = sum(path.stat().st_size for path in (folder / args.way).rglob("*") if path.is_file())
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--text")
     parser.add_argument("--ways", nargs="+", choices=["copy", "direct", "stream"], default=["copy", "direct", "stream"])
-    parser.add_argument("--no-bare", action="store_true", help="without the bare tokenizer")
+    parser.add_argument("--no-bare", action="store_true", help="skip the baseline")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -153,14 +153,14 @@ def main() -> None:
         print(f"text {megabytes:.1f} MB" + (f", bare encode_batch {megabytes / bare:.2f} MB/s" if bare else ""))
         for way in args.ways:
             line = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--folder", folder]
-            found = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
-            seconds = found["seconds"]
+            measured = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+            seconds = measured["seconds"]
             print(
                 f"{way:7} prepare {megabytes / seconds['prepare']:7.1f} MB/s  rows {megabytes / seconds['rows']:6.2f} MB/s"
                 + (f" ({bare / seconds['rows']:.2f} of bare)" if bare else "")
                 + (f"  first batch {seconds['first_batch']:.1f} s" if way == "stream" else "")
-                + f"  peak {found['peak_mb']:.0f} MB (a worker {found['worker_peak_mb']:.0f})"
-                + f"  disk {found['disk_mb'] / megabytes:.2f} of the text"
+                + f"  peak {measured['peak_mb']:.0f} MB (a worker {measured['worker_peak_mb']:.0f})"
+                + f"  disk {measured['disk_mb'] / megabytes:.2f} of the text"
             )
 
 

@@ -94,14 +94,14 @@ def test_text_after_the_last_turn_is_kept_unsupervised(tiny_tokenizer: PreTraine
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(DataError, match="writes earlier turns differently"):
+    with pytest.raises(DataError, match="renders earlier turns differently"):
         encode_document(chat(CHAT), tokenizer)
 
 
 def test_a_template_that_refuses_is_quoted() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(DataError, match=r"document '1' of 'test': the chat template refuses .*no system role"):
+    with pytest.raises(DataError, match=r"document '1' of 'test': the chat template rejects .*no system role"):
         encode_document(chat(CHAT), tokenizer)
 
 

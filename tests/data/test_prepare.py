@@ -154,7 +154,7 @@ def test_too_many_rejects_leave_nothing(tmp_path: Path, make_config: MakeConfig)
 def test_no_documents_is_an_error(tmp_path: Path, make_config: MakeConfig) -> None:
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
     config = make_config({"kind": "dolma", "path": str(tmp_path / "empty.jsonl")})
-    with pytest.raises(DataError, match=r"no document in .*empty\.jsonl"):
+    with pytest.raises(DataError, match=r"no documents in .*empty\.jsonl"):
         prepare_data(config)
 
 
@@ -170,7 +170,7 @@ def test_few_documents_without_a_held_out_one_are_told(
     tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", texts(2)), eval_share=0.0001))
-    assert "no document fell into 'eval'" in capsys.readouterr().err
+    assert "'eval' is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failing", [0, 3, 5])
@@ -234,7 +234,7 @@ def test_weights_mix_the_text_and_tell_the_epochs(
     rare, frequent = read[few["path"]], read[many["path"]]
     assert (rare["documents"], rare["epochs"], frequent["epochs"]) == (80, 2, 1)
     assert frequent["text_bytes"] / rare["text_bytes"] == pytest.approx(3.0, abs=0.05)
-    assert f"the mix ends where {few['path']} was read 2 times" in capsys.readouterr().err
+    assert f"the mix ends because {few['path']} was read 2 times" in capsys.readouterr().err
     train, held_out = [doc.id for doc in split(config, "train")], [doc.id for doc in split(config, "eval")]
     # An epoch more trains on the same documents once more, and never on one held out.
     rare_train = [name for name in train if name.startswith("rare")]

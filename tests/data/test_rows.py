@@ -72,7 +72,7 @@ def test_a_broken_header_is_named_when_the_shard_is_read(tmp_path: Path) -> None
     path.write_bytes(b"\xff" * path.stat().st_size)
     rows = Rows.open(tmp_path / "x.rows")
     rows.batch([0])
-    with pytest.raises(DataError, match=r"shard-00001\.safetensors: other contents than were written"):
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors: damaged"):
         rows.batch([len(rows) - 1])
 
 
@@ -85,7 +85,7 @@ def test_a_flipped_bit_is_named_before_a_row_of_its_shard_is_given(tmp_path: Pat
     path.write_bytes(data)
     rows = Rows.open(tmp_path / "x.rows")
     rows.batch([0])
-    line = r"shard-00001\.safetensors: other contents than were written \(SHA-256 differs\); run 'hildanext tokenize --verify'"
+    line = r"shard-00001\.safetensors: damaged \(the SHA-256 differs from the recorded one\); run 'hildanext tokenize --verify'"
     with pytest.raises(DataError, match=line):
         rows.batch([len(rows) - 1])
 
@@ -136,7 +136,7 @@ def test_a_broken_meta_is_named(tmp_path: Path, text: str | None) -> None:
         (tmp_path / "x.rows/meta.json").unlink()
     else:
         (tmp_path / "x.rows/meta.json").write_text(text)
-    with pytest.raises(DataError, match=r"meta\.json: missing or broken"):
+    with pytest.raises(DataError, match=r"meta\.json: missing or damaged"):
         Rows.open(tmp_path / "x.rows")
 
 

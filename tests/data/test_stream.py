@@ -25,7 +25,7 @@ from hildanext.data.corpus import is_held_out
 from hildanext.data.documents import Document
 from hildanext.data.encode import encode_document
 from hildanext.data.stream import RowStream
-from hildanext.data.tokenize import make_job
+from hildanext.data.tokenize import make_encoding
 from hildanext.errors import CheckpointError, DataError
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.training.run import open_row_source
@@ -58,7 +58,7 @@ def make_stream(
         if not sources:
             sources = (write_source(tmp_path, "a", 3, 30), write_source(tmp_path, "b", 2, 20))
         config = make_config(*sources, **{"mode": "stream", "seq_len": SEQ_LEN, "shard_mb": 0.001, **data})
-        return RowStream(config, "train", make_job(config, "train", tiny_tokenizer))
+        return RowStream(config, "train", make_encoding(config, "train", tiny_tokenizer))
 
     return make
 
@@ -74,8 +74,8 @@ def documents(batch: dict[str, Tensor]) -> list[tuple[int, ...]]:
 def expected_documents(stream: RowStream, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     """What one pass must hold, read from the files with gzip and json alone."""
     pieces = []
-    for one in stream.found:
-        for file in one.files:
+    for _, files in stream.sources:
+        for file in files:
             raw = Path(file.path).read_bytes()
             for line in (gzip.decompress(raw) if file.path.endswith(".gz") else raw).splitlines():
                 doc = Document("", "", text=json.loads(line)["text"])
@@ -190,7 +190,7 @@ def test_a_sample_that_is_past_is_refused(make_stream: Callable[..., RowStream])
     stream.batch([stream.window.end.first])  # the next window; a step may be done again
     assert same(stream.batch([0]), first)
     stream.batch([100])
-    with pytest.raises(ValueError, match="sample 0 of the stream is past"):
+    with pytest.raises(ValueError, match="sample 0 of the stream is no longer in memory"):
         stream.batch([0])
     stream.close()
 
@@ -204,7 +204,7 @@ def test_other_files_than_the_run_began_with_are_refused(tmp_path: Path, make_st
     changed = make_stream(
         {"kind": "dolma", "path": str(tmp_path / "a")}, {"kind": "dolma", "path": str(tmp_path / "b")}
     )
-    with pytest.raises(CheckpointError, match=r"data\.sources have other files"):
+    with pytest.raises(CheckpointError, match=r"files of data\.sources.*have changed"):
         changed.restore(state)
     changed.close()
 
@@ -231,10 +231,10 @@ def test_a_corrupt_shard_is_told_and_counted(
 def test_nothing_to_train_on_is_an_error(tmp_path: Path, make_stream: Callable[..., RowStream]) -> None:
     (tmp_path / "x.jsonl").write_text("\n\n")
     stream = make_stream({"kind": "dolma", "path": str(tmp_path / "x.jsonl")})
-    with pytest.raises(DataError, match=r"no document to train on in .*x\.jsonl"):
+    with pytest.raises(DataError, match=r"no documents to train on in .*x\.jsonl"):
         stream.batch([0])
     stream.close()
-    with pytest.raises(DataError, match="no source feeds 'train'"):
+    with pytest.raises(DataError, match="no source for 'train'"):
         make_stream({"kind": "instruct", "path": str(tmp_path / "x.jsonl")})
 
 
@@ -285,10 +285,10 @@ import json, resource, sys
 from hildanext.config import parse_config
 from hildanext.data.stream import RowStream
 from hildanext.model.tiny import story_tokenizer
-from hildanext.data.tokenize import make_job
+from hildanext.data.tokenize import make_encoding
 source = {"kind": "dolma", "path": sys.argv[1]}
 config = parse_config({"data": {"sources": [source], "mode": "stream", "seq_len": 256, "shard_mb": 0.5, "workers": 1}})
-stream = RowStream(config, "train", make_job(config, "train", story_tokenizer(300)))
+stream = RowStream(config, "train", make_encoding(config, "train", story_tokenizer(300)))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 stream.batch([0])
 before, sample = peak(), 0

@@ -3,9 +3,12 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from hildanext.data.shards import write_shard
 from hildanext.data.tokenize import tokenize_data
 from hildanext.data.tokenizer import fingerprint
 from hildanext.data.verify import verify_data
+from hildanext.data.workers import encode
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of
 
@@ -187,10 +191,60 @@ class Deadly:
 
 def test_a_dead_worker_is_told(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SMALL_BYTES", 0)
-    job: Any = workers.Encoding(Deadly(), all_tokens=True, seq_len=16)  # type: ignore[arg-type]
+    encoding: Any = workers.Encoding(Deadly(), all_tokens=True, seq_len=16)  # type: ignore[arg-type]
     batch = workers.DocumentBatch(stories(3), [DocumentPlace("x", n) for n in range(3)], 100, [], True)
     with pytest.raises(DataError, match="a tokenize process died"):
-        list(workers.encode_batches(iter([batch]), job, workers=2))
+        list(workers.encode_batches(iter([batch]), encoding, workers=2))
+
+
+class HalfAnswer:
+    """A stand-in for a chunk: its process is killed when part of the answer is already in the pipe."""
+
+    def __reduce__(self) -> tuple[type, tuple[bytes]]:
+        write = Connection._send  # type: ignore[attr-defined]
+
+        def send_half(pipe: Connection, data: bytes) -> None:
+            write(pipe, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = send_half  # type: ignore[attr-defined]
+        return bytes, (bytes(1 << 20),)
+
+
+def encode_half(docs: list[Document], places: list[DocumentPlace], encoding: workers.Encoding) -> Any:
+    return HalfAnswer() if docs[0].id == "deadly" else encode(docs, places, encoding)
+
+
+class PatchedEncoding(workers.Encoding):
+    """Replaces `encode` in the process that receives it."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return patched, (self.tokenizer,)
+
+
+def patched(tokenizer: PreTrainedTokenizerBase) -> workers.Encoding:
+    workers.encode = encode_half
+    return workers.Encoding(tokenizer, all_tokens=True, seq_len=16)
+
+
+def test_a_worker_killed_while_it_sends_is_told(
+    tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches before it arrive in order; then the error comes at once, and no process is left."""
+    monkeypatch.setattr(workers, "SMALL_BYTES", 0)
+    todo = [
+        workers.DocumentBatch([Document(name, "test", text=f"the cat {name}")], [DocumentPlace("x", 1)], 100, [], True)
+        for name in ("a", "b", "deadly", *"cdefghijkl")
+    ]
+    encoded = workers.encode_batches(
+        iter(todo), PatchedEncoding(tiny_tokenizer, all_tokens=True, seq_len=16), workers=2
+    )
+    texts: list[object] = []
+    before = set(multiprocessing.active_children())
+    with pytest.raises(DataError, match="a tokenize process died"):
+        texts.extend(tiny_tokenizer.decode(chunk.input_ids, skip_special_tokens=True) for _, chunk in encoded)
+    assert texts == ["the cat a", "the cat b"]
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_bad_lines_are_counted_by_line_up_to_the_share(
@@ -263,7 +317,7 @@ def test_missing_and_empty_splits(make_config: MakeConfig, tiny_tokenizer: PreTr
     with pytest.raises(UsageError, match="run 'hildanext prepare-data' first"):
         tokenize_data(config, tiny_tokenizer)
     put(config, "train", [])
-    with pytest.raises(DataError, match="no document in any split"):
+    with pytest.raises(DataError, match="no documents in any split"):
         tokenize_data(config, tiny_tokenizer)
     put(config, "eval", stories(1))
     assert tokenize_data(config, tiny_tokenizer)["splits"]["train"]["rows"] == 0
@@ -439,7 +493,9 @@ def test_verify_rebuilds_a_damaged_shard_alone(
     assert outputs(config) == before
     paths[0].write_bytes(b"")
     put(config, "train", stories(99))
-    with pytest.raises(DataError, match="a shard is damaged, and the input or the settings are not those"):
+    with pytest.raises(
+        DataError, match="a shard is damaged and cannot be rebuilt, because the input or the settings changed"
+    ):
         verify_data(config, tiny_tokenizer)
 
 

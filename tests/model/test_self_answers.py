@@ -210,7 +210,7 @@ def test_bad_input(config, tmp_path):
     with pytest.raises(ConfigError, match="needs 'path'"):
         config(path=None)
     one = config()
-    with pytest.raises(DataError, match="not written yet; run 'hildanext prepare-data' first"):
+    with pytest.raises(DataError, match="does not exist; run 'hildanext prepare-data' first"):
         find_sources(one, "train")
 
 

@@ -1,4 +1,4 @@
-"""Conversations: messages rendered with the tokenizer's chat template, and which of their tokens the assistant wrote."""
+"""Renders conversations with the tokenizer's chat template and supervises the tokens of the assistant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_messages(value: object) -> list[Message]:
-    """Messages with a known role and a string as content, one of them the assistant's. Raises DataError otherwise."""
+    """Check that every message has a known role and string content, and that at least one is the assistant's.
+
+    Returns `value`. Raises DataError with the reason.
+    """
     if not isinstance(value, list) or not value:
         raise DataError("no 'messages'")
     for message in value:
@@ -34,21 +37,21 @@ def check_messages(value: object) -> list[Message]:
 
 
 class Turn(NamedTuple):
-    """An assistant's turn in the rendered text: its first character, its content as given, whether it is supervised."""
+    """An assistant turn of a rendered conversation."""
 
-    start: int
-    content: str
-    train: bool
+    start: int  # index of its first character in the rendered text
+    content: str  # as given in the message, stripped
+    train: bool  # whether it is supervised
 
 
 def tools_as_text(messages: list[Message], tools: list[dict[str, Any]] | None, template: str) -> bool:
-    """Whether a conversation uses tools that this chat template does not know, so that they are written as plain text."""
+    """Whether a conversation has tools that its chat template does not support, so that they become plain text."""
     calls = any(message.get("tool_calls") for message in messages)
     return bool((calls and "tool_calls" not in template) or (tools and "tools" not in template))
 
 
 def _with_plain_tools(messages: list[Message], tools: list[dict[str, Any]] | None, template: str) -> list[Message]:
-    """The messages with tool calls as JSON content and tools in a system message, where the template would drop them."""
+    """Write tool calls as JSON content and tools into a system message, if the template does not support them."""
     if "tool_calls" not in template:
         plain = []
         for message in messages:
@@ -67,11 +70,11 @@ def _with_plain_tools(messages: list[Message], tools: list[dict[str, Any]] | Non
 def render(
     messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Turn]]:
-    """The conversation as the chat template writes it, and the assistant's turns in it.
+    """The conversation rendered by the chat template, and its assistant turns.
 
-    A turn begins where the rendering of the messages before it, with the generation prompt, ends: what a model is given
-    when it is asked for that turn. Raises DataError when that rendering is no prefix of the whole, or when the template
-    refuses the messages.
+    The text before a turn equals the prompt a model is given for that turn: the earlier messages rendered with the
+    generation prompt. Raises DataError when that prompt is not a prefix of the whole text, or when the template rejects
+    the messages.
     """
     import jinja2
 
@@ -87,24 +90,25 @@ def render(
                 continue
             prompt = str(tokenizer.apply_chat_template(shown[:i], add_generation_prompt=True, **options))
             if not text.startswith(prompt):
-                raise DataError("the chat template writes earlier turns differently once later ones follow")
+                raise DataError("the chat template renders earlier turns differently when later turns follow")
             turns.append(Turn(len(prompt), message["content"].strip(), message.get("train", True)))
     except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"the chat template refuses the messages ({' '.join(str(error).split())})") from None
+        raise DataError(f"the chat template rejects the messages ({' '.join(str(error).split())})") from None
     return text, turns
 
 
 def encode_conversations(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, eos: int
 ) -> list[tuple[np.ndarray, np.ndarray] | DataError]:
-    """(`input_ids` [n] int32, `loss_mask` [n] bool) of each conversation, or a DataError with the reason, in order.
+    """(`input_ids` [n] int32, `loss_mask` [n] bool) of each conversation, in order.
 
-    Raises DataError for a tokenizer without a chat template.
+    A conversation that cannot be encoded gives a DataError with the reason instead. Raises DataError for a tokenizer
+    without a chat template.
     """
     if not conversations:
         return []
     if tokenizer.chat_template is None:
-        raise DataError(f"tokenizer '{tokenizer.name_or_path}' has no chat template, and the documents are messages")
+        raise DataError(f"tokenizer '{tokenizer.name_or_path}' has no chat template, but the documents are messages")
     rendered: list[tuple[str, list[Turn]] | DataError] = []
     for messages, tools in conversations:
         try:
@@ -132,22 +136,22 @@ def encode_conversations(
 def _supervise(
     ids: np.ndarray, offsets: np.ndarray, text: str, turns: list[Turn], eos: int, special: list[int]
 ) -> tuple[np.ndarray, np.ndarray] | DataError:
-    """Mark the assistant's turns and end the document at its last one's end.
+    """Supervise the assistant turns and end the document with the last one.
 
-    `offsets` [n, 2]: first and last+1 character of each token in `text`.
+    `offsets` [n, 2]: start and end (exclusive) of each token in `text`, in characters.
     """
     mask = np.zeros(len(ids), dtype=bool)
-    # A token that reaches into the turn belongs to it, also when it begins in the prompt (a space before a word).
+    # A token that overlaps the turn belongs to it, even if it starts in the prompt (a space before a word).
     firsts = [int(np.searchsorted(offsets[:, 1], turn.start, side="right")) for turn in turns]
     end = len(ids)
     for turn, first, bound in zip(turns, firsts, [*firsts[1:], len(ids)], strict=True):
-        found = _turn_end(ids, offsets, text, turn, first, bound, eos, special)
-        if found is None:
-            return DataError("the end of an assistant turn cannot be found in the rendered text")
-        end = found
+        turn_end = _turn_end(ids, offsets, text, turn, first, bound, eos, special)
+        if turn_end is None:
+            return DataError("cannot find the end of an assistant turn in the rendered text")
+        end = turn_end
         mask[first:end] = turn.train
-    # White space that the template puts after the last turn is never generated: the document ends with the turn. Any
-    # other text after it stays, unsupervised.
+    # White space that the template adds after the last turn is dropped, because it is never generated. Other text after
+    # the last turn is kept, unsupervised.
     ends_with_turn = not text[int(offsets[end - 1, 1]) :].strip()
     if ends_with_turn:
         ids, mask = ids[:end], mask[:end]
@@ -167,10 +171,10 @@ def _turn_end(
     eos: int,
     special: list[int],
 ) -> int | None:
-    """Token index one past a turn that begins at `first` and ends before `bound`; None when it cannot be told.
+    """Index of the token after a turn that starts at `first` and ends before `bound`; None if not found.
 
-    The turn ends with its first end-of-text token; without one with its first special token (an end-of-turn token that
-    is not the tokenizer's end of text, as '<|im_end|>' in base models); without either with its content.
+    The turn ends with its first end-of-text token. Without one it ends with its first special token, such as
+    '<|im_end|>' in base models whose end-of-text token is another. Without either it ends with its content.
     """
     window = ids[first:bound]
     for closing in (window == eos, np.isin(window, special)):

@@ -1,4 +1,4 @@
-"""The documents that feed training or SFT, in the order in which they are written down or streamed."""
+"""The documents of training and SFT, in the order in which they are copied or streamed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hildanext.data.sources import find_files, read_file
 from hildanext.data.sources.opening import File
 
 Use = Literal["train", "sft"]
-# The split of a use, for documents that train and for those held out.
+# Per use: the split of the training documents and the split of the held-out documents.
 PARTS: dict[Use, tuple[str, str]] = {"train": ("train", "eval"), "sft": ("sft_train", "sft_eval")}
 
 
-class Found(NamedTuple):
+class SourceFiles(NamedTuple):
     """A source and its files, in order."""
 
     source: SourceConfig
@@ -30,59 +30,62 @@ class Found(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the files as they lie there."""
+        """Bytes of the files, compressed files as stored."""
         return sum(file.size for file in self.files)
 
 
-def find_sources(config: Config, use: Use) -> list[Found]:
+def find_sources(config: Config, use: Use) -> list[SourceFiles]:
     """The sources of a use. Raises UsageError, DataError or UnreachableError naming the path."""
     data = config.paths.data
-    return [Found(source, find_files(source, data)) for source in config.data.sources if use in source.splits]
+    return [SourceFiles(source, find_files(source, data)) for source in config.data.sources if use in source.splits]
 
 
-def listing_sha256(found: Sequence[Found]) -> str:
+def listing_sha256(sources: Sequence[SourceFiles]) -> str:
     """SHA-256 over the paths and sizes of all files."""
-    return hashlib.sha256(json.dumps([list(one.files) for one in found]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files for _, files in sources]).encode()).hexdigest()
 
 
-def make_reader(found: Found, seed: int, files: Sequence[File] | None = None) -> Reader:
-    """A reader of a source's files, in the given order or their own."""
-    source = found.source
-    names = [file.path for file in (found.files if files is None else files)]
+def make_reader(source: SourceConfig, files: Sequence[File], seed: int) -> Reader:
+    """A reader of a source's files, in the given order."""
     read = partial(read_file, source, seed=seed)
     return Reader(
-        lambda path, rejects: read(path, rejects=rejects), names, epochs=source.max_epochs, limit=source.max_documents
+        lambda path, rejects: read(path, rejects=rejects),
+        [file.path for file in files],
+        epochs=source.max_epochs,
+        limit=source.max_documents,
     )
 
 
-def written_order(found: Sequence[Found], seed: int) -> Mix:
-    """One source after the other, or mixed by the weights: what prepare-data writes and tokenize reads."""
-    weights = [one.source.weight for one in found]
-    return Mix([make_reader(one, seed) for one in found], None if None in weights else [w for w in weights if w])
+def written_order(sources: Sequence[SourceFiles], seed: int) -> Mix:
+    """The order of prepare-data and tokenize: sources mixed by weight or, without weights, one after another."""
+    weights = [source.weight for source, _ in sources if source.weight is not None]
+    readers = [make_reader(source, files, seed) for source, files in sources]
+    return Mix(readers, weights if len(weights) == len(sources) else None)
 
 
-def streamed_order(found: Sequence[Found], seed: int, number: int) -> Mix:
-    """Pass `number` of a stream: the files of each source in another order every time, the sources side by side.
+def streamed_order(sources: Sequence[SourceFiles], seed: int, number: int) -> Mix:
+    """The order of pass `number` over a stream: sources mixed, the files of each source shuffled in every pass.
 
-    Without weights each source comes as often as its files are large, so that all end together; a source of which only
-    `max_documents` are wanted keeps the order of its files, and so its documents.
+    Without weights, sources are mixed by file size, so that all end at about the same time. A source with
+    `max_documents` keeps its file order, so that every pass reads the same documents.
     """
     readers = []
-    for index, one in enumerate(found):
-        files = list(one.files)
-        if one.source.max_documents is None:
-            random.Random(f"{seed}:{number}:{index}").shuffle(files)
-        readers.append(make_reader(one, seed, files))
-    weighted = all(one.source.weight is not None for one in found)
-    weights = [one.source.weight or float(max(one.size, 1)) for one in found]
+    for index, (source, files) in enumerate(sources):
+        order = list(files)
+        if source.max_documents is None:
+            random.Random(f"{seed}:{number}:{index}").shuffle(order)
+        readers.append(make_reader(source, order, seed))
+    weighted = all(source.weight is not None for source, _ in sources)
+    weights = [files.source.weight or float(max(files.size, 1)) for files in sources]
     return Mix(readers, weights, to_the_end=not weighted)
 
 
 def is_held_out(doc: Document, share: float) -> bool:
-    """Whether a document belongs to evaluation: a pure function of its text, whatever its source, id or neighbours.
+    """Whether a document is held out for evaluation. Depends only on its content and `share`.
 
-    The hash covers the text without case and spacing; for messages the first user message and for what the base wrote the
-    question it was asked, so that one question never stands on both sides; for token ids alone the ids.
+    The decision hashes the text, ignoring case and white space. Messages are represented by the first user message and
+    self-generated answers by their question, so the same question is never both trained on and held out. Documents of
+    token ids are represented by their ids.
     """
     if doc.input_ids is not None and doc.asked is None:
         key = np.asarray(doc.input_ids[: doc.n_prompt], dtype=np.uint32).tobytes()

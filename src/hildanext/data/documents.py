@@ -1,4 +1,4 @@
-"""Documents: what a source yields, what a line of data/processed holds, and what the tokenizer makes of them."""
+"""Documents: the records of a source, and their JSON lines in data/processed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hildanext.data.conversations import Message, check_messages
 from hildanext.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES_PER_REASON = 3
 
@@ -22,9 +19,9 @@ EXAMPLES_PER_REASON = 3
 class Document:
     """One document: exactly one of `text`, `input_ids` (token ids of the source) and `messages` is set.
 
-    A message is `{"role", "content"}`, an assistant's also `tool_calls`, and `"train": false` where it must not be
-    supervised. `tools` are the function descriptions that go with `messages`. `n_prompt`: how many of `input_ids` are
-    the prompt of an answer, which SFT does not supervise; `asked`: that prompt's question as text.
+    A message has `role` and `content`; an assistant message may have `tool_calls`, and `"train": false` if it must not
+    be supervised. `tools` are the function descriptions for `messages`. The first `n_prompt` of `input_ids` are the
+    prompt of an answer, which SFT does not supervise; `asked` is the question in that prompt as text.
     """
 
     id: str
@@ -38,23 +35,23 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Bytes of its text in UTF-8, whatever else stands around it; a token id counts as 4."""
+        """Bytes of its text or message contents in UTF-8; 4 bytes per token id."""
         if self.input_ids is not None:
             return 4 * len(self.input_ids)
         texts = [self.text] if self.messages is None else [message["content"] for message in self.messages]
         return sum(len(str(text).encode("utf-8", "surrogatepass")) for text in texts)
 
     def to_line(self) -> bytes:
-        """The document as a line of JSON in UTF-8, newline included."""
+        """The document as a line of JSON in UTF-8, including the newline."""
         fields = {name: value for name, value in self.__dict__.items() if value is not None}
-        # Only an id made from a file name that is no UTF-8 has anything to replace.
+        # Only ids made from file names can contain invalid UTF-8.
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 class Rejects:
-    """Counts of records that could not be used, by reason and by file, with the first few places of each reason.
+    """Counts of rejected records by reason and by file, with the first few places of each reason.
 
-    `after`: records of the file being read up to this number were counted before; a resumed reader meets them again.
+    Records of the current file up to number `after` are not counted: a resumed reader reads them a second time.
     """
 
     def __init__(self) -> None:
@@ -64,7 +61,7 @@ class Rejects:
         self.examples: dict[str, list[str]] = {}
 
     def add(self, reason: str, file: str | Path, line: int) -> None:
-        """Count one record. `line` counts from 1: the line, or the record where a file has no lines."""
+        """Count one record. `line` is the line number from 1, or the record number in files without lines."""
         if line <= self.after:
             return
         self.by_reason[reason] += 1
@@ -74,7 +71,7 @@ class Rejects:
             places.append(f"{file}:{line}")
 
     def merge(self, counts: Mapping[str, Any]) -> None:
-        """Add what another one's `to_dict` holds."""
+        """Add the counts of another `to_dict`."""
         self.by_reason.update(counts["by_reason"])
         self.by_file.update(counts["by_file"])
         for reason, places in counts["examples"].items():
@@ -85,7 +82,7 @@ class Rejects:
         return self.by_reason.total()
 
     def check(self, accepted: int, max_share: float) -> None:
-        """Raises DataError with the counts when the rejected share of all records is above `max_share`."""
+        """Raises DataError with the counts when rejects are more than `max_share` of all records."""
         records = accepted + self.total
         if self.total > max_share * records:
             raise DataError(
@@ -100,7 +97,7 @@ class Rejects:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able counts for a manifest."""
+        """The counts as JSON values, for a manifest."""
         return {
             "total": self.total,
             "by_reason": dict(self.by_reason),
@@ -110,7 +107,7 @@ class Rejects:
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-    """One JSON object from a line of bytes. Raises DataError with a reason that names no value."""
+    """Parse a line of bytes as a JSON object. Raises DataError; its reason quotes no values, so it can be counted."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -125,7 +122,7 @@ def parse_json(line: bytes) -> dict[str, Any]:
 
 
 def check_unicode(value: object) -> None:
-    """Raises DataError for a lone surrogate anywhere in a JSON value: JSON can escape one, UTF-8 and tokenizers cannot."""
+    """Raises DataError for a lone surrogate in a JSON value: JSON can escape it, but UTF-8 cannot encode it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -133,7 +130,7 @@ def check_unicode(value: object) -> None:
 
 
 def check_text(value: object) -> str:
-    """A document's text as it stands. Raises DataError when it is not a string or only white space."""
+    """Return a document's text unchanged. Raises DataError when it is not a string, empty or only white space."""
     if not isinstance(value, str):
         raise DataError("no 'text'")
     if not value or value.isspace():
@@ -142,19 +139,19 @@ def check_text(value: object) -> str:
 
 
 def check_ids(value: object) -> list[int]:
-    """Token ids: a non-empty list of integers from 0 to 2^31-1. Raises DataError otherwise."""
+    """Return token ids unchanged: a non-empty list of integers from 0 to 2^31-1. Raises DataError otherwise."""
     if not isinstance(value, list):
         raise DataError("no 'input_ids'")
     if not value:
         raise DataError("empty document")
-    # A list that holds anything but plain integers fails the type test, whatever numpy would make of it.
+    # Comparing types also rejects booleans and floats, which numpy would convert.
     if set(map(type, value)) != {int} or min(value) < 0 or max(value) >= 2**31:
         raise DataError("'input_ids' are not token ids")
     return value
 
 
 def parse_document(line: bytes) -> Document:
-    """A document from a line of a processed file. Raises DataError with the reason."""
+    """Parse a line of a processed file. Raises DataError with the reason."""
     record = parse_json(line)
     kinds = [kind for kind in ("text", "input_ids", "messages") if record.get(kind) is not None]
     if len(kinds) != 1:
@@ -171,13 +168,13 @@ def parse_document(line: bytes) -> Document:
 def read_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator[Document]:
     """Documents of a processed JSONL file, in order.
 
-    A bad line is counted in `rejects` by file and line and skipped; without `rejects` it raises DataError that names both.
+    Bad lines are counted in `rejects` and skipped. Without `rejects`, a bad line raises DataError naming file and line.
     """
     return (document for _, document in numbered_documents(path, rejects))
 
 
 def numbered_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator[tuple[int, Document]]:
-    """`read_documents` with each document's line; lines up to number `rejects.after` are passed over unread."""
+    """`read_documents` with line numbers. Lines up to number `rejects.after` are skipped without parsing."""
     after = 0 if rejects is None else rejects.after
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):

@@ -1,4 +1,4 @@
-"""Documents to tokens: text, token ids and conversations, with the mask of what is supervised."""
+"""Encodes documents (text, token ids or conversations) as token ids and the loss mask."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """A document's tokens. `input_ids` [n] int32, `loss_mask` [n] bool (tokens that may be noised and supervised)."""
+    """An encoded document: `input_ids` [n] int32, `loss_mask` [n] bool (tokens that may be noised and supervised)."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
 
 
 def encode_document(doc: Document, tokenizer: PreTrainedTokenizerBase, all_tokens: bool = False) -> Encoded:
-    """`input_ids` [n] int32 and `loss_mask` [n] bool of one document; see `encode_documents`. Raises DataError."""
+    """Encode one document, see `encode_documents`. Raises DataError naming the document."""
     (result,) = encode_documents([doc], tokenizer, all_tokens)
     if isinstance(result, DataError):
         raise DataError(f"document '{doc.id}' of '{doc.source}': {result}")
@@ -34,25 +34,40 @@ def encode_document(doc: Document, tokenizer: PreTrainedTokenizerBase, all_token
 def encode_documents(
     docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase, all_tokens: bool = False
 ) -> list[Encoded | DataError]:
-    """Tokens of each document, in order; a document that cannot be encoded gives a DataError with the reason instead.
+    """Encode documents, in order. A document that cannot be encoded gives a DataError with the reason instead.
 
-    Text is encoded as text, whatever it looks like (a literal '<|endoftext|>' inside it is no special token), and gets
-    the tokenizer's begin-of-text token, if it writes one, and one end-of-text token at its end. Token ids are taken as they are and must lie below the tokenizer's length.
-    Messages are rendered with the chat template; their loss mask covers the assistant's turns, or every token with
-    `all_tokens`. The mask token is allowed in none of them. Raises DataError for an unfit tokenizer.
+    Text is encoded without special tokens: a literal '<|endoftext|>' is ordinary text. The begin-of-text token is put
+    before it, if the tokenizer adds that token, and the end-of-text token after it. Token ids are used unchanged and
+    must be below the tokenizer's length. Messages are rendered with the chat template. `all_tokens` supervises every
+    token; otherwise only the assistant turns of messages and the answers after `n_prompt` token ids are supervised.
+    Documents that contain the mask token are rejected. Raises DataError for a tokenizer that is not fast or has no
+    end-of-text token.
     """
     eos, leading = eos_id(tokenizer), leading_ids(tokenizer)
     results: list[Encoded | DataError] = [DataError("empty document")] * len(docs)
     for index, ids in _encode_texts(docs, tokenizer):
         if ids:
-            results[index] = _all_supervised([*leading, *ids, eos], len(leading))
+            results[index] = _supervise_after(len(leading), [*leading, *ids, eos])
     for index, doc in enumerate(docs):
-        if doc.input_ids is not None:
-            results[index] = _checked_ids(doc.input_ids, len(tokenizer), 0 if all_tokens else doc.n_prompt or 0)
+        if doc.input_ids is None:
+            continue
+        n_given = 0 if all_tokens else doc.n_prompt or 0
+        if min(doc.input_ids) < 0 or max(doc.input_ids) >= len(tokenizer):
+            results[index] = DataError("token ids outside the tokenizer's vocabulary")
+        elif n_given < len(doc.input_ids):
+            results[index] = _supervise_after(n_given, doc.input_ids)
+        else:
+            results[index] = DataError("no supervised turn")
     chats = [index for index, doc in enumerate(docs) if doc.messages is not None]
     conversations = [(docs[index].messages or [], docs[index].tools) for index in chats]
     for index, encoded in zip(chats, encode_conversations(conversations, tokenizer, eos), strict=True):
-        results[index] = encoded if isinstance(encoded, DataError) else _conversation(*encoded, all_tokens)
+        if isinstance(encoded, DataError):
+            results[index] = encoded
+            continue
+        array, loss_mask = encoded
+        if all_tokens:
+            loss_mask = np.ones_like(loss_mask)
+        results[index] = Encoded(array, loss_mask) if loss_mask.any() else DataError("no supervised turn")
     mask = tokenizer.mask_token_id
     if mask is not None:
         for index, result in enumerate(results):
@@ -62,10 +77,10 @@ def encode_documents(
 
 
 def _encode_texts(docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, list[int]]]:
-    """(index, ids) of the documents that are text, without an end-of-text token."""
+    """(index, token ids) of each text document, without special tokens."""
     indices = [index for index, doc in enumerate(docs) if doc.text is not None]
     backend = tokenizer.backend_tokenizer
-    # transformers sets all three again before each call of its own.
+    # transformers sets all three before each of its own calls.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -77,29 +92,17 @@ def _encode_texts(docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase) 
         yield index, encoding.ids
 
 
-def _all_supervised(ids: list[int], n_given: int = 0) -> Encoded:
-    """All tokens but the first `n_given`, which no model has to predict."""
+def _supervise_after(n_given: int, ids: list[int]) -> Encoded:
+    """Supervise every token except the first `n_given`, which the model is given."""
     array = np.array(ids, dtype=np.int32)
     return Encoded(array, np.arange(len(array)) >= n_given)
 
 
-def _checked_ids(ids: list[int], vocabulary: int, n_given: int) -> Encoded | DataError:
-    if min(ids) < 0 or max(ids) >= vocabulary:
-        return DataError("token ids outside the tokenizer's vocabulary")
-    return _all_supervised(ids, n_given) if n_given < len(ids) else DataError("no supervised turn")
-
-
-def _conversation(ids: np.ndarray, mask: np.ndarray, all_tokens: bool) -> Encoded | DataError:
-    if all_tokens:
-        return Encoded(ids, np.ones_like(mask))
-    return Encoded(ids, mask) if mask.any() else DataError("no supervised turn")
-
-
 def fill_block(encoded: Encoded, block_size: int, limit: int, eos: int) -> Encoded:
-    """Round the length up to whole blocks with supervised end-of-text tokens, so that a model learns to stop.
+    """Pad a document to whole blocks with supervised end-of-text tokens, so that the model learns to stop.
 
-    The fill never carries a document past `limit` tokens (the row), where it would be cut. A document that does not end
-    with end-of-text was cut off itself and stays as it is.
+    Padding ends at `limit` tokens (the row length). A document that does not end with end-of-text was truncated and is
+    returned unchanged.
     """
     if encoded.input_ids[-1] != eos:
         return encoded

@@ -1,4 +1,4 @@
-"""Documents of several sources in one order: one source after another, or mixed by weight. Any place can be gone back to."""
+"""Orders the documents of several sources: one after another, or mixed by weight. Reading can resume anywhere."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any, NamedTuple
 
 from hildanext.data.documents import Document, Rejects
 
-# Reads one file: (number, document) with numbers that go up. What it cannot use it counts.
+# Reads one file and yields (number, document) with increasing numbers. Counts unusable records in the Rejects.
 Read = Callable[[str, Rejects], Iterator[tuple[int, Document]]]
 
 
 class DocumentPlace(NamedTuple):
-    """Where a document stands: its file and its line (or record) there, from 1."""
+    """The place of a document: its file, and its line or record number there, from 1."""
 
     file: str
     number: int
 
 
 class Reader:
-    """The documents of some files, in order, `epochs` times over, at most `limit` of them an epoch.
+    """Reads the documents of files in order, `epochs` times, at most `limit` documents per epoch.
 
-    `state` is the place after the last document given, small enough for JSON; `restore` goes there in a reader of the
-    same files by passing over what lies before it in the file.
+    `state` is the position after the last document. `restore` sets the position of a reader of the same files; it skips
+    the earlier records of the current file.
     """
 
     COUNTERS = ("epoch", "file", "after", "taken", "documents", "size")
@@ -30,29 +30,29 @@ class Reader:
     def __init__(self, read: Read, files: Sequence[str], *, epochs: int = 1, limit: int | None = None) -> None:
         self.read, self.files, self.epochs, self.limit = read, files, epochs, limit
         self.rejects = Rejects()
-        # Epoch, file in it, number of the last document given from it, documents given in this epoch.
+        # Current epoch, index of the file, number of the last document read from it, documents read in this epoch.
         self.epoch = self.file = self.after = self.taken = 0
-        self.documents = self.size = 0  # given in all, and their text in bytes
-        self.given = self._read()
+        self.documents = self.size = 0  # documents read in total, and the bytes of their text
+        self.stream = self._read()
 
     @property
     def done(self) -> bool:
-        """Whether the last epoch has ended."""
+        """Whether the last epoch is finished."""
         return self.epoch == self.epochs
 
     @property
     def epochs_read(self) -> int:
-        """Epochs begun."""
+        """Epochs started."""
         return min(self.epoch + (self.taken > 0 or self.file > 0), self.epochs)
 
     def next(self) -> tuple[DocumentPlace, Document] | None:
-        """The next document; None once all are given."""
-        return next(self.given, None)
+        """The next document; None at the end."""
+        return next(self.stream, None)
 
     def finish(self) -> None:
-        """Give no more."""
+        """Stop reading: `done` becomes True."""
         self.epoch = self.epochs
-        self.given = self._read()
+        self.stream = self._read()
 
     def _read(self) -> Iterator[tuple[DocumentPlace, Document]]:
         while not self.done:
@@ -76,24 +76,24 @@ class Reader:
                 return
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, JSON-able."""
+        """The position as JSON values."""
         return {name: self.__dict__[name] for name in self.COUNTERS} | {"rejects": self.rejects.to_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to where a reader of the same files stood."""
+        """Continue from the `state` of a reader of the same files."""
         for name in self.COUNTERS:
             setattr(self, name, state[name])
         self.rejects = Rejects()
         self.rejects.merge(state["rejects"])
-        self.given = self._read()
+        self.stream = self._read()
 
 
 class Mix:
-    """The documents of several readers.
+    """The documents of several readers in one order.
 
-    Without `weights` one reader follows the other. With them the next document comes from the reader whose text so far
-    is the smallest for its weight, so that after every document all shares are right to within one document; the mix
-    ends where a reader runs dry, or with `to_the_end` goes on with the others.
+    Without `weights`, readers are read one after another. With weights, the reader most below its target share of the
+    text is read next, so that shares are always exact to within one document. The mix ends with the first reader that
+    ends; with `to_the_end` it continues with the others.
     """
 
     def __init__(self, readers: Sequence[Reader], weights: Sequence[float] | None, to_the_end: bool = False) -> None:
@@ -101,9 +101,9 @@ class Mix:
 
     def __iter__(self) -> Iterator[tuple[Reader, DocumentPlace, Document]]:
         while (reader := self._next_reader()) is not None:
-            found = reader.next()
-            if found is not None:
-                yield reader, *found
+            document = reader.next()
+            if document is not None:
+                yield reader, *document
 
     def _next_reader(self) -> Reader | None:
         todo = [index for index, reader in enumerate(self.readers) if not reader.done]
@@ -117,10 +117,10 @@ class Mix:
         return self.readers[min(todo, key=lambda index: self.readers[index].size / weights[index])]
 
     def state(self) -> list[dict[str, Any]]:
-        """Where each reader stands."""
+        """The position of each reader."""
         return [reader.state() for reader in self.readers]
 
     def restore(self, state: Sequence[dict[str, Any]]) -> None:
-        """Go to where a mix of the same readers stood."""
-        for reader, one in zip(self.readers, state, strict=True):
-            reader.restore(one)
+        """Continue from the `state` of a mix of the same readers."""
+        for reader, position in zip(self.readers, state, strict=True):
+            reader.restore(position)

@@ -1,4 +1,4 @@
-"""Packing: whole documents into rows of a fixed length. The only maker of `doc_ids` and `position_ids`."""
+"""Packs whole documents into rows of a fixed length, and defines `doc_ids` and `position_ids`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Rows that wait for documents that fit, and the tokens they may hold together (16 MB): bounded however long a row is.
+# At most this many rows are open for more documents, with at most this many tokens together (16 MB).
 OPEN_ROWS = 64
 OPEN_TOKENS = 1 << 21
 
@@ -22,11 +22,12 @@ class Row(NamedTuple):
 
 
 def pack(docs: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: int) -> Iterator[Row]:
-    """Put documents (`input_ids` [n] int, `loss_mask` [n] bool) into rows of `seq_len` tokens, nothing lost, nothing twice.
+    """Pack documents (`input_ids` [n] int, `loss_mask` [n] bool) into rows of `seq_len` tokens, every token once.
 
-    A document lies whole in one row. One longer than a row is cut into pieces of `seq_len`, each a document of its own.
-    Each goes into the open row that it fills best, so rows come out nearly, not strictly, in the order of the documents;
-    the same documents always give the same rows. Free space is filled with `pad_id`, never supervised.
+    A document is never split over rows; a document longer than a row is cut into pieces of `seq_len` tokens, each a
+    document of its own. Best fit: each goes into the open row with the least sufficient space. Rows therefore follow
+    the order of the documents only roughly, but the same documents always give the same rows. Free space is filled with
+    `pad_id` and not supervised.
     """
     limit = max(1, min(OPEN_ROWS, OPEN_TOKENS // seq_len))
     spaces: list[tuple[int, int]] = []  # (free tokens, row number), sorted: the fullest row first
@@ -34,7 +35,7 @@ def pack(docs: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: in
     opened = 0
     for ids, mask in docs:
         for start in range(0, len(ids), seq_len):
-            # Copies: a slice would keep the whole array it comes from alive while its row waits.
+            # Copied, because a slice would keep its whole array in memory while the row is open.
             piece = ids[start : start + seq_len].copy(), mask[start : start + seq_len].copy()
             size = len(piece[0])
             at = bisect_left(spaces, (size, -1))
@@ -69,7 +70,7 @@ def _row(pieces: list[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: int)
 
 
 def position_ids(doc_ids: np.ndarray) -> np.ndarray:
-    """Position of each token within its document. `doc_ids` [..., L] int -> [..., L] int64; padding counts from 0 too."""
+    """Position of each token in its document: `doc_ids` [..., L] int -> [..., L] int64. Padding counts from 0 too."""
     index = np.arange(doc_ids.shape[-1], dtype=np.int64)
     starts = np.zeros(doc_ids.shape, dtype=np.int64)
     starts[..., 1:] = np.where(doc_ids[..., 1:] != doc_ids[..., :-1], index[1:], 0)

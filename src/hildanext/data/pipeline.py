@@ -1,4 +1,4 @@
-"""Documents of a mix, encoded and packed in groups: a group is a shard of `tokenize`, or a window of a stream."""
+"""Encodes and packs the documents of a mix in groups. A group becomes a shard of `tokenize` or a window of a stream."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from hildanext.config import DataConfig
 from hildanext.data.documents import Document, Rejects
 from hildanext.data.encode import Encoded
 from hildanext.data.mixing import Mix
@@ -14,11 +15,12 @@ from hildanext.data.packing import pack
 from hildanext.data.shards import Shard, compact
 from hildanext.data.tokenizer import pad_id
 from hildanext.data.workers import Chunk, DocumentBatch, Encoding, batches, encode_batches
+from hildanext.errors import DataError
 
 
 @dataclass
 class Tally:
-    """What documents came to when they were encoded."""
+    """Counts over encoded documents."""
 
     rejects: Rejects = field(default_factory=Rejects)
     documents: int = 0
@@ -31,7 +33,7 @@ class Tally:
     tools_as_text: int = 0
 
     def add(self, batch: DocumentBatch, chunk: Chunk, seq_len: int) -> None:
-        """Count a batch that was encoded."""
+        """Count an encoded batch."""
         for reason, index in chunk.rejects:
             self.rejects.add(reason, *batch.places[index])
         self.documents += len(chunk.lengths)
@@ -44,18 +46,26 @@ class Tally:
         self.tools_as_text += chunk.tools_as_text
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The counts as JSON values."""
         return self.__dict__ | {"rejects": self.rejects.to_dict()}
 
     def merge(self, counts: dict[str, Any]) -> None:
-        """Add what another one's `to_dict` holds."""
+        """Add the counts of another tally's `to_dict`."""
         self.rejects.merge(counts["rejects"])
         for name in set(counts) - {"rejects"}:
             setattr(self, name, self.__dict__[name] + counts[name])
 
+    def check_unknown_ids(self, max_share: float, origin: str) -> None:
+        """Raises DataError naming `origin` when the share of replaced pretokenized ids is above `max_share`."""
+        if self.unknown_ids > max_share * self.given_ids:
+            raise DataError(
+                f"{origin}: {self.unknown_ids} of {self.given_ids} pretokenized ids are not in the tokenizer, above "
+                f"data.max_unk_share {max_share:g}; set data.foreign_ids to 'retokenize'"
+            )
+
 
 class Group(NamedTuple):
-    """Packed rows of a group, where the mix stands after it, and what its documents came to."""
+    """The packed rows of a group, the state of the mix after it, and the counts of its documents."""
 
     rows: Shard
     end: list[dict[str, Any]]
@@ -63,18 +73,19 @@ class Group(NamedTuple):
 
 
 def read_groups(
-    mix: Mix, keep: Callable[[Document], bool], job: Encoding, group_bytes: int, workers: int
+    mix: Mix, keep: Callable[[Document], bool], encoding: Encoding, data: DataConfig, workers: int | None = None
 ) -> Generator[Group, None, None]:
-    """Groups of the documents that `keep` wants, from where the mix stands: the same for any number of workers.
+    """Groups of about data.shard_mb of documents for which `keep` returns True, from the current position of the mix.
 
-    Groups do not depend on each other: one can be made again alone from where the one before it ended. Raises DataError
-    for foreign ids that are not allowed.
+    `workers` defaults to data.workers; the groups do not depend on it. Groups are independent: a group can be rebuilt
+    from the state at the end of the previous one. Raises DataError for foreign ids that are not allowed.
     """
-    with closing(encode_batches(batches(mix, keep, group_bytes), job, workers)) as encoded:
+    todo = batches(mix, keep, round(data.shard_mb * 1e6))
+    with closing(encode_batches(todo, encoding, workers or data.workers)) as encoded:
         for first in encoded:
             tally, end = Tally(), [first[0].state]
-            documents = _documents(first, encoded, job.seq_len, tally, end)
-            rows = compact(pack(documents, job.seq_len, pad_id(job.tokenizer)), job.seq_len)
+            documents = _documents(first, encoded, encoding.seq_len, tally, end)
+            rows = compact(pack(documents, encoding.seq_len, pad_id(encoding.tokenizer)), encoding.seq_len)
             if tally.documents or tally.rejects.total:
                 yield Group(rows, end[0], tally)
 
@@ -86,7 +97,7 @@ def _documents(
     tally: Tally,
     end: list[list[dict[str, Any]]],
 ) -> Iterator[Encoded]:
-    """The documents of one group, whose first batch is taken already; `tally` and `end` follow."""
+    """The documents of the group that begins with batch `first`. Updates `tally` and `end` on the way."""
     batch, chunk = first
     while True:
         tally.add(batch, chunk, seq_len)

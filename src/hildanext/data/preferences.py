@@ -1,4 +1,4 @@
-"""Preference pairs: a prompt with the answer that was chosen and the one that was rejected, from the file to padded rows."""
+"""Reads preference pairs (a prompt with a chosen and a rejected answer) from files and turns them into padded rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hildanext.data.conversations import Message
 from hildanext.data.documents import Document, Rejects
 from hildanext.data.encode import Encoded, encode_documents, fill_block
 from hildanext.data.packing import Row
@@ -24,27 +23,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-WIDTHS = 128  # rows are as wide as a multiple of this: kernels are compiled for each width
+WIDTHS = 128  # row lengths are multiples of this, because kernels are compiled for each length
 
 
 class ConversationPair(NamedTuple):
-    """Two conversations that differ in their last turn."""
+    """Two conversations that differ only in their last turn."""
 
     chosen: Document
     rejected: Document
 
 
 class PreferencePair(NamedTuple):
-    """The same as tokens; only the last turn is supervised."""
+    """A preference pair as tokens. Only the last turn is supervised."""
 
     chosen: Encoded
     rejected: Encoded
 
 
 def read_pairs(path: str, rejects: Rejects) -> Iterator[ConversationPair]:
-    """The pairs of JSON files: `chosen` and `rejected` beside a conversation, a prompt or an instruction, or whole ones each.
+    """Read pairs from JSON files.
 
-    What is no pair is counted in `rejects`. Raises UsageError for a path that does not exist.
+    `chosen` and `rejected` are answers to a conversation, prompt or instruction of the same record, or whole
+    conversations. Records that are not pairs are counted in `rejects`. Raises UsageError for a missing path.
     """
     try:
         files = instruct.find(path)
@@ -53,71 +53,65 @@ def read_pairs(path: str, rejects: Rejects) -> Iterator[ConversationPair]:
     for file, _ in files:
         for number, record in instruct.read_records(file, rejects):
             try:
-                yield _answers(record, f"{file_name(file)}:{number}", file_name(file).split(".")[0])
+                yield _to_pair(record, f"{file_name(file)}:{number}", file_name(file).split(".")[0])
             except DataError as error:
                 rejects.add(str(error), file, number)
 
 
-def _answers(record: dict[str, Any], name: str, source: str) -> ConversationPair:
-    found = []
+def _to_pair(record: dict[str, Any], name: str, source: str) -> ConversationPair:
+    """The pair of a record. Raises DataError with the reason when it has none."""
+    conversations = []
     for side in ("chosen", "rejected"):
-        answer, asked = record.get(side), record.get("prompt")
+        answer, prompt = record.get(side), record.get("prompt")
         if answer is None:
             raise DataError(f"no '{side}' answer")
         turns = answer if isinstance(answer, list) else [answer]
         shape = {**record, "chosen": answer}
-        if isinstance(asked, list):  # a conversation, and the answer alone
+        if isinstance(prompt, list):  # a conversation, continued by the answer
             shape = {key: value for key, value in record.items() if key not in ("prompt", "chosen", "rejected")}
-            said = [{"role": "assistant", "content": turn} if isinstance(turn, str) else turn for turn in turns]
-            shape["messages"] = [*asked, *said]
-        found.append(to_messages(shape))
-    chosen, rejected = found
-    if _shown(chosen[:-1]) != _shown(rejected[:-1]):
+            answered = [{"role": "assistant", "content": turn} if isinstance(turn, str) else turn for turn in turns]
+            shape["messages"] = [*prompt, *answered]
+        conversations.append(to_messages(shape))
+    chosen, rejected = ([{**message, "train": None} for message in messages] for messages in conversations)
+    if chosen[:-1] != rejected[:-1]:
         raise DataError("the two answers have different prompts")
     if len(chosen) < 2:
         raise DataError("no prompt")
-    if _shown(chosen) == _shown(rejected):
+    if chosen == rejected:
         raise DataError("the two answers are the same")
     tools = to_tools(record)
-    documents = [Document(name, source, messages=_last_only(one), tools=tools) for one in found]
+    documents = []
+    for *before, last in conversations:  # earlier turns of the assistant belong to the prompt
+        given = [{**message, "train": False} if message["role"] == "assistant" else message for message in before]
+        documents.append(Document(name, source, messages=[*given, {**last, "train": True}], tools=tools))
     return ConversationPair(*documents)
 
 
-def _shown(messages: list[Message]) -> list[Message]:
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
-
-
-def _last_only(messages: list[Message]) -> list[Message]:
-    """Earlier turns of the assistant belong to the prompt."""
-    before = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages[:-1]]
-    return [*before, {**messages[-1], "train": True}]
-
-
-class Fitted(NamedTuple):
-    """Pairs as tokens, at most `seq_len` each."""
+class EncodedPairs(NamedTuple):
+    """Pairs as tokens, at most `seq_len` per conversation."""
 
     pairs: list[PreferencePair]
-    n_cut: int  # answers that were cut
-    n_left_out: int  # pairs that differ in nothing within `seq_len`: the prompt fills it, or the answers begin alike
+    n_cut: int  # conversations that were truncated
+    n_left_out: int  # pairs without a difference or an answer in their first `seq_len` tokens
 
 
 def encode_pairs(
-    answers: Sequence[ConversationPair],
+    conversations: Sequence[ConversationPair],
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
     block_size: int,
     rejects: Rejects,
-) -> Fitted:
-    """Render, tokenize and cut pairs. Ends are filled to whole blocks, as in instruction tuning.
+) -> EncodedPairs:
+    """Render, tokenize and truncate pairs, and pad them to whole blocks as in SFT (see `fill_block`).
 
-    A pair of which one side cannot be encoded is counted in `rejects`.
+    Pairs with a conversation that cannot be encoded are counted in `rejects`.
     """
     pairs, n_cut, n_left_out, eos = [], 0, 0, eos_id(tokenizer)
-    encoded = encode_documents([document for one in answers for document in one], tokenizer)
-    for index, one in enumerate(answers):
+    encoded = encode_documents([document for pair in conversations for document in pair], tokenizer)
+    for index, pair in enumerate(conversations):
         sides = encoded[2 * index : 2 * index + 2]
         if problems := [str(side) for side in sides if isinstance(side, DataError)]:
-            file, _, number = one.chosen.id.rpartition(":")
+            file, _, number = pair.chosen.id.rpartition(":")
             rejects.add(problems[0], file, int(number))
             continue
         whole = [side for side in sides if isinstance(side, Encoded)]
@@ -127,23 +121,23 @@ def encode_pairs(
             continue
         n_cut += sum(len(side.input_ids) > seq_len for side in whole)
         pairs.append(PreferencePair(*(fill_block(side, block_size, seq_len, eos) for side in cut)))
-    return Fitted(pairs, n_cut, n_left_out)
+    return EncodedPairs(pairs, n_cut, n_left_out)
 
 
 class PreferencePairs:
-    """A row source (`rows.RowSource`) whose sample is a pair: two rows, the chosen answer first."""
+    """A `rows.RowSource` whose samples are pairs. A pair gives two rows, the chosen answer first."""
 
     def __init__(
         self, pairs: list[PreferencePair], tokenizer: PreTrainedTokenizerBase, seed: int, seq_len: int
     ) -> None:
         self.pairs, self.order, self.pad = pairs, RowOrder(max(len(pairs), 1), seed), pad_id(tokenizer)
-        self.seq_len = seq_len  # no answer is longer
+        self.seq_len = seq_len  # no row is longer
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def of(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The rows of pairs, [2P, L] each (see `rows.to_batch`), padded to the longest of them, or a little beyond."""
+        """The rows of P pairs (see `rows.to_batch`), [2P, L]: L is the longest, rounded up to a multiple of WIDTHS."""
         sides = [side for index in indices for side in self.pairs[index]]
         longest, rows = max(len(side.input_ids) for side in sides), []
         length = min(-(-longest // WIDTHS) * WIDTHS, self.seq_len)
@@ -154,15 +148,17 @@ class PreferencePairs:
         return to_batch(rows)
 
     def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows of the pairs of global samples, see `of`."""
         return self.of([self.order.row(sample) for sample in samples])
 
     def describe(self, samples: Sequence[int] | None = None) -> str:
+        """The numbers of the pairs, or how many pairs there are."""
         if samples is None:
             return f"{len(self.pairs)} pairs"
         return f"pairs {sorted(self.order.row(sample) for sample in samples)}"
 
     def state(self, next_sample: int) -> dict[str, Any]:
-        """The order is a function of the seed: only which pairs they are is kept."""
+        """SHA-256 of the pairs. Their order depends only on the seed."""
         digest = hashlib.sha256()
         for pair in self.pairs:
             for side in pair:
@@ -171,9 +167,9 @@ class PreferencePairs:
         return {"pairs_sha256": digest.hexdigest()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError for other pairs than the run began with."""
+        """Raises CheckpointError when the pairs have changed since the run started."""
         if state != self.state(0):
-            raise CheckpointError("the preference pairs are not those the run began with; restore the file")
+            raise CheckpointError("the preference pairs have changed since the run started; restore the file")
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Nothing to close."""

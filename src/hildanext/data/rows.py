@@ -1,4 +1,4 @@
-"""Packed rows: sharded on disk, memory-mapped, read in a pseudorandom order that needs no memory."""
+"""Packed rows in memory-mapped shards, and the pseudorandom order in which training reads them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 
 class Rows:
-    """Packed rows of a `.rows` folder, memory-mapped: opening reads nothing but `meta.json`, and a shard is checked against its
-    SHA-256 when its first row is asked for; or rows held in memory."""
+    """Packed rows of a `.rows` folder, or rows in memory.
+
+    Opening a folder reads only `meta.json`. A shard is memory-mapped, and checked against its SHA-256 at its first row.
+    """
 
     def __init__(self, meta: dict[str, Any], shards: Sequence[Shard | StoredShard]) -> None:
         self.meta, self.shards = meta, shards
@@ -34,20 +36,20 @@ class Rows:
 
     @classmethod
     def open(cls, folder: str | Path) -> Rows:
-        """Open a `.rows` folder read-only. Raises DataError naming the file that is missing or has the wrong size."""
+        """Open a `.rows` folder read-only. Raises DataError naming a file that is missing or has the wrong size."""
         folder = Path(folder)
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             shards = [(int(shard["rows"]), str(shard["sha256"])) for shard in meta["shards"]]
             int(meta["seq_len"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{folder / 'meta.json'}: missing or broken; run 'hildanext tokenize' again") from None
+            raise DataError(f"{folder / 'meta.json'}: missing or damaged; run 'hildanext tokenize' again") from None
         check_sizes(folder, meta["shards"])
         return cls(meta, [StoredShard(shard_path(folder, number), *shard) for number, shard in enumerate(shards)])
 
     @classmethod
     def of(cls, rows: Iterable[Row], seq_len: int) -> Rows:
-        """Rows held in memory."""
+        """Rows in memory."""
         shard = compact(rows, seq_len)
         return cls({"rows": shard.n_rows, "seq_len": seq_len}, [shard])
 
@@ -60,7 +62,7 @@ class Rows:
         return int(self.meta["seq_len"])
 
     def row(self, index: int) -> Row:
-        """One row as it was packed. Raises IndexError for an index outside the rows."""
+        """The row at `index`. Raises IndexError for an index outside the rows."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         number = bisect_right(self.ends, index)
@@ -88,7 +90,7 @@ def to_batch(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 
 
 def write_meta(folder: Path, meta: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write `meta.json` of a folder whose shards are written: `meta` with the shards' rows, bytes and SHA-256."""
+    """Write `meta.json`: `meta` with the rows, bytes and SHA-256 of the shards from their `records`. Returns it."""
     shards = [{name: record[name] for name in ("rows", "bytes", "sha256")} for record in records]
     digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     whole = meta | {"rows": sum(shard["rows"] for shard in shards), "sha256": digest, "shards": shards}
@@ -98,56 +100,56 @@ def write_meta(folder: Path, meta: dict[str, Any], records: Sequence[dict[str, A
 
 
 class RowSource(Protocol):
-    """What a training reads: global sample g (0, 1, 2, ...) is the same row for any number of processes or resumes."""
+    """The rows of a training run. Global sample g is the same row for any number of processes or resumes."""
 
     def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The rows of global samples, see `to_batch`. A stream is asked for samples that go up."""
+        """The rows of global samples, see `to_batch`. Streams require increasing sample numbers."""
         ...
 
     def describe(self, samples: Sequence[int] | None = None) -> str:
-        """Where the rows of these samples are found, for an error; of all, for a title."""
+        """The place of these samples, for error messages; a description of all rows without samples."""
         ...
 
     def state(self, next_sample: int) -> dict[str, Any]:
-        """What a checkpoint keeps (JSON) so that `restore` goes on with `next_sample`."""
+        """JSON values for a checkpoint, so that `restore` can continue with `next_sample`."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`. Raises CheckpointError when the data are not those it was taken from."""
+        """Continue from a `state`. Raises CheckpointError when the data have changed."""
         ...
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """Stop background work."""
         ...
 
 
 class ShuffledRows:
-    """Rows in the order of `RowOrder`: the row source of a training on tokenized data."""
+    """Tokenized rows in the order of `RowOrder`: the `RowSource` for tokenized data."""
 
     def __init__(self, rows: Rows, seed: int) -> None:
         self.rows, self.order = rows, RowOrder(len(rows), seed)
 
     def batch(self, samples: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The rows of global samples."""
+        """The rows of global samples, see `to_batch`."""
         return self.rows.batch([self.order.row(sample) for sample in samples])
 
     def describe(self, samples: Sequence[int] | None = None) -> str:
-        """Row numbers of the samples; how many rows there are."""
+        """The row numbers of the samples, or how many rows there are."""
         if samples is None:
             return f"{len(self.rows)} rows"
         return f"rows {sorted(self.order.row(sample) for sample in samples)}"
 
     def state(self, next_sample: int) -> dict[str, Any]:
-        """The order is a function of the seed: only which rows they are is kept."""
+        """SHA-256 of the rows. Their order depends only on the seed."""
         return {"rows_sha256": self.rows.meta["sha256"]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError for rows that were tokenized anew and came out different."""
+        """Raises CheckpointError when the rows have changed since the run started."""
         if state != self.state(0):
-            raise CheckpointError("the tokenized rows are not those the run began with; restore data/tokenized")
+            raise CheckpointError("the tokenized rows have changed since the run started; restore data/tokenized")
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Nothing to close."""
 
 
 _ROUNDS = 6
@@ -155,10 +157,11 @@ _BITS64 = (1 << 64) - 1
 
 
 class RowOrder:
-    """The row that global sample g trains on: every epoch is another pseudorandom permutation of all rows.
+    """The row of each global sample. Every epoch is a different pseudorandom permutation of all rows.
 
-    A Feistel network over the smallest even number of bits that holds `n_rows`, walked until it lands on a row; keyed
-    by (seed, epoch), so the order needs no memory and any sample can be asked for first.
+    The permutation is a Feistel network over the smallest even number of bits that can hold `n_rows`, keyed by
+    (seed, epoch) and repeated until its output is a row number (cycle walking). It needs no memory, and the row of any
+    sample is computed directly.
     """
 
     def __init__(self, n_rows: int, seed: int) -> None:
@@ -168,17 +171,14 @@ class RowOrder:
         self.half_bits = max(1, ((n_rows - 1).bit_length() + 1) // 2)
 
     def row(self, g: int) -> int:
-        """Row of global sample `g` (>= 0): a number in [0, n_rows)."""
+        """Row number in [0, n_rows) of global sample `g` (>= 0)."""
         epoch, index = divmod(g, self.n_rows)
-        keys = self._keys(epoch)
+        digest = hashlib.blake2b(f"{self.seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+        keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
         while True:
             index = self._permute(index, keys)
             if index < self.n_rows:
                 return index
-
-    def _keys(self, epoch: int) -> list[int]:
-        digest = hashlib.blake2b(f"{self.seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
-        return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
 
     def _permute(self, value: int, keys: list[int]) -> int:
         low = (1 << self.half_bits) - 1
@@ -191,9 +191,9 @@ class RowOrder:
 
 
 def open_rows(config: Config, split: str, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
-    """Tokenized rows of a split, checked against this run; None when the split has no rows.
+    """The tokenized rows of a split; None when the split has no rows.
 
-    Raises DataError when they are missing, of another row length, or from another tokenizer.
+    Raises DataError when the rows are missing, have another length than data.seq_len, or come from another tokenizer.
     """
     folder = Path(config.paths.data) / "tokenized" / f"{split}.rows"
     if not folder.is_dir():
@@ -203,8 +203,8 @@ def open_rows(config: Config, split: str, tokenizer: PreTrainedTokenizerBase) ->
         return None
     if rows.seq_len != config.data.seq_len:
         raise DataError(
-            f"{folder}: rows of {rows.seq_len} tokens, but data.seq_len is {config.data.seq_len}; tokenize again"
+            f"{folder}: rows have {rows.seq_len} tokens, but data.seq_len is {config.data.seq_len}; tokenize again"
         )
     if rows.meta["tokenizer"] != fingerprint(tokenizer):
-        raise DataError(f"{folder}: written with another tokenizer than '{config.model.base}' has; tokenize again")
+        raise DataError(f"{folder}: written with another tokenizer than that of '{config.model.base}'; tokenize again")
     return rows

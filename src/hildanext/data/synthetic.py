@@ -1,8 +1,8 @@
-"""Synthetic stories with names, things and consequences, and the checker that tells a right one from a wrong one.
+"""Synthetic stories, and a checker that accepts a story only if its sentences are consistent.
 
-Each story is one path through a small grammar. What a later sentence may say follows from earlier ones: the pronoun from
-the name, the landmark from the place, the feeling, the rescue and the ending from the mishap, the colour from the start.
-That is what parallel decoding gets wrong first, so the share of accepted stories measures it.
+Each story follows a small grammar in which later sentences depend on earlier sentences: the pronoun on the name, the
+landmark on the place, the feeling, the rescue and the ending on the mishap. Parallel decoding breaks such dependencies
+first, so the share of accepted stories measures its quality.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LANDMARKS = {"park": "bench", "beach": "rock", "forest": "log", "garden": "fence
 
 
 class Mishap(NamedTuple):
-    """What goes wrong and what must follow from it."""
+    """What goes wrong in a story, and the phrases that depend on it."""
 
     event: str
     feeling: str
@@ -67,8 +67,8 @@ MISHAPS = {
     ),
 }
 
-# One list a sentence of the story; its members say the same in other words, the first of them HABIT times as often as
-# the second. With even odds a model's proposals flicker around the draft threshold and change with every pass.
+# The wordings of each sentence of a story. The first is HABIT times as likely as the second: with equal odds, a model's
+# confidence stays near the draft threshold and its choice changes with every pass.
 HABIT = 3
 OPENING = ("Once upon a time there was a {child} named {name}.", "There was once a little {child} named {name}.")
 HAVING = ("{Pronoun} had a {colour} {thing}.",)
@@ -87,7 +87,7 @@ CLOSING = ("The end.",)
 
 
 class Slots(NamedTuple):
-    """The choices behind a story."""
+    """The choices that define a story."""
 
     name: str
     friend: str
@@ -97,7 +97,7 @@ class Slots(NamedTuple):
     mishap: str
 
     def words(self) -> dict[str, str]:
-        """Everything the sentences fill in, the consequences included."""
+        """All words that the sentences insert, including those that follow from the choices."""
         girl = self.name in GIRLS
         mishap = MISHAPS[self.mishap]
         return self._asdict() | {
@@ -112,12 +112,12 @@ class Slots(NamedTuple):
 
 
 def outline(mishap: Mishap) -> tuple[tuple[str, ...], ...]:
-    """The sentences of a story in order, each as its possible wordings."""
+    """The possible wordings of each sentence of a story, in order."""
     return (OPENING, HAVING, GOING, (mishap.event,), FEELING, FRIEND, (mishap.rescue,), ENDING, THANKS, CLOSING)
 
 
 def draw_slots(rng: random.Random) -> Slots:
-    """A random consistent set of choices; girls ask boys for help and boys girls, so no name plays both parts."""
+    """Random consistent choices. Girls ask boys for help and boys ask girls, so the two names always differ."""
     name = rng.choice(GIRLS + BOYS)
     return Slots(
         name=name,
@@ -130,26 +130,26 @@ def draw_slots(rng: random.Random) -> Slots:
 
 
 def tell(slots: Slots, rng: random.Random) -> str:
-    """A story for the choices; the wording is random."""
+    """The story of `slots` in random wordings."""
     words = slots.words()
     sentences = (rng.choices(wordings, (HABIT, 1)[: len(wordings)])[0] for wordings in outline(MISHAPS[slots.mishap]))
     return " ".join(sentence.format(**words) for sentence in sentences)
 
 
 def synthetic_stories(count: int, seed: int) -> Iterator[str]:
-    """`count` stories, the same for the same seed."""
+    """Yield `count` stories, which depend only on the seed."""
     rng = random.Random(seed)
     for _ in range(count):
         yield tell(draw_slots(rng), rng)
 
 
 def instruction(slots: Slots) -> str:
-    """The request that a story answers."""
+    """The user's request for a story."""
     return f"Tell a story about {slots.name} with a {slots.thing}."
 
 
 def synthetic_instructions(count: int, seed: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """`count` conversations of one turn: the instruction and a story that follows it."""
+    """Yield `count` conversations: an instruction and a story that follows it."""
     rng = random.Random(seed)
     for _ in range(count):
         slots = draw_slots(rng)
@@ -178,7 +178,7 @@ _CHOICES = {
 
 
 def _read(sentence: str, wordings: tuple[str, ...]) -> dict[str, str] | None:
-    """The slots that a sentence fills, if it is one of the wordings."""
+    """The slots of a sentence and their words; None if the sentence matches none of the wordings."""
     for wording in wordings:
         pattern = re.escape(wording).replace(r"\{", "{").replace(r"\}", "}")
         for slot, words in _CHOICES.items():
@@ -189,10 +189,10 @@ def _read(sentence: str, wordings: tuple[str, ...]) -> dict[str, str] | None:
 
 
 def check(story: str, name: str, thing: str) -> list[str]:
-    """What is wrong with a story that should be about `name` with a `thing`; empty when it is accepted.
+    """The faults of a story that should be about `name` with a `thing`; empty if the story is accepted.
 
-    Reads the text sentence by sentence, without knowing how it was made: every sentence must be one of the grammar's, in
-    order, and every slot must agree with the request and with the sentences before it.
+    Every sentence must match the grammar, in order, and every slot must agree with the request and with the earlier
+    sentences.
     """
     sentences = re.findall(r"[^.]+\.", story.strip())
     sentences = [sentence.strip() for sentence in sentences]
@@ -214,13 +214,13 @@ def check(story: str, name: str, thing: str) -> list[str]:
     for number, (sentence, wordings) in enumerate(zip(sentences, plan, strict=True), start=1):
         slots = _read(sentence, wordings)
         if slots is None:
-            faults.append(f"sentence {number} is not one of the story's: {sentence!r}")
+            faults.append(f"sentence {number} does not match the grammar: {sentence!r}")
             continue
         for slot, word in slots.items():
             if expected.setdefault(slot, word) != word:
                 faults.append(f"sentence {number}: {slot} is '{word}', not '{expected[slot]}'")
         if slots.get("friend") in (GIRLS if name in GIRLS else BOYS):
-            faults.append(f"sentence {number}: {slots['friend']} is not one whom {name} asks")
+            faults.append(f"sentence {number}: {name} does not ask {slots['friend']} for help")
         if "place" in slots:
             expected["landmark"] = LANDMARKS[slots["place"]]
     return faults

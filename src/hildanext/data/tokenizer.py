@@ -1,4 +1,4 @@
-"""What the data side asks of a tokenizer: its end-of-text, padding and leading ids, and its fingerprint."""
+"""Properties of a tokenizer: its end-of-text, padding and leading ids, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The end-of-text id. Raises DataError for a tokenizer that has none, or that is not a fast one."""
+    """The end-of-text id. Raises DataError for a tokenizer without one, or one that is not fast."""
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer '{tokenizer.name_or_path}' is not a fast tokenizer; use one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -22,10 +22,10 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what turns ordinary text into ids: normalizer, pre-tokenizer, model, end-of-text and padding ids.
+    """SHA-256 (hex) of the normalizer, pre-tokenizer, model, end-of-text id and padding id.
 
-    Added tokens stay out, so that a tokenizer that gained a mask token is still the one that wrote the rows. A missing
-    padding token counts as the end-of-text token, which stands in for it.
+    Added tokens are excluded, so that adding a mask token does not change the fingerprint. A missing padding id counts
+    as the end-of-text id (see `pad_id`).
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {key: parts[key] for key in ("normalizer", "pre_tokenizer", "model")}
@@ -34,11 +34,11 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows: the padding token, or the end-of-text token where there is none."""
+    """The id that pads rows: the padding token, or the end-of-text token if there is no padding token."""
     return eos_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that the tokenizer itself puts before a text: Llama's and Gemma's begin-of-text token; most newer ones none."""
+    """Ids that the tokenizer puts before a text: the begin-of-text token of Llama and Gemma, often none."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

@@ -1,15 +1,17 @@
-"""Encoding documents in batches, in this process or several, always in the order of the documents."""
+"""Tokenizes documents in batches, in a thread or in worker processes. Results keep the order of the documents."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
-import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,28 +27,26 @@ from hildanext.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Text in one batch. Encodings take some 40 times their text, so this bounds memory; smaller batches gain nothing.
+# Bytes of text per batch. The tokenizer's encodings take about 40 times the memory of their text; smaller batches are
+# not faster.
 BATCH_BYTES = 1 << 20
-SMALL_BYTES = 8 << 20
+SMALL_BYTES = 8 << 20  # inputs up to this size are encoded without worker processes
 
 
 class DocumentBatch(NamedTuple):
-    """Documents to encode. `state` is where their mix stands after the last of them, or after what follows it.
-
-    `ends_group`: the next batch begins another group, which is packed by itself.
-    """
+    """Documents to encode, with their places and the bytes of their text."""
 
     docs: list[Document]
     places: list[DocumentPlace]
     size: int
-    state: list[dict[str, Any]]
-    ends_group: bool
+    state: list[dict[str, Any]]  # of their mix, after the last document or after documents skipped since
+    ends_group: bool  # the next batch begins a new group; groups are packed independently
 
 
 def batches(mix: Mix, keep: Callable[[Document], bool], group_bytes: int) -> Iterator[DocumentBatch]:
-    """Cut the documents of a mix that `keep` wants into groups of about `group_bytes` of text, and these into batches.
+    """Batches of the documents of a mix for which `keep` returns True, in groups of about `group_bytes` of text.
 
-    Where groups end depends on the documents alone. The last batch closes the mix and may be empty.
+    Group boundaries depend only on the documents. The last batch may be empty; its state is the end of the mix.
     """
     docs: list[Document] = []
     places: list[DocumentPlace] = []
@@ -68,21 +68,21 @@ def batches(mix: Mix, keep: Callable[[Document], bool], group_bytes: int) -> Ite
 
 @dataclass(frozen=True)
 class Encoding:
-    """How documents of a split become tokens; it travels to the worker processes."""
+    """How to tokenize the documents of a split. Sent to the worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
-    all_tokens: bool
+    all_tokens: bool  # supervise every token, not only responses
     seq_len: int
-    block_size: int | None = None  # fill to whole blocks (SFT)
+    block_size: int | None = None  # pad responses to whole blocks (SFT)
     foreign_ids: Literal["error", "unk", "retokenize"] = "error"
     source_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Documents, encoded: `input_ids` [tokens] int32, `loss_mask` [tokens] bool, `lengths` [documents].
+    """Encoded documents: `input_ids` [tokens] int32, `loss_mask` [tokens] bool, `lengths` [documents] int64.
 
-    `rejects` are (reason, index of the document); the counts are of this chunk.
+    `rejects` holds (reason, index of the document in its batch).
     """
 
     input_ids: np.ndarray
@@ -90,60 +90,62 @@ class Chunk:
     lengths: np.ndarray
     rejects: list[tuple[str, int]]
     given_ids: int = 0  # pretokenized ids read
-    unknown_ids: int = 0  # of them, replaced by the unknown token
-    tools_as_text: int = 0  # conversations whose tools the chat template does not know
+    unknown_ids: int = 0  # pretokenized ids replaced by the unknown token
+    tools_as_text: int = 0  # conversations whose chat template does not support tools
 
     def documents(self) -> Iterator[Encoded]:
-        """The documents in order."""
+        """Yield the documents in order."""
         ends = np.cumsum(self.lengths)
         for start, end in zip(ends - self.lengths, ends, strict=True):
             yield Encoded(self.input_ids[start:end], self.loss_mask[start:end])
 
 
-def resolve_ids(doc: Document, job: Encoding) -> tuple[Document, int]:
-    """Settle pretokenized ids that the tokenizer does not have; returns the document and the number of ids replaced.
+def resolve_ids(doc: Document, encoding: Encoding) -> tuple[Document, int]:
+    """Handle pretokenized ids outside the tokenizer's vocabulary. Returns the document and the number of ids replaced.
 
-    'error' raises DataError naming the id; 'unk' puts the unknown token; 'retokenize' turns all ids back into text.
+    `foreign_ids` 'error' raises DataError naming the id, 'unk' inserts the unknown token, 'retokenize' decodes all ids
+    to text.
     """
     if doc.input_ids is None:
         return doc, 0
-    if job.foreign_ids == "retokenize" and job.source_tokenizer is not None:
-        text = job.source_tokenizer.decode(doc.input_ids, skip_special_tokens=True)
+    if encoding.foreign_ids == "retokenize" and encoding.source_tokenizer is not None:
+        text = encoding.source_tokenizer.decode(doc.input_ids, skip_special_tokens=True)
         return Document(doc.id, doc.source, text=str(text)), 0
-    vocabulary = len(job.tokenizer)
+    vocabulary = len(encoding.tokenizer)
     if max(doc.input_ids) < vocabulary:
         return doc, 0
-    if job.foreign_ids == "unk":
-        unk = job.tokenizer.unk_token_id
+    if encoding.foreign_ids == "unk":
+        unk = encoding.tokenizer.unk_token_id
         if unk is None:
             raise DataError(
-                f"tokenizer '{job.tokenizer.name_or_path}' has no unknown token; set data.foreign_ids to 'retokenize'"
+                f"tokenizer '{encoding.tokenizer.name_or_path}' has no unknown token; "
+                "set data.foreign_ids to 'retokenize'"
             )
         ids = [token if token < vocabulary else int(unk) for token in doc.input_ids]
         replaced = sum(token >= vocabulary for token in doc.input_ids)
         return Document(doc.id, doc.source, input_ids=ids), replaced
     raise DataError(
-        f"document '{doc.id}' has token id {max(doc.input_ids)}, but tokenizer '{job.tokenizer.name_or_path}' has "
+        f"document '{doc.id}' has token id {max(doc.input_ids)}, but tokenizer '{encoding.tokenizer.name_or_path}' has "
         f"{vocabulary} tokens; set data.foreign_ids to 'unk' or 'retokenize'"
     )
 
 
-def encode(docs: list[Document], places: list[DocumentPlace], job: Encoding) -> Chunk:
+def encode(docs: list[Document], places: list[DocumentPlace], encoding: Encoding) -> Chunk:
     """Encode documents. Raises DataError naming file and document for foreign ids that are not allowed."""
     resolved: list[Document] = []
     given = unknown = 0
     for doc, place in zip(docs, places, strict=True):
         try:
-            settled, replaced = resolve_ids(doc, job)
+            known, replaced = resolve_ids(doc, encoding)
         except DataError as error:
             raise DataError(f"{place.file}: {error}") from None
         given += len(doc.input_ids or ())
         unknown += replaced
-        resolved.append(settled)
-    results = encode_documents(resolved, job.tokenizer, job.all_tokens)
-    eos = eos_id(job.tokenizer)
+        resolved.append(known)
+    results = encode_documents(resolved, encoding.tokenizer, encoding.all_tokens)
+    eos = eos_id(encoding.tokenizer)
     kept = [
-        fill_block(result, job.block_size, job.seq_len, eos) if job.block_size else result
+        fill_block(result, encoding.block_size, encoding.seq_len, eos) if encoding.block_size else result
         for result in results
         if isinstance(result, Encoded)
     ]
@@ -154,134 +156,113 @@ def encode(docs: list[Document], places: list[DocumentPlace], job: Encoding) -> 
         rejects=[(str(result), index) for index, result in enumerate(results) if isinstance(result, DataError)],
         given_ids=given,
         unknown_ids=unknown,
-        tools_as_text=sum(_tools_as_text(doc, job.tokenizer) for doc in resolved),
-    )
-
-
-def _tools_as_text(doc: Document, tokenizer: PreTrainedTokenizerBase) -> bool:
-    return doc.messages is not None and tools_as_text(
-        doc.messages, doc.tools, tokenizer.get_chat_template(tools=doc.tools)
+        tools_as_text=sum(
+            tools_as_text(doc.messages, doc.tools, encoding.tokenizer.get_chat_template(tools=doc.tools))
+            for doc in resolved
+            if doc.messages is not None
+        ),
     )
 
 
 def encode_batches(
-    todo: Iterator[DocumentBatch], job: Encoding, workers: int
+    todo: Iterator[DocumentBatch], encoding: Encoding, workers: int
 ) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
-    """Encode batches with `workers` processes; they come back in order, whatever the number.
+    """Encode batches with `workers` processes and yield them in order, without their documents.
 
-    At most two batches a worker are underway or waiting, so memory does not grow with what there is to do.
+    At most two batches per worker are submitted at a time, so memory does not grow with the corpus. Raises DataError
+    for documents that cannot be encoded (see `encode`) and when a worker process dies.
     """
-    if workers == 1:
-        return _in_thread(todo, job)
-    # A worker takes seconds to start: with little to do this process is done sooner.
     head: list[DocumentBatch] = []
-    for batch in todo:
-        head.append(batch)
-        if sum(one.size for one in head) > SMALL_BYTES:
-            return _in_processes(chain(head, todo), job, workers)
-    return _in_thread(iter(head), job)
-
-
-def _in_thread(todo: Iterator[DocumentBatch], job: Encoding) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
-    # The tokenizer releases the GIL: it works on the next batch while the caller packs and writes this one.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = None
+    if workers > 1:
+        # Worker processes take seconds to start, so small inputs are encoded in this process.
         for batch in todo:
-            last, ahead = ahead, (batch, pool.submit(encode, batch.docs, batch.places, job))
-            if last is not None:
-                yield last[0], last[1].result()
-        if ahead is not None:
-            yield ahead[0], ahead[1].result()
+            head.append(batch)
+            if sum(queued.size for queued in head) > SMALL_BYTES:
+                return _in_processes(chain(head, todo), encoding, workers)
+    return _in_thread(chain(head, todo), encoding)
 
 
-Asked = tuple[int, list[Document], list[DocumentPlace]]
-
-
-def _receive(pipe: Connection, inbox: SimpleQueue[Asked | None]) -> None:
-    while True:
-        try:
-            inbox.put(pipe.recv())
-        except (EOFError, OSError):
-            inbox.put(None)
-            return
-
-
-def _work(pipe: Connection, job: Encoding) -> None:
-    """A worker process: (index, documents, places) in, (index, chunk or DataError) out, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it ends the workers
-    # A thread takes what comes, so that two processes never wait for each other with full pipes.
-    inbox: SimpleQueue[Asked | None] = SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
-    while (asked := inbox.get()) is not None:
-        index, docs, places = asked
-        try:
-            pipe.send((index, encode(docs, places, job)))
-        except DataError as error:
-            pipe.send((index, error))
+def _in_thread(todo: Iterator[DocumentBatch], encoding: Encoding) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
+    # The tokenizer releases the GIL: the thread encodes the next batch while the caller packs and writes this one.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield from _in_order(todo, pool, partial(encode, encoding=encoding), limit=2)
 
 
 def _in_processes(
-    todo: Iterator[DocumentBatch], job: Encoding, workers: int
+    todo: Iterator[DocumentBatch], encoding: Encoding, workers: int
 ) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
+    """Encode in worker processes, each served by a thread of this process over a pipe of its own.
+
+    ProcessPoolExecutor is not used: its workers share a result pipe that this process also holds open for writing. The
+    executor therefore waits forever if a worker is killed while it sends a result, and idle workers outlive a killed
+    main process.
+    """
     context = multiprocessing.get_context("spawn")
-    pipes: dict[Connection, int] = {}  # batches sent to it and not yet answered
+    idle: SimpleQueue[Connection] = SimpleQueue()
     processes = []
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        try:
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, encoding), daemon=True)
+                process.start()
+                theirs.close()  # so that the worker's death ends the pipe
+                processes.append(process)
+                idle.put(ours)
+            yield from _in_order(todo, pool, partial(_encode_remotely, idle), limit=2 * workers)
+        finally:
+            # Threads that wait for an answer fail at once when the workers end.
+            for process in processes:
+                process.terminate()
+                process.join()
+
+
+def _in_order(
+    todo: Iterator[DocumentBatch],
+    pool: ThreadPoolExecutor,
+    call: Callable[[list[Document], list[DocumentPlace]], Chunk],
+    limit: int,
+) -> Generator[tuple[DocumentBatch, Chunk], None, None]:
+    """Submit batches to `pool`, at most `limit` at a time, and yield the results in the order of submission."""
+    submitted: deque[tuple[DocumentBatch, Future[Chunk]]] = deque()
     try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, job), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            pipes[ours] = 0
-        yield from _in_order(todo, pipes)
+        for batch in todo:
+            submitted.append((batch._replace(docs=[]), pool.submit(call, batch.docs, batch.places)))
+            if len(submitted) == limit:
+                done, future = submitted.popleft()
+                yield done, future.result()
+        while submitted:
+            done, future = submitted.popleft()
+            yield done, future.result()
     finally:
-        for pipe in pipes:
-            pipe.close()
-        for process in processes:
-            process.terminate()
-            process.join()
+        for _, future in submitted:
+            future.cancel()
 
 
-def _in_order(todo: Iterator[DocumentBatch], pipes: dict[Connection, int]) -> Iterator[tuple[DocumentBatch, Chunk]]:
-    """Keep every worker two batches ahead and yield their answers in the order asked. A dead worker raises DataError."""
-    answers: dict[int, Chunk | DataError] = {}
-    asked: dict[int, DocumentBatch] = {}
-    count = yielded = 0
-    while True:
-        for pipe in sorted(pipes, key=pipes.__getitem__):
-            while pipes[pipe] < 2 and count - yielded < 2 * len(pipes) and (batch := next(todo, None)):
-                _ask(pipe, count, batch)
-                asked[count] = batch._replace(docs=[])
-                pipes[pipe] += 1
-                count += 1
-        if yielded == count:
-            return
-        while yielded not in answers:
-            ready = wait(list(pipes))
-            for pipe in [pipe for pipe in pipes if pipe in ready]:
-                index, answer = _answer(pipe)
-                answers[index] = answer
-                pipes[pipe] -= 1
-        answer = answers.pop(yielded)
-        if isinstance(answer, DataError):
-            raise answer
-        yield asked.pop(yielded), answer
-        yielded += 1
-
-
-DEAD = "a tokenize process died; try fewer data.workers (is memory short?)"
-
-
-def _ask(pipe: Connection, index: int, batch: DocumentBatch) -> None:
+def _encode_remotely(idle: SimpleQueue[Connection], docs: list[Document], places: list[DocumentPlace]) -> Chunk:
+    """`encode` in a worker process, over one of the `idle` pipes. Raises DataError when the worker dies."""
+    pipe = idle.get()
     try:
-        pipe.send((index, batch.docs, batch.places))
-    except OSError:
-        raise DataError(DEAD) from None
-
-
-def _answer(pipe: Connection) -> tuple[int, Chunk | DataError]:
-    try:
-        return pipe.recv()
+        pipe.send((docs, places))
+        answer: Chunk | DataError = pipe.recv()
     except (EOFError, OSError):
-        raise DataError(DEAD) from None
+        raise DataError("a tokenize process died; try fewer data.workers (is memory short?)") from None
+    finally:
+        idle.put(pipe)
+    if isinstance(answer, DataError):
+        raise answer
+    return answer
+
+
+def _work(pipe: Connection, encoding: Encoding) -> None:
+    """A worker process: receives (documents, places) and sends a Chunk or DataError until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and terminates its workers
+    answer: Chunk | DataError
+    with contextlib.suppress(EOFError, OSError):  # the main process was killed
+        while True:
+            docs, places = pipe.recv()
+            try:
+                answer = encode(docs, places, encoding)
+            except DataError as error:
+                answer = error
+            pipe.send(answer)

@@ -11,7 +11,7 @@ from hildanext.config import Config
 from hildanext.data.corpus import PARTS, Use
 from hildanext.data.rows import RowSource, ShuffledRows, open_rows
 from hildanext.data.stream import RowStream
-from hildanext.data.tokenize import make_job
+from hildanext.data.tokenize import make_encoding
 from hildanext.errors import DataError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm, weights_of
@@ -31,7 +31,7 @@ def open_row_source(config: Config, use: Use, lm: DiffusionLM, block_size: int |
     """
     split = PARTS[use][0]
     if config.data.mode == "stream":
-        return RowStream(config, use, replace(make_job(config, split, lm.tokenizer), block_size=block_size))
+        return RowStream(config, use, replace(make_encoding(config, split, lm.tokenizer), block_size=block_size))
     rows = open_rows(config, split, lm.tokenizer)
     if rows is None:
         raise DataError(f"split '{split}': no rows; add documents to data.sources and tokenize again")

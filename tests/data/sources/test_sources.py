@@ -15,8 +15,9 @@ import pytest
 import zstandard
 
 from hildanext.config import SourceConfig
+from hildanext.data.corpus import make_reader
 from hildanext.data.documents import Document, Rejects
-from hildanext.data.sources import find_files, lines, opening, pretokenized, read_source, tinystories
+from hildanext.data.sources import find_files, lines, opening, pretokenized, tinystories
 from hildanext.errors import DataError, UnreachableError, UsageError
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -29,8 +30,8 @@ def jsonl(records: Iterable[object]) -> bytes:
 def read(kind: str, path: Path | str, **more: Any) -> tuple[list[Document], Rejects]:
     """All documents of a source, and its rejects."""
     source = SourceConfig(kind=kind, path=str(path), **more)
-    rejects = Rejects()
-    return list(read_source(source, find_files(source, "data"), 0, rejects)), rejects
+    reader = make_reader(source, find_files(source, "data"), seed=0)
+    return [doc for _, doc in iter(reader.next, None)], reader.rejects
 
 
 # Files
@@ -203,7 +204,8 @@ def test_real_tinystories(shared: Callable[[str], Path]) -> None:
 
 def test_synthetic_stories_follow_the_seed() -> None:
     source = SourceConfig(kind="tinystories", documents=20)
-    first, again, other = (list(read_source(source, find_files(source, "data"), seed, Rejects())) for seed in (1, 1, 2))
+    readers = [make_reader(source, find_files(source, "data"), seed) for seed in (1, 1, 2)]
+    first, again, other = ([doc for _, doc in iter(reader.next, None)] for reader in readers)
     assert len(first) == 20
     assert first == again
     assert [doc.text for doc in first] != [doc.text for doc in other]
@@ -219,7 +221,7 @@ def test_hub_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnreachableError) as error:
         tinystories.find("hub")
     assert str(error.value) == (
-        "cannot download roneneldan/TinyStories (no connection); go online, or give a local file as data.sources path"
+        "cannot download roneneldan/TinyStories (no connection); go online, or set the path in data.sources to a local file"
     )
 
 

@@ -1,4 +1,4 @@
-"""Dolma: a tree of JSON lines with 'text'. Folders named 'attributes' hold labels, not documents, and are left out."""
+"""Dolma: a tree of JSON lines files with 'text'. Folders named 'attributes' hold labels and are ignored."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 
 
 def find(path: str) -> list[File]:
-    """The document files below `path`."""
+    """The document files at `path`."""
     return list_files(path, SUFFIXES, without="attributes")
 
 
 def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    """(line, document) of one file; 'id' and 'source' are kept where the record has them."""
+    """Yield (line, document) from one file. Keeps the record's 'id' and 'source' if present."""
     for number, record in read_json_lines(path, rejects):
         try:
             text = check_text(record.get("text"))

@@ -1,4 +1,4 @@
-"""Instruction data: JSON arrays and JSON lines, every record in any shape that `shapes` knows."""
+"""Instruction data: JSON arrays and JSON lines. Records may have any shape that `shapes` supports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hildanext.data.documents import Document, Rejects, check_unicode
-from hildanext.data.sources.lines import MAX_RECORD_BYTES, DamagedError, read_json_lines, read_pieces, tell_damage
+from hildanext.data.sources.lines import MAX_RECORD_BYTES, DamagedError, read_json_lines, read_pieces, report_damage
 from hildanext.data.sources.opening import File, file_name, list_files
 from hildanext.data.sources.shapes import to_messages, to_tools
 from hildanext.errors import DataError
@@ -18,12 +18,12 @@ SPACE = " \t\r\n"
 
 
 def find(path: str) -> list[File]:
-    """The JSON files below `path`."""
+    """The JSON files at `path`."""
     return list_files(path, SUFFIXES)
 
 
 def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    """(record, conversation) of one file, ids from the record where it has one."""
+    """Yield (record number, conversation) from one file. Keeps the record's 'id' and 'source' if present."""
     for number, record in read_records(path, rejects):
         try:
             messages, tools = to_messages(record), to_tools(record)
@@ -36,7 +36,7 @@ def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
 
 
 def read_records(path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, record) of one file, an array or lines."""
+    """Yield (number from 1, record) from a file that holds a JSON array or JSON lines."""
     records = read_json_array(path, rejects) if _is_array(path) else read_json_lines(path, rejects)
     for number, record in records:
         try:
@@ -54,22 +54,25 @@ def _is_array(path: str) -> bool:
             if start:
                 return start.startswith(b"[")
     except DamagedError:
-        pass  # met, and counted, by the reader itself
+        pass  # the reader meets the damage again and counts it
     return False
 
 
 class JsonWindow:
-    """A text read piece by piece: the part not yet consumed begins at `at`; `ended` once the file has no more."""
+    """A window over the text of a file: `text` from `at` on is not consumed yet; `ended` means all text was read."""
 
     def __init__(self, path: str) -> None:
         self.pieces = read_pieces(path)
-        # Invalid bytes become lone surrogates: they spoil their own record, not the rest of the array.
+        # Invalid bytes become lone surrogates, so that only their own record is rejected, not the rest of the array.
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.at, self.ended = "", 0, False
         self.failure: DataError = DataError("truncated file")
 
     def grow(self) -> None:
-        """Drop what is consumed and read until the rest has doubled: a long record is not parsed at every piece."""
+        """Drop the consumed text and read until the rest has doubled in size.
+
+        Doubling keeps the number of attempts to parse a long record small.
+        """
         parts, size = [self.text[self.at :]], 0
         while size <= len(parts[0]) and not self.ended:
             try:
@@ -82,7 +85,7 @@ class JsonWindow:
         self.text, self.at = "".join(parts), 0
 
     def next_after(self, characters: str) -> str:
-        """The next character that is none of `characters`, not consumed; '' at the end."""
+        """The next character not in `characters`, without consuming it; '' at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in characters:
                 self.at += 1
@@ -91,11 +94,11 @@ class JsonWindow:
             self.grow()
 
     def parse(self) -> Any:
-        """The JSON value at `at`, consumed. Raises DataError when it is broken."""
+        """Parse and consume the JSON value at `at`. Raises DataError for broken JSON."""
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-                # A number that touches the end may go on; an object is complete.
+                # A number at the end of the text may be incomplete; an object is complete.
                 if end < len(self.text) or isinstance(value, dict) or self.ended:
                     self.at = end
                     return value
@@ -106,9 +109,9 @@ class JsonWindow:
 
 
 def read_json_array(path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, object) of a file that holds one JSON array, without holding the file.
+    """Yield (number from 1, object) from a file with one JSON array, without loading the whole file.
 
-    Broken JSON inside an array leaves no way to find the next record: the records before it are kept, one reject counted.
+    After broken JSON the next record cannot be found: reading stops and one reject is counted.
     """
     window = JsonWindow(path)
     window.next_after("\ufeff" + SPACE)
@@ -126,6 +129,6 @@ def read_json_array(path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str
                 rejects.add("not a JSON object", path, number)
     except DataError as error:
         if isinstance(window.failure, DamagedError):
-            tell_damage(path, window.failure, number, rejects)
+            report_damage(path, window.failure, number, rejects)
         else:
             rejects.add(str(error), path, number + 1)

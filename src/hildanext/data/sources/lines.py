@@ -1,4 +1,4 @@
-"""Reading files as sources publish them: plain, .gz or .zst, in pieces, with what is broken counted and skipped."""
+"""Reads plain, .gz and .zst files in pieces and splits them into records. Broken records are counted and skipped."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hildanext.data.sources.opening import read_bytes
 from hildanext.errors import DataError
 from hildanext.progress import say
 
-# A record is held in memory whole; what is longer is no document but a file in another format.
+# Records are held in memory, so longer ones are rejected; a file with such a record usually has another format.
 MAX_RECORD_BYTES = 64 << 20
 
 
 class DamagedError(DataError):
-    """A compressed file that cannot be read on, at a byte of the compressed file."""
+    """A truncated or damaged compressed file. `offset` is the approximate position in the compressed file, in bytes."""
 
     def __init__(self, reason: str, offset: int) -> None:
         super().__init__(reason)
@@ -25,7 +25,7 @@ class DamagedError(DataError):
 
 
 def read_pieces(path: str | Path) -> Iterator[bytes]:
-    """A file's bytes in pieces, decompressed by its suffix. Raises DamagedError for a truncated or damaged stream."""
+    """Yield the bytes of a file in pieces, decompressed for .gz and .zst. Raises DamagedError for a damaged file."""
     pieces, name = read_bytes(path), str(path)
     if name.endswith(".gz"):
         return _decompressed(pieces, lambda: zlib.decompressobj(wbits=31), zlib.error)
@@ -36,9 +36,9 @@ def read_pieces(path: str | Path) -> Iterator[bytes]:
     return pieces
 
 
-def _decompressed(pieces: Iterator[bytes], machine: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
-    """Decompress a file of one stream or several; zlib and zstandard have the same little machine for it."""
-    stream = machine()
+def _decompressed(pieces: Iterator[bytes], make: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
+    """Decompress one or more concatenated streams. `make` returns a decompression object of zlib or zstandard."""
+    stream = make()
     begun = False
     offset = 0
     for piece in pieces:
@@ -54,15 +54,15 @@ def _decompressed(pieces: Iterator[bytes], machine: Callable[[], Any], failure: 
             piece = b""
             if stream.eof:
                 piece = stream.unused_data.lstrip(b"\0")  # gzip allows zeros as padding
-                stream, begun = machine(), False
+                stream, begun = make(), False
     if begun:
         raise DamagedError("truncated file", offset)
 
 
 def read_records(path: str | Path, separator: bytes, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, bytes) of each record between separators.
+    """Yield (number from 1, bytes) for each record between separators.
 
-    A compressed file that ends early or is damaged yields what is whole, then says so and counts one reject.
+    A truncated or damaged file yields its complete records; then the damage is reported and one reject is counted.
     """
     rest = b""
     number = 0
@@ -81,22 +81,22 @@ def read_records(path: str | Path, separator: bytes, rejects: Rejects) -> Iterat
                 skipping = True
                 rest = rest[-len(separator) :]
     except DamagedError as error:
-        tell_damage(path, error, number, rejects)
+        report_damage(path, error, number, rejects)
         return
     if rest and not skipping:
         yield number + 1, rest
 
 
-def tell_damage(path: str | Path, error: DamagedError, number: int, rejects: Rejects) -> None:
-    """Say where a file broke off, `number` records into it, and count it."""
+def report_damage(path: str | Path, error: DamagedError, number: int, rejects: Rejects) -> None:
+    """Report that a file is damaged after `number` records, and count one reject."""
     say(f"{path}: {error} near byte {error.offset}, after record {number}; the rest of this file is not read")
     rejects.add(str(error), path, number + 1)
 
 
 def read_json_lines(path: str | Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line of a JSONL file; a broken line is counted and skipped, a blank one skipped.
+    """Yield (line number, object) for each line of a JSONL file. Skips blank lines; counts and skips broken lines.
 
-    Lines up to number `rejects.after` are passed over unread.
+    Lines up to number `rejects.after` are skipped without parsing.
     """
     for number, line in read_records(path, b"\n", rejects):
         if number <= rejects.after:

@@ -1,4 +1,4 @@
-"""The files of a source: local paths and globs, and URLs that fsspec knows (hf://, s3://, gs://, https://, memory://)."""
+"""Lists and opens the files of a source: local paths, globs and fsspec URLs (hf://, s3://, gs://, https://, ...)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hildanext.errors import DataError, UnreachableError, UsageError
 from hildanext.progress import say
 
 PIECE_BYTES = 1 << 18
-# A connection that breaks is opened again where it broke, after 1, 2, 4 ... seconds.
+# Retries of an interrupted read, after 1, 2, 4 ... seconds.
 RETRIES = 5
 FIRST_WAIT_S = 1.0
-# What packages behind fsspec raise besides OSError; they have no common ancestor, and most are not installed.
+# Exceptions of fsspec's backends that are not OSErrors, by module. They share no base class.
 FOREIGN_ERRORS = {
     "aiohttp": ("ClientError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
@@ -32,7 +32,7 @@ FOREIGN_ERRORS = {
 
 
 class File(NamedTuple):
-    """A file of a source: local path or URL, and its size in bytes (0 where a server does not tell)."""
+    """A file of a source: its path or URL, and its size in bytes (0 if the server does not report it)."""
 
     path: str
     size: int
@@ -49,36 +49,38 @@ def file_name(path: str) -> str:
 
 
 def list_files(path: str, suffixes: tuple[str, ...], without: str | None = None) -> list[File]:
-    """Files at `path` (a file, a folder with all below it, a glob, or a URL of these) that end in one of `suffixes`, sorted.
+    """The files at `path` that end in one of `suffixes`, sorted. `path` is a file, a folder, a glob or a URL of these.
 
-    Hidden names and folders named `without` are left out. Raises UsageError for a path that does not exist or a file of
-    another kind, DataError for a folder without such files, UnreachableError for a URL that does not answer.
+    Folders are searched recursively. Hidden names and folders named `without` are ignored. Raises UsageError for a path
+    that does not exist or a file with another suffix, DataError for a folder without matching files, and
+    UnreachableError for a URL that cannot be reached.
     """
-    single, found = _at_url(path) if is_url(path) else _at_path(path)
+    single, listed = _at_url(path) if is_url(path) else _at_path(path)
     if single is not None:
         if not file_name(path).endswith(suffixes):
             raise UsageError(f"data.sources: '{path}' is not one of {', '.join(suffixes)}")
         return [single]
-    kept = [file for below, file in found if below.endswith(suffixes) and _is_wanted(below, without)]
+    kept = []
+    for below, file in listed:
+        *folders, name = below.replace(os.sep, "/").split("/")
+        hidden = any(part.startswith(".") for part in (*folders, name))
+        if name.endswith(suffixes) and not hidden and without not in folders:
+            kept.append(file)
     if not kept:
         raise DataError(f"{path}: no files that end in {', '.join(suffixes)}")
     return sorted(kept)
 
 
-Found = tuple[File | None, list[tuple[str, File]]]  # the one file, or each file with its path below the named folder
+# The file that a path names, or else (path relative to the named folder, file) of every file in the folder or glob.
+Listing = tuple[File | None, list[tuple[str, File]]]
 
 
-def _is_wanted(below: str, without: str | None) -> bool:
-    *folders, name = below.replace(os.sep, "/").split("/")
-    return without not in folders and not any(part.startswith(".") for part in (*folders, name))
-
-
-def _fixed(path: str) -> str:
-    """The folder of a glob before its first wildcard."""
+def _fixed_folder(path: str) -> str:
+    """The folder of a glob, up to its first wildcard."""
     return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] if glob.has_magic(path) else path
 
 
-def _at_path(path: str) -> Found:
+def _at_path(path: str) -> Listing:
     root = Path(path)
     if root.is_file():
         return File(path, root.stat().st_size), []
@@ -87,40 +89,41 @@ def _at_path(path: str) -> Found:
         top: str | Path = root
     elif glob.has_magic(path):
         names = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
-        top = _fixed(path) or "."
+        top = _fixed_folder(path) or "."
     else:
         raise UsageError(f"data.sources: path '{path}' does not exist")
     return None, [(os.path.relpath(name, top), File(name, os.path.getsize(name))) for name in names]
 
 
-def _at_url(url: str) -> Found:
+def _at_url(url: str) -> Listing:
     try:
         system, root = filesystem(url)
         if glob.has_magic(url):
-            found = system.glob(root, detail=True)
+            listed = system.glob(root, detail=True)
         else:
             info = system.info(root)
-            # A web server's folders look like files.
+            # fsspec reports the folders of a web server as files.
             if info["type"] == "file" and not url.endswith("/"):
                 return File(url, info.get("size") or 0), []
-            found = system.find(root, detail=True)
-    except FileNotFoundError as error:  # a web server's only reason, with what happened as its cause
+            listed = system.find(root, detail=True)
+    except FileNotFoundError as error:
+        # fsspec's HTTP backend raises this for every failure, with the actual error as its cause.
         cause = "" if error.__cause__ is None else f" ({reason(error.__cause__)})"
         raise UsageError(f"data.sources: path '{url}' does not exist{cause}") from None
     except network_errors() as error:
         raise UnreachableError(f"{url}: cannot be reached ({reason(error)})") from None
     except ValueError as error:  # a malformed pattern or address
         raise UsageError(f"data.sources: path '{url}': {reason(error)}") from None
-    top = _fixed(root)
+    top = _fixed_folder(root)
     return None, [
-        (name.removeprefix(top).lstrip("/"), File(str(system.unstrip_protocol(name)), one.get("size") or 0))
-        for name, one in found.items()
-        if one["type"] == "file"
+        (name.removeprefix(top).lstrip("/"), File(str(system.unstrip_protocol(name)), info.get("size") or 0))
+        for name, info in listed.items()
+        if info["type"] == "file"
     ]
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL and the path in it. Raises UsageError naming the package that is missing."""
+    """fsspec's file system of a URL, and the path in it. Raises UsageError for a missing package or a bad protocol."""
     protocol = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)
@@ -130,12 +133,12 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise UsageError(f"data.sources: '{url}' needs a package that is not installed: {hint}") from None
     except ValueError as error:
         if "Protocol not known" in str(error):
-            raise UsageError(f"data.sources: '{url}': fsspec knows no protocol '{protocol}'") from None
+            raise UsageError(f"data.sources: '{url}': fsspec does not support the protocol '{protocol}'") from None
         raise
 
 
 def network_errors() -> tuple[type[BaseException], ...]:
-    """What listing and reading a URL may raise."""
+    """The exceptions that listing and reading a URL can raise."""
     foreign = [
         getattr(sys.modules[module], name)
         for module, names in FOREIGN_ERRORS.items()
@@ -146,7 +149,7 @@ def network_errors() -> tuple[type[BaseException], ...]:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -162,7 +165,7 @@ def file_exists(path: str) -> bool:
 
 
 def open_file(path: str | Path) -> IO[bytes]:
-    """Open a local path or a URL for reading bytes. Raises OSError or, for a URL, UnreachableError."""
+    """Open a local path or a URL for reading bytes. Raises OSError, or UnreachableError for a URL."""
     if not is_url(str(path)):
         return open(path, "rb")
     system, root = filesystem(str(path))
@@ -173,9 +176,9 @@ def open_file(path: str | Path) -> IO[bytes]:
 
 
 def read_bytes(path: str | Path) -> Iterator[bytes]:
-    """A file's bytes in pieces. A URL whose connection breaks is opened again at the byte where it broke.
+    """Yield the bytes of a file in pieces. Interrupted reads of a URL resume from the last byte.
 
-    Raises UnreachableError naming the byte when that fails RETRIES times, OSError for a local file.
+    Raises OSError for a local file. For a URL raises UnreachableError naming the byte after RETRIES failures in a row.
     """
     if not is_url(str(path)):
         with open(path, "rb") as file:
@@ -198,13 +201,13 @@ def read_bytes(path: str | Path) -> Iterator[bytes]:
         except network_errors() as error:
             failures += 1
             if failures > RETRIES:
-                raise UnreachableError(f"{path}: cannot be read beyond byte {offset} ({reason(error)})") from None
-            say(f"{path}: the connection broke at byte {offset} ({reason(error)}); trying again")
+                raise UnreachableError(f"{path}: cannot be read past byte {offset} ({reason(error)})") from None
+            say(f"{path}: connection lost at byte {offset} ({reason(error)}); retrying")
             time.sleep(FIRST_WAIT_S * 2 ** (failures - 1))
 
 
 def _skip(file: IO[bytes], offset: int) -> None:
-    """Go to a byte, by reading where a server cannot seek."""
+    """Move to a byte offset; read up to it if the server cannot seek."""
     if file.seekable():
         file.seek(offset)
     while not file.seekable() and offset > 0:

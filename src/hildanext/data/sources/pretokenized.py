@@ -1,6 +1,6 @@
-"""Token ids that another tool wrote: `dolma tokens` shards, numpy arrays, or JSON lines with 'input_ids'.
+"""Pretokenized data: shards of `dolma tokens`, numpy arrays, or JSON lines with 'input_ids'.
 
-`dolma tokens` writes a shard's ids as one raw array (named .npy, but without numpy's header) and beside it a .csv.gz
+`dolma tokens` writes the ids of a shard as a raw array (with the suffix .npy but without a numpy header) and a .csv.gz
 with a row per document: start, end (token offsets, end exclusive), id, src (the text file), loc (its line).
 """
 
@@ -19,17 +19,17 @@ from hildanext.errors import DataError
 
 SUFFIXES = (".npy", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 NUMPY_MAGIC = b"\x93NUMPY"
-# A shard whose boundaries are lost is one document up to here (tokens); beyond, that is surely not meant.
+# A shard without boundaries is read as one document up to this many tokens. A larger one is an error.
 MAX_UNBOUNDED = 1 << 22
 
 
 def find(path: str) -> list[File]:
-    """The shards and JSONL files below `path`."""
+    """The shards and JSONL files at `path`."""
     return list_files(path, SUFFIXES)
 
 
 def read(path: str, dtype: Literal["uint16", "uint32"], rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    """(row, document) of one file; `dtype` is the integer type of a shard without a numpy header.
+    """Yield (row, document) from one file. `dtype` is the integer type of a shard without a numpy header.
 
     Raises DataError for a large shard without its .csv.gz.
     """
@@ -47,7 +47,7 @@ def read(path: str, dtype: Literal["uint16", "uint32"], rejects: Rejects) -> Ite
 
 
 class TokenFile:
-    """The ids of a shard, read where they are asked for: `shape` is (tokens,) or (documents, tokens)."""
+    """Random access to the ids of a shard. `shape` is (tokens,) or (documents, tokens)."""
 
     def __init__(self, file: IO[bytes], dtype: str) -> None:
         self.file, self.dtype = file, np.dtype(dtype)
@@ -77,7 +77,7 @@ class TokenFile:
             raise DataError("damaged numpy file")
 
     def ids(self, start: int, end: int) -> list[Any]:
-        """The ids from `start` to `end`, counted over the whole array."""
+        """The ids from `start` to `end` (exclusive) of the flattened array."""
         self.file.seek(self.begin + start * self.dtype.itemsize)
         return np.frombuffer(self.file.read((end - start) * self.dtype.itemsize), dtype=self.dtype).tolist()
 
@@ -97,21 +97,21 @@ def _from_shard(path: str, dtype: str, rejects: Rejects) -> Iterator[tuple[int, 
 
 
 def _spans(path: str, shard: TokenFile, rejects: Rejects) -> Iterable[tuple[int, str, int, int]]:
-    """(row, document id, first token, token after its last) of each document of a shard."""
+    """Yield (row, document id, start, end) for each document of a shard, in tokens, end exclusive."""
     boundaries = path.removesuffix(".npy") + ".csv.gz"
     if len(shard.shape) == 2:
         count, length = shard.shape
         return ((i + 1, f"{file_name(path)}:{i + 1}", i * length, (i + 1) * length) for i in range(count))
     (tokens,) = shard.shape
     if file_exists(boundaries):
-        return _cut(tokens, boundaries, rejects)
+        return _read_boundaries(tokens, boundaries, rejects)
     if tokens <= MAX_UNBOUNDED:
         return [(1, file_name(path), 0, tokens)]
-    raise DataError(f"{path}: {tokens} tokens without {file_name(boundaries)} beside it, so its documents are unknown")
+    raise DataError(f"{path}: {tokens} tokens without {file_name(boundaries)}, which holds the document boundaries")
 
 
-def _cut(tokens: int, boundaries: str, rejects: Rejects) -> Iterator[tuple[int, str, int, int]]:
-    """(row, document id, start, end) for each row of a boundary file."""
+def _read_boundaries(tokens: int, boundaries: str, rejects: Rejects) -> Iterator[tuple[int, str, int, int]]:
+    """Yield (row, document id, start, end) for each row of a boundary file."""
     lines = (line.decode("utf-8", "replace") + "\n" for _, line in read_records(boundaries, b"\n", rejects))
     number = 0
     try:

@@ -1,4 +1,4 @@
-"""What the base model wrote (`hildanext.model.self_answers`): token ids of a prompt and its answer, a line each."""
+"""Answers written by the base model (`hildanext.model.self_answers`): token ids of a prompt and its answer per line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hildanext.data.sources.lines import read_json_lines
 from hildanext.data.sources.opening import File
 from hildanext.errors import DataError
 
-ASKED = ("max_documents", "max_new_tokens", "temperature", "batch")  # what answers depend on, beside the prompts
+ASKED = ("max_documents", "max_new_tokens", "temperature", "batch")  # settings that change the answers
 
 
 def written_file(data: str, source: SourceConfig) -> Path:
-    """Where the answers to a source's prompts are kept: a file for each way to ask them."""
+    """The file with the answers to the prompts of a source. Its name depends on the prompts' path and the settings."""
     assert source.path is not None
     asked = json.dumps([source.path, *(getattr(source, key) for key in ASKED)])
     digest = hashlib.blake2b(asked.encode(), digest_size=4).hexdigest()
@@ -25,14 +25,17 @@ def written_file(data: str, source: SourceConfig) -> Path:
 
 
 def find(path: Path) -> list[File]:
-    """The file of answers. Raises DataError when it is not there yet."""
+    """The file of answers. Raises DataError when it does not exist."""
     if not path.is_file():
-        raise DataError(f"{path}: not written yet; run 'hildanext prepare-data' first")
+        raise DataError(f"{path}: does not exist; run 'hildanext prepare-data' first")
     return [File(str(path), path.stat().st_size)]
 
 
 def read(path: str, cut_repeats: int | None, rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    """(line, document) of a file, answers cut where they repeat themselves; lines of those that stood there before hold none."""
+    """Yield (line, document) from one file. Answers are cut where they repeat (see `until_repeat`).
+
+    Lines without 'input_ids' (answers that duplicate an earlier answer) are skipped.
+    """
     for number, record in read_json_lines(path, rejects):
         if "input_ids" not in record:
             continue
@@ -49,7 +52,7 @@ def read(path: str, cut_repeats: int | None, rejects: Rejects) -> Iterator[tuple
 
 
 def until_repeat(ids: list[int], n: int | None) -> int:
-    """How many tokens come before the first run of `n` that stood there before; all of them for None."""
+    """Number of tokens before the first run of `n` tokens that occurred earlier; all tokens if `n` is None."""
     if n is None:
         return len(ids)
     seen: set[tuple[int, ...]] = set()

@@ -1,7 +1,7 @@
-"""The shapes of instruction data: one record of any of them -> messages.
+"""Converts records of instruction data to messages.
 
-Known: `messages` (string or typed parts), ShareGPT `conversations` (from/value, with tool calls), Alpaca
-(instruction/input/output), GSM8K (question/answer), and preference pairs of these, of which the chosen answer is kept.
+Supported shapes: `messages` (string or typed parts), ShareGPT `conversations` (from/value, with tool calls), Alpaca
+(instruction/input/output), GSM8K (question/answer), and preference pairs of these, which give the chosen answer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ QUESTION_ANSWER = (("instruction", "output"), ("question", "answer"), ("prompt",
 
 
 def to_messages(record: dict[str, Any]) -> list[Message]:
-    """The record's conversation, ending with an assistant's turn (what follows the last one is left out).
+    """The conversation of a record, up to its last assistant turn.
 
-    A turn with `loss_weight` 0 gets `"train": false`. Raises DataError for a shape, role or content that is not known.
+    A turn with `loss_weight` 0 gets `"train": false`. Raises DataError for an unknown shape, role or content.
     """
     turns = _turns(record)
     chosen = record.get("chosen")
-    if isinstance(chosen, list):  # the pair's whole conversation
+    if isinstance(chosen, list):  # a whole conversation
         turns = chosen
     elif isinstance(chosen, (str, dict)):
         turns = [*turns, {"role": "assistant", "content": chosen} if isinstance(chosen, str) else chosen]
@@ -53,7 +53,7 @@ def to_messages(record: dict[str, Any]) -> list[Message]:
 
 
 def _turns(record: dict[str, Any]) -> list[Any]:
-    """The record's turns, still in its own words."""
+    """The turns of a record in its own format."""
     for key in ("messages", "conversations", "conversation"):
         if isinstance(record.get(key), list):
             return record[key]
@@ -62,7 +62,10 @@ def _turns(record: dict[str, Any]) -> list[Any]:
     question, answer = next((pair for pair in QUESTION_ANSWER if isinstance(record.get(pair[0]), str)), ("", ""))
     if not question:
         raise DataError("unknown record shape")
-    turns = [turn for pair in _history(record) for turn in _exchange(*pair)]
+    history = record.get("history") or []  # Alpaca's earlier turns: [question, answer] pairs
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError("'history' is not a list of pairs")
+    turns = [turn for pair in history for turn in _exchange(*pair)]
     asked = "\n".join(part for part in (record[question], record.get("input")) if isinstance(part, str) and part)
     turns += _exchange(asked, record.get(answer))
     return turns[:-1] if record.get(answer) is None and "chosen" in record else turns
@@ -72,16 +75,8 @@ def _exchange(asked: object, answered: object) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
-def _history(record: dict[str, Any]) -> list[Any]:
-    """Alpaca's earlier turns: [question, answer] pairs."""
-    history = record.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise DataError("'history' is not a list of pairs")
-    return history
-
-
 def _message(turn: Any) -> Message:
-    """One turn as a message. Raises DataError."""
+    """Convert a turn to a message. Raises DataError with the reason."""
     if not isinstance(turn, dict):
         raise DataError("a message is not an object")
     name = turn.get("role", turn.get("from"))
@@ -95,13 +90,17 @@ def _message(turn: Any) -> Message:
     message: Message = {"role": role, "content": _text(content, empty=bool(calls) or role in ("system", "tool"))}
     if calls:
         message["tool_calls"] = calls
-    if role == "assistant" and not _supervised(turn.get("loss_weight", 1)):
-        message["train"] = False
+    if role == "assistant":
+        weight = turn.get("loss_weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+            raise DataError("'loss_weight' is not a weight")
+        if not weight > 0:
+            message["train"] = False
     return message
 
 
 def _text(content: object, empty: bool) -> str:
-    """A turn's text: a string, or typed parts joined. Raises DataError, also for no text unless it may be `empty`."""
+    """The text of a turn: a string, or typed parts joined. Raises DataError; for empty text only unless `empty`."""
     if content is None and empty:
         return ""
     if isinstance(content, list):
@@ -118,14 +117,8 @@ def _text(content: object, empty: bool) -> str:
     return content
 
 
-def _supervised(weight: object) -> bool:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
-        raise DataError("'loss_weight' is not a weight")
-    return weight > 0
-
-
 def _json(value: object) -> Any:
-    """JSON inside a string, as ShareGPT keeps it; what is no string stays."""
+    """Parse a string as JSON, as in ShareGPT records; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -135,7 +128,10 @@ def _json(value: object) -> Any:
 
 
 def _tool_calls(value: object) -> list[dict[str, Any]]:
-    """Calls in the form chat templates take, arguments as an object: from a call or a list, bare or under 'function'."""
+    """Tool calls in the format of chat templates, with arguments as an object.
+
+    `value` is a call or a list of calls, each bare or under 'function'.
+    """
     calls: list[dict[str, Any]] = []
     if value is None:
         return calls
@@ -149,7 +145,7 @@ def _tool_calls(value: object) -> list[dict[str, Any]]:
 
 
 def to_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The record's function descriptions, or None. Raises DataError when they are no list of objects."""
+    """The function descriptions of a record, or None. Raises DataError unless they are a list of objects."""
     tools = _json(record.get("tools") or None)
     if not tools:
         return None

@@ -1,4 +1,4 @@
-"""TinyStories: stories from text, JSON lines or parquet, from the hub, or made up here (`hildanext.data.synthetic`)."""
+"""TinyStories: stories from text, JSON lines or parquet files, from the hub, or synthetic stories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUB = "roneneldan/TinyStories"
 
 
 def find(path: str) -> list[File]:
-    """The story files at `path`; 'hub' downloads the training set's parquet files (about 1 GB) or finds them cached."""
+    """The story files at `path`. 'hub' downloads the parquet files of the training set (about 1 GB) unless cached."""
     return list_files(_download() if path == "hub" else path, SUFFIXES)
 
 
@@ -27,18 +27,18 @@ def _download() -> str:
         return snapshot_download(HUB, repo_type="dataset", allow_patterns="data/train-*.parquet")
     except network_errors() as error:
         raise UnreachableError(
-            f"cannot download {HUB} ({reason(error)}); go online, or give a local file as data.sources path"
+            f"cannot download {HUB} ({reason(error)}); go online, or set the path in data.sources to a local file"
         ) from None
 
 
-def made_up(count: int, seed: int) -> Iterator[tuple[int, Document]]:
-    """(number, story) of `count` synthetic stories, the same for the same seed."""
+def read_synthetic(count: int, seed: int) -> Iterator[tuple[int, Document]]:
+    """Yield (number, story) for `count` synthetic stories, which depend only on the seed."""
     for number, story in enumerate(synthetic_stories(count, seed), start=1):
         yield number, Document(id=f"synthetic-{seed}-{number}", source="synthetic", text=story)
 
 
 def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    """(number, story) of one file; a story's id is the file's name and its line (parquet: its row)."""
+    """Yield (number, story) from one file. A story's id is the file name and its line (parquet: its row)."""
     if path.endswith(".txt"):
         stories = _from_text(path, rejects)
     elif path.endswith(".parquet"):
@@ -52,12 +52,12 @@ def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
         except DataError as error:
             rejects.add(str(error), path, number)
             continue
-        last = max(last + 1, number)  # goes up also where stories share a line
+        last = max(last + 1, number)  # numbers increase even if stories share a line
         yield last, Document(id=f"{file_name(path)}:{number}", source="tinystories", text=text)
 
 
 def _from_text(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
-    """(first line, story) of a text file: between '<|endoftext|>' marks, or between blank lines where it has none."""
+    """Yield (first line, story) from a text file, split at '<|endoftext|>' or, in a file without it, at blank lines."""
     raw = _between_marks(path, rejects) if _has_marks(path) else _between_blank_lines(path, rejects)
     for number, story in raw:
         try:
@@ -80,7 +80,7 @@ def _between_marks(path: str, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
     line = 1
     for _, story in read_records(path, SEPARATOR, rejects):
         begin = len(story) - len(story.lstrip())
-        # A mark at the start or the end of the file leaves an empty piece, which is no story.
+        # A mark at the start or end of the file gives an empty piece, which is skipped.
         if begin < len(story):
             yield line + story.count(b"\n", 0, begin), story
         line += story.count(b"\n")
