@@ -12,21 +12,18 @@ from typing import Any
 import pytest
 import torch
 from httpx2._config import DEFAULT_TIMEOUT_CONFIG
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from hildanext import plots
-from hildanext.config import Config, Convention, parse_config
-from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.config import Config, parse_config
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import trainer
+from support.models import make_tokenizer
 from support.training import plain_curves, write_base
 from support.waiting import LAST_RESORT
 
@@ -45,67 +42,6 @@ def pytest_sessionfinish() -> None:
 
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-
-CHATML = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CORPUS = [
-    "the cat saw a dog and the dog saw the cat",
-    "once upon a time there was a red house",
-    "1 2 3 4 answer user",
-] * 5
-
-
-def make_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of some 300 tokens: every text round-trips, so nothing is unknown to it."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    learner = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, learner)
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"} | special
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.chat_template = CHATML
-    # As from a file, where the template's markers are special tokens.
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]})
-    return tokenizer
-
-
-def random_llama(vocab_size: int = 300, **changes: Any) -> LlamaForCausalLM:
-    """A tiny Llama of random weights, the same at every call."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=3,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def random_lm(convention: Convention, vocab_size: int, mask_token_id: int) -> DiffusionLM:
-    """`random_llama`, decided enough that a token's loss depends on what else is masked, as a model to evaluate."""
-    return DiffusionLM(
-        random_llama(vocab_size, initializer_range=0.25),
-        make_tokenizer(),
-        mask_token_id=mask_token_id,
-        block_size=None,
-        convention=convention,
-        record={"base_model": "tiny", "tokens_trained": 0},
-    )
 
 
 @pytest.fixture(autouse=True)

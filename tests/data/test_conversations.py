@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from conftest import make_tokenizer
 from hildanext.data.documents import Document, Rejects
 from hildanext.data.encode import encode_document
 from hildanext.data.sources import instruct
 from hildanext.errors import DataError
+from support.models import make_tokenizer
 
 CHAT = [
     {"role": "system", "content": "be kind"},

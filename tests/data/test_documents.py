@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from conftest import make_tokenizer
 from hildanext.data.documents import Document, Rejects, parse_document, read_documents
 from hildanext.data.encode import Encoded, encode_document, encode_documents, fill_block
 from hildanext.errors import DataError
 from hildanext.model.prompts import encode_prompt
+from support.models import make_tokenizer
 
 TURN = {"role": "assistant", "content": "hi"}
 

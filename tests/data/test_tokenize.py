@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from conftest import make_tokenizer
 from hildanext.config import Config
 from hildanext.data import workers
 from hildanext.data.documents import Document, read_documents
@@ -32,6 +31,7 @@ from hildanext.data.verify import verify_data
 from hildanext.data.workers import encode
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of
+from support.models import make_tokenizer
 
 MakeConfig = Callable[..., Config]
 

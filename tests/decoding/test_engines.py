@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_tokenizer, random_llama
 from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Request, open_engine, say_passed_over
 from hildanext.decoding.engines import transformers as transformers_engine
@@ -22,6 +21,7 @@ from hildanext.decoding.engines.dinfer import DInferEngine, fitting
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
+from support.models import make_tokenizer, random_llama
 
 # --- A stand-in for dInfer 0.1, with its signatures and the behaviour that the adapter has to live with.
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from conftest import random_llama
 from hildanext.config import parse_config
 from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Request
@@ -21,6 +20,7 @@ from hildanext.decoding.runtimes.protocol import pad_batch, widen
 from hildanext.decoding.settings import Settings
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model.diffusion_lm import DiffusionLM
+from support.models import random_llama
 
 MASK, BLOCK, SLOTS, CONTEXT = 299, 4, 3, 64
 

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 
-from conftest import random_llama
 from hildanext.config import parse_config
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
@@ -13,6 +12,7 @@ from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.settings import Settings
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.diffusion_lm import DiffusionLM
+from support.models import random_llama
 from support.reference import reference
 
 MASK, EOS, CONTEXT = 299, 3, 64

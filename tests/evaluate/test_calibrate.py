@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_tokenizer, random_llama
 from hildanext.cli import main
 from hildanext.config import parse_config
 from hildanext.decoding.engines import Request, open_engine
@@ -21,6 +20,7 @@ from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import load_causal_lm
 from hildanext.model.prompts import read_prompts
 from hildanext.training.merge import merge
+from support.models import make_tokenizer, random_llama
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import random_lm
 from hildanext.config import Convention
 from hildanext.data.packing import Row
 from hildanext.data.rows import Rows
 from hildanext.evaluate.ar_likelihood import ar_likelihood
 from hildanext.evaluate.elbo import elbo, mask_pair
 from hildanext.model.diffusion_lm import DiffusionLM
+from support.models import random_lm
 
 VOCAB, MASK = 40, 39
 CONVENTIONS: list[Convention] = ["in_place", "shifted"]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import random_lm
 from hildanext.config import Convention
 from hildanext.evaluate.likelihood import TOKENS_PER_FORWARD, bound, chain, score
 from hildanext.model.diffusion_lm import DiffusionLM
+from support.models import random_lm
 
 VOCAB, MASK = 40, 39
 PAIRS = [([5, 6, 7], [8, 9, 10, 11]), ([4], [12, 13]), ([20, 21, 22, 23, 24], [25]), ([30, 31], [32, 33, 34])]

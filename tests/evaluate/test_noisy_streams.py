@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import random_lm
 from hildanext.config import Convention
 from hildanext.diffusion.masks import streams_mask, training_mask
 from hildanext.diffusion.noise import block_ids
 from hildanext.evaluate.noisy_streams import denoise
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from support.models import random_lm
 
 VOCAB, MASK = 40, 39
 

@@ -22,19 +22,14 @@ from hildanext.cli import build_parser
 from hildanext.config import Config, JobsConfig, parse_config
 from hildanext.decoding.engines.dummy import DummyEngine
 from hildanext.jobs import child, kinds, store, watcher
-from hildanext.jobs.store import ENDED, Job, Store, new_id
+from hildanext.jobs.store import ENDED, Job, Store
 from hildanext.jobs.watcher import Jobs
 from hildanext.server import tail
 from hildanext.server.command import open_jobs
 from support import serving
+from support.jobs import FOREVER, OBEDIENT, STUBBORN, ended, post, queued, scripted, start
 from support.training import material
 from support.waiting import until
-
-FOREVER = "import time\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
-OBEDIENT = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('{\"a\": 1}', flush=True)\nwhile True: time.sleep(0.01)"
-STUBBORN = (
-    "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('here', flush=True)\nwhile True: time.sleep(0.01)"
-)
 
 
 @pytest.fixture
@@ -53,26 +48,6 @@ def client(config: Config) -> Iterator[TestClient]:
             if job["state"] in ("queued", "running"):
                 found.post(f"/jobs/{job['id']}/cancel", headers={"Content-Length": "0"})
         until(lambda: all(job["state"] in ENDED for job in found.get("/jobs").json()["jobs"]))
-
-
-def start(client: TestClient, kind: str = "convert-wsd", **body: Any) -> dict[str, Any]:
-    answer = client.post("/jobs", json={"kind": kind} | body)
-    assert answer.status_code == 201, answer.text
-    assert answer.headers["Location"] == f"/jobs/{answer.json()['id']}"
-    return answer.json()
-
-
-def post(client: TestClient, job: dict[str, Any], what: str) -> Any:
-    return client.post(f"/jobs/{job['id']}/{what}", headers={"Content-Length": "0"})
-
-
-def ended(client: TestClient, job: dict[str, Any]) -> dict[str, Any]:
-    path = f"/jobs/{job['id']}"
-    return until(lambda: (found := client.get(path).json())["state"] in ENDED and found)
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    monkeypatch.setattr(watcher, "command", lambda *_, **__: [sys.executable, "-c", script])
 
 
 # --- Real commands
@@ -402,12 +377,6 @@ def watched(config: Config) -> Iterator[Jobs]:
     until(lambda: jobs.tick() or not jobs.store.list(("running",)))
     for process in jobs.backend.processes.values():  # what another one settled
         process.wait()
-
-
-def queued(jobs: Jobs, kind: str = "convert-wsd") -> Job:
-    job_id = new_id()
-    jobs.path(job_id).mkdir(parents=True)
-    return jobs.store.add(job_id, kind, {"config": {}, "options": {"run": None}})[0]
 
 
 def test_killed_jobs_are_interrupted_and_go_on(watched: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

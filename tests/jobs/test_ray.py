@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_jobs import OBEDIENT, ended, queued, scripted, start
 
 from hildanext.config import Config, ConfigError, parse_config
 from hildanext.errors import UsageError
@@ -29,6 +28,7 @@ from hildanext.jobs.watcher import Jobs
 from hildanext.server import command
 from hildanext.server.command import open_jobs
 from support import serving
+from support.jobs import OBEDIENT, ended, queued, scripted, start
 from support.training import material
 from support.waiting import until
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_tokenizer, random_llama
 from hildanext.config import ModelConfig
 from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer, read_record
+from support.models import make_tokenizer, random_llama
 
 
 def load(base: str | Path, **changes: Any) -> DiffusionLM:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from conftest import random_llama
 from hildanext.model.decoding_attention import NAME, grouped_attention, use_grouped_attention
+from support.models import random_llama
 
 
 class Module(torch.nn.Module):

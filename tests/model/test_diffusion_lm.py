@@ -25,7 +25,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from conftest import make_tokenizer, random_llama
 from hildanext import __version__
 from hildanext.config import Convention, ModelConfig
 from hildanext.data.tokenizer import fingerprint
@@ -36,6 +35,7 @@ from hildanext.model.backbone import n_embeddings
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, add_mask_token, ordinary_ids, special_ids
 from hildanext.model.loading import load_diffusion_lm, load_with_base, save_diffusion_lm
 from hildanext.model.pretrained import base_of, read_record
+from support.models import make_tokenizer, random_llama
 
 MASK, BLOCK = 300, 4
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # float64, logits of size one

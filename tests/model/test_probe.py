@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import make_tokenizer
 from hildanext.config import ModelConfig, NoiseConfig, parse_config
 from hildanext.data.packing import position_ids
 from hildanext.decoding.engines.protocol import Request
@@ -30,6 +29,7 @@ from hildanext.model.diffusion_lm import DiffusionLM, make_batch
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.probe import probe
 from hildanext.training.denoising import Recipe, noise_rows
+from support.models import make_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

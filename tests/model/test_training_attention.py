@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import random_llama
 from hildanext.config import ModelConfig
 from hildanext.diffusion.masks import Pieces, document_mask, training_mask, training_pieces
 from hildanext.diffusion.noise import block_ids
@@ -23,6 +22,7 @@ from hildanext.model.training_attention import in_pieces, use_training_attention
 from hildanext.training import memory
 from hildanext.training.attention_choice import choose_attention
 from hildanext.training.memory import checkpoint_activations
+from support.models import random_llama
 
 
 @st.composite

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from hildanext.data.packing import pack
 from hildanext.data.rows import ShuffledRows, open_rows, write_meta
 from hildanext.data.shards import compact, write_shard
 from hildanext.data.tokenizer import fingerprint, pad_id
+from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.files import atomic_open
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
@@ -149,3 +152,36 @@ def row_loss(
                     right = x_t[i] == clean[i]
                     total += weights.w_t2t * ce * (weights.keep if right else 1.0)
     return total, drafts
+
+
+class Trained(NamedTuple):
+    config: Config
+    run: RunFolder
+
+
+WORDS = ["the cat", "a dog", "one bird", "the old tree", "a red house", "my friend", "the sun", "a small boat"]
+
+
+def pair(number: int) -> dict[str, Any]:
+    """Every answer that is chosen ends in a sun, every rejected one in a boat."""
+    who = WORDS[number % 6]
+    return {"prompt": f"{who} {number}?", "chosen": f"{who} saw the sun", "rejected": f"{who} saw a small boat {who}"}
+
+
+def write_pairs(path: Path, n: int = 12) -> Path:
+    path.write_text("".join(json.dumps(pair(number)) + "\n" for number in range(n)))
+    return path
+
+
+def job(block: int, lr: float = 0.003) -> TrainingJob:
+    return TrainingJob("test", 4, lambda step: SchedulePoint("stable", block, lr), block)
+
+
+CONVERT = Recipe(turns=1, complementary=False, t_min=0.05, t_max=1.0, cap_weight=0.0)
+MULTI_TURN = Recipe(turns=2, complementary=True, t_min=0.3, t_max=0.8, cap_weight=0.1)
+
+
+def assert_same(one: tuple[list[float], dict[str, Tensor]], other: tuple[list[float], dict[str, Tensor]]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    for name, value in one[1].items():
+        torch.testing.assert_close(value, other[1][name], rtol=1e-4, atol=1e-5)

@@ -17,5 +17,5 @@ def until(condition: Callable[[], T]) -> T:
         if time.monotonic() > deadline:
             raise TimeoutError(f"it did not happen within {LAST_RESORT / 60:g} minutes")
         time.sleep(pause)
-        pause = min(1.2 * pause, 0.05)
+        pause = min(1.2 * pause, 0.1)
     return found

@@ -22,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from conftest import CHATML, make_tokenizer
 from hildanext.cli import main
 from hildanext.config import Config, load_config
 from hildanext.decoding.engines import Request, open_engine
@@ -35,6 +34,7 @@ from hildanext.model.tiny import tiny_llama
 from hildanext.terminal.cells import CellTracker, as_line, token_texts
 from hildanext.terminal.dialogue import Dialogue
 from hildanext.terminal.live import LiveAnswer, draw_line
+from support.models import CHATML, make_tokenizer
 
 BLOCK, CONTEXT = 4, 256
 

@@ -33,21 +33,9 @@ from hildanext.training.run_folder import RunFolder
 from hildanext.training.trainer import Trainer, TrainingJob
 from support import forked
 from support.resume import KILLS, assert_undisturbed
-from support.training import material, predictions
+from support.training import material, pair, predictions, write_pairs
 
-WORDS = ["the cat", "a dog", "one bird", "the old tree", "a red house", "my friend", "the sun", "a small boat"]
 BLOCK, LENGTH = 4, 56
-
-
-def pair(number: int) -> dict[str, Any]:
-    """Every answer that is chosen ends in a sun, every rejected one in a boat."""
-    who = WORDS[number % 6]
-    return {"prompt": f"{who} {number}?", "chosen": f"{who} saw the sun", "rejected": f"{who} saw a small boat {who}"}
-
-
-def write_pairs(path: Path, n: int = 12) -> Path:
-    path.write_text("".join(json.dumps(pair(number)) + "\n" for number in range(n)))
-    return path
 
 
 def preferring(folder: Path, base: Path, **sections: Any) -> Config:

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_trainer import CONVERT, MULTI_TURN, assert_same, job
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from conftest import make_tokenizer, random_llama
 from hildanext.config import Config, LoraConfig, ModelConfig, parse_config
 from hildanext.errors import ConfigError, HildaError, ModelError, UsageError
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
@@ -25,7 +23,8 @@ from hildanext.model.lora_linear import OneMatrix
 from hildanext.model.tiny import story_tokenizer
 from hildanext.terminal.generate import generate
 from hildanext.training.convert import convert_wsd, evaluate_checkpoint, sft
-from support.training import material, trainer_for
+from support.models import make_tokenizer, random_llama
+from support.training import CONVERT, MULTI_TURN, assert_same, job, material, trainer_for
 
 MASK = 300  # the id that the tiny tokenizer's mask token gets
 RANK = LoraConfig(rank=4, alpha=6.0)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hildanext import cli
-from hildanext.config import Config, parse_config
+from hildanext.config import parse_config
 from hildanext.errors import CheckpointError, UsageError, WriteError
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.training.checkpoint import list_checkpoints
 from hildanext.training.convert import convert_wsd, evaluate_checkpoint
 from hildanext.training.merge import best_checkpoints, merge
 from hildanext.training.run_folder import RunFolder
-from support.training import material
-
-
-class Trained(NamedTuple):
-    config: Config
-    run: RunFolder
+from support.training import Trained, material
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_merge import Trained
 
 from hildanext import cli
 from hildanext.config import ModelConfig
@@ -20,7 +19,7 @@ from hildanext.model.loading import load_diffusion_lm
 from hildanext.training.convert import convert_wsd, evaluate_checkpoint
 from hildanext.training.merge import merge
 from hildanext.training.run_folder import RunFolder
-from support.training import material
+from support.training import Trained, material
 
 STEPS = (1, 3, 5)
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_dpo import write_pairs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,7 +30,7 @@ from hildanext.training.dpo import dpo
 from hildanext.training.parallel import whole_weights
 from support import forked
 from support.forked import Fault
-from support.training import material
+from support.training import material, write_pairs
 
 # `launched.py ARGUMENTS` is the command line; rank 0 sends the launcher $SIGNAL before its third step.
 LAUNCHED = """

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import CONVERT, job
 
 from hildanext import cli
 from hildanext.errors import ConfigError, UsageError
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.quantized import check_quantized
 from hildanext.training.convert import convert_wsd
-from support.training import material, trainer_for
+from support.training import CONVERT, job, material, trainer_for
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 KINDS = {"int8": torch.int8, "nf4": torch.uint8}

@@ -16,21 +16,12 @@ from hildanext import cli
 from hildanext.config import Config
 from hildanext.data.rows import ShuffledRows
 from hildanext.diffusion.noise import add_noise, block_ids, noise_levels, sample_generator
-from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.training.convert import convert_wsd
 from hildanext.training.denoising import Recipe
 from hildanext.training.run_folder import RunFolder
-from hildanext.training.trainer import TrainingJob
-from support.training import LENGTHS, SEQ_LEN, material, row_loss, trainer_for
-
-
-def job(block: int, lr: float = 0.003) -> TrainingJob:
-    return TrainingJob("test", 4, lambda step: SchedulePoint("stable", block, lr), block)
-
-
-CONVERT = Recipe(turns=1, complementary=False, t_min=0.05, t_max=1.0, cap_weight=0.0)
+from support.training import CONVERT, LENGTHS, MULTI_TURN, SEQ_LEN, assert_same, job, material, row_loss, trainer_for
 
 
 def step_loss(config: Config, lm: DiffusionLM, rows: list[dict[str, Tensor]], samples: list[int], block: int) -> float:
@@ -75,15 +66,6 @@ def after_steps(config: Config, block: int, recipe: Recipe = CONVERT) -> tuple[l
     trainer, lm = trainer_for(config, job(block), recipe)
     losses = [trainer.train_step(step)["loss"] for step in range(3)]
     return losses, {name: value.detach().clone() for name, value in lm.model.named_parameters()}
-
-
-def assert_same(one: tuple[list[float], dict[str, Tensor]], other: tuple[list[float], dict[str, Tensor]]) -> None:
-    assert one[0] == pytest.approx(other[0], rel=1e-5)
-    for name, value in one[1].items():
-        torch.testing.assert_close(value, other[1][name], rtol=1e-4, atol=1e-5)
-
-
-MULTI_TURN = Recipe(turns=2, complementary=True, t_min=0.3, t_max=0.8, cap_weight=0.1)
 
 
 @pytest.mark.parametrize(("block", "recipe"), [(4, CONVERT), (SEQ_LEN, CONVERT), (4, MULTI_TURN)])

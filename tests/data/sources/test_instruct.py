@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_sources import jsonl, read
 
 from hildanext.data.documents import Rejects
 from hildanext.data.sources import instruct, opening
+from support.sources import jsonl, read
 
 PAIR = {"question": "q", "answer": "a"}
 

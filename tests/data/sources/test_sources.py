@@ -4,9 +4,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,19 +18,9 @@ from hildanext.data.corpus import make_reader
 from hildanext.data.documents import Document, Rejects
 from hildanext.data.sources import find_files, lines, opening, pretokenized, tinystories
 from hildanext.errors import DataError, UnreachableError, UsageError
+from support.sources import jsonl, read
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
-
-
-def jsonl(records: Iterable[object]) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def read(kind: str, path: Path | str, **more: Any) -> tuple[list[Document], Rejects]:
-    """All documents of a source, and its rejects."""
-    source = SourceConfig(kind=kind, path=str(path), **more)
-    reader = make_reader(source, find_files(source, "data"), seed=0)
-    return [doc for _, doc in iter(reader.next, None)], reader.rejects
 
 
 # Files
