@@ -13,8 +13,6 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra 'eval')")
 
-from test_evaluate import changed
-
 from hildanext.config import Config
 from hildanext.decoding.engines import Request
 from hildanext.errors import DataError, UsageError
@@ -23,6 +21,7 @@ from hildanext.evaluate.intervals import Figure, plain
 from hildanext.evaluate.report import averages
 from hildanext.evaluate.ways import Models, Outcome, Way, ways
 from hildanext.model.loading import load_diffusion_lm
+from support.evaluate import changed
 
 CHOICES = [
     {"question": "Once upon a time there was a", "choices": ["red kite", "blue dog", "tree"], "answer": 0},

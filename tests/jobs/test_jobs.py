@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -159,9 +158,9 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
     assert len(list((Path("runs") / ".jobs").iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("body", "line"),
-    [
+def test_what_a_job_may_not_ask(client: TestClient, subtests: pytest.Subtests) -> None:
+    Path("link").symlink_to("/etc")
+    for body, line in [
         ({"kind": "serve"}, "'kind'"),
         ({"kind": "tokenize", "config": {"server": {"port": 1}}}, "'config.server'"),
         ({"kind": "tokenize", "config": {"paths": {"runs": "/tmp"}}}, "'config.paths'"),
@@ -190,14 +189,12 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
         ({"kind": "tokenize", "options": {"run": "x"}}, "'options.run': tokenize does not take this option"),
         ({"kind": "merge-topk"}, "'options.run': merge-topk needs"),
         ({"kind": "merge-topk", "options": {"run": "x", "out": "/tmp/x"}}, "'options.out'"),
-    ],
-)
-def test_what_a_job_may_not_ask(client: TestClient, body: dict[str, Any], line: str) -> None:
-    Path("link").symlink_to("/etc")
-    answer = client.post("/jobs", json=body)
-    assert answer.status_code in (400, 422)
-    assert line in answer.json()["detail"]
-    assert client.get("/jobs").json()["jobs"] == []
+    ]:
+        with subtests.test(body=body, line=line):
+            answer = client.post("/jobs", json=body)
+            assert answer.status_code in (400, 422)
+            assert line in answer.json()["detail"]
+            assert client.get("/jobs").json()["jobs"] == []
 
 
 def test_secrets_stay_with_the_server(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,19 +213,20 @@ def test_secrets_stay_with_the_server(config: Config, monkeypatch: pytest.Monkey
     assert not [text for text in (refused.text, json.dumps(seen), written) if "hushed" in text]
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
-def test_the_command_line_takes_what_a_job_is_started_with(kind: kinds.Kind, tmp_path: Path) -> None:
-    given = {"run": "r", "k": 2, "split": "eval"}
-    options = kinds.check_options(kind, {name: given[name] for name in kinds.TAKES.get(kind, ())})
-    for resume in (False, True):
-        python, dash, module, *words = kinds.command("python", kind, options, "id", tmp_path, resume=resume)
-        assert (python, dash, module) == ("python", "-m", "hildanext.cli")
-        taken = vars(build_parser().parse_args(words))
-        assert (taken["command"], taken["json"], taken["config"]) == (kind, True, str(tmp_path / "config.json"))
-        for name, value in options:
-            assert value is None or taken[name] == value
-        if kind in kinds.TRAINING:
-            assert taken["resume"] is resume
+def test_the_command_line_takes_what_a_job_is_started_with(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for kind in kinds.KINDS:
+        with subtests.test(kind=kind):
+            given = {"run": "r", "k": 2, "split": "eval"}
+            options = kinds.check_options(kind, {name: given[name] for name in kinds.TAKES.get(kind, ())})
+            for resume in (False, True):
+                python, dash, module, *words = kinds.command("python", kind, options, "id", tmp_path, resume=resume)
+                assert (python, dash, module) == ("python", "-m", "hildanext.cli")
+                taken = vars(build_parser().parse_args(words))
+                assert (taken["command"], taken["json"], taken["config"]) == (kind, True, str(tmp_path / "config.json"))
+                for name, value in options:
+                    assert value is None or taken[name] == value
+                if kind in kinds.TRAINING:
+                    assert taken["resume"] is resume
 
 
 # --- Logs and metrics

@@ -339,11 +339,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_shapes_of_pairs(tmp_path: Path, shape: str):
-    sides = chosen_and_rejected(SHAPES[shape], tmp_path)
-    for messages, answer in zip(sides, ("this", "that"), strict=True):
-        assert [(m["role"], m["content"]) for m in messages] == [("user", "Which?"), ("assistant", answer)]
+def test_the_shapes_of_pairs(tmp_path: Path):
+    for shape in SHAPES:
+        sides = chosen_and_rejected(SHAPES[shape], tmp_path)
+        for messages, answer in zip(sides, ("this", "that"), strict=True):
+            assert [(m["role"], m["content"]) for m in messages] == [("user", "Which?"), ("assistant", answer)], shape
 
 
 def test_earlier_answers_belong_to_the_prompt(tmp_path: Path):
@@ -375,11 +375,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_what_is_no_pair_is_counted_by_place(tmp_path: Path, what: str):
-    record, reason = BAD[what]
-    with pytest.raises(DataError, match=f"{reason} x1 \\(.*one.json:1\\)"):
-        chosen_and_rejected(record, tmp_path)
+def test_what_is_no_pair_is_counted_by_place(tmp_path: Path, subtests: pytest.Subtests):
+    for what in BAD:
+        with subtests.test(what=what):
+            record, reason = BAD[what]
+            with pytest.raises(DataError, match=f"{reason} x1 \\(.*one.json:1\\)"):
+                chosen_and_rejected(record, tmp_path)
 
 
 def test_answers_are_supervised_alone_and_end_with_a_block(tmp_path: Path):

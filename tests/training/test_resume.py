@@ -257,14 +257,14 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("what", STATES)
-def test_optimizer_state_goes_to_the_parameters_device(what: str):
-    key, value, group, device = STATES[what]
-    parameter = torch.nn.Parameter(torch.empty(4, 6, device="meta"))
-    optimizer = torch.optim.SGD([{"params": [parameter], **group}], lr=0.1)
-    checkpoint.restore_optimizer(optimizer, {f"w|{key}": value}, {id(parameter): "w"})
-    found = optimizer.state[parameter][key]
-    assert (found.device.type, found.shape, found.dtype) == (device, value.shape, value.dtype)
+def test_optimizer_state_goes_to_the_parameters_device():
+    for what in STATES:
+        key, value, group, device = STATES[what]
+        parameter = torch.nn.Parameter(torch.empty(4, 6, device="meta"))
+        optimizer = torch.optim.SGD([{"params": [parameter], **group}], lr=0.1)
+        checkpoint.restore_optimizer(optimizer, {f"w|{key}": value}, {id(parameter): "w"})
+        found = optimizer.state[parameter][key]
+        assert (found.device.type, found.shape, found.dtype) == (device, value.shape, value.dtype), what
 
 
 def test_a_folder_of_chat_templates_is_saved_and_checked(make_run: MakeRun, tmp_path: Path, tiny_base: Path):

@@ -102,12 +102,13 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("record", "messages"), SHAPES, ids=range(len(SHAPES)))
-def test_every_shape_becomes_messages(tmp_path: Path, record: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-    (tmp_path / "x.jsonl").write_bytes(jsonl([record]))
-    docs, rejects = read("instruct", tmp_path / "x.jsonl")
-    assert str(rejects) == ""
-    assert docs[0].messages == messages
+def test_every_shape_becomes_messages(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for record, messages in SHAPES:
+        with subtests.test(record=record, messages=messages):
+            (tmp_path / "x.jsonl").write_bytes(jsonl([record]))
+            docs, rejects = read("instruct", tmp_path / "x.jsonl")
+            assert str(rejects) == ""
+            assert docs[0].messages == messages
 
 
 UNMAPPED: list[tuple[dict[str, Any], str]] = [
@@ -134,12 +135,13 @@ UNMAPPED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("record", "reason"), UNMAPPED, ids=range(len(UNMAPPED)))
-def test_what_cannot_be_mapped_is_counted(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
-    (tmp_path / "x.jsonl").write_bytes(jsonl([PAIR, record]))
-    docs, rejects = read("instruct", tmp_path / "x.jsonl")
-    assert len(docs) == 1
-    assert rejects.examples == {reason: [f"{tmp_path / 'x.jsonl'}:2"]}
+def test_what_cannot_be_mapped_is_counted(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for record, reason in UNMAPPED:
+        with subtests.test(record=record, reason=reason):
+            (tmp_path / "x.jsonl").write_bytes(jsonl([PAIR, record]))
+            docs, rejects = read("instruct", tmp_path / "x.jsonl")
+            assert len(docs) == 1
+            assert rejects.examples == {reason: [f"{tmp_path / 'x.jsonl'}:2"]}
 
 
 @pytest.mark.parametrize(
