@@ -20,6 +20,7 @@ from transformers import (
 
 from hildanext import plots
 from hildanext.config import Config, parse_config
+from hildanext.decoding import runtimes
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import trainer
@@ -44,10 +45,12 @@ def pytest_sessionfinish() -> None:
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
-@pytest.fixture(autouse=True)
-def eager_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def eager_by_default() -> Iterator[None]:
     """`engine.runtime: auto` is eager in tests, whatever is installed; test_runtimes.py looks at the others."""
-    monkeypatch.setattr("hildanext.decoding.runtimes.has_openvino", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtimes, "has_openvino", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
