@@ -8,10 +8,12 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -427,6 +429,22 @@ def test_an_attempt_never_runs_twice(tmp_path: Path) -> None:
     assert child.run(tmp_path, 2, command) == 0
     assert mark.read_text() == "xx"
     assert not child.is_held(tmp_path)
+
+
+def test_a_signal_that_comes_before_the_command_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return popen(*arguments, **options)
+
+    monkeypatch.setattr(child.subprocess, "Popen", late)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert child.run(tmp_path, 1, [sys.executable, "-c", FOREVER]) == -signal.SIGTERM
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell a process that its parent is dead")

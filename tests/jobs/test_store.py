@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_jobs import until
 
 from hildanext.config import Config, parse_config
 from hildanext.jobs.store import STATES, ConflictError, MissingError, Store, StoreError
 from hildanext.server.command import open_jobs
 from support.jobs import queued, scripted
+from support.waiting import until
 
 BINARIES = [Path(folder) for folder in sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)]
 

@@ -57,8 +57,9 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
         with os.fdopen(started, "w") as file:
             json.dump({"group": os.getpgid(0), "time": time.time()}, file)
         # Cancelling signals the whole process group. This process ignores it and records how the command ends.
+        early: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda number, _: early.append(number))
         with open(folder / "log.txt", "ab") as log, open(folder / f"stdout-{attempt}.json", "wb") as output:
             process = subprocess.Popen(
                 command,
@@ -68,6 +69,8 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
                 pass_fds=[lock.fileno()],
                 preexec_fn=_stop_with_parent() if sys.platform == "linux" else None,
             )
+            for missed in early:  # it came before the command could receive it
+                process.send_signal(missed)
             code = process.wait()
         write_json(folder / f"exit-{attempt}.json", {"code": code, "time": time.time()})
         return code
