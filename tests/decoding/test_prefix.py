@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scheduler import EOS, Starved, diffusion_lm
 
 from hildanext.config import parse_config
 from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.settings import Settings
+from support.decoding import EOS, Starved, diffusion_lm
 from support.reference import reference
 
 CONTEXT, SLOTS = 64, 3

@@ -158,9 +158,8 @@ def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
         read_presets({"S_MODE": {"speed": 1}})
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_impossible_settings_name_their_key(subtests: pytest.Subtests):
+    for changes in [
         {"tau_mask": 1.5},
         {"tau_edit": -0.1},
         {"block_size": 0},
@@ -171,11 +170,10 @@ def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
         {"repetition_penalty": 0},
         {"edit_blocks": -1},
         {"stop": [""]},
-    ],
-)
-def test_impossible_settings_name_their_key(changes):
-    with pytest.raises(ConfigError, match=next(iter(changes))):
-        parse_config({"decode": changes})
+    ]:
+        with subtests.test(changes=changes):
+            with pytest.raises(ConfigError, match=next(iter(changes))):
+                parse_config({"decode": changes})
 
 
 def test_a_request_must_fit():

@@ -277,9 +277,8 @@ def test_widening_adds_padding_only(widths, slot, extra):
         assert (wide.visible[row, width:] >= 1).all()
 
 
-@pytest.mark.parametrize(
-    ("wanted", "device", "installed", "expected"),
-    [
+def test_the_runtime_is_chosen_by_hardware(subtests: pytest.Subtests):
+    for wanted, device, installed, expected in [
         ("auto", "cuda", True, "cudagraphs"),
         ("auto", "cpu", True, "openvino"),
         ("auto", "cpu", False, "eager"),
@@ -287,25 +286,22 @@ def test_widening_adds_padding_only(widths, slot, extra):
         ("eager", "cuda", True, "eager"),
         ("compiled", "cpu", False, "compiled"),
         ("openvino", "cpu", True, "openvino"),
-    ],
-)
-def test_the_runtime_is_chosen_by_hardware(wanted, device, installed, expected):
-    name, reason = runtimes.choose_runtime(wanted, device, installed)
-    assert name == expected
-    assert (reason == "set in the configuration") == (wanted != "auto")
+    ]:
+        with subtests.test(wanted=wanted, device=device, installed=installed, expected=expected):
+            name, reason = runtimes.choose_runtime(wanted, device, installed)
+            assert name == expected
+            assert (reason == "set in the configuration") == (wanted != "auto")
 
 
-@pytest.mark.parametrize(
-    ("wanted", "device", "installed", "message"),
-    [
+def test_a_runtime_that_cannot_run_is_an_error(subtests: pytest.Subtests):
+    for wanted, device, installed, message in [
         ("openvino", "cpu", False, r"openvino is not installed; pip install 'hildanext\[cpu\]'"),
         ("openvino", "cuda", True, "openvino runs on CPUs, the model is on cuda"),
         ("cudagraphs", "cpu", True, "cudagraphs needs a CUDA GPU, the model is on cpu"),
-    ],
-)
-def test_a_runtime_that_cannot_run_is_an_error(wanted, device, installed, message):
-    with pytest.raises(ConfigError, match=f"^'engine.runtime': {message}"):
-        runtimes.choose_runtime(wanted, device, installed)
+    ]:
+        with subtests.test(wanted=wanted, device=device, installed=installed, message=message):
+            with pytest.raises(ConfigError, match=f"^'engine.runtime': {message}"):
+                runtimes.choose_runtime(wanted, device, installed)
 
 
 def test_small_weights_need_openvino_and_the_choice_is_said(tiny_tokenizer, capsys):

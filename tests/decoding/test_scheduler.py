@@ -11,18 +11,10 @@ from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.settings import Settings
 from hildanext.errors import ModelError, UsageError
-from hildanext.model.diffusion_lm import DiffusionLM
-from support.models import random_llama
+from support.decoding import EOS, MASK, Starved, diffusion_lm
 from support.reference import reference
 
-MASK, EOS, CONTEXT = 299, 3, 64
-
-
-def diffusion_lm(tokenizer, convention, dtype=torch.float64, block=4):
-    # Decided enough that thresholds matter, undecided enough that blocks take several passes.
-    model = random_llama(initializer_range=0.35, num_key_value_heads=1).to(dtype)
-    record = {"base_model": "tiny", "tokens_trained": 0}
-    return DiffusionLM(model, tokenizer, mask_token_id=MASK, block_size=block, convention=convention, record=record)
+CONTEXT = 64
 
 
 def open_engine(lm, slots=8, chunk=16):
@@ -168,24 +160,6 @@ def test_the_seed_decides_and_batch_mates_do_not(lm):
     assert texts[0] == texts[1] != texts[2]
     batch = engine.generate_batch([Request([9, 8, 7], warm._replace(seed=seed)) for seed in (2, 1, 3)])
     assert [done.token_ids for done in batch[:2]] == [texts[2], texts[0]]
-
-
-class Starved:
-    """A runtime that runs out of memory in chosen forwards."""
-
-    def __init__(self, runtime, failing):
-        self.runtime, self.failing, self.count, self.allocated = runtime, failing, 0, []
-        self.name, self.head, self.copy, self.swap = "starved", runtime.head, runtime.copy, runtime.swap
-
-    def allocate(self, slots, context):
-        self.allocated.append(slots)
-        self.runtime.allocate(slots, context)
-
-    def body(self, batch):
-        self.count += 1
-        if self.count in self.failing:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return self.runtime.body(batch)
 
 
 def test_out_of_memory_shrinks_the_batch_once_says_so_and_loses_no_request(lm, capsys):

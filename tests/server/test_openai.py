@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from test_serving import passed, stepping, until
 
 from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Request, open_engine
 from hildanext.errors import UsageError
 from support import serving
+from support.stepping import passed, stepping, until
 
 MODEL = parse_config({}).model.base
 PROMPT = "Once upon a time"
@@ -121,9 +121,8 @@ def test_sampling_and_stops(client: openai.OpenAI, expected) -> None:
     assert stopped.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize(
-    ("changes", "param", "line"),
-    [
+def test_bad_requests(client: openai.OpenAI, subtests: pytest.Subtests) -> None:
+    for changes, param, line in [
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"n": 2}, "n", "Input should be 1"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
@@ -133,14 +132,13 @@ def test_sampling_and_stops(client: openai.OpenAI, expected) -> None:
         ({"prompt": ""}, None, "the prompt is empty"),
         ({"max_tokens": 1000}, None, "exceed the model's context of 64"),
         ({"max_tokens": 1000, "stream": True}, None, "exceed the model's context of 64"),
-    ],
-)
-def test_bad_requests(client: openai.OpenAI, changes, param, line) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(**({"model": "model", "prompt": PROMPT} | changes))
-    assert (caught.value.type, caught.value.param) == ("invalid_request_error", param)
-    assert line in caught.value.message
-    assert caught.value.code == ("context_length_exceeded" if "context" in line else None)
+    ]:
+        with subtests.test(changes=changes, param=param, line=line):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.completions.create(**({"model": "model", "prompt": PROMPT} | changes))
+            assert (caught.value.type, caught.value.param) == ("invalid_request_error", param)
+            assert line in caught.value.message
+            assert caught.value.code == ("context_length_exceeded" if "context" in line else None)
 
 
 def test_what_is_no_json_has_no_param(client: openai.OpenAI) -> None:

@@ -10,12 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import uvicorn
 from fastapi.testclient import TestClient
 
-from hildanext.config import Config
+from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Engine, open_engine
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.app import make_app
@@ -129,3 +130,7 @@ def until_ready(url: str, lives: Callable[[], bool], log: Path) -> None:
             return False
 
         until(ready)
+
+
+def dummy(decode: dict[str, Any] | None = None, **keys: Any) -> Config:
+    return parse_config({"engine": {"order": ["dummy"]}, "decode": decode or {}, "server": keys})

@@ -1,9 +1,8 @@
-"""What the page is made of, as served; and what the server has for it alone: the AR base, the schema of the jobs' form."""
+"""The AR base beside the served model: its answers, its stream, and when there is none."""
 
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,65 +19,11 @@ from hildanext.decoding import engines
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.ar import ArEngine
 from hildanext.decoding.events import Finished, Step
-from hildanext.jobs.kinds import KINDS, SECTIONS, TAKES
 from hildanext.model.ar_generate import ar_complete
 from hildanext.server.app import make_app
-from hildanext.server.command import open_jobs
 from support import serving
 
-WEB = Path(__file__).parents[2] / "src" / "hildanext" / "server" / "web"
-FILES = sorted(path.name for path in WEB.iterdir())
 DUMMY: dict[str, Any] = {"engine": {"order": ["dummy"]}}
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-
-
-@pytest.fixture(scope="module")
-def locked() -> Iterator[TestClient]:
-    with serving.client(parse_config(DUMMY), keys=[b"secret"]) as found:
-        yield found
-
-
-@pytest.mark.parametrize("name", ["", *FILES])
-def test_every_file_of_the_page(locked: TestClient, name: str) -> None:
-    path = f"/web/{name}" if name else "/"
-    file = WEB / (name or "index.html")
-    answer = locked.get(path)  # no key: nothing here is a secret
-    assert (answer.status_code, answer.content) == (200, file.read_bytes())
-    assert answer.headers["Content-Type"].split(";")[0] == TYPES[file.suffix]
-    assert answer.headers["Cache-Control"] == "no-cache"
-    policy = answer.headers["Content-Security-Policy"]
-    assert "script-src 'self'; style-src 'self'" in policy
-    assert "unsafe" not in policy
-    again = locked.get(path, headers={"If-None-Match": answer.headers["ETag"]})
-    assert (again.status_code, again.content) == (304, b"")
-    assert again.headers["ETag"] == answer.headers["ETag"]
-    assert locked.get(path, headers={"If-None-Match": f'"x", W/{answer.headers["ETag"]}'}).status_code == 304
-    assert locked.get(path, headers={"If-None-Match": '"x"'}).status_code == 200
-    head = locked.head(path)
-    assert (head.status_code, head.content, head.headers["ETag"]) == (200, b"", answer.headers["ETag"])
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/web/", "/web/none.js", "/web/../config.py", "/web/%2e%2e/config.py", "/web/..%2fconfig.py", "/web//etc/passwd"],
-)
-def test_nothing_else_is_served(locked: TestClient, path: str) -> None:
-    answer = locked.get(path)
-    assert answer.status_code in (401, 404)
-    assert "hildanext" not in answer.text
-
-
-def test_the_page_asks_nobody_else_and_runs_nothing_inline() -> None:
-    for name in FILES:
-        text = (WEB / name).read_text(encoding="utf-8")
-        assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg"}, name
-        assert not re.search(r"\b(innerHTML|outerHTML|insertAdjacentHTML|eval\(|document\.write)", text), name
-    page = (WEB / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r"\sstyle=|\son\w+=|<style|javascript:", page)
-    assert re.findall(r"<script([^>]*)>", page) == [' type="module" src="/web/app.js"']
-    linked = set(re.findall(r'"/web/([\w.]+)"', page))
-    modules = {name: set(re.findall(r'from "\./([\w.]+)"', (WEB / name).read_text())) for name in FILES}
-    assert linked | set().union(*modules.values()) | {"index.html"} == set(FILES)
 
 
 # --- The AR base
@@ -219,21 +164,19 @@ def test_no_base_is_404_and_says_why(converted: Config, server: dict[str, Any], 
             assert (answer.status_code, answer.json()) == (404, {"detail": line.format(base)})
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "line"),
-    [
+def test_what_the_base_refuses(client: TestClient, subtests: pytest.Subtests) -> None:
+    for body, status, line in [
         ({"prompt": "x", "max_new_tokens": 1000}, 400, "exceed the model's context of 64"),
         ({"prompt": ""}, 400, "the prompt is empty"),
         ({}, 422, "give exactly one of 'prompt' and 'messages'"),
         ({"prompt": "x", "mode": "Q_MODE"}, 422, "'mode': Extra inputs are not permitted"),
         ({"prompt": "x", "temperature": 1.0}, 422, "'temperature': Extra inputs"),
-    ],
-)
-def test_what_the_base_refuses(client: TestClient, body: dict[str, Any], status: int, line: str) -> None:
-    for stream in (False, True):
-        answer = client.post("/generate/base", json=body | {"stream": stream})
-        assert answer.status_code == status
-        assert line in answer.json()["detail"]
+    ]:
+        with subtests.test(body=body, status=status, line=line):
+            for stream in (False, True):
+                answer = client.post("/generate/base", json=body | {"stream": stream})
+                assert answer.status_code == status
+                assert line in answer.json()["detail"]
 
 
 def test_the_base_has_the_threads_that_torch_had(converted: Config) -> None:
@@ -259,27 +202,3 @@ def test_a_client_that_leaves_frees_the_base(converted: Config) -> None:
 
 
 # --- The jobs' form
-
-
-def test_the_form_knows_kinds_options_sections_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = parse_config(DUMMY | {"train": {"lr": 0.5}, "server": {"api_key_file": "secret-place"}})
-    with serving.client(config, jobs=open_jobs(config)) as client:
-        answer = client.get("/jobs/schema")
-        form = answer.json()
-        assert list(form["kinds"]) == list(KINDS)
-        for kind, one in form["kinds"].items():
-            assert set(one["options"]) == TAKES.get(kind, set())
-            assert set(one["sections"]) <= set(SECTIONS)
-        assert set(form["schema"]["properties"]) == set(form["values"]) == set(SECTIONS)
-        assert form["values"]["train"]["lr"] == 0.5
-        assert "secret-place" not in answer.text
-        # Every key that a form shows has words to it, and every value it begins with is taken back as it is.
-        for name, section in form["schema"]["properties"].items():
-            keys = form["schema"]["$defs"][section["$ref"].split("/")[-1]]["properties"]
-            assert set(keys) == set(form["values"][name])
-            assert all(one["description"] for one in keys.values())
-            assert form["schema"]["$defs"][section["$ref"].split("/")[-1]]["description"]
-        taken = client.post("/jobs", json={"kind": "benchmark", "config": {**form["values"], "model": {}}})
-        assert taken.status_code == 201, taken.text
-        client.post(f"/jobs/{taken.json()['id']}/cancel", json={})

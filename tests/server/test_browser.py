@@ -1,0 +1,512 @@
+"""The page in a real Chromium, against a real server and a real (tiny) model: what a visitor does, and what it then shows.
+
+Each state is kept as a picture in build/screens/. Needs `playwright` (its Python package alone) and a Chromium of the
+system: chromium, chromium-browser or google-chrome. Nothing is downloaded; without them these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from hildanext.config import Config
+from hildanext.jobs import watcher
+from hildanext.jobs.store import ENDED
+from hildanext.server.command import open_jobs
+from support import serving, waiting
+from support.training import material
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine"
+)
+
+SCREENS = Path(__file__).parents[2] / "build" / "screens"
+SWITCHES = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PROMPT = "Once upon a time"
+expect = sync_api.expect
+expect.set_options(timeout=900_000)  # a machine may be busy; nothing here waits longer than it must
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield found
+        found.close()
+
+
+class Visit:
+    """A browser window on the server; what it complained of and where it went is kept."""
+
+    def __init__(self, browser: Any, url: str, *, phone: bool = False, dark: bool = False) -> None:
+        size = {"width": 360, "height": 740} if phone else {"width": 1280, "height": 800}
+        scheme = "dark" if dark else "light"
+        self.context = browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce")
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(900_000)
+        self.url, self.complaints, self.asked = url, [], []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def look(self, name: str) -> None:
+        """Keep a picture; nothing may stick out sideways."""
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        self.page.evaluate("scrollTo(0, 0)")
+        self.page.screenshot(path=SCREENS / f"{name}.png", full_page=True)
+        assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
+
+    def ask(self, prompt: str = PROMPT, **settings: str) -> None:
+        self.page.get_by_role("radio", name="Plain text").check()
+        self.page.fill("#prompt", prompt)
+        if settings:
+            self.page.locator(".settings").evaluate("it => it.open = true")
+        for name, value in settings.items():
+            self.page.fill(f"#settings [name={name}]", value)
+
+    def finished(self, nth: int = 0) -> Any:
+        """The nth canvas, its run over."""
+        canvas = self.page.locator(".canvas").nth(nth)
+        expect(canvas).to_have_attribute("data-state", re.compile("done|failed"))
+        return canvas
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
+    """`visit(url, ...)`: a window on the page. At the end: no complaint, and no request to anybody else."""
+    visits: list[Visit] = []
+
+    def go(url: str, path: str = "/", **window: Any) -> Visit:
+        visits.append(Visit(browser, url, **window))
+        visits[-1].page.goto(url + path)
+        return visits[-1]
+
+    yield go
+    for one in visits:
+        one.context.close()
+        assert one.complaints == []
+        assert [address for address in one.asked if not address.startswith(one.url + "/")] == []
+
+
+@pytest.fixture(scope="module")
+def served(converted: Config) -> Config:
+    return converted.model_copy(update={"engine": converted.engine.model_copy(update={"runtime": "eager"})})
+
+
+@pytest.fixture(scope="module")
+def server(served: Config) -> Iterator[str]:
+    with serving.running(served) as (url, _):
+        yield url
+
+
+def text_of(canvas: Any) -> str:
+    """The completion as it stands on the canvas."""
+    return canvas.evaluate("it => [...it.querySelectorAll('.tok:not(.cut)')].map(one => one.textContent).join('')")
+
+
+def test_a_generation_is_shown_as_it_happens_and_is_what_the_api_says(visit: Any, server: str) -> None:
+    here = visit(server)
+    here.look("playground")
+    here.ask(max_new_tokens="14", tau_edit="0", tau_mask="0.02")
+    here.page.click("#generate")
+    canvas = here.finished()
+    body = {"prompt": PROMPT, "mode": "Q_MODE", "max_new_tokens": 14, "tau_edit": 0, "tau_mask": 0.02, "trace": True}
+    answer = httpx2.post(f"{server}/generate", json=body).json()
+    assert text_of(canvas) == answer["text"]
+    assert canvas.locator(".prompt-text").text_content() == PROMPT
+    figures = dict(zip(canvas.locator("dt").all_text_contents(), canvas.locator("dd").all_text_contents(), strict=True))
+    stats = answer["stats"]
+    assert (figures["forwards"], figures["drafts"], figures["edits"]) == tuple(
+        str(stats[name]) for name in ("forwards", "drafts", "edits")
+    )
+    assert figures["tokens"] == str(len(answer["token_ids"]))
+    assert float(figures["tokens per forward"]) == pytest.approx(stats["tokens_per_forward"], rel=0.01)
+    about = canvas.locator(".more").text_content()
+    assert "transformers engine, eager · Q_MODE · τ mask 0.02, τ edit 0" in about
+    assert "dinfer: dInfer is not installed" in about
+    here.look("generated")
+
+
+def states(trace: list[dict[str, Any]], n_prompt: int, k: int) -> dict[int, tuple[str | None, str]]:
+    """The truth of the slider: position -> (piece, what pass k did to it), replayed from the API's trace."""
+    found: dict[int, tuple[str | None, str]] = {}
+    for number, step in enumerate(trace[:k], 1):
+        for place, piece in enumerate(step["pieces"]):
+            if step["start"] + place < n_prompt:
+                continue
+            what = "masked" if piece is None else "kept"
+            if number == k:
+                what = "edited" if place in step["edited"] else "drafted" if place in step["drafted"] else what
+            found[step["start"] + place] = (piece, what)
+    return found
+
+
+def test_the_slider_steps_through_every_pass(visit: Any, server: str) -> None:
+    # Thresholds of 0: a random model changes its mind all the time.
+    settings = {"max_new_tokens": 9, "tau_mask": 0.003, "tau_edit": 0, "stop": ["\0"]}
+    answer = httpx2.post(
+        f"{server}/generate", json={"prompt": PROMPT, "mode": "S_MODE", "trace": True} | settings
+    ).json()
+    trace = answer["trace"]
+    assert any(step["edited"] for step in trace)
+    assert len(trace) > 5
+    (n_prompt,) = (
+        json.loads(line[6:])["prompt_tokens"] for line in _stream(server).split("\n") if "prompt_tokens" in line
+    )
+    here = visit(server)
+    here.ask(max_new_tokens="9", tau_mask="0.003", tau_edit="0")
+    here.page.get_by_role("radio", name="S_MODE").check()
+    here.page.click("#generate")
+    canvas = here.finished()
+    slider = canvas.get_by_label("Denoising pass")
+    assert slider.get_attribute("max") == str(len(trace))
+    last = {step["start"] + place: token for step in trace for place, token in enumerate(step["tokens"])}
+    end = n_prompt + len(answer["token_ids"])
+    for k in [*range(len(trace) + 1), 2]:
+        slider.fill(str(k))
+        shown = {
+            int(one["position"]): one
+            for one in canvas.locator(".tok").evaluate_all(
+                "all => all.map(one => ({position: one.dataset.position, text: one.textContent, names: [...one.classList]}))"
+            )
+        }
+        wanted = states(trace, n_prompt, k)
+        assert set(shown) == set(wanted)
+        for position, (piece, what) in wanted.items():
+            assert what in shown[position]["names"], (k, position)
+            # What is settled shows its share of the text, where half characters meet.
+            if piece is None or ("\ufffd" not in piece and last[position] is not None):
+                assert shown[position]["text"] == (piece or "")
+            assert ("cut" in shown[position]["names"]) == (position >= end)
+        assert canvas.locator("output").text_content() == f"pass {k} of {len(trace)}"
+    # Keys do the same, wherever the focus is but in a field; and a token tells its story.
+    here.page.locator("body").click(position={"x": 5, "y": 700})
+    here.page.keyboard.press("ArrowRight")
+    expect(canvas.locator("output")).to_have_text(f"pass 3 of {len(trace)}")
+    changed = next(step["start"] + place for step in trace for place in step["edited"] if step["start"] + place < end)
+    canvas.locator(f"[data-position='{changed}']").evaluate("it => it.click()")
+    story = canvas.locator(".history li:not(.quiet):has(.what), .history li.quiet:has(.what)")
+    truth = [
+        ("drafted" if changed - step["start"] in step["drafted"] else "edited", number)
+        for number, step in enumerate(trace, 1)
+        if changed - step["start"] in (*step["drafted"], *step["edited"])
+    ]
+    assert [(one.locator(".what").text_content(), one.locator("button").text_content()) for one in story.all()] == [
+        (what, f"pass {number}") for what, number in truth
+    ]
+    here.look("history")
+    canvas.get_by_label("Play").click()
+    expect(canvas.locator("output")).to_have_text(f"pass {len(trace)} of {len(trace)}")
+
+
+def _stream(server: str) -> str:
+    return httpx2.post(f"{server}/generate", json={"prompt": PROMPT, "max_new_tokens": 1, "stream": True}).text
+
+
+@pytest.mark.slow
+def test_the_base_beside_both_modes(visit: Any, server: str) -> None:
+    here = visit(server)
+    here.ask(max_new_tokens="12")
+    here.page.click("#compare")
+    canvases = [here.finished(nth) for nth in range(3)]
+    assert [one.locator("h2").text_content() for one in canvases] == ["AR base", "Q_MODE", "S_MODE"]
+    body = {"prompt": PROMPT, "max_new_tokens": 12}
+    answers = [httpx2.post(f"{server}/generate/base", json=body).json()]
+    answers += [httpx2.post(f"{server}/generate", json=body | {"mode": mode}).json() for mode in ("Q_MODE", "S_MODE")]
+    assert [text_of(one) for one in canvases] == [answer["text"] for answer in answers]
+    assert (
+        canvases[0].locator("output").text_content()
+        == f"token {len(answers[0]['token_ids'])} of {len(answers[0]['token_ids'])}"
+    )
+    here.look("compare")
+
+
+@pytest.mark.slow
+def test_a_base_that_cannot_be_had_is_said_in_its_column(visit: Any, converted: Config, tmp_path: Path) -> None:
+    shutil.copytree(converted.model.base, tmp_path / "model")
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    stored["hilda"]["base_model"] = "/nowhere/at/all"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(stored))
+    model = converted.model.model_copy(update={"base": str(tmp_path / "model")})
+    with serving.running(converted.model_copy(update={"model": model})) as (url, _):
+        here = visit(url)
+        here.ask()
+        here.page.click("#compare")
+        canvases = [here.finished(nth) for nth in range(3)]
+        problem = "the AR base is not available: model '/nowhere/at/all': no such folder"
+        assert canvases[0].locator(".problem").text_content() == problem
+        assert [one.get_attribute("data-state") for one in canvases[1:]] == ["done", "done"]
+        here.look("compare-no-base")
+        (said,) = here.complaints  # the browser notes a 404 by itself
+        assert "404" in said
+        here.complaints.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"tau_mask": "2"}, "'tau_mask': Input should be less than or equal to 1"),
+        ({"tau_edit": "some"}, "τ edit is not a number."),
+        ({"max_new_tokens": "500"}, "exceed the model's context of 64"),
+        ({"deadline_s": "0.000001"}, "504, timed out: the deadline passed"),
+    ],
+)
+@pytest.mark.slow
+def test_what_is_refused_is_one_clear_line(visit: Any, server: str, settings: dict[str, str], line: str) -> None:
+    here = visit(server)
+    here.ask(**settings)
+    here.page.click("#generate")
+    problem = here.page.locator(".problem:visible")
+    expect(problem).to_contain_text(line)
+    assert "\n" not in problem.text_content()
+    here.complaints[:] = [said for said in here.complaints if "Failed to load resource" not in said]
+
+
+@pytest.mark.slow
+def test_stop_ends_the_request(visit: Any, server: str) -> None:
+    here = visit(server)
+    here.page.route("**/generate", lambda route: None)  # it never answers
+    here.ask()
+    here.page.click("#generate")
+    here.page.click("#halt")
+    canvas = here.finished()
+    assert canvas.locator(".run-state").text_content() == "stopped"
+    expect(here.page.locator("#generate")).to_be_enabled()
+
+
+@pytest.mark.slow
+def test_a_server_with_keys_is_asked_with_one(visit: Any, served: Config) -> None:
+    with serving.running(served, keys=["schlüssel".encode()]) as (url, _):
+        here = visit(url)
+        dialog = here.page.get_by_role("dialog")
+        expect(dialog).to_be_visible()
+        here.look("key")
+        here.page.fill("#key", "wrong")
+        here.page.get_by_role("button", name="Continue").click()
+        expect(dialog.get_by_role("alert")).to_have_text("That key was not accepted.")
+        here.page.fill("#key", "schlüssel")
+        here.page.get_by_role("button", name="Continue").click()
+        expect(here.page.locator(".dot")).to_have_attribute("data-state", "ok")
+        here.ask()
+        here.page.click("#generate")
+        assert here.finished().get_attribute("data-state") == "done"
+        here.page.reload()  # the tab keeps it
+        expect(here.page.locator(".dot")).to_have_attribute("data-state", "ok")
+        expect(dialog).to_be_hidden()
+        here.complaints[:] = [said for said in here.complaints if "401" not in said]
+
+
+@pytest.mark.slow
+def test_health_shows_what_health_says(visit: Any, server: str) -> None:
+    here = visit(server, "/#health")
+    health = httpx2.get(f"{server}/health").json()
+    facts = here.page.locator("#health .facts").first
+    expect(facts).to_contain_text("transformers")
+    rows = [one.text_content() for one in facts.locator("div").all()]
+    assert "Statusok" in rows
+    assert f"Model{health['model']}" in rows
+    assert f"Block size{health['block_size']}" in rows
+    assert f"Slots0 of {health['slots']} in use" in rows
+    assert "dinfer passed over" in here.page.locator(".reasons").text_content()
+    # A rate is the difference of two looks: the tokens decoded between them.
+    gauge = here.page.locator("[data-gauge='Tokens per forward'] b")
+    expect(gauge).to_have_text("0")
+    answer = httpx2.post(f"{server}/generate", json={"prompt": PROMPT, "max_new_tokens": 12}).json()
+    expect(gauge).not_to_have_text("0")
+    assert float(gauge.text_content()) == pytest.approx(answer["stats"]["tokens_per_forward"], rel=0.01)
+    here.look("health")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("phone", [False, True])
+@pytest.mark.slow
+def test_every_section_on_every_screen(visit: Any, server: str, phone: bool, dark: bool) -> None:
+    here = visit(server, phone=phone, dark=dark)
+    name = f"{'phone' if phone else 'desktop'}-{'dark' if dark else 'light'}"
+    ground = here.page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) is dark
+    here.ask(max_new_tokens="12", tau_edit="0")
+    here.page.click("#compare")
+    for nth in range(3):
+        here.finished(nth)
+    here.page.locator(".tok:not(.silent)").first.evaluate("it => it.click()")
+    here.look(f"{name}-playground")
+    here.page.get_by_role("tab", name="Health").click()
+    expect(here.page.locator("#health .facts").first).to_be_visible()
+    here.look(f"{name}-health")
+
+
+@pytest.mark.slow
+def test_without_a_mouse(visit: Any, server: str) -> None:
+    here = visit(server)
+    keys = here.page.keyboard
+    keys.press("Tab")
+    expect(here.page.get_by_text("Skip to content")).to_be_focused()
+    here.page.locator("#prompt").focus()
+    keys.type(PROMPT)
+    keys.press("Control+Enter")
+    canvas = here.finished()
+    canvas.locator(".tok").first.focus()
+    keys.press("ArrowDown")
+    keys.press("Enter")
+    expect(canvas.locator(".history h3")).to_contain_text("Token 2")
+    here.page.get_by_role("tab", name="Playground").focus()
+    keys.press("ArrowLeft")  # round to the last one
+    keys.press("Enter")
+    expect(here.page.locator("#health")).to_be_visible()
+
+
+# --- Jobs
+
+
+# Tests name `workplace` before `visit`: the page must be closed before its server, which it asks every two seconds.
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server with jobs over real rows and a real base; what still runs at the end is cancelled."""
+    monkeypatch.chdir(tmp_path)
+    config = material(tmp_path, tiny_base)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"order": ["dummy"]})})
+    with serving.running(config, jobs=open_jobs(config)) as (url, _):
+        yield url
+        for job in httpx2.get(f"{url}/jobs").json()["jobs"]:
+            if job["state"] not in ENDED:
+                httpx2.post(f"{url}/jobs/{job['id']}/cancel", json={})
+        waiting.until(lambda: all(job["state"] in ENDED for job in httpx2.get(f"{url}/jobs").json()["jobs"]))
+
+
+def until(page: Any, condition: Callable[[], bool]) -> None:
+    """Wait for what the page is about to show."""
+    for _ in range(18_000):
+        if condition():
+            return
+        page.wait_for_timeout(50)
+    pytest.fail("the page did not show it within 15 minutes")
+
+
+def last_step(page: Any, chart: str) -> int:
+    """The last step that a chart shows."""
+    label = page.locator("figure", has_text=chart).locator("svg").get_attribute("aria-label") or ""
+    return int((re.findall(r"at step (\d+)", label) or ["0"])[0])
+
+
+@pytest.mark.slow
+def test_a_job_is_started_watched_cancelled_and_resumed(workplace: str, visit: Any) -> None:
+    here = visit(workplace, "/#jobs")
+    page = here.page
+    expect(page.locator("#job-list")).to_contain_text("No jobs yet")
+    page.click("#new-job")
+    for section, key, value in (
+        ("wsd", "stable_steps", "50000"),
+        ("train", "save_every", "50000"),
+        ("wsd", "start_block", "0"),
+    ):
+        page.locator(f"[data-section={section}]").evaluate("it => it.open = true")
+        page.fill(f"[name='{section}.{key}']", value)
+    here.look("job-form")
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("#job-pane .problem")).to_have_text("wsd.start_block must be at least 1.")
+    page.fill("[name='wsd.start_block']", "1")  # as it was: not sent
+    page.fill("[name='run']", "mine")
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("#job-pane .pill")).to_have_text("running")
+    (job,) = httpx2.get(f"{workplace}/jobs").json()["jobs"]
+    sent = {"wsd": {"stable_steps": 50_000}, "train": {"save_every": 50_000}}
+    assert job["request"]["config"] == sent
+    assert job["request"]["options"]["run"] == "mine"
+    # The curves grow.
+    until(page, lambda: page.locator(".chart .line").count() >= 5)
+    for wanted in (4, 8):
+        until(page, lambda wanted=wanted: last_step(page, "Loss") >= wanted)
+    box = page.locator(".chart svg").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 14, box["y"] + 60)
+    expect(page.locator(".chart .cursor line").first).to_be_attached()
+    here.look("job-running")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#job-pane .pill")).to_have_text("cancelled")
+    rows = httpx2.get(f"{workplace}/jobs/{job['id']}/metrics").json()["rows"]
+    for chart in ("Loss", "Block size", "Learning rate", "Tokens per second"):
+        until(page, lambda chart=chart: last_step(page, chart) == rows[-1]["step"])
+    assert "saved step" in page.locator(".log").first.text_content()
+    here.look("job-cancelled")
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator("#job-pane .pill")).to_have_text("running")
+    until(page, lambda: last_step(page, "Loss") > rows[-1]["step"])
+    assert httpx2.get(f"{workplace}/jobs/{job['id']}").json()["attempt"] == 2
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#job-pane .pill")).to_have_text("cancelled")
+    page.get_by_role("button", name="Delete").click()
+    expect(page.locator("#job-list")).to_contain_text("No jobs yet")
+
+
+# What a training leaves behind, without the training: metrics in its run's folder, a result on stdout.
+TRAINED = """
+import json, math, pathlib, sys
+folder = pathlib.Path("runs", sys.argv[1])
+folder.mkdir()
+scale = {"slow": 1, "fast": 3}[sys.argv[1]]
+with open(folder / "metrics.jsonl", "w") as file:
+    for step in range(1, 2001):
+        row = {"step": step, "loss": 5 * math.exp(-step * scale / 900) + 0.3 * math.sin(step * 1.7) ** 2 + 1}
+        row |= {"block_size": min(32, 1 + step // 20), "lr": 1e-4 * scale, "tokens_per_second": 900 + 50 * math.cos(step)}
+        file.write(json.dumps(row | ({"eval_loss": row["loss"] + 0.1} if step % 200 == 0 else {})) + "\\n")
+print(json.dumps({"finished": True, "steps": 2000}))
+"""
+
+
+@pytest.mark.slow
+def test_runs_are_laid_over_each_other(
+    workplace: str, visit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        watcher, "command", lambda python, kind, options, *_, **__: [python, "-c", TRAINED, options.run]
+    )
+    ids = []
+    for name, lr in (("slow", 0.001), ("fast", 0.01)):
+        body = {"kind": "convert-wsd", "options": {"run": name}, "config": {"train": {"lr": lr}}}
+        ids.append(httpx2.post(f"{workplace}/jobs", json=body).json()["id"])
+    here = visit(workplace, f"/#jobs/{ids[1]}")
+    page = here.page
+    expect(page.locator("#job-pane .pill")).to_have_text("done")
+    expect(page.locator("#job-pane")).to_contain_text("train.lr = 0.01")
+    expect(page.locator("#job-pane")).to_contain_text("Result")
+    here.look("job-done")
+    for box in page.locator("#job-list input").all():
+        box.check()
+    loss = page.locator("figure", has_text="Learning rate")
+    expect(loss.locator(".line")).to_have_count(2)
+    last = [json.loads(line) for line in (tmp_path / "runs" / "slow" / "metrics.jsonl").read_text().splitlines()][-1]
+    expect(loss.locator(".readout")).to_contain_text("slow")
+    assert last_step(page, "Learning rate") == last["step"]
+    here.look("jobs-compared")
+    phone = visit(workplace, f"/#jobs/{ids[1]}", phone=True, dark=True)
+    expect(phone.page.locator("#job-pane .pill")).to_have_text("done")
+    until(phone.page, lambda: last_step(phone.page, "Loss") == last["step"])
+    assert phone.page.locator(".chart .grid line").count() >= 8  # two a chart at the least
+    phone.look("phone-dark-job")
+    phone.page.click("#new-job")
+    phone.page.locator("[data-section=train] summary").click()
+    phone.look("phone-dark-job-form")
+
+
+@pytest.mark.slow
+def test_a_server_without_a_jobs_table_says_so(visit: Any, server: str) -> None:
+    here = visit(server, "/#jobs")
+    expect(here.page.locator("#jobs-problem")).to_have_text("This server runs no jobs.")
+    here.complaints[:] = [said for said in here.complaints if "404" not in said]
