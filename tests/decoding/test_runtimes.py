@@ -1,6 +1,8 @@
 """Every runtime against the eager one: hidden states within a tolerance, and the same tokens where it is exact."""
 
+import importlib
 import random
+import sys
 from functools import partial
 
 import pytest
@@ -172,13 +174,24 @@ def requests(n=12):
         yield Request(tokens(rng, rng.randint(1, 40)), wanted)
 
 
+def test_openvino_reports_nothing_to_its_maker(monkeypatch, tiny_tokenizer):
+    """Its converter sends what is converted over the network where the package for that can be imported."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    monkeypatch.setattr(runtimes, "has_openvino", lambda: True)
+    monkeypatch.setattr("hildanext.decoding.runtimes.openvino.OpenVinoRuntime", lambda *_: EagerRuntime(model()))
+    monkeypatch.delitem(sys.modules, "openvino_telemetry")
+    engine(tiny_tokenizer, "openvino")
+    with pytest.raises(ImportError):
+        importlib.import_module("openvino_telemetry")
+
+
 def test_openvino_gives_the_same_tokens(monkeypatch, tiny_tokenizer):
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     monkeypatch.setattr(runtimes, "has_openvino", lambda: True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     wanted = list(requests())
     expected = [done.token_ids for done in engine(tiny_tokenizer, "eager").generate_batch(wanted)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     found = engine(tiny_tokenizer, "auto")
     assert found.runtime.name == "openvino"
     seen, head = [], found.runtime.head

@@ -6,8 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from hildanext.errors import UsageError
 from hildanext.evaluate import sandbox
 from hildanext.evaluate.sandbox import Limits, Verdict, require_sandbox, run_check
+from support.waiting import until
 
 QUICK = Limits(cpu_s=2, wall_s=60)
 CALL = "def check(f):\n    f()\n"
@@ -317,24 +317,15 @@ def test_nothing_outlives_an_evaluation_that_is_killed() -> None:
     )
     environment = {"PYTHONPATH": str(Path(sandbox.__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as evaluation:
-        assert _soon(lambda: _running(marker))
+        until(lambda: _running(marker))
         evaluation.kill()
-    assert _soon(lambda: not _running(marker))
+    until(lambda: not _running(marker))
 
 
 def _running(marker: str) -> bool:
     """Whether a program that was started with the marker runs. The evaluation itself has it inside a longer argument."""
     wanted = b"\0" + marker.encode() + b"\0"
     return any(_read(path).endswith(wanted) for path in Path("/proc").glob("[0-9]*/cmdline"))
-
-
-def _soon(happened: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not happened():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def _read(path: Path) -> bytes:

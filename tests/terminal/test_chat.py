@@ -35,6 +35,7 @@ from hildanext.terminal.cells import CellTracker, as_line, token_texts
 from hildanext.terminal.dialogue import Dialogue
 from hildanext.terminal.live import LiveAnswer, draw_line
 from support.models import CHATML, make_tokenizer
+from support.waiting import LAST_RESORT
 
 BLOCK, CONTEXT = 4, 256
 
@@ -408,7 +409,7 @@ class Terminal:
 
         `again` is typed whenever ten reads one after the other brought nothing.
         """
-        begin, deadline, silent = self.at, time.monotonic() + 300, 0
+        begin, deadline, silent = self.at, time.monotonic() + LAST_RESORT, 0
         while wanted not in self.seen[begin:]:
             assert time.monotonic() < deadline, self.seen
             before = len(self.seen)
@@ -435,7 +436,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def end(self) -> int:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + LAST_RESORT
         while self.read():
             if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)

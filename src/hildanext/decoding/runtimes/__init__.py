@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from typing import Any, cast
 
 from hildanext.config import EngineConfig
 from hildanext.decoding.runtimes.protocol import Runtime
@@ -53,6 +55,8 @@ def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runt
         )
     say(f"runtime {name}: {reason}")
     if name == "openvino":
+        # Without this package OpenVINO uses a stub. With it, each conversion is reported to its maker over the network.
+        sys.modules.setdefault("openvino_telemetry", cast(Any, None))
         from hildanext.decoding.runtimes.openvino import OpenVinoRuntime
 
         return OpenVinoRuntime(lm.model, block_size, config.weights)
