@@ -15,9 +15,9 @@ import pytest
 from hildanext.errors import UsageError
 from hildanext.evaluate import sandbox
 from hildanext.evaluate.sandbox import Limits, Verdict, require_sandbox, run_check
-from support.waiting import until
+from support.waiting import LAST_RESORT, until
 
-QUICK = Limits(cpu_s=2, wall_s=60)
+QUICK = Limits(cpu_s=2, wall_s=LAST_RESORT)
 CALL = "def check(f):\n    f()\n"
 
 
@@ -42,10 +42,10 @@ def attempt(body: str, limits: Limits = QUICK) -> Verdict:
 
 def test_what_is_right_passes_and_what_is_wrong_does_not() -> None:
     test = "def check(add):\n    assert add(2, 3) == 5\n    assert add(-1, 1) == 0\n"
-    assert run_check("def add(a, b):\n    return a + b\n", test, "add") == Verdict(True, "passed")
-    assert run_check("def add(a, b):\n    return a - b\n", test, "add") == Verdict(False, "AssertionError: ")
-    assert not run_check("def add(a, b)\n    return a + b\n", test, "add").passed
-    assert "KeyError" in run_check("def sub(a, b):\n    return a - b\n", test, "add").reason
+    assert run_check("def add(a, b):\n    return a + b\n", test, "add", QUICK) == Verdict(True, "passed")
+    assert run_check("def add(a, b):\n    return a - b\n", test, "add", QUICK) == Verdict(False, "AssertionError: ")
+    assert not run_check("def add(a, b)\n    return a + b\n", test, "add", QUICK).passed
+    assert "KeyError" in run_check("def sub(a, b):\n    return a - b\n", test, "add", QUICK).reason
 
 
 def test_the_standard_library_and_its_own_folder_are_there() -> None:
@@ -229,7 +229,7 @@ def test_an_exit_code_is_nothing_but_a_failure() -> None:
 
 
 def test_an_endless_loop_ends() -> None:
-    found = attempt("while True: pass", Limits(cpu_s=1, wall_s=60))
+    found = attempt("while True: pass", Limits(cpu_s=1, wall_s=LAST_RESORT))
     assert "SIGKILL" in found.reason or "SIGXCPU" in found.reason
 
 
@@ -239,7 +239,7 @@ def test_sleeping_ends_by_the_clock_on_the_wall() -> None:
 
 def test_a_fork_bomb_runs_into_the_limit() -> None:
     body = "try:\n    while True:\n        if os.fork() == 0:\n            continue\nexcept BlockingIOError:\n    os._exit(1)"
-    assert not attempt(body, Limits(cpu_s=1, wall_s=60)).passed
+    assert not attempt(body, Limits(cpu_s=1, wall_s=LAST_RESORT)).passed
     count = (
         "import time\nchildren = []\n"
         "try:\n    while True:\n        child = os.fork()\n        if child == 0:\n            time.sleep(60)\n        children.append(child)\n"
