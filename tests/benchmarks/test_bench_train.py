@@ -127,6 +127,7 @@ for step in range(6):
 """
 
 
+@pytest.mark.slow
 def test_kills_strike_while_it_starts_works_and_saves(bench, tmp_path, monkeypatch):
     kills = bench("kills")
     monkeypatch.setattr(kills, "arguments", lambda command, resume: [sys.executable, "-S", "-c", WORKER])

@@ -10,7 +10,6 @@ import random
 import socket
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,11 +122,13 @@ def test_a_client_that_takes_nothing_is_dropped(
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             log = ""
-            for _ in range(60_000):
+
+            def is_logged() -> bool:
+                nonlocal log
                 log += capsys.readouterr().err
-                if '"event": "request", "id": "idle"' in log:
-                    break
-                time.sleep(0.001)
+                return '"event": "request", "id": "idle"' in log
+
+            waiting.until(is_logged)
             until(worker, lambda: not worker.accepted)
             assert log.count('"event": "stalled", "id": "idle"') == 1
             assert "Traceback" not in log

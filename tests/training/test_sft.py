@@ -204,7 +204,9 @@ def test_no_weight_is_above_that_of_t_min(tmp_path: Path, tiny_base: Path):
 def test_tuning_teaches_the_answers(tmp_path: Path, tiny_base: Path):
     """Six steps become sixty: the loss on the answers it trains on falls, and the checkpoint keeps its block."""
     converted = convert_wsd(material(tmp_path, tiny_base))
-    config = material(tmp_path, Path(converted["checkpoint"]), sft={"steps": 60, "lr": 0.01, "turns": 2})
+    rarely = {"save_every": 30, "eval_every": 30}
+    sections = {"sft": {"steps": 60, "lr": 0.01, "turns": 2}, "train": rarely}
+    config = material(tmp_path, Path(converted["checkpoint"]), **sections)
     done = sft(config)
     losses = [json.loads(line)["m2t_ce"] for line in (tmp_path / "runs/sft/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 60
