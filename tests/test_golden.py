@@ -1,4 +1,8 @@
-"""Numbers of ten training steps and of forty decoded texts, as they were when the package was ten folders fewer."""
+"""Recorded numbers stay equal, and files of earlier versions still load.
+
+`golden/numbers.json` holds ten steps of each training and forty decoded texts; `golden/before` a run, an adapter and a job
+table. Both were written by the flat package, before it was split into ten.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ RECORDED = json.loads((Path(__file__).parent / "golden" / "numbers.json").read_t
 
 
 def same(found: Any, recorded: Any) -> None:
-    """Equal to the last digit on the kind of machine that recorded; elsewhere kernels round in another order."""
+    """Equal to the last digit on the kind of machine that recorded the numbers; other kernels round in another order."""
     if machine() == RECORDED["machine"]:
         assert found == recorded
     elif isinstance(recorded, dict):
@@ -46,7 +50,7 @@ def test_forty_decoded_texts(tmp_path: Path):
 
 @pytest.fixture
 def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of the flat package (version 0.1, 73 modules): a run stopped at step 4 of 6, an adapter, jobs."""
+    """A working folder written by the flat package: a run stopped at step 4 of 6, an adapter, a job table."""
     folder = tmp_path / "before"
     shutil.copytree(Path(__file__).parent / "golden" / "before", folder)
     monkeypatch.chdir(folder)

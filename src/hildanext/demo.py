@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hildanext.config import Config, load_config
@@ -47,7 +48,7 @@ from hildanext.training.merge import best_checkpoints, merge
 
 READY = Path(__file__).parent / "configs" / "demo.json"
 N_INSTRUCTIONS = 6000
-AR_STEPS, AR_ROWS, AR_LR = 1600, 6, 6e-3
+AR_STEPS, AR_ROWS, AR_LR = 1500, 6, 6e-3
 HIDDEN, LAYERS = 128, 3
 N_PROMPTS, N_ELBO_ROWS = 100, 40
 WANT_QUALITY, WANT_TPF = 0.9, 2.5
@@ -251,6 +252,8 @@ def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     (folder / "demo.marker").write_text(
         "Made by 'hildanext demo'. The next run replaces this folder.\n", encoding="utf-8"
     )
+    # The models are so small that a second thread gains little, and on a busy machine they would wait for each other.
+    torch.set_num_threads(1)
     began = time.perf_counter()
     say("1/4  train a tiny AR model from scratch")
     base = make_base(config, folder)

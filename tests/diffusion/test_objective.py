@@ -1,4 +1,4 @@
-"""The loss against a loop written from the formula in DESIGN section 3."""
+"""The loss against a loop written from the formula in docs/design.md section 3."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""The numbers that a change of layout must not change: ten steps of each training, and forty decoded texts.
+"""Numbers that a refactoring must not change: ten steps of each training, and forty decoded texts.
 
-`python tests/golden/measure.py` (from the repository's root) records them anew; `test_golden.py` compares.
+`python tests/golden/measure.py`, from the repository's root, records them again; `test_golden.py` compares.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def machine() -> str:
-    """What rounding depends on: on a machine of the same kind the numbers are equal to the last digit."""
+    """The kind of machine, on which rounding depends."""
     return f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 

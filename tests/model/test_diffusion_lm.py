@@ -1,4 +1,4 @@
-"""The claims of DESIGN section 2 in float64, the mask token, and what a checkpoint holds.
+"""The claims of docs/design.md section 2 in float64, the mask token, and what a checkpoint holds.
 
 The truth: transformers' own forward under masks written here by hand, and the same model on other rows.
 """

@@ -102,7 +102,7 @@ def trainer_for(config: Config, job: TrainingJob, recipe: Recipe, split: str = "
     return Trainer(config, lm, policy, accelerator, job, task, RunFolder(Path(config.paths.runs) / "unused")), lm
 
 
-# The loss of a row from DESIGN sections 3 and 5: one document and one block at a time, with the stock model
+# The loss of a row from docs/design.md sections 3 and 5: one document and one block at a time, with the stock model
 
 
 def predictions(lm: DiffusionLM, clean: Tensor, noisy: Tensor, block: int, start: int, end: int) -> dict[int, Tensor]:

@@ -1,4 +1,4 @@
-"""The training step against loops written from DESIGN sections 3 and 4, and what a run leaves behind."""
+"""The training step against loops written from docs/design.md sections 3 and 4, and what a run leaves behind."""
 
 from __future__ import annotations
 
