@@ -20,6 +20,10 @@ demo: $(RUNTIME)
 # worksteal: a process that runs out of tests takes some from the other's end.
 PYTEST = -m pytest -n auto --dist worksteal
 
+# Models in the tests are tiny: a second thread only waits for the first, and a process runs on each core.
+test test-all coverage: export OMP_NUM_THREADS = 1
+test test-all coverage: export OMP_WAIT_POLICY = PASSIVE
+
 # What a change must pass, in minutes.
 test: $(DEV)
 	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
