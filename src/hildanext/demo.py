@@ -48,7 +48,7 @@ from hildanext.training.merge import best_checkpoints, merge
 
 READY = Path(__file__).parent / "configs" / "demo.json"
 N_INSTRUCTIONS = 6000
-AR_STEPS, AR_ROWS, AR_LR = 1500, 6, 6e-3
+AR_STEPS, AR_ROWS, AR_LR = 1200, 6, 6e-3
 HIDDEN, LAYERS = 128, 3
 N_PROMPTS, N_ELBO_ROWS = 100, 40
 WANT_QUALITY, WANT_TPF = 0.9, 2.5

@@ -1,4 +1,4 @@
-"""Which attention a training uses, and the check that it gives what the dense mask gives."""
+"""The choice of the training attention, and the check that its hidden states equal those of the dense mask."""
 
 from __future__ import annotations
 

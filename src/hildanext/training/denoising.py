@@ -1,6 +1,6 @@
 """A micro-batch of `convert-wsd` and `sft`, from clean rows x_0 to gradients. Read `DenoisingTask.backward` first.
 
-A micro-batch is noised and learned from in one to three *turns*, each a forward and backward of its own:
+A micro-batch takes one to three *turns*, each a noised forward and a backward:
 
     noised      x_t, drawn at the noise level t of each block
     drafts      x_t where some masks hold the model's own predictions (multi-turn forward, LLaDA2.1 section 3)

@@ -1,4 +1,4 @@
-"""`dpo`: preference tuning of a converted checkpoint, against itself as it was (see `prefer`)."""
+"""The `dpo` command: preference tuning of a converted checkpoint. The loss is in `preference.py`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,9 @@ def dpo(config: Config, name: str = "dpo", resume: bool = False) -> dict[str, An
     """
     tune = config.dpo
     if config.lora.rank is None:
-        raise ConfigError(
-            "'lora.rank': dpo trains an adapter, without which the model is its own reference; set a rank"
-        )
+        raise ConfigError("'lora.rank': dpo trains an adapter beside the reference model; set a rank")
     if tune.pairs is None:
-        raise ConfigError("'dpo.pairs': give the file with the preference pairs")
+        raise ConfigError("'dpo.pairs': no file of preference pairs is set; give one")
     opened = open_run(config, name, "dpo", resume)
     lm = opened.lm
     block = tune.block_size or lm.block_size
@@ -57,13 +55,13 @@ def dpo(config: Config, name: str = "dpo", resume: bool = False) -> dict[str, An
 
 
 def open_pairs(config: Config, lm: DiffusionLM, block_size: int) -> tuple[PreferencePairs, PreferencePairs | None]:
-    """Pairs to train on and pairs held out, by a hash of the first question; None where none is held out."""
+    """Training pairs and held-out pairs, split by a hash of the first question; None if no pair is held out."""
     assert config.dpo.pairs is not None
     rejects = Rejects()
     read = list(read_pairs(config.dpo.pairs, rejects))
     parts: list[list[ConversationPair]] = [[], []]
-    for one in read:
-        parts[is_held_out(one.chosen, config.data.eval_share)].append(one)
+    for pair in read:
+        parts[is_held_out(pair.chosen, config.data.eval_share)].append(pair)
     length = config.data.seq_len
     fitted = [encode_pairs(part, lm.tokenizer, length, block_size, rejects) for part in parts]
     n_pairs = sum(len(part.pairs) for part in fitted)
@@ -85,7 +83,7 @@ def open_pairs(config: Config, lm: DiffusionLM, block_size: int) -> tuple[Prefer
 
 
 def reference(config: Config, lm: DiffusionLM) -> dict[str, Tensor]:
-    """The adapter's values when the run began, also of a run that is resumed: those of model.base, or none if it is whole."""
+    """The adapter's values at the start of the run, also for a resumed run: those of `model.base`, or of a new adapter."""
     weights, settings = find_file(config.model, WEIGHTS), find_file(config.model, SETTINGS)
     if weights is None or settings is None:
         return fresh_values(lm.model)
