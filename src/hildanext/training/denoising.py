@@ -170,14 +170,15 @@ class DenoisingTask:
             if self.teacher is not None and teacher_states is not None:
                 soft = self.teacher.soft(teacher_states, batch, noisy, wanted, block_size)
             with sync_gradients(self.accelerator, self.module, sync and turn == order[-1]):
-                # 2. mask, 3. forward, 4. loss
-                loss, counts, predicted = self.run(batch, noisy, wanted, block_size, n_tokens, embed_noise, soft)
+                # 2. mask, 3. forward, 4. loss: `DenoisingModule.forward`
+                with self.accelerator.autocast():
+                    found: Denoised = self.module(batch, noisy, wanted, block_size, n_tokens, embed_noise, soft)
                 # 5. backward
-                backward(self.accelerator, loss.total, step, self.rows.describe(batch.samples), turn)
+                backward(self.accelerator, found.loss.total, step, self.rows.describe(batch.samples), turn)
             if turn == "noised":
-                drafts[wanted] = predicted.best
+                drafts[wanted] = found.predicted.best
             # Accuracy on masks is logged of the first turn only, so that it compares across recipes.
-            for name, value in (loss._asdict() | counts._asdict()).items():
+            for name, value in (found.loss._asdict() | found.counts._asdict()).items():
                 if turn == "noised" or not name.startswith("masked"):
                     sums.add(name, value)
 
@@ -210,21 +211,6 @@ class DenoisingTask:
         draws = torch.stack([torch.randn(shape, generator=sample_generator(seed, s, "embed")) for s in batch.samples])
         return draws.to(masked.device) * masked[..., None] * std
 
-    def run(
-        self,
-        batch: Batch,
-        noisy: Noisy,
-        wanted: Tensor,
-        block_size: int,
-        n_tokens: int,
-        embed_noise: Tensor | None = None,
-        soft: Soft | None = None,
-    ) -> Denoised:
-        """`DenoisingModule.forward` of the wrapped module, in the accelerator's precision."""
-        with self.accelerator.autocast():
-            result: Denoised = self.module(batch, noisy, wanted, block_size, n_tokens, embed_noise, soft)
-        return result
-
     def metrics(self, total: dict[str, float]) -> dict[str, float]:
         """What the log keeps of a step. total: its `Loss` and `Counts`, summed over turns, micro-batches and processes."""
         return {
@@ -245,7 +231,9 @@ class DenoisingTask:
             return {}
 
         def predict(batch: Batch, noisy: Noisy) -> Predicted:
-            return self.run(batch, noisy, noisy.masked, self.eval_block, 1).predicted
+            with self.accelerator.autocast():
+                found: Denoised = self.module(batch, noisy, noisy.masked, self.eval_block, 1)
+            return found.predicted
 
         n_rows = self.config.train.eval_rows
         result = evaluate_denoising(self.lm, self.eval_rows, self.eval_block, n_rows, batch_rows, model=predict)
