@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -431,20 +430,23 @@ def test_an_attempt_never_runs_twice(tmp_path: Path) -> None:
     assert not child.is_held(tmp_path)
 
 
-def test_a_signal_that_comes_before_the_command_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    popen = subprocess.Popen
+# Runs a command as `child` does, and gets SIGTERM just before the command starts.
+EARLY = f"""
+import os, signal, subprocess, sys
+from pathlib import Path
+from hildanext.jobs import child
+popen = subprocess.Popen
+def late(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return popen(*arguments, **options)
+child.subprocess.Popen = late
+print(child.run(Path(sys.argv[1]), 1, [sys.executable, "-S", "-c", {FOREVER!r}]))
+"""
 
-    def late(*arguments: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return popen(*arguments, **options)
 
-    monkeypatch.setattr(child.subprocess, "Popen", late)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        assert child.run(tmp_path, 1, [sys.executable, "-c", FOREVER]) == -signal.SIGTERM
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def test_a_signal_that_comes_before_the_command_reaches_it(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == f"-{int(signal.SIGTERM)}\n", done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell a process that its parent is dead")
