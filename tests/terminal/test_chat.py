@@ -400,6 +400,7 @@ class Terminal:
         command = [sys.executable, "-m", "hildanext.cli", "chat", "--config", str(folder / "chat.json"), *options]
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell runs the tests in the background
             os.execve(sys.executable, command, os.environ | {"TERM": term})
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.seen, self.at = "", 0
