@@ -140,10 +140,10 @@ def test_modes_and_thresholds(piped):
     ("line", "message"),
     [
         ("/nothing", "unknown command '/nothing'; /help lists the commands"),
-        ("/mode fast", "chat: 'decode.mode': input should be 'S_MODE' or 'Q_MODE', got 'FAST'"),
+        ("/mode fast", "chat: 'decode.mode': must be 'S_MODE' or 'Q_MODE', got 'FAST'"),
         ("/tau", "usage: /tau MASK [EDIT|off], for example /tau 0.7 0.5"),
         ("/tau high", "usage: /tau MASK [EDIT|off], for example /tau 0.7 0.5"),
-        ("/tau 1.5", "chat: 'decode': tau_mask must lie in [0, 1], got 1.5"),
+        ("/tau 1.5", "chat: 'decode.tau_mask': must be between 0 and 1, got 1.5"),
         ("/trace", "there are no passes to show yet"),
         ("/save", "usage: /save FILE.json or FILE.md"),
         ("/load", "usage: /load FILE.json"),
@@ -462,7 +462,7 @@ def test_on_a_terminal(folder: Path, tmp_path: Path):
     terminal.wait("Ctrl-D or /quit leaves", again="\x03")
     terminal.wait("> ")
     terminal.type("/tau 2\n")
-    assert "tau_mask must lie in [0, 1]" in terminal.wait("got 2")
+    assert "'decode.tau_mask': must be between 0 and 1" in terminal.wait("got 2")
     terminal.wait("> ")
     terminal.type(f"/save {tmp_path / 'talk.json'}\n")
     terminal.wait("2 messages written")
