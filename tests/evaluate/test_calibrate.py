@@ -183,4 +183,4 @@ def test_only_a_local_converted_checkpoint_can_be_calibrated(checkpoint, tmp_pat
     assert main(["calibrate", "--model", str(checkpoint / "base"), "--set", "model.dtype=float32"]) == 2
     assert "is not a converted checkpoint; run 'hildanext convert-wsd' first" in capsys.readouterr().err
     assert main(["calibrate", "--model", str(checkpoint / "converted"), "--set", "calibrate.tau_mask=[2]"]) == 2
-    assert "tau_mask must lie in [0, 1], got 2" in capsys.readouterr().err
+    assert "every value must be between 0 and 1, got 2" in capsys.readouterr().err
