@@ -50,7 +50,11 @@ def stoppable(
         sock.bind(("127.0.0.1", 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a slow reader is soon felt
         settings = uvicorn.Config(
-            app, log_level="error", access_log=False, timeout_graceful_shutdown=config.server.drain_s
+            app,
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=config.server.drain_s,
+            timeout_keep_alive=LAST_RESORT,  # a slow machine may leave a connection idle for long
         )
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, args=([sock],))

@@ -435,7 +435,7 @@ def test_what_dpo_cannot_do_without(tmp_path: Path, tiny_base: Path, shifted: Pa
         (
             whole.model_copy(update={"dpo": whole.dpo.model_copy(update={"pairs": None})}),
             ConfigError,
-            "'dpo.pairs': give",
+            "'dpo.pairs': no file of preference pairs",
         ),
         (preferring(tmp_path, tiny_base), UsageError, "is not converted; run 'hildanext convert-wsd'"),
         (
