@@ -47,6 +47,12 @@ def pytest_sessionfinish() -> None:
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def eager_by_default() -> Iterator[None]:
     """`engine.runtime: auto` is eager in tests, whatever is installed; test_runtimes.py looks at the others."""
