@@ -1,4 +1,4 @@
-"""The Ray backend, on a real cluster of one node that is started here, killed here, and started again."""
+"""The Ray backend: on a stand-in for a cluster, and on a real one of one node that is started, killed and started again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -91,7 +93,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def real() -> Iterator[Cluster]:
     pytest.importorskip("ray.job_submission", reason="ray is not installed: pip install 'hildanext[ray]'")
     cluster = Cluster()
     try:
@@ -102,13 +104,33 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
+@pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.slow)])
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster that runs; the stand-in takes the place of Ray's client."""
+    if request.param == "real":
+        yield request.getfixturevalue("real")
+        return
+    pytest.importorskip("ray.job_submission", reason="ray is not installed: pip install 'hildanext[ray]'")
+    from hildanext.jobs import ray
+    from support.ray import StandIn
+
+    cluster = StandIn()
+    cluster.start()
+    monkeypatch.setattr(ray, "Client", lambda address: cluster)
+    yield cluster
+    cluster.kill()
+
+
 @pytest.fixture
-def config(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> Config:
-    monkeypatch.chdir(tmp_path)
+def config(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any) -> Config:
+    return on_cluster(tmp_path, tiny_base, monkeypatch, cluster)
+
+
+def on_cluster(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any) -> Config:
+    """A server's configuration whose jobs the cluster runs."""
+    monkeypatch.chdir(folder)
     jobs = {"backend": "ray", "ray_address": cluster.address, "at_once": 2}
-    return parse_config(
-        material(tmp_path, tiny_base).model_dump(mode="json") | {"jobs": jobs, "engine": {"order": ["dummy"]}}
-    )
+    return parse_config(material(folder, base).model_dump(mode="json") | {"jobs": jobs, "engine": {"order": ["dummy"]}})
 
 
 @pytest.fixture
@@ -152,7 +174,8 @@ def until_state(jobs: Jobs, job: Job, state: str) -> Job:
 
 
 @pytest.mark.slow
-def test_a_real_job_is_done(config: Config) -> None:
+def test_a_real_job_is_done(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, real: Cluster) -> None:
+    config = on_cluster(tmp_path, tiny_base, monkeypatch, real)
     pairs = [{"question": f"What is {n} plus one?", "answer": f"It is {n + 1}."} for n in range(60)]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     with serving.client(config, jobs=open_jobs(config)) as client:
@@ -166,7 +189,6 @@ def test_a_real_job_is_done(config: Config) -> None:
         assert client.get("/health").json()["jobs"] == {"backend": "ray", "trouble": None}
 
 
-@pytest.mark.slow
 def test_cancel_one_that_runs_and_one_that_waits(
     watched: Jobs, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +211,6 @@ def test_cancel_one_that_runs_and_one_that_waits(
     assert not (watched.path(second.id) / "stdout-1.json").exists()
 
 
-@pytest.mark.slow
 def test_a_server_that_comes_back_finds_its_jobs(
     watched: Jobs, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,12 +276,13 @@ def copy(source: socket.socket, sink: socket.socket) -> None:
 
 @pytest.mark.slow
 def test_while_ray_does_not_answer_nothing_changes(
-    config: Config,
-    cluster: Cluster,
+    real: Cluster,
+    tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    cluster, config = real, on_cluster(tmp_path, tiny_base, monkeypatch, real)
     go = tmp_path / "go"
     scripted(monkeypatch, f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\nprint('{{}}')")
     (port,) = free_ports(1)
@@ -301,7 +323,6 @@ def looks(jobs: Jobs) -> None:
         until(lambda: jobs.wake() or len(seen) > 2)
 
 
-@pytest.mark.slow
 def test_what_the_cluster_cannot_run_says_why(watched: Jobs, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watched.backend, "workspace", Path("/nowhere/at all"))
     failed = until_state(watched, job := ready(watched, config), "failed")
@@ -310,9 +331,8 @@ def test_what_the_cluster_cannot_run_says_why(watched: Jobs, config: Config, mon
     assert "/nowhere/at all" in (watched.path(job.id) / "log.txt").read_text()
 
 
-@pytest.mark.slow
 def test_a_cluster_that_forgot_a_job(
-    watched: Jobs, config: Config, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    watched: Jobs, config: Config, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "ran"
     scripted(monkeypatch, marked(mark, "import time\nwhile True: time.sleep(0.01)"))
@@ -330,6 +350,28 @@ def test_a_cluster_that_forgot_a_job(
     assert watched.store.move(lost, "queued", attempt=2)
     done = until_state(watched, job, "done")
     assert (done.backend_id, mark.read_text()) == (f"hildanext-{job.id}-2", "xx")
+
+
+def test_what_ray_answers_instead(watched: Jobs, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that cannot be sent waits, and one line says why; an error of Ray's is told by its last line with words."""
+    scripted(monkeypatch, "print('{}')")
+    job = ready(watched, config)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Request failed:\n  no room for it\n  ----")
+
+    with watched.backend._client() as client:
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "submit_job", refused)
+        with pytest.raises(BackendError, match=r"^Ray at http://127\.0\.0\.1:\d+ failed:   no room for it$"):
+            watched.tick()
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "get_job_info", refused)
+        patch.setattr(client, "list_jobs", lambda: [SimpleNamespace(submission_id=f"hildanext-{job.id}-1")])
+        with pytest.raises(BackendError, match="no room for it"):
+            watched.tick()
+    assert until_state(watched, job, "done").exit_code == 0
 
 
 # --- Without a cluster
