@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import gguf
 import pytest
 import torch
 from httpx2._config import DEFAULT_TIMEOUT_CONFIG
@@ -66,6 +68,24 @@ def without_curves() -> Iterator[None]:
     """Runs draw no curves: see `plain_curves`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_curves", plain_curves)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gguf_files_are_parsed_once() -> Iterator[None]:
+    """A model's loading parses its GGUF file three times, of which each takes seconds."""
+
+    @functools.lru_cache(maxsize=2)
+    def parsed(path: str, changed: int, size: int) -> gguf.GGUFReader:
+        return reader(path)
+
+    def read(path: str) -> gguf.GGUFReader:
+        status = os.stat(path)
+        return parsed(str(path), status.st_mtime_ns, status.st_size)
+
+    reader = gguf.GGUFReader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", read)
         yield
 
 

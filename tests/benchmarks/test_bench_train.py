@@ -96,6 +96,7 @@ def test_memory_and_speed_are_judged_against_their_bars(bench, plain):
     assert set(verdicts[6:]) == {None}
 
 
+@pytest.mark.slow
 def test_a_side_without_memory_leaves_a_lower_bound_and_no_other_failure_hides(bench, monkeypatch):
     memory = bench("train_memory")
     setup = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import train_memory, torch; "

@@ -6,9 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,9 @@ from hildanext.data.shards import write_shard
 from hildanext.data.tokenize import tokenize_data
 from hildanext.data.tokenizer import fingerprint
 from hildanext.data.verify import verify_data
-from hildanext.data.workers import encode
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of
+from support.half_sent import PatchedEncoding
 from support.models import make_tokenizer
 
 MakeConfig = Callable[..., Config]
@@ -195,36 +193,6 @@ def test_a_dead_worker_is_told(make_config: MakeConfig, monkeypatch: pytest.Monk
     batch = workers.DocumentBatch(stories(3), [DocumentPlace("x", n) for n in range(3)], 100, [], True)
     with pytest.raises(DataError, match="a tokenize process died"):
         list(workers.encode_batches(iter([batch]), encoding, workers=2))
-
-
-class HalfAnswer:
-    """A stand-in for a chunk: its process is killed when part of the answer is already in the pipe."""
-
-    def __reduce__(self) -> tuple[type, tuple[bytes]]:
-        write = Connection._send  # type: ignore[attr-defined]
-
-        def send_half(pipe: Connection, data: bytes) -> None:
-            write(pipe, data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        Connection._send = send_half  # type: ignore[attr-defined]
-        return bytes, (bytes(1 << 20),)
-
-
-def encode_half(docs: list[Document], places: list[DocumentPlace], encoding: workers.Encoding) -> Any:
-    return HalfAnswer() if docs[0].id == "deadly" else encode(docs, places, encoding)
-
-
-class PatchedEncoding(workers.Encoding):
-    """Replaces `encode` in the process that receives it."""
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return patched, (self.tokenizer,)
-
-
-def patched(tokenizer: PreTrainedTokenizerBase) -> workers.Encoding:
-    workers.encode = encode_half
-    return workers.Encoding(tokenizer, all_tokens=True, seq_len=16)
 
 
 def test_a_worker_killed_while_it_sends_is_told(

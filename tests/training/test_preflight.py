@@ -320,7 +320,9 @@ def test_what_does_not_fit_is_made_to_fit(tmp_path, monkeypatch):
         again[section] = again.get(section, {}) | {name: value}
     assert preflight(parse_config(again), "convert-wsd", None, limit, False)["fits"]
     assert all(f"--set {key}=" in report["stdout"] for one in report["changes"] for key in one["set"])
-    nothing = preflight(config, "convert-wsd", None, 0.01, False)
+    # With all else changed already, two changes are left.
+    frugal = {"train": {"micro_batch": 1, "rows_per_step": 1}, "lora": {"rank": 4, "base": "nf4"}}
+    nothing = preflight(parse_config(raw(small, **frugal)), "convert-wsd", None, 0.01, False)
     assert nothing["fitting"] is None
     assert "all changes together are not enough" in nothing["stdout"]
 
@@ -331,7 +333,7 @@ def test_every_change_makes_it_smaller():
     config = parse_config(raw("nowhere"))
     policy = policy_of(config.model, "sm_80")
     before = predict(config, "convert-wsd", policy, shape).total
-    alone, _ = advice(config, "convert-wsd", policy, shape, 0)
+    alone, _ = advice(config, "convert-wsd", policy, shape, before)
     assert {key for one in alone for change in one.changes for key in change.settings} == {
         "train.gradient_checkpointing", "train.micro_batch", "train.optimizer", "lora.rank", "lora.base", "data.seq_len",
     }  # fmt: skip
