@@ -106,6 +106,12 @@ def test_the_note_of_a_failed_job_is_the_last_line_of_its_log(
 # --- The state machine
 
 
+def test_a_result_that_is_no_json_is_none(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "print('no JSON')")
+    done = ended(client, start(client))
+    assert (done["state"], done["exit_code"], done["result"]) == ("done", 0, None)
+
+
 def test_one_at_a_time_in_order(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, OBEDIENT)
     first, second, third = (start(client) for _ in range(3))

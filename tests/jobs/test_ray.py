@@ -374,6 +374,15 @@ def test_what_ray_answers_instead(watched: Jobs, config: Config, monkeypatch: py
     assert until_state(watched, job, "done").exit_code == 0
 
 
+def test_trouble_is_shown_until_it_is_over(config: Config, cluster: Any) -> None:
+    with serving.client(config, jobs=open_jobs(config)) as client:
+        trouble = lambda: client.get("/jobs").json()["trouble"]  # noqa: E731
+        cluster.kill()
+        assert until(trouble).startswith(f"Ray at {cluster.address} does not answer")
+        cluster.start()
+        until(lambda: trouble() is None)
+
+
 # --- Without a cluster
 
 
