@@ -21,6 +21,7 @@ from pathlib import Path
 
 from hildanext.files import write_json
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
 REFUSED = 3  # exit code: this attempt is running or has already run
 
 
@@ -58,8 +59,11 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
             json.dump({"group": os.getpgid(0), "time": time.time()}, file)
         # Cancelling signals the whole process group. This process ignores it and records how the command ends.
         early: list[int] = []
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             signal.signal(number, lambda number, _: early.append(number))
+        # Blocked while the command starts, so that it gets a signal of that moment exactly once.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        missed = list(early)  # before there was a command
         with open(folder / "log.txt", "ab") as log, open(folder / f"stdout-{attempt}.json", "wb") as output:
             process = subprocess.Popen(
                 command,
@@ -67,19 +71,28 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
                 stdout=output,
                 stderr=log,
                 pass_fds=[lock.fileno()],
-                preexec_fn=_stop_with_parent() if sys.platform == "linux" else None,
+                preexec_fn=_prepare(),
             )
-            for missed in early:  # it came before the command could receive it
-                process.send_signal(missed)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            for earlier in missed:
+                process.send_signal(earlier)
             code = process.wait()
         write_json(folder / f"exit-{attempt}.json", {"code": code, "time": time.time()})
         return code
 
 
-def _stop_with_parent() -> Callable[[], object]:
-    """Return a `preexec_fn` that has the kernel send SIGTERM to the command if this process is killed."""
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG, see prctl(2)
-    return lambda: prctl(set_death_signal, signal.SIGTERM)
+def _prepare() -> Callable[[], None]:
+    """Return the `preexec_fn` of the command: signals as usual, and on Linux SIGTERM if this process is killed."""
+    prctl, set_death_signal = (ctypes.CDLL(None).prctl if sys.platform == "linux" else None), 1  # PR_SET_PDEATHSIG
+
+    def prepare() -> None:
+        if prctl is not None:
+            prctl(set_death_signal, signal.SIGTERM)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+    return prepare
 
 
 if __name__ == "__main__":
