@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # torch's threads wait for each other by spinning, on a busy machine for most of the time. libgomp reads this at load.
+    # torch's threads wait for each other by spinning, which wastes cores on a busy machine. libgomp reads this at load.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # With several processes (torchrun, accelerate launch) only rank 0 prints; errors of every rank are printed.

@@ -61,9 +61,9 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
         early: list[int] = []
         for number in STOPS:
             signal.signal(number, lambda number, _: early.append(number))
-        # Blocked while the command starts, so that it gets a signal of that moment exactly once.
+        # Signals are blocked while the command starts, so that it receives each of them exactly once.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        missed = list(early)  # before there was a command
+        missed = list(early)  # received before the command started
         with open(folder / "log.txt", "ab") as log, open(folder / f"stdout-{attempt}.json", "wb") as output:
             process = subprocess.Popen(
                 command,
@@ -82,7 +82,7 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
 
 
 def _prepare() -> Callable[[], None]:
-    """Return the `preexec_fn` of the command: signals as usual, and on Linux SIGTERM if this process is killed."""
+    """Return the `preexec_fn` of the command: default signal handling, and on Linux SIGTERM if this process dies."""
     prctl, set_death_signal = (ctypes.CDLL(None).prctl if sys.platform == "linux" else None), 1  # PR_SET_PDEATHSIG
 
     def prepare() -> None:
