@@ -82,11 +82,26 @@ class Config(Section):
                 "'lora.base': 'int8' cannot be sharded by train.sharding 'fsdp2'; use 'nf4', or set train.sharding to "
                 "'none'"
             )
-        if self.loss.distill and self.train.sharding == "fsdp2":
+        if self.loss.distill and self.train.sharding == "fsdp2" and not self.lora.gate:
             raise ValueError(
                 "'loss.distill': needs the complete base in each process; set train.sharding to 'none', or "
                 "loss.distill to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gated(self) -> Config:
+        if not self.lora.gate:
+            return self
+        if self.model.convention == "in_place":
+            raise ValueError(
+                "'model.convention': a gated adapter needs 'shifted': the clean row before a token is the base's own word "
+                "for it; set it to 'shifted' or lora.gate to false"
+            )
+        unused = {"noise.turns": self.noise.turns == 2, "noise.complementary": self.noise.complementary}
+        unused |= {"noise.embed_std": self.noise.embed_std > 0, "loss.cap_weight": self.loss.cap_weight > 0}
+        for key in [key for key, is_set in unused.items() if is_set]:
+            raise ValueError(f"'{key}': does not apply to gated adapters; remove it or set lora.gate to false")
         return self
 
 

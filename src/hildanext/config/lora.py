@@ -35,6 +35,31 @@ class LoraConfig(Section):
         "memory with bitsandbytes (CPU, or NVIDIA GPU of compute capability 6.0 or higher).",
     )
 
+    gate: bool = Field(
+        False,
+        description="Gated adapter: it acts on denoised rows only, so clean tokens run through the untouched base, which "
+        "verifies what was drafted. Requires rank and the convention 'shifted'.",
+    )
+    draft_head: int | None = Field(
+        None,
+        ge=1,
+        description="Width of a small map that tells each draft the token before it. Applies to gated adapters. null "
+        "trains none.",
+    )
+    causal_groups: bool = Field(
+        False,
+        description="Whether a row of a group sees only the rows before it in its group. Applies to gated adapters.",
+    )
+
+    @model_validator(mode="after")
+    def _gated(self) -> LoraConfig:
+        if self.gate and self.rank is None:
+            raise ValueError("'gate': a gate belongs to an adapter; set lora.rank")
+        for name in ("draft_head", "causal_groups"):
+            if getattr(self, name) and not self.gate:
+                raise ValueError(f"'{name}': applies to gated adapters only; set lora.gate to true")
+        return self
+
     @model_validator(mode="after")
     def _needs_rank(self) -> LoraConfig:
         if self.rank is None and self.base != "native":

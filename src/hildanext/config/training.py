@@ -42,6 +42,23 @@ class NoiseConfig(Section):
         description="Train each sample also with the inverse mask in the same step. Applies to convert-wsd (sft has "
         "its own key).",
     )
+    anchors: int = Field(
+        32, ge=1, description="Number of groups in a row, each behind its own anchor. Applies to gated adapters."
+    )
+    offset_keep: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Probability that a group continues after each of its rows; below 1, far offsets are trained less. "
+        "Applies to gated adapters.",
+    )
+    edit_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the samples whose groups hold kept, wrong and masked tokens, so that S_MODE and Q_MODE can "
+        "edit blocks. Applies to gated adapters.",
+    )
     embed_std: float = Field(
         0.0,
         ge=0.0,

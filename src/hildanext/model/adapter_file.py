@@ -23,7 +23,7 @@ from hildanext.errors import CheckpointError, ModelError
 from hildanext.files import write_json
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+_PREFIX, _DRAFT_HEAD = "base_model.model.", "draft_head."
 
 
 class LoraFactors(NamedTuple):
@@ -42,6 +42,7 @@ class Adapter(NamedTuple):
     row: Tensor  # [H] float32, added to the mask token's embedding row
     mask_token_id: int
     n_rows: int  # V, the number of embedding rows
+    draft_head: dict[str, Tensor] = {}  # noqa: RUF012 - never changed; tensors of `DraftHead` by name, float32
 
     @property
     def rank(self) -> int:
@@ -67,6 +68,7 @@ def write_adapter(folder: Path, adapter: Adapter, settings: dict[str, Any], dtyp
         a, b = torch.cat([low_rank.a.cpu(), a]), torch.cat([low_rank.b.cpu(), b], dim=1)
     tensors[f"{_PREFIX}{adapter.embedding}.lora_embedding_A"] = b.T
     tensors[f"{_PREFIX}{adapter.embedding}.lora_embedding_B"] = a.T
+    tensors |= {f"{_DRAFT_HEAD}{name}": tensor for name, tensor in adapter.draft_head.items()}
     save_file({n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
     # The embedding's rank differs (r + 1, or 1 in untied models). peft scales by alpha / rank, so its alpha differs
     # too.
@@ -103,7 +105,8 @@ def read_adapter(weights: Path, settings: Path) -> tuple[Adapter, dict[str, Any]
     }
     if len(a) > 1:
         pairs[embedding] = LoraFactors(a[:-1].contiguous(), b[:, :-1].contiguous())
-    return Adapter(scaling, pairs, embedding, a[-1].clone(), int(b[:, -1].argmax()), len(b)), stored
+    head = {n.removeprefix(_DRAFT_HEAD): tensor for n, tensor in tensors.items() if n.startswith(_DRAFT_HEAD)}
+    return Adapter(scaling, pairs, embedding, a[-1].clone(), int(b[:, -1].argmax()), len(b), head), stored
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from hildanext.files import write_json
 from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, add_adapter, read_adapter, write_adapter
 from hildanext.model.backbone import n_embeddings
 from hildanext.model.diffusion_lm import DiffusionLM, Injected, add_mask_token
+from hildanext.model.gate import inject_gated
 from hildanext.model.lora import collect, inject, peft_settings, trained_parameters, values_of
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.model.pretrained import (
@@ -176,7 +177,10 @@ def _adapt(
             f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "
             "lora.alpha to these values, or make a full checkpoint of it with 'hildanext merge-topk --full'"
         )
-    lm.adapter = Injected(lora, inject(lm.model, lora, lm.mask_token_id, seed))
+    injecting = inject_gated if lora.gate else inject
+    lm.adapter = Injected(lora, injecting(lm.model, lora, lm.mask_token_id, seed))
+    if lora.gate:
+        lm.record["gate"] = {"causal": lora.causal_groups, "draft_head": lora.draft_head}
     if loaded is not None:
         set_adapter(lm, values_of(lm.model, loaded, config.base))
     else:

@@ -10,7 +10,6 @@ as one matrix. This file adapts the vocabulary:
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any, NamedTuple, cast
 
@@ -24,21 +23,13 @@ from hildanext.config import LoraConfig
 from hildanext.errors import ConfigError, ModelError
 from hildanext.model.adapter_file import Adapter, LoraFactors
 from hildanext.model.backbone import weight_matrix
+from hildanext.model.low_rank import LowRank
 from hildanext.model.quantized import quiet_bitsandbytes
 
 # Names of a module's factors among the parameters, with "A" or "B" for {}.
 _PEFT = ".lora_{}.default.weight"  # linear layers
-_OURS = ".low_rank.{}"  # embedding and head
-
-
-class LowRank(nn.Module):
-    """The change scaling * B A of a matrix [n_out, n_in]. It is initialised to zero."""
-
-    def __init__(self, rank: int, n_in: int, n_out: int, scaling: float) -> None:
-        super().__init__()
-        self.A, self.B = nn.Parameter(torch.empty(rank, n_in)), nn.Parameter(torch.zeros(n_out, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.scaling = scaling
+_OURS = ".low_rank.{}"  # embedding and head; all layers of a gated adapter
+_DRAFT_HEAD = "draft_head."
 
 
 class AdaptedEmbedding(nn.Module):
@@ -116,6 +107,18 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def find_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """The names of `lora.targets` as peft matches them. Raises ConfigError for one that the model does not have."""
+    layers = linear_layers(model)
+    kinds = {name.rpartition(".")[2] for name in layers}
+    for name in config.targets if isinstance(config.targets, list) else []:
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            raise ConfigError(
+                f"'lora.targets': {type(model).__name__} has no linear layer '{name}'; it has {', '.join(sorted(kinds))}"
+            )
+    return sorted(kinds) if config.targets == "all-linear" else list(config.targets)
+
+
 def one_matrix(config: LoraConfig) -> bool:
     """Whether adapted layers are computed as one matrix (`lora_linear`). Otherwise peft adds the change's output."""
     return config.rank is not None and config.base == "native" and not config.dropout
@@ -131,15 +134,8 @@ def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed:
     import peft
 
     assert config.rank is not None
-    layers = linear_layers(model)
-    kinds = {name.rpartition(".")[2] for name in layers}
-    for name in config.targets if isinstance(config.targets, list) else []:
-        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
-            raise ConfigError(
-                f"'lora.targets': {type(model).__name__} has no linear layer '{name}'; it has {', '.join(sorted(kinds))}"
-            )
+    layers, targets = linear_layers(model), find_targets(model, config)
     names = vocabulary_names(model)
-    targets = sorted(kinds) if config.targets == "all-linear" else list(config.targets)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.scaling * config.rank,  # type: ignore[arg-type]  # floats work too
@@ -217,7 +213,9 @@ def collect(model: PreTrainedModel, weights: dict[str, Tensor], scaling: float) 
     embedding, name = model.get_input_embeddings(), vocabulary_names(model).embedding
     assert isinstance(embedding, AdaptedEmbedding)
     pairs = {module: LoraFactors(weights[a], weights[b]) for module, (a, b) in _factors(weights).items()}
-    return Adapter(scaling, pairs, name, weights[f"{name}.row.0"], embedding.mask_token_id, embedding.weight.shape[0])
+    n_rows = embedding.weight.shape[0]
+    head = {n.removeprefix(_DRAFT_HEAD): tensor for n, tensor in weights.items() if n.startswith(_DRAFT_HEAD)}
+    return Adapter(scaling, pairs, name, weights[f"{name}.row.0"], embedding.mask_token_id, n_rows, head)
 
 
 def values_of(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> dict[str, Tensor]:
@@ -234,6 +232,12 @@ def values_of(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> di
             "layers in the file"
         )
     values = {f"{adapter.embedding}.row.0": adapter.row}
+    values |= {f"{_DRAFT_HEAD}{name}": tensor for name, tensor in adapter.draft_head.items()}
+    if odd := sorted({n for n in weights if n.startswith(_DRAFT_HEAD)} ^ {n for n in values if n.startswith(_DRAFT_HEAD)}):
+        raise ModelError(
+            f"adapter '{adapter_name}': '{odd[0]}' is not in both the file and 'lora.draft_head'; set lora.draft_head as "
+            "it was in training"
+        )
     for module, (a, b) in factors.items():
         values[a], values[b] = adapter.pairs[module]
     for name, value in values.items():

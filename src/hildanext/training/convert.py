@@ -15,6 +15,7 @@ from hildanext.model.backbone import check_length
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.progress import say
 from hildanext.training.denoising import DenoisingTask, Recipe
+from hildanext.training.gated import GatedTask, GroupRecipe
 from hildanext.training.held_out import evaluate_denoising
 from hildanext.training.run import Opened, open_row_source, open_run, run_job
 from hildanext.training.teacher import Teacher
@@ -33,6 +34,10 @@ def _train(
             say(
                 f"no held-out rows in '{held_out}': no evaluation, and no best checkpoints are kept (raise data.eval_share)"
             )
+        if config.lora.gate:
+            groups = GroupRecipe(config.noise, recipe.t_min, recipe.t_max, config.lora.causal_groups)
+            gated = GatedTask(config, lm, opened.accelerator, groups, rows, eval_rows, job.eval_block)
+            return run_job(config, opened, job, gated)
         teacher = Teacher(lm, config, opened.policy) if config.loss.distill else None
         task = DenoisingTask(config, lm, opened.accelerator, recipe, rows, eval_rows, job.eval_block, teacher)
         return run_job(config, opened, job, task)

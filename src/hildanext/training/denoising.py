@@ -142,7 +142,7 @@ class DenoisingTask:
     def fetch(self, samples: list[int]) -> Batch:
         return make_batch(self.lm, samples, self.rows.batch(samples))
 
-    def counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
+    def counts(self, batches: Sequence[Batch], block_size: int) -> tuple[int, int]:
         """Allowed tokens, by which the loss is divided, and tokens other than padding."""
         return (
             sum(int(batch.allowed.sum()) for batch in batches),

@@ -133,7 +133,7 @@ class PreferenceTask:
     def fetch(self, samples: list[int]) -> Batch:
         return make_batch(self.lm, samples, self.rows.batch(samples))
 
-    def counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
+    def counts(self, batches: Sequence[Batch], block_size: int) -> tuple[int, int]:
         """Pairs, by which the loss is divided, and tokens other than padding."""
         return sum(len(batch.samples) for batch in batches), sum(int((b.doc_ids >= 0).sum()) for b in batches)
 

@@ -80,8 +80,8 @@ class Task(Protocol):
 
     def fetch(self, samples: list[int]) -> Batch: ...
 
-    def counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Tokens or pairs by which the loss is divided, and tokens other than padding."""
+    def counts(self, batches: Sequence[Batch], block_size: int) -> tuple[int, int]:
+        """Tokens, pairs or group rows by which the loss is divided, and tokens other than padding."""
         ...
 
     def backward(self, batch: Batch, step: TrainingStep, sums: Sums, sync: bool) -> None:
@@ -227,7 +227,7 @@ class Trainer:
         # 1. fetch
         batches = [task.fetch(samples) for samples in self.samples_of(step)]
         # 2. count over all processes, so that every token (or pair) has the same weight however rows are split
-        counts = torch.tensor(task.counts(batches), device=self.lm.device)
+        counts = torch.tensor(task.counts(batches, point.block_size), device=self.lm.device)
         count, tokens = accelerator.reduce(counts).tolist()
         # 3. noise, forward, backward
         this = TrainingStep(step, point, max(count, 1))

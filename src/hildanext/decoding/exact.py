@@ -1,0 +1,256 @@
+"""EXACT decoding: the base's own rows verify what was drafted, so greedy text equals the base's token for token.
+
+A pass has the clean rows [last known token, drafts d_1 ... d_m], gate closed and causal, then groups of mask rows, gate
+open, each behind one of those clean rows. The longest prefix of drafts with d_j = the base's choice at the row before it
+is accepted; that row's own choice comes free after it. Only accepted clean rows stay in the cache. The group behind the
+last accepted draft makes the drafts of the next pass; the other groups are dropped.
+
+With temperature, the base's choice at a position is argmax(log p / T + Gumbel noise of that position), a sample of its
+distribution. Drafts are made with the same noise, so they agree often, and the text does not depend on them: it is the
+text that the base samples token by token with this seed (Daliri et al. 2024, arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hildanext.decoding.events import Finished, Verified
+from hildanext.decoding.lookup import Lookup
+from hildanext.decoding.plan import Plan, plan_rows
+from hildanext.decoding.rule import propose, verify_step
+from hildanext.decoding.sequence import Span, Vocabulary
+from hildanext.decoding.settings import Settings
+from hildanext.diffusion.noise import sample_generator
+from hildanext.model.text_stream import TextStream
+
+PRIOR = 8  # an offset's expected acceptance counts like this many drafts of the sequence's own
+# Chance that a draft from a lookup is right, by the length of the n-gram that was found; measured on SmolLM2's text.
+LOOKUP_CHANCES = {2: 0.3, 3: 0.5, 4: 0.7}
+
+
+class Drafter(Protocol):
+    """Makes drafts from the mask rows of a group."""
+
+    fresh: list[float]  # for row 1 ... k, the measured chance that its draft is right if all before it are
+
+    def drafts(self, hidden: Tensor, logits: Tensor, before: int, noise: Tensor | None) -> tuple[list[int], list[float]]:
+        """Drafts and their chances. hidden [n, H], logits [n, V]: of the rows; before: the token before the first draft.
+
+        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts.
+        """
+        ...
+
+
+class Draft(NamedTuple):
+    """A draft for one position."""
+
+    token: int
+    chance: float  # that it is right if all before it are
+    offset: int  # its row's number in the group, from 1; 0 for a lookup
+
+
+class ExactSequence:
+    """A prompt and its completion. The request must have passed `check_request`."""
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        settings: Settings,
+        vocabulary: Vocabulary,
+        decode_tokens: Callable[[list[int]], str],
+        drafter: Drafter | None,
+    ) -> None:
+        self.settings, self.vocabulary, self.drafter = settings, vocabulary, drafter
+        self.n_prompt = len(prompt_ids)
+        self.tokens = list(prompt_ids)  # all known; the last one is never cached
+        self.pending: list[Draft] = []
+        self.plan = Plan(0, [0])
+        self.lookup = None if settings.lookup is None else Lookup(settings.lookup, 4)
+        if self.lookup:
+            self.lookup.extend(prompt_ids)
+        self.num_cached_tokens = self.prefix_tokens = 0
+        self.stream = TextStream(decode_tokens, settings.stop)
+        self.finish_reason: str | None = None
+        self.noise: dict[int, Tensor] = {}  # Gumbel noise by position
+        self.forwards = self.prefill_forwards = self.rows = 0
+        k = len(drafter.fresh) if drafter else 0
+        self.tried, self.right = [0] * (k + 1), [0] * (k + 1)  # drafts verified after right ones, by offset; 0: lookup
+        self.began, self.seconds = time.perf_counter(), 0.0
+
+    def common_prefix(self, other: ExactSequence) -> int:
+        """Length of the prompt prefix whose keys and values `other` has cached. The last prompt token must run again."""
+        most, n = min(self.n_prompt - 1, other.num_cached_tokens), 0
+        while n < most and self.tokens[n] == other.tokens[n]:
+            n += 1
+        return n
+
+    def continues(self, other: ExactSequence, shared: int) -> bool:
+        """Whether a common prefix of `shared` positions is all of the other prompt: the next turn of a conversation."""
+        return 0 < min(other.n_prompt - 1, other.num_cached_tokens) <= shared
+
+    def reuse_prefix(self, n: int) -> None:
+        """Before the first forward: the slot already holds the keys and values of the first n positions."""
+        self.num_cached_tokens = self.prefix_tokens = n
+
+    @property
+    def decode_width(self) -> int:
+        """The most rows that a forward needs after the prompt."""
+        return self.settings.rows
+
+    def next_span(self, chunk: int) -> Span:
+        """The rows of the next forward: a chunk of the prompt, or the known tokens that are not cached and the plan's rows."""
+        start, end = self.num_cached_tokens, len(self.tokens)
+        if end - start > max(chunk, self.settings.rows):
+            tokens = self.tokens[start : start + chunk]
+            return Span(start, tokens, list(range(start + 1, start + len(tokens) + 1)), [], causal_rows(start, len(tokens)))
+        self.plan = self._plan()
+        drafts = [draft.token for draft in self.pending[: self.plan.n_drafts]]
+        clean = self.tokens[start:] + drafts
+        positions = list(range(start, start + len(clean)))
+        visible = [position + 1 for position in positions]
+        own, column = [0] * len(clean), start + len(clean)
+        for behind, size in enumerate(self.plan.groups):
+            anchor = end - 1 + behind
+            positions += range(anchor + 1, anchor + size + 1)
+            visible += [anchor + 1] * size
+            own += [column] * size
+            column += size
+        n_groups = sum(self.plan.groups)
+        tokens = clean + [self.vocabulary.mask_token_id] * n_groups
+        first = end - 1 - start  # the row of the last known token
+        return Span(start, tokens, visible, list(range(first, len(tokens))), GroupRows(positions, own, len(clean)))
+
+    def _plan(self) -> Plan:
+        left = self.settings.max_new_tokens - (len(self.tokens) - self.n_prompt)
+        chances = [draft.chance for draft in self.pending][: left - 1]
+        return plan_rows(chances, self._fresh() if left > 2 else [], self.settings.rows)
+
+    def _fresh(self) -> list[float]:
+        """The chance of each draft of a new group: as measured for the checkpoint, and in this text so far."""
+        if self.drafter is None:
+            return []
+        counts = zip(self.drafter.fresh, self.tried[1:], self.right[1:], strict=True)
+        return [(PRIOR * measured + right) / (PRIOR + tried) for measured, tried, right in counts]
+
+    def finish_prefill_chunk(self, span: Span, hidden: Tensor) -> None:
+        """Account for a forward without wanted rows."""
+        self.prefill_forwards += 1
+        self.num_cached_tokens = span.start + len(span.tokens)
+
+    def finish_pass(self, span: Span, logits: Tensor, hidden: Tensor) -> list[Verified | Finished]:
+        """Verify the drafts, and make new ones from the group that survives. logits [P, V], hidden [W, H].
+
+        The P rows are those of `span.wanted`: the last known token's, the drafts' and the groups'.
+        """
+        settings, n_drafts = self.settings, self.plan.n_drafts
+        self.forwards += 1
+        self.rows += len(span.tokens)
+        tried = self.pending[:n_drafts]
+        end = len(self.tokens)
+        choices, ratios = self._choices(logits[: n_drafts + 1], [draft.token for draft in tried])
+        run = verify_step([draft.token for draft in tried], choices, ratios, settings.tau_accept)
+        for index, draft in enumerate(tried[: run + 1]):
+            self.tried[draft.offset] += 1
+            self.right[draft.offset] += index < run
+        self.num_cached_tokens = end + run
+        new = [draft.token for draft in tried[:run]] + [choices[run]]
+        rejected = [draft.token for draft in tried[run:]]
+        kept = self._append(new)
+        event = Verified(self.forwards - 1, end, self.tokens[end:], min(run, kept), rejected)
+        if self.finish_reason is None:
+            self._draft(logits, hidden[span.wanted[0] :], run)
+        return [event, *self._emit()]
+
+    def _choices(self, logits: Tensor, drafts: list[int]) -> tuple[list[int], list[float]]:
+        """The base's choice at each clean row, and p(draft) / max p of each draft at the row before it."""
+        settings, vocabulary, end = self.settings, self.vocabulary, len(self.tokens)
+        noise = self._noise(range(end, end + len(logits)))
+        seen = None
+        if settings.repetition_penalty != 1.0:
+            seen = torch.zeros(len(logits), vocabulary.size, dtype=torch.bool)
+            for row in range(len(logits)):
+                seen[row, torch.tensor(self.tokens + drafts[:row])] = True
+        ids, _ = propose(
+            logits,
+            mask_token_id=vocabulary.mask_token_id,
+            vocab_size=vocabulary.size,
+            settings=settings,
+            noise=None if noise is None else noise.to(logits.device),
+            seen=None if seen is None else seen.to(logits.device),
+        )
+        ratios = [1.0] * len(drafts)
+        if settings.tau_accept is not None and settings.tau_accept < 1.0 and drafts:
+            rows = logits[: len(drafts), : vocabulary.size].float()
+            at = rows.gather(1, torch.tensor(drafts, device=rows.device)[:, None])[:, 0]
+            ratios = (at - rows.max(-1).values).exp().tolist()
+        return ids.tolist(), ratios
+
+    def _noise(self, positions: range) -> Tensor | None:
+        """Gumbel noise [n, V] of text positions, None if greedy. Seeded by (seed, position)."""
+        if self.settings.temperature == 0:
+            return None
+        for position in positions:
+            if position not in self.noise:
+                generator = sample_generator(self.settings.seed, position, "decode")
+                self.noise[position] = torch.empty(self.vocabulary.size).exponential_(generator=generator).log_().neg_()
+        return torch.stack([self.noise[position] for position in positions])
+
+    def _append(self, new: list[int]) -> int:
+        """Add verified tokens up to the end of the completion. Returns how many were added."""
+        left = self.settings.max_new_tokens - (len(self.tokens) - self.n_prompt)
+        new = new[:left]
+        ends = [i for i, token in enumerate(new) if token == self.vocabulary.eos_token_id]
+        if ends:
+            new, self.finish_reason = new[: ends[0] + 1], "stop"
+        elif len(new) == left:
+            self.finish_reason = "length"
+        self.tokens += new
+        if self.lookup:
+            self.lookup.extend(new)
+        for position in [position for position in self.noise if position < len(self.tokens)]:
+            del self.noise[position]
+        return len(new)
+
+    def _draft(self, logits: Tensor, hidden: Tensor, run: int) -> None:
+        """The drafts of the next pass. logits, hidden: from the last known token's row on."""
+        self.pending = []
+        size, first = self.plan.groups[run], 1 + self.plan.n_drafts + sum(self.plan.groups[:run])
+        if size and self.drafter is not None:
+            rows, end = slice(first, first + size), len(self.tokens)
+            noise = self._noise(range(end, end + size))
+            tokens, chances = self.drafter.drafts(hidden[rows], logits[rows], self.tokens[-1], noise)
+            self.pending = [
+                Draft(token, chance, j) for j, (token, chance) in enumerate(zip(tokens, chances, strict=True), start=1)
+            ]
+        if self.lookup is not None:
+            self._look_up(self.lookup)
+
+    def _look_up(self, lookup: Lookup) -> None:
+        """Use the lookup where it is likelier than the group's drafts, else put it behind them."""
+        most = self.settings.rows - 1
+        tokens, n = lookup.drafts([], most)
+        if tokens and (not self.pending or LOOKUP_CHANCES[n] > self.pending[0].chance):
+            self.pending = [Draft(token, LOOKUP_CHANCES[n], 0) for token in tokens]
+        elif len(self.pending) < most:
+            tokens, n = lookup.drafts([draft.token for draft in self.pending], most - len(self.pending))
+            self.pending += [Draft(token, LOOKUP_CHANCES[n], 0) for token in tokens]
+
+    def _emit(self) -> list[Finished]:
+        """The text that became certain with this pass. A stop string ends the completion."""
+        before = len(self.stream.token_ids)
+        new = self.tokens[self.n_prompt + before :]
+        text = self.stream.push(new, last=self.finish_reason is not None)
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        if self.finish_reason:
+            self.seconds = time.perf_counter() - self.began
+        return [Finished(self.forwards - 1, self.stream.token_ids[before:], text)]
+
+    def preempt(self) -> None:
+        """The sequence lost its slot: its whole text must be cached again. Text and drafts are kept."""
+        self.num_cached_tokens, self.prefix_tokens = 0, 0

@@ -1,0 +1,158 @@
+"""Gated adapters: a change of the base that acts on denoised rows only (arXiv 2507.11851).
+
+A linear layer computes y = W x + g * scaling * B A x, with g = 1 on denoised rows and 0 on clean rows. Clean rows are
+causal, so their states, keys and values are the base's own. The mask token's embedding row is trained as well; no clean
+row holds that token. Nothing else of the base changes: embedding and head are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
+
+from hildanext.config import LoraConfig
+from hildanext.diffusion.groups import Groups, group_mask
+from hildanext.diffusion.masks import additive, document_mask
+from hildanext.errors import ModelError
+from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from hildanext.model.draft_head import DraftHead
+from hildanext.model.gated_linear import Gate, GatedLinear
+from hildanext.model.lora import AdaptedEmbedding, find_targets, linear_layers
+from hildanext.model.low_rank import LowRank
+from hildanext.model.policy import compute_dtype
+
+
+class Clean(NamedTuple):
+    """x_0 through the base: what groups attend to, and what the base predicts. Without gradient."""
+
+    hidden: Tensor  # [B, L, H]: row a predicts token a+1
+    keys: list[Tensor]  # of each layer [B, heads, L, D]
+    values: list[Tensor]
+
+
+class _Collect(Cache):
+    """Keeps the keys and values of a forward."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Any:
+        self.keys.append(key_states)
+        self.values.append(value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class _Behind(Cache):
+    """Puts the keys and values of groups behind those of the clean rows. A layer may be run again in the backward."""
+
+    def __init__(self, clean: Clean) -> None:
+        super().__init__(layers=[])
+        self.clean = clean
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Any:
+        keys, values = self.clean.keys[layer_idx], self.clean.values[layer_idx]
+        return torch.cat([keys.to(key_states), key_states], 2), torch.cat([values.to(value_states), value_states], 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def gate_of(model: PreTrainedModel) -> Gate:
+    """The gate that the adapted layers of a model share."""
+    return next(module.gate for module in model.modules() if isinstance(module, GatedLinear))
+
+
+@contextlib.contextmanager
+def as_base(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the gate is closed and dropout is off: the model is its base."""
+    gate, was_training = gate_of(model), model.training
+    before, gate.rows = gate.rows, None
+    model.eval()
+    try:
+        yield
+    finally:
+        gate.rows = before
+        model.train(was_training)
+
+
+@torch.no_grad()
+def clean_forward(lm: DiffusionLM, batch: Batch) -> Clean:
+    """x_0 once through the base, causal within each document."""
+    kept = _Collect()
+    with as_base(lm.model):
+        embeds = lm.embedding(batch.input_ids)
+        mask = additive(document_mask(batch.doc_ids).tril(), compute_dtype(embeds))
+        hidden = lm.model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            past_key_values=kept,
+            use_cache=True,
+        ).last_hidden_state
+    return Clean(hidden, kept.keys, kept.values)
+
+
+def group_forward(lm: DiffusionLM, batch: Batch, groups: Groups, clean: Clean, causal: bool) -> Tensor:
+    """Hidden states [B, Q, H] of the rows of groups, gate open."""
+    embeds = lm.embedding(groups.noisy_ids)
+    mask = additive(group_mask(batch.doc_ids, groups, causal), compute_dtype(embeds))
+    hidden: Tensor = lm.model.base_model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=groups.position_ids,
+        past_key_values=_Behind(clean),
+        use_cache=True,
+    ).last_hidden_state
+    return hidden
+
+
+def draft_states(lm: DiffusionLM, batch: Batch, groups: Groups, hidden: Tensor) -> Tensor:
+    """The states that predict the labels: those of mask groups with the draft head, given the token before the label."""
+    head = lm.model.draft_head if hasattr(lm.model, "draft_head") else None
+    if head is None:
+        return hidden
+    columns = (groups.anchors + groups.offsets).clamp(max=batch.input_ids.shape[1] - 1)
+    before = lm.embedding(batch.input_ids.gather(1, columns))
+    return torch.where(groups.edited[:, :, None], hidden, head(hidden, before))
+
+
+def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed: int) -> list[str]:
+    """Freeze a model and insert a new gated adapter of `config.rank`, its gate open. The outputs do not change yet.
+
+    The factors are float32 for every dtype of the base. Returns the names of the adapted layers. Raises ConfigError for a
+    target that the model does not have and for layers that are no linear layers of torch.
+    """
+    assert config.rank is not None
+    targets = find_targets(model, config)
+    layers = [name for name in linear_layers(model) if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if any(isinstance(model.get_submodule(name), Conv1D) for name in layers):
+        raise ModelError(f"{type(model).__name__} has transposed linear layers (Conv1D), which a gated adapter cannot adapt")
+    gate = Gate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.requires_grad_(False)
+        for name in layers:
+            base = model.get_submodule(name)
+            n_in, n_out = base.in_features, base.out_features  # quantized layers have them, too
+            low_rank = LowRank(config.rank, n_in, n_out, config.scaling).to(model.device)
+            model.set_submodule(name, GatedLinear(base, low_rank, gate, config.dropout))
+        model.set_input_embeddings(AdaptedEmbedding(model.get_input_embeddings(), mask_token_id, None).to(model.device))
+        if config.draft_head is not None:
+            hidden = model.config.get_text_config().hidden_size
+            model.draft_head = DraftHead(hidden, config.draft_head).to(model.device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return targets

@@ -1,0 +1,45 @@
+"""A linear layer whose low-rank change acts on chosen rows only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hildanext.model.low_rank import LowRank, low_rank_product
+
+
+class Gate:
+    """Which rows of the next forward the change acts on; shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | Literal["all"] | None = "all"  # [B, W, 1] of 0 and 1; None: no row, the layer is the base's
+
+
+class GatedLinear(nn.Module):
+    """W x + g * scaling * B A x around the base's own layer, which may be quantized."""
+
+    def __init__(self, base: nn.Module, low_rank: LowRank, gate: Gate, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base, self.low_rank, self.gate, self.dropout = base, low_rank, gate, dropout
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen matrix, without the change."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, W, n_in] -> [B, W, n_out]."""
+        rows, low_rank = self.gate.rows, self.low_rank
+        if rows is None:
+            return self.base(x)
+        if rows == "all" and type(self.base) is nn.Linear and not self.dropout:
+            return low_rank_product(x, self.base.weight, self.base.bias, low_rank.A, low_rank.B, low_rank.scaling)
+        result: Tensor = self.base(x)
+        low = F.linear(F.dropout(x, self.dropout, self.training).to(low_rank.A.dtype), low_rank.A)
+        if isinstance(rows, Tensor):
+            low = low * rows
+        return result + (low_rank.scaling * F.linear(low, low_rank.B)).to(result.dtype)
