@@ -106,7 +106,9 @@ def by_hand(base: Path, lm: DiffusionLM, batch: Batch, groups: Groups, row: int,
 
 
 @pytest.mark.parametrize(("causal", "edit_share"), [(False, 0.0), (True, 0.0), (False, 1.0)])
-def test_a_packed_row_equals_separate_forwards_of_each_group(base: Path, tmp_path: Path, causal: bool, edit_share: float):
+def test_a_packed_row_equals_separate_forwards_of_each_group(
+    base: Path, tmp_path: Path, causal: bool, edit_share: float
+):
     config, lm = material(tmp_path, base), gated_lm(base, causal_groups=causal)
     batch = two_rows(config, lm)
     noise = NoiseConfig(anchors=4, offset_keep=0.8, edit_share=edit_share, corrupt_rate=0.5)
@@ -146,7 +148,7 @@ def test_clean_states_are_the_bases_bit_for_bit(base: Path, tmp_path: Path):
         expected = plain.model.base_model(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
-    assert torch.equal(clean_forward(lm, batch).hidden, expected)
+    assert torch.equal(clean_forward(lm.model, batch).hidden, expected)
 
 
 def test_the_bases_distribution_as_the_target(base: Path, tmp_path: Path):
@@ -158,10 +160,10 @@ def test_the_bases_distribution_as_the_target(base: Path, tmp_path: Path):
     weights = trained_parameters(lm.model)
     value = GatedModule(lm, Weights(), 1.0, False)(batch, groups, n_rows).loss.total
     own = torch.autograd.grad(value, list(weights.values()))
-    clean = clean_forward(lm, batch)
+    clean = clean_forward(lm.model, batch)
     from hildanext.model.gate import draft_states, group_forward
 
-    hidden = draft_states(lm, batch, groups, group_forward(lm, batch, groups, clean, False))
+    hidden = draft_states(lm.model, batch, groups, group_forward(lm.model, batch, groups, clean, False))
     total = torch.zeros((), dtype=torch.double)
     for row, query in groups.wanted.nonzero().tolist():
         q = lm.decodable_logits(clean.hidden[row, int(groups.labels_at[row, query]) - 1][None])[0].double().softmax(-1)
@@ -177,11 +179,15 @@ def test_training_learns_and_a_checkpoint_loads_again(base: Path, tmp_path: Path
     changes = {"lora": {"rank": 4, "gate": True, "draft_head": 8}, "wsd": {"peak_block": K, "final_block": K}}
     config = material(tmp_path, base, **changes)
     result = convert_wsd(config)
-    lm, _ = load_diffusion_lm(config.model.model_copy(update={"base": result["checkpoint"]}), training=True, lora=config.lora)
+    lm, _ = load_diffusion_lm(
+        config.model.model_copy(update={"base": result["checkpoint"]}), training=True, lora=config.lora
+    )
     assert lm.record["gate"] == {"causal": False, "draft_head": 8}
     assert lm.block_size == K
     save_diffusion_lm(lm, tmp_path / "again")
-    again, _ = load_diffusion_lm(config.model.model_copy(update={"base": str(tmp_path / "again")}), training=True, lora=config.lora)
+    again, _ = load_diffusion_lm(
+        config.model.model_copy(update={"base": str(tmp_path / "again")}), training=True, lora=config.lora
+    )
     for name, value in trained_parameters(lm.model).items():
         assert torch.equal(value, trained_parameters(again.model)[name]), name
     assert any(value.abs().max() > 0 for name, value in trained_parameters(lm.model).items() if name.endswith("B"))

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hildanext.config.section import Section
 
-Mode = Literal["S_MODE", "Q_MODE"]
+Mode = Literal["EXACT", "S_MODE", "Q_MODE"]
 Threshold = Literal["preset"]
 EditBlocks = Annotated[int, Field(ge=0, le=64)]
 
@@ -16,10 +16,27 @@ EditBlocks = Annotated[int, Field(ge=0, le=64)]
 class DecodeConfig(Section):
     """Thresholds, sampling and length of a completion. 'preset' takes the mode's value."""
 
-    mode: Mode = Field(
-        "Q_MODE",
-        description="Preset of decoding parameters: 'S_MODE' favours speed, 'Q_MODE' quality. Values set by calibrate "
-        "replace the built-in presets.",
+    mode: Mode | None = Field(
+        None,
+        description="Preset of decoding parameters: 'EXACT' gives the base's own text, 'Q_MODE' favours quality, 'S_MODE' "
+        "speed. Values set by calibrate replace the built-in presets. null takes 'EXACT' where the model is gated or not "
+        "converted, else 'Q_MODE'.",
+    )
+    tau_accept: float | Threshold | None = Field(
+        "preset",
+        description="A draft is accepted if its probability under the base is at least this share (above 0, at most 1) of "
+        "the base's likeliest token's. 1 keeps the base's text exactly, null edits blocks instead of verifying drafts, "
+        "'preset' takes the mode's value. Applies to gated adapters.",
+    )
+    rows: Annotated[int, Field(ge=1, le=256)] | Threshold = Field(
+        "preset",
+        description="Number of tokens and masks in a pass that verifies drafts. More rows give more tokens per pass, and "
+        "slower passes. 'preset' takes the mode's value.",
+    )
+    lookup: Annotated[int, Field(ge=2, le=4)] | None = Field(
+        None,
+        description="Also draft what followed the same last words earlier in the text; the value is the smallest number of "
+        "equal tokens. Applies where drafts are verified. null looks nothing up.",
     )
     tau_mask: float | Threshold = Field(
         "preset",
@@ -77,6 +94,8 @@ class DecodeConfig(Section):
             value = self.__dict__[name]
             if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
                 raise ValueError(f"'{name}': must be between 0 and 1, got {value:g}")
+        if isinstance(self.tau_accept, (int, float)) and not 0.0 < self.tau_accept <= 1.0:
+            raise ValueError(f"'tau_accept': must be above 0 and at most 1, got {self.tau_accept:g}")
         return self
 
 

@@ -1,12 +1,17 @@
-"""Events of a sequence while it is decoded."""
+"""Events of a sequence while it is decoded, and its cost at the end."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """One denoising pass. Positions count from `start`, the text position of `tokens[0]`."""
+    """One pass. Positions count from `start`, the text position of `tokens[0]`.
+
+    Where drafts are verified, `tokens` are the new ones: accepted drafts, then the base's own choice. That one counts as
+    edited if it corrects a draft. Each pass is a block of its own.
+    """
 
     block: int  # index of the block that is being drafted
     step: int  # index of the pass within the block
@@ -24,3 +29,23 @@ class Finished(NamedTuple):
     block: int
     new_tokens: list[int]  # the tokens that it adds to the completion
     text: str  # the text that became certain with it
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The cost of a completion."""
+
+    forwards: int  # denoising passes; each also caches the tokens before the block that are not cached yet
+    prefill_forwards: int  # forwards of prompt chunks, which denoise nothing
+    tokens_per_forward: float
+    mask_ratio: list[float]  # masked share of the current block before each pass
+    drafts: int
+    edits: int
+    seconds: float
+    tokens_per_second: float
+    prefix_tokens: int = 0  # prompt tokens whose keys and values were cached by an earlier request
+    # Of completions that verify drafts:
+    accepted: int = 0  # drafts that became text
+    rows: int = 0  # tokens and masks of all passes
+    tried_by_offset: list[int] = field(default_factory=list)  # verified after right drafts: of lookups, rows 1 ... k
+    right_by_offset: list[int] = field(default_factory=list)

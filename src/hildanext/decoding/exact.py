@@ -19,10 +19,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hildanext.decoding.events import Finished, Verified
+from hildanext.decoding.events import Finished, Stats, Step
 from hildanext.decoding.lookup import Lookup
 from hildanext.decoding.plan import Plan, plan_rows
 from hildanext.decoding.rule import propose, verify_step
+from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.sequence import Span, Vocabulary
 from hildanext.decoding.settings import Settings
 from hildanext.diffusion.noise import sample_generator
@@ -38,7 +39,9 @@ class Drafter(Protocol):
 
     fresh: list[float]  # for row 1 ... k, the measured chance that its draft is right if all before it are
 
-    def drafts(self, hidden: Tensor, logits: Tensor, before: int, noise: Tensor | None) -> tuple[list[int], list[float]]:
+    def drafts(
+        self, hidden: Tensor, logits: Tensor, before: int, settings: Settings, noise: Tensor | None
+    ) -> tuple[list[int], list[float]]:
         """Drafts and their chances. hidden [n, H], logits [n, V]: of the rows; before: the token before the first draft.
 
         noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts.
@@ -107,23 +110,24 @@ class ExactSequence:
         start, end = self.num_cached_tokens, len(self.tokens)
         if end - start > max(chunk, self.settings.rows):
             tokens = self.tokens[start : start + chunk]
-            return Span(start, tokens, list(range(start + 1, start + len(tokens) + 1)), [], causal_rows(start, len(tokens)))
+            return Span(start, tokens, list(range(start + 1, start + len(tokens) + 1)), [])
         self.plan = self._plan()
         drafts = [draft.token for draft in self.pending[: self.plan.n_drafts]]
         clean = self.tokens[start:] + drafts
         positions = list(range(start, start + len(clean)))
         visible = [position + 1 for position in positions]
-        own, column = [0] * len(clean), start + len(clean)
+        own, column = [(0, 0)] * len(clean), start + len(clean)
         for behind, size in enumerate(self.plan.groups):
             anchor = end - 1 + behind
             positions += range(anchor + 1, anchor + size + 1)
             visible += [anchor + 1] * size
-            own += [column] * size
+            own += [(column, column + size)] * size
             column += size
-        n_groups = sum(self.plan.groups)
-        tokens = clean + [self.vocabulary.mask_token_id] * n_groups
-        first = end - 1 - start  # the row of the last known token
-        return Span(start, tokens, visible, list(range(first, len(tokens))), GroupRows(positions, own, len(clean)))
+        n_masks = sum(self.plan.groups)
+        tokens = clean + [self.vocabulary.mask_token_id] * n_masks
+        gate = [False] * len(clean) + [True] * n_masks
+        wanted = list(range(end - 1, start + len(tokens)))
+        return Span(start, tokens, visible, wanted, GroupRows(positions, own, gate) if n_masks else None)
 
     def _plan(self) -> Plan:
         left = self.settings.max_new_tokens - (len(self.tokens) - self.n_prompt)
@@ -137,12 +141,16 @@ class ExactSequence:
         counts = zip(self.drafter.fresh, self.tried[1:], self.right[1:], strict=True)
         return [(PRIOR * measured + right) / (PRIOR + tried) for measured, tried, right in counts]
 
+    def predictors(self, span: Span) -> list[int]:
+        """The rows of a span whose logits are needed: from the last known token on."""
+        return [column - span.start for column in span.wanted]
+
     def finish_prefill_chunk(self, span: Span, hidden: Tensor) -> None:
         """Account for a forward without wanted rows."""
         self.prefill_forwards += 1
         self.num_cached_tokens = span.start + len(span.tokens)
 
-    def finish_pass(self, span: Span, logits: Tensor, hidden: Tensor) -> list[Verified | Finished]:
+    def finish_pass(self, span: Span, logits: Tensor, hidden: Tensor) -> list[Step | Finished]:
         """Verify the drafts, and make new ones from the group that survives. logits [P, V], hidden [W, H].
 
         The P rows are those of `span.wanted`: the last known token's, the drafts' and the groups'.
@@ -159,12 +167,14 @@ class ExactSequence:
             self.right[draft.offset] += index < run
         self.num_cached_tokens = end + run
         new = [draft.token for draft in tried[:run]] + [choices[run]]
-        rejected = [draft.token for draft in tried[run:]]
         kept = self._append(new)
-        event = Verified(self.forwards - 1, end, self.tokens[end:], min(run, kept), rejected)
+        corrects = run < n_drafts and kept == run + 1
+        chances: list[float | None] = [*(draft.chance for draft in tried[:run]), None][:kept]
+        drafted, edited = list(range(min(run, kept))), [run] if corrects else []
+        step = Step(self.forwards - 1, 0, self.tokens[end:], drafted, edited, chances, 1.0, end)
         if self.finish_reason is None:
-            self._draft(logits, hidden[span.wanted[0] :], run)
-        return [event, *self._emit()]
+            self._draft(logits, hidden[span.wanted[0] - span.start :], run)
+        return [step, *self._emit()]
 
     def _choices(self, logits: Tensor, drafts: list[int]) -> tuple[list[int], list[float]]:
         """The base's choice at each clean row, and p(draft) / max p of each draft at the row before it."""
@@ -218,12 +228,12 @@ class ExactSequence:
 
     def _draft(self, logits: Tensor, hidden: Tensor, run: int) -> None:
         """The drafts of the next pass. logits, hidden: from the last known token's row on."""
-        self.pending = []
+        self.pending, settings = [], self.settings
         size, first = self.plan.groups[run], 1 + self.plan.n_drafts + sum(self.plan.groups[:run])
         if size and self.drafter is not None:
             rows, end = slice(first, first + size), len(self.tokens)
             noise = self._noise(range(end, end + size))
-            tokens, chances = self.drafter.drafts(hidden[rows], logits[rows], self.tokens[-1], noise)
+            tokens, chances = self.drafter.drafts(hidden[rows], logits[rows], self.tokens[-1], settings, noise)
             self.pending = [
                 Draft(token, chance, j) for j, (token, chance) in enumerate(zip(tokens, chances, strict=True), start=1)
             ]
@@ -250,6 +260,25 @@ class ExactSequence:
         if self.finish_reason:
             self.seconds = time.perf_counter() - self.began
         return [Finished(self.forwards - 1, self.stream.token_ids[before:], text)]
+
+    def stats(self) -> Stats:
+        """The cost of a completion that ended."""
+        n = len(self.stream.token_ids)
+        return Stats(
+            self.forwards,
+            self.prefill_forwards,
+            n / self.forwards,
+            mask_ratio=[],
+            drafts=sum(self.tried),
+            edits=0,
+            seconds=self.seconds,
+            tokens_per_second=n / self.seconds,
+            prefix_tokens=self.prefix_tokens,
+            accepted=sum(self.right),
+            rows=self.rows,
+            tried_by_offset=self.tried,
+            right_by_offset=self.right,
+        )
 
     def preempt(self) -> None:
         """The sequence lost its slot: its whole text must be cached again. Text and drafts are kept."""

@@ -57,6 +57,20 @@ def edit_step(
     return new, gamma, delta
 
 
+def verify_step(drafts: list[int], choices: list[int], ratios: list[float], tau_accept: float) -> int:
+    """Length of the longest accepted prefix of m drafts.
+
+    choices [m + 1]: the verifying model's choice at the row before each draft, and behind the last one; `choices[n]` is
+    the token after n accepted drafts. Draft j is accepted if it is the choice, or if its probability is at least
+    tau_accept of the likeliest token's: `ratios[j]` = p(d_j) / max p. With tau_accept 1 the text is the model's own,
+    greedy or sampled (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192).
+    """
+    for n, (draft, choice, ratio) in enumerate(zip(drafts, choices, ratios, strict=False)):
+        if draft != choice and (tau_accept == 1.0 or ratio < tau_accept):
+            return n
+    return len(drafts)
+
+
 def propose(
     logits: Tensor,
     *,

@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.rule import propose
-from hildanext.decoding.runtimes.protocol import Runtime, pad_batch
+from hildanext.decoding.runtimes.protocol import GroupRows, Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span
 from hildanext.errors import ModelError
 from hildanext.model.policy import is_out_of_memory
 from hildanext.progress import say
 
-SequenceEvent = tuple[Sequence, Step | Finished]
+AnySequence = Sequence | ExactSequence
+SequenceEvent = tuple[AnySequence, Step | Finished]
 
 
 class Scheduled(NamedTuple):
     """A sequence in the next forward."""
 
     slot: int
-    sequence: Sequence
+    sequence: AnySequence
     span: Span
 
 
@@ -34,25 +36,30 @@ class Output(NamedTuple):
     """The result of a forward for one sequence."""
 
     hidden: Tensor  # [W, H] hidden states of the span, padding behind it
-    ids: list[int]  # v_i of the P wanted positions
+    logits: Tensor  # [P, V] of the P wanted positions
+    ids: list[int]  # v_i of the P wanted positions; none for an ExactSequence
     confidence: list[float]  # c_i of the P wanted positions
 
 
 class Scheduler:
     """Runs sequences on a runtime, at most `slots` at a time. The others wait in order of arrival."""
 
-    def __init__(self, runtime: Runtime, slots: int, context: int, prefill_chunk: int) -> None:
-        self.runtime, self.slots, self.context, self.prefill_chunk = runtime, slots, context, prefill_chunk
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # running[i] is in slot i
-        self.cached_sequences: list[Sequence | None] = []  # whose keys and values each slot holds, running or finished
+    def __init__(self, runtime: Runtime, slots: int, context: int, prefill_chunk: int, scratch: int = 0) -> None:
+        """scratch: columns of a slot behind its context, for the keys of mask groups."""
+        self.runtime, self.slots, self.prefill_chunk = runtime, slots, prefill_chunk
+        self.context, self.scratch = context, scratch
+        self.waiting: deque[AnySequence] = deque()
+        self.running: list[AnySequence] = []  # running[i] is in slot i
+        self.cached_sequences: list[
+            AnySequence | None
+        ] = []  # whose keys and values each slot holds, running or finished
         self.has_shrunk = False
         self.is_allocated = False
 
-    def submit(self, sequence: Sequence) -> None:
+    def submit(self, sequence: AnySequence) -> None:
         self.waiting.append(sequence)
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: AnySequence) -> None:
         """Drop a waiting or running sequence. Its slot is free at once."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -104,51 +111,42 @@ class Scheduler:
         """One forward of the scheduled spans, and the proposals at wanted positions. Slots in between are padding."""
         first, last = batch[0].slot, batch[-1].slot
         padded: list[tuple[list[int], int, list[int]]] = [([], 0, [])] * (last - first + 1)
+        groups: list[GroupRows | None] = [None] * len(padded)
         for slot, _, span in batch:
-            padded[slot - first] = (span.tokens, span.start, span.visible)
-        states = self.runtime.body(pad_batch(padded, first))
+            padded[slot - first], groups[slot - first] = (span.tokens, span.start, span.visible), span.groups
+        states = self.runtime.body(pad_batch(padded, first, groups))
         hidden = [states[item.slot - first] for item in batch]
-        ids, confidence = self._proposals(batch, hidden)
-        outputs, offset = [], 0
-        for item, own_states in zip(batch, hidden, strict=True):
-            own = slice(offset, offset + len(item.span.wanted))
-            outputs.append(Output(own_states, ids[own], confidence[own]))
-            offset = own.stop
-        return outputs
-
-    def _proposals(self, batch: list[Scheduled], hidden: list[Tensor]) -> tuple[list[int], list[float]]:
-        """v_i and c_i of all wanted positions of a batch, one sequence after the other."""
-        wanting = [(item, states) for item, states in zip(batch, hidden, strict=True) if item.span.wanted]
-        if not wanting:
-            return [], []
-        logits = self.runtime.head(_join([_predictors(item, states) for item, states in wanting]))
-        # Greedy rows share one call. Sampling and penalties depend on each sequence's settings and text.
-        if all(item.sequence.is_greedy for item, _ in wanting):
-            proposals = [_propose(logits, wanting[0][0])]
-        else:
-            parts = logits.split([len(item.span.wanted) for item, _ in wanting])
-            proposals = [_propose(part, item) for part, (item, _) in zip(parts, wanting, strict=True)]
-        ids, confidence = (_join(column).tolist() for column in zip(*proposals, strict=True))
-        return ids, confidence
+        wanting = [(item, own) for item, own in zip(batch, hidden, strict=True) if item.span.wanted]
+        logits = (
+            self.runtime.head(_join([_predictors(item, own) for item, own in wanting])) if wanting else states[0, :0]
+        )
+        parts = logits.split([len(item.span.wanted) for item in batch])
+        proposals = _proposals([item for item, _ in wanting], logits)
+        return [
+            Output(own, part, *proposals.get(item.slot, ([], [])))
+            for item, own, part in zip(batch, hidden, parts, strict=True)
+        ]
 
     def postprocess(self, batch: list[Scheduled], outputs: list[Output]) -> list[SequenceEvent]:
         """Apply the decode rule to each sequence. Returns its pass and the blocks that became final."""
         events: list[SequenceEvent] = []
-        for (_, sequence, span), (hidden, ids, confidence) in zip(batch, outputs, strict=True):
-            if span.wanted:
-                events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
-            else:
+        for (_, sequence, span), (hidden, logits, ids, confidence) in zip(batch, outputs, strict=True):
+            if not span.wanted:
                 sequence.finish_prefill_chunk(span, hidden)
+            elif isinstance(sequence, ExactSequence):
+                events += [(sequence, event) for event in sequence.finish_pass(span, logits, hidden)]
+            else:
+                events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
         return events
 
     def _allocate(self) -> None:
-        self.runtime.allocate(self.slots, self.context)  # drops all cached keys and values
+        self.runtime.allocate(self.slots, self.context + self.scratch)  # drops all cached keys and values
         for sequence in (*self.running, *self.waiting):
             sequence.preempt()
         self.cached_sequences = [*self.running, *[None] * (self.slots - len(self.running))]
         self.is_allocated = True
 
-    def _admit(self, free: range) -> Sequence:
+    def _admit(self, free: range) -> AnySequence:
         """Move the first waiting sequence into the first free slot, with its longest prefix that any slot has cached.
 
         The next turn of a conversation takes over the slot of the turn before. Another common prefix (a system
@@ -181,7 +179,7 @@ class Scheduler:
         self.runtime.swap(slot, other, length)
         self.cached_sequences[slot], self.cached_sequences[other] = second, first
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: AnySequence) -> None:
         """Free a slot for a waiting sequence, else for the last running one, so that running slots are contiguous."""
         slot, last = self.running.index(sequence), len(self.running) - 1
         sequence.noise.clear()  # the sequence stays in cached_sequences; of it only tokens and counts are needed
@@ -210,9 +208,25 @@ def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _propose(logits: Tensor, item: Scheduled) -> tuple[Tensor, Tensor]:
+def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, tuple[list[int], list[float]]]:
+    """v_i and c_i of the wanted positions of each sequence that edits blocks, by slot. logits: of all wanted positions."""
+    # Greedy rows share one call. Sampling and penalties depend on each sequence's settings and text.
+    sizes = [len(item.span.wanted) for item in wanting]
+    blocks = [item.sequence for item in wanting if isinstance(item.sequence, Sequence)]
+    found = {}
+    if len(blocks) == len(wanting) and blocks and all(sequence.is_greedy for sequence in blocks):
+        ids, confidence = _propose(logits, blocks[0], wanting[0].span.wanted)
+        pairs = zip(ids.split(sizes), confidence.split(sizes), strict=True)
+        return {item.slot: (v.tolist(), c.tolist()) for item, (v, c) in zip(wanting, pairs, strict=True)}
+    for item, part in zip(wanting, logits.split(sizes), strict=True):
+        if isinstance(item.sequence, Sequence):
+            ids, confidence = _propose(part, item.sequence, item.span.wanted)
+            found[item.slot] = ids.tolist(), confidence.tolist()
+    return found
+
+
+def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Tensor, Tensor]:
     """Proposals with the settings of a sequence. If it is greedy, `logits` may have rows of other greedy sequences."""
-    sequence, wanted = item.sequence, item.span.wanted
     noise, seen = sequence.gumbel_noise(wanted), sequence.penalized_tokens(wanted)
     return propose(
         logits,
@@ -226,11 +240,12 @@ def _propose(logits: Tensor, item: Scheduled) -> tuple[Tensor, Tensor]:
 
 def _predictors(item: Scheduled, hidden: Tensor) -> Tensor:
     """The hidden states [P, H] that predict the wanted positions, from those of the span, hidden [W, H]."""
-    sequence, span = item.sequence, item.span
-    queries = [sequence.predictor(p) - span.start for p in span.wanted]
+    sequence = item.sequence
+    queries = sequence.predictors(item.span)
     if queries[0] >= 0:
         contiguous = queries[-1] - queries[0] == len(queries) - 1
         return hidden[queries[0] : queries[-1] + 1] if contiguous else hidden[queries]
+    assert isinstance(sequence, Sequence)
     assert sequence.last_hidden is not None
     first = sequence.last_hidden[None]
     return torch.cat([first, hidden[queries[1:]]]) if len(queries) > 1 else first

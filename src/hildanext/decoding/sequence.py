@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.events import Finished, Stats, Step
 from hildanext.decoding.rule import edit_step
+from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings
 from hildanext.diffusion.noise import sample_generator
 from hildanext.model.text_stream import TextStream
@@ -28,6 +29,7 @@ class Vocabulary(NamedTuple):
     mask_token_id: int
     eos_token_id: int
     shifted: bool
+    gated: bool = False  # clean tokens run through the base, causal
 
 
 class Span(NamedTuple):
@@ -37,6 +39,7 @@ class Span(NamedTuple):
     tokens: list[int]
     visible: list[int]  # each query attends to the text positions below this
     wanted: list[int]  # text positions that need a proposal; empty for a prefill chunk
+    groups: GroupRows | None = None  # of a gated model
 
 
 class Sequence:
@@ -80,8 +83,8 @@ class Sequence:
         Keys at a position depend on all tokens of its block and of the blocks before it. So blocks are shared whole,
         and only between sequences of the same block size.
         """
-        size, n = self.settings.block_size, 0
-        if other.settings.block_size != size:
+        size, n = 1 if self.vocabulary.gated else self.settings.block_size, 0
+        if not self.vocabulary.gated and other.settings.block_size != size:
             return 0
         most = min(self._reusable_prompt(), other.num_cached_tokens)
         while n < most and self.tokens[n : n + size] == other.tokens[n : n + size]:
@@ -111,9 +114,17 @@ class Sequence:
         size, start, end = self.settings.block_size, self.num_cached_tokens, len(self.tokens)
         if end - start > max(chunk, end - self.window) and start < self.window:
             end = min(start + max(chunk // size, 1) * size, self.window)
-        visible = [(p // size + 1) * size if p < self.window else len(self.tokens) for p in range(start, end)]
+        step = 1 if self.vocabulary.gated else size
+        visible = [(p // step + 1) * step if p < self.window else len(self.tokens) for p in range(start, end)]
         wanted = [p for p in range(self.window, end) if self._can_change(p)] if end > self.window else []
-        return Span(start, self.tokens[start:end], visible, wanted)
+        return Span(start, self.tokens[start:end], visible, wanted, self._groups(start, end))
+
+    def _groups(self, start: int, end: int) -> GroupRows | None:
+        """Gated: the tokens before the window are clean, those of the window denoised."""
+        if not self.vocabulary.gated:
+            return None
+        positions = list(range(start, end))
+        return GroupRows(positions, [(0, 0)] * len(positions), [p >= self.window for p in positions])
 
     def _can_change(self, position: int) -> bool:
         if self.tokens[position] == self.vocabulary.mask_token_id:
@@ -134,9 +145,9 @@ class Sequence:
         """Whether proposals depend on the logits alone: no temperature and no repetition penalty."""
         return self.settings.temperature == 0 and self.settings.repetition_penalty == 1.0
 
-    def predictor(self, position: int) -> int:
-        """The text position whose hidden state predicts `position`."""
-        return position - 1 if self.vocabulary.shifted else position
+    def predictors(self, span: Span) -> list[int]:
+        """The rows of a span whose hidden states predict the wanted positions; -1 is the last cached position's."""
+        return [position - self.vocabulary.shifted - span.start for position in span.wanted]
 
     def gumbel_noise(self, wanted: list[int]) -> Tensor | None:
         """Gumbel noise [P, V] of the wanted positions, None if greedy. Seeded by (seed, block), equal in every pass."""
@@ -203,7 +214,7 @@ class Sequence:
         self.mask_ratio.append(ratio)
         if not self._is_done(was_clean=ratio == 0, edited=bool(edited)):
             return [step]
-        if not drafted and not edited and self.settings.editable_blocks == 0:
+        if not drafted and not edited and self.settings.editable_blocks == 0 and not self.vocabulary.gated:
             # The cached keys are those of the final block. Editable blocks are cached when they leave the window: until
             # then they attend to later blocks, which a cached block does not.
             self._mark_cached(span, len(self.tokens), hidden)
@@ -257,6 +268,21 @@ class Sequence:
         if self.finish_reason:
             self.seconds = time.perf_counter() - self.began
         return events
+
+    def stats(self) -> Stats:
+        """The cost of a completion that ended."""
+        n = len(self.stream.token_ids)
+        return Stats(
+            self.forwards,
+            self.prefill_forwards,
+            n / self.forwards,
+            self.mask_ratio,
+            self.drafts,
+            self.edits,
+            self.seconds,
+            n / self.seconds,
+            self.prefix_tokens,
+        )
 
     def preempt(self) -> None:
         """The sequence lost its slot: its whole text must be cached again. Text and passes are kept."""

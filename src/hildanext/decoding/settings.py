@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hildanext.config import DecodeConfig, Mode
 from hildanext.errors import ContextError, ModelError, UsageError
@@ -16,16 +16,27 @@ class Preset(NamedTuple):
     max_post_steps: int = 16
     block_size: int | None = None  # None: the checkpoint's block size
     edit_blocks: int = 0
+    tau_accept: float | None = None  # None: blocks are edited, drafts are not verified
+    rows: int = 8  # of a pass that verifies drafts
 
+
+# What a model can do: "blocks" denoises and edits blocks, "gated" also verifies drafts with its base, "base" is not
+# converted and can only verify drafts.
+Kind = Literal["blocks", "gated", "base"]
 
 # Defaults for checkpoints without calibration: the thresholds that SGLang and diffusers document.
 PRESETS: dict[Mode, Preset] = {"S_MODE": Preset(0.5, 0.0), "Q_MODE": Preset(0.7, 0.5)}
+VERIFYING: dict[Mode, Preset] = {
+    "EXACT": Preset(0.7, 0.5, tau_accept=1.0),
+    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.5),
+    "S_MODE": Preset(0.5, 0.0, tau_accept=0.2),
+}
 
 
 def read_presets(modes: dict[str, Any]) -> dict[Mode, Preset]:
     """The presets that `calibrate` wrote into a checkpoint. Raises ModelError for unknown fields."""
     try:
-        return {mode: Preset(**modes[mode]) for mode in PRESETS if mode in modes}
+        return {mode: Preset(**modes[mode]) for mode in VERIFYING if mode in modes}
     except TypeError as error:
         raise ModelError(f"generation_config.json: 'hilda' has invalid modes: {error}; run calibrate again") from None
 
@@ -46,6 +57,9 @@ class Settings(NamedTuple):
     repetition_penalty: float = 1.0
     edit_blocks: int = 0  # finished blocks before the current one that remain editable; see editable_blocks
     stop: tuple[str, ...] = ()
+    tau_accept: float | None = None  # see Preset
+    rows: int = 8
+    lookup: int | None = None  # shortest n-gram whose earlier continuation is a draft; None: none
 
     @property
     def editable_blocks(self) -> int:
@@ -53,13 +67,31 @@ class Settings(NamedTuple):
         return 0 if self.tau_edit is None else self.edit_blocks
 
 
-def resolve(config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset] | None = None) -> Settings:
+def resolve(
+    config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset] | None = None, kind: Kind = "blocks"
+) -> Settings:
     """Settings of a configuration. A key comes from the configuration, else from the mode's preset in `presets`
     (calibrated for the checkpoint), else from PRESETS; the block size may also be `trained_block`, the checkpoint's."""
-    preset = (PRESETS | (presets or {}))[config.mode]
+    mode: Mode = config.mode or ("Q_MODE" if kind == "blocks" else "EXACT")
+    known = (PRESETS if kind == "blocks" else VERIFYING) | (presets or {})
+    if mode not in known:
+        raise UsageError(
+            f"'decode.mode': '{mode}' verifies drafts with the base, which needs a gated adapter; convert with lora.gate, or "
+            "use 'Q_MODE'"
+        )
+    preset = known[mode]
+    tau_accept = preset.tau_accept if config.tau_accept == "preset" else config.tau_accept
+    if kind == "base" and (mode != "EXACT" or tau_accept is None):
+        raise UsageError(
+            f"'decode.mode': a model that is not converted has no '{mode}' drafts; use 'EXACT', or run 'hildanext convert-wsd'"
+        )
+    if kind == "blocks" and tau_accept is not None:
+        raise UsageError(
+            "'decode.tau_accept': verifies drafts with the base, which needs a gated adapter; set it to null"
+        )
     tau_edit = preset.tau_edit if config.tau_edit == "preset" else config.tau_edit
     return Settings(
-        mode=config.mode,
+        mode=mode,
         tau_mask=float(preset.tau_mask if config.tau_mask == "preset" else config.tau_mask),
         tau_edit=None if tau_edit is None else float(tau_edit),
         max_post_steps=preset.max_post_steps if config.max_post_steps == "preset" else config.max_post_steps,
@@ -72,11 +104,16 @@ def resolve(config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset
         repetition_penalty=config.repetition_penalty,
         edit_blocks=preset.edit_blocks if config.edit_blocks == "preset" else config.edit_blocks,
         stop=tuple(config.stop),
+        tau_accept=tau_accept if tau_accept is None else float(tau_accept),
+        rows=preset.rows if config.rows == "preset" else config.rows,
+        lookup=config.lookup,
     )
 
 
 def tokens_needed(n_prompt: int, settings: Settings) -> int:
     """Context length of a prompt of `n_prompt` tokens plus `max_new_tokens`, rounded up to whole blocks."""
+    if settings.tau_accept is not None:
+        return n_prompt + settings.max_new_tokens
     return -(-(n_prompt + settings.max_new_tokens) // settings.block_size) * settings.block_size
 
 

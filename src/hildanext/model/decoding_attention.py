@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "hildanext_grouped"
@@ -51,4 +52,5 @@ def use_grouped_attention(model: PreTrainedModel) -> None:
     """Switch a model with SDPA attention to `grouped_attention`. Other implementations are kept."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, cast(Any, grouped_attention))
+        AttentionMaskInterface.register(NAME, cast(Any, sdpa_mask))  # for forwards of the base without a mask of ours
         model.set_attn_implementation(NAME)

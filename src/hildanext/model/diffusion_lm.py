@@ -85,6 +85,11 @@ class DiffusionLM(nn.Module):
         return len(self.tokenizer)
 
     @property
+    def gated(self) -> bool:
+        """Whether its adapter acts on denoised rows only (`model.gate`)."""
+        return "gate" in self.record
+
+    @property
     def name(self) -> str:
         """Name of the base, as it was given for the conversion."""
         return str(self.record["base_model"])

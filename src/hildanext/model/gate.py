@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
@@ -21,9 +21,11 @@ from hildanext.config import LoraConfig
 from hildanext.diffusion.groups import Groups, group_mask
 from hildanext.diffusion.masks import additive, document_mask
 from hildanext.errors import ModelError
-from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from hildanext.model.adapter_file import Adapter
+from hildanext.model.backbone import weight_matrix
+from hildanext.model.diffusion_lm import Batch
 from hildanext.model.draft_head import DraftHead
-from hildanext.model.gated_linear import Gate, GatedLinear
+from hildanext.model.gated_linear import Gate, GatedLinear, find_gate
 from hildanext.model.lora import AdaptedEmbedding, find_targets, linear_layers
 from hildanext.model.low_rank import LowRank
 from hildanext.model.policy import compute_dtype
@@ -69,15 +71,11 @@ class _Behind(Cache):
         return 0
 
 
-def gate_of(model: PreTrainedModel) -> Gate:
-    """The gate that the adapted layers of a model share."""
-    return next(module.gate for module in model.modules() if isinstance(module, GatedLinear))
-
-
 @contextlib.contextmanager
 def as_base(model: PreTrainedModel) -> Iterator[None]:
     """Within the block the gate is closed and dropout is off: the model is its base."""
-    gate, was_training = gate_of(model), model.training
+    gate, was_training = find_gate(model), model.training
+    assert gate is not None
     before, gate.rows = gate.rows, None
     model.eval()
     try:
@@ -88,13 +86,13 @@ def as_base(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def clean_forward(lm: DiffusionLM, batch: Batch) -> Clean:
+def clean_forward(model: PreTrainedModel, batch: Batch) -> Clean:
     """x_0 once through the base, causal within each document."""
     kept = _Collect()
-    with as_base(lm.model):
-        embeds = lm.embedding(batch.input_ids)
+    with as_base(model):
+        embeds = model.get_input_embeddings()(batch.input_ids)
         mask = additive(document_mask(batch.doc_ids).tril(), compute_dtype(embeds))
-        hidden = lm.model.base_model(
+        hidden = model.base_model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=batch.position_ids,
@@ -104,11 +102,11 @@ def clean_forward(lm: DiffusionLM, batch: Batch) -> Clean:
     return Clean(hidden, kept.keys, kept.values)
 
 
-def group_forward(lm: DiffusionLM, batch: Batch, groups: Groups, clean: Clean, causal: bool) -> Tensor:
+def group_forward(model: PreTrainedModel, batch: Batch, groups: Groups, clean: Clean, causal: bool) -> Tensor:
     """Hidden states [B, Q, H] of the rows of groups, gate open."""
-    embeds = lm.embedding(groups.noisy_ids)
+    embeds = model.get_input_embeddings()(groups.noisy_ids)
     mask = additive(group_mask(batch.doc_ids, groups, causal), compute_dtype(embeds))
-    hidden: Tensor = lm.model.base_model(
+    hidden: Tensor = model.base_model(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=groups.position_ids,
@@ -118,13 +116,13 @@ def group_forward(lm: DiffusionLM, batch: Batch, groups: Groups, clean: Clean, c
     return hidden
 
 
-def draft_states(lm: DiffusionLM, batch: Batch, groups: Groups, hidden: Tensor) -> Tensor:
+def draft_states(model: PreTrainedModel, batch: Batch, groups: Groups, hidden: Tensor) -> Tensor:
     """The states that predict the labels: those of mask groups with the draft head, given the token before the label."""
-    head = lm.model.draft_head if hasattr(lm.model, "draft_head") else None
+    head = model.draft_head if hasattr(model, "draft_head") else None
     if head is None:
         return hidden
     columns = (groups.anchors + groups.offsets).clamp(max=batch.input_ids.shape[1] - 1)
-    before = lm.embedding(batch.input_ids.gather(1, columns))
+    before = model.get_input_embeddings()(batch.input_ids.gather(1, columns))
     return torch.where(groups.edited[:, :, None], hidden, head(hidden, before))
 
 
@@ -138,7 +136,9 @@ def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int,
     targets = find_targets(model, config)
     layers = [name for name in linear_layers(model) if any(f".{name}".endswith(f".{target}") for target in targets)]
     if any(isinstance(model.get_submodule(name), Conv1D) for name in layers):
-        raise ModelError(f"{type(model).__name__} has transposed linear layers (Conv1D), which a gated adapter cannot adapt")
+        raise ModelError(
+            f"{type(model).__name__} has transposed linear layers (Conv1D), which a gated adapter cannot adapt"
+        )
     gate = Gate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -156,3 +156,35 @@ def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int,
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return targets
+
+
+@torch.no_grad()
+def open_gate(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> None:
+    """Put a trained gated adapter beside a model's weights, for decoding. The base's weights stay as they are.
+
+    Only the mask token's embedding row is changed in place. Raises ModelError, which names `adapter_name`, when the model
+    lacks a module or its shape differs.
+    """
+    gate = Gate()
+    gate.rows = None
+    for name, (a, b) in adapter.pairs.items():
+        try:
+            base: nn.Module | None = model.get_submodule(name)
+        except AttributeError:
+            base = None
+        if not isinstance(base, nn.Linear) or (len(b), a.shape[1]) != tuple(base.weight.shape):
+            raise ModelError(
+                f"adapter '{adapter_name}' changes '{name}', which {type(model).__name__} does not have like that"
+            )
+        low_rank = LowRank(a.shape[0], a.shape[1], b.shape[0], scaling=1.0).to(base.weight)
+        low_rank.A.copy_(a)
+        low_rank.B.copy_(adapter.scaling * b)
+        model.set_submodule(name, GatedLinear(base, low_rank, gate).requires_grad_(False))
+    weight = weight_matrix(model.get_input_embeddings())
+    row = weight[adapter.mask_token_id]
+    weight[adapter.mask_token_id] = (row.float() + adapter.row.to(row.device)).to(row.dtype)
+    if adapter.draft_head:
+        width, hidden = adapter.draft_head["down.weight"].shape[0], weight.shape[1]
+        head = DraftHead(hidden, width)
+        head.load_state_dict(adapter.draft_head)
+        model.draft_head = head.to(model.device).requires_grad_(False)

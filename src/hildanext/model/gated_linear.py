@@ -42,4 +42,12 @@ class GatedLinear(nn.Module):
         low = F.linear(F.dropout(x, self.dropout, self.training).to(low_rank.A.dtype), low_rank.A)
         if isinstance(rows, Tensor):
             low = low * rows
-        return result + (low_rank.scaling * F.linear(low, low_rank.B)).to(result.dtype)
+        change = F.linear(low, low_rank.B)
+        if low_rank.scaling != 1.0:  # decoding has it in B already
+            change = low_rank.scaling * change
+        return result + change.to(result.dtype)
+
+
+def find_gate(model: nn.Module) -> Gate | None:
+    """The gate that the adapted layers of a model share; None without a gated adapter."""
+    return next((module.gate for module in model.modules() if isinstance(module, GatedLinear)), None)

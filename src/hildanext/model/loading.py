@@ -18,7 +18,7 @@ from hildanext.files import write_json
 from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, add_adapter, read_adapter, write_adapter
 from hildanext.model.backbone import n_embeddings
 from hildanext.model.diffusion_lm import DiffusionLM, Injected, add_mask_token
-from hildanext.model.gate import inject_gated
+from hildanext.model.gate import inject_gated, open_gate
 from hildanext.model.lora import collect, inject, peft_settings, trained_parameters, values_of
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.model.pretrained import (
@@ -109,6 +109,9 @@ def load_with_base(config: ModelConfig, base_name: str | None = None) -> Checkpo
     if lm.block_size is None:
         raise UsageError(f"'{config.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
     base_config = base_of(config, lm.record, base_name)
+    if lm.gated and base_name is None:
+        # The gate is closed between forwards: the checkpoint's own weights are its base's.
+        return CheckpointWithBase(lm, lm.block_size, lm.model, lm.tokenizer, base_config, policy)
     base, base_tokenizer = load_causal_lm(base_config, policy, policy.compute)
     return CheckpointWithBase(lm, lm.block_size, base.eval(), base_tokenizer, base_config, policy)
 
@@ -169,9 +172,13 @@ def _adapt(
         loaded, _ = read_adapter(weights, settings)
     if lora is None:
         assert loaded is not None
-        add_adapter(lm.model, loaded, config.base)
+        apply = open_gate if "gate" in lm.record else add_adapter
+        apply(lm.model, loaded, config.base)
         lm.record = {key: value for key, value in lm.record.items() if key != "adapter"}
         return
+    if loaded is not None and lora.gate != lm.gated:
+        has, wanted = ("a gated", "true") if lm.gated else ("no gated", "false")
+        raise UsageError(f"'{config.base}' is {has} adapter; set lora.gate to {wanted}")
     if loaded is not None and (loaded.rank, loaded.scaling) != (lora.rank, lora.scaling):
         raise UsageError(
             f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "

@@ -233,7 +233,9 @@ def values_of(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> di
         )
     values = {f"{adapter.embedding}.row.0": adapter.row}
     values |= {f"{_DRAFT_HEAD}{name}": tensor for name, tensor in adapter.draft_head.items()}
-    if odd := sorted({n for n in weights if n.startswith(_DRAFT_HEAD)} ^ {n for n in values if n.startswith(_DRAFT_HEAD)}):
+    if odd := sorted(
+        {n for n in weights if n.startswith(_DRAFT_HEAD)} ^ {n for n in values if n.startswith(_DRAFT_HEAD)}
+    ):
         raise ModelError(
             f"adapter '{adapter_name}': '{odd[0]}' is not in both the file and 'lora.draft_head'; set lora.draft_head as "
             "it was in training"

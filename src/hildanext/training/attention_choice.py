@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hildanext.errors import ConfigError, ModelError
+from hildanext.model.decoding_attention import use_grouped_attention
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.model.policy import Policy
 from hildanext.model.training_attention import Kind, use_training_attention
@@ -24,6 +25,9 @@ def choose_attention(lm: DiffusionLM, asked: Literal["auto", "dense", "pieces", 
     Every choice except the dense mask is first compared with the dense mask on a packed row. 'auto' falls back to the
     dense mask if they differ. Raises ConfigError if a kind asked for by name differs.
     """
+    if lm.gated:
+        use_grouped_attention(lm.model)
+        return "attention by the masks of groups"
     if asked == "dense" or lm.model.config._attn_implementation != "sdpa":
         return "attention by the dense mask" + (" (model.attention is not sdpa)" if asked != "dense" else "")
     kind: Kind = policy.attention if asked == "auto" else asked

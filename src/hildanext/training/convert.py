@@ -74,8 +74,10 @@ def sft(config: Config, name: str = "sft", resume: bool = False) -> dict[str, An
     """Instruction tuning of a converted checkpoint: responses only. Raises UsageError for a model that is not converted."""
     opened = open_run(config, name, "sft", resume)
     lm = opened.lm
-    block = config.sft.block_size or lm.block_size
-    if block is None:
+    block = (
+        config.sft.block_size or lm.block_size
+    )  # a gated adapter leaves the base as it is: no conversion precedes it
+    if block is None or (lm.block_size is None and not config.lora.gate):
         raise UsageError(
             f"model '{lm.name}' is not converted; run 'hildanext convert-wsd' and give its checkpoint as model.base"
         )

@@ -32,6 +32,10 @@ def dpo(config: Config, name: str = "dpo", resume: bool = False) -> dict[str, An
     tune = config.dpo
     if config.lora.rank is None:
         raise ConfigError("'lora.rank': dpo trains an adapter beside the reference model; set a rank")
+    if config.lora.gate:
+        raise ConfigError(
+            "'lora.gate': dpo tunes what a model writes, and a gated adapter writes its base's text; set it to false"
+        )
     if tune.pairs is None:
         raise ConfigError("'dpo.pairs': no file of preference pairs is set; give one")
     opened = open_run(config, name, "dpo", resume)

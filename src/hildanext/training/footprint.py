@@ -24,6 +24,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hildanext.config import Config
+from hildanext.model.decoding_attention import use_grouped_attention
 from hildanext.model.lora import one_matrix
 from hildanext.model.policy import Policy
 from hildanext.model.training_attention import Visible, use_training_attention
@@ -31,12 +32,14 @@ from hildanext.training.memory import peak_memory_mb, trimmer
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.worst_case import (
     Command,
+    WorstGroups,
     WorstRows,
     build,
     forward_backward,
     n_backwards,
     prepare,
     random_model,
+    worst_groups,
     worst_rows,
 )
 
@@ -90,7 +93,8 @@ def predict(config: Config, command: Command, policy: Policy, shape: PreTrainedC
 
 def tensor_bytes(config: Config, command: Command, policy: Policy, shape: PreTrainedConfig) -> Peak:
     """The part of the peak that is tensors: weights, gradients, optimizer state, activations."""
-    rows = worst_rows(config, command, policy, shape, torch.device("cpu"))
+    make_rows = worst_groups if config.lora.gate else worst_rows
+    rows = make_rows(config, command, policy, shape, torch.device("cpu"))
     with torch.device("meta"):
         model = random_model(shape, config, policy)
     for module in model.modules():  # some models read buffer values, for example an embedding's scale
@@ -120,12 +124,15 @@ def weight_bytes(model: PreTrainedModel, config: Config, command: Command, polic
 
 
 def backward_bytes(
-    model: PreTrainedModel, rows: WorstRows, config: Config, policy: Policy, command: Command
+    model: PreTrainedModel, rows: WorstRows | WorstGroups, config: Config, policy: Policy, command: Command
 ) -> tuple[int, int]:
     """(gradients, activations) of the worst-case micro-batch. Replaces the model's parameters by fake ones."""
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         make_fake(model)
-        use_fake_attention(model, rows.visible)
+        if isinstance(rows, WorstGroups):
+            use_grouped_attention(model)
+        else:
+            use_fake_attention(model, rows.visible)
         weights = live.live
         for _ in range(n_backwards(config, command)):
             live.peak = live.live
@@ -226,10 +233,10 @@ class _FlexBytes(torch.autograd.Function):
 def measure(config: Config, command: Command, policy: Policy, shape: PreTrainedConfig) -> int:
     """Peak bytes of this process over three real training steps with random weights. Call it in a fresh process."""
     device = policy.device
-    rows = worst_rows(config, command, policy, shape, device)
+    rows = (worst_groups if config.lora.gate else worst_rows)(config, command, policy, shape, device)
     outside = start_peak(device)
     model = build(shape, config, policy)
-    use_training_attention(model)
+    (use_grouped_attention if config.lora.gate else use_training_attention)(model)
     optimizer = make_optimizer(model, config.train, policy.fused)
     for _ in range(3):  # from the second on there is optimizer state, from the third on the allocator has settled
         for _ in range(n_backwards(config, command)):

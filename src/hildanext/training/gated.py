@@ -85,9 +85,11 @@ class GatedModule(nn.Module):
         """The loss over the wanted group rows. n_rows: wanted rows of the whole effective batch."""
         wanted, mask_id = groups.wanted, self.lm.mask_token_id
         # 1. clean rows through the base, without gradient
-        clean = clean_forward(self.lm, batch)
+        clean = clean_forward(self.lm.model, batch)
         # 2. mask, 3. forward of the groups
-        hidden = draft_states(self.lm, batch, groups, group_forward(self.lm, batch, groups, clean, self.causal))[wanted]
+        hidden = draft_states(
+            self.lm.model, batch, groups, group_forward(self.lm.model, batch, groups, clean, self.causal)
+        )[wanted]
         # 4. loss: the clean row before a label holds the base's distribution of it
         row, _ = wanted.nonzero(as_tuple=True)
         base_hidden = clean.hidden[row, groups.labels_at[wanted] - 1]
@@ -96,9 +98,7 @@ class GatedModule(nn.Module):
         if self.distill:
             soft = Soft(base_hidden, self.base_logits, torch.full(labels.shape, self.distill, device=labels.device))
         target = Target(labels, groups.t[wanted], groups.masked[wanted], groups.corrupted[wanted])
-        found = denoising_loss(
-            hidden, self.lm.head, target, n_rows, self.weights, mask_token_id=mask_id, soft=soft
-        )
+        found = denoising_loss(hidden, self.lm.head, target, n_rows, self.weights, mask_token_id=mask_id, soft=soft)
         base = predict(base_hidden, self.lm.head, labels, mask_id).best if not self.training else labels
         return Drafted(*found, base)
 
@@ -171,7 +171,13 @@ class GatedTask:
             return {}
         with self.accelerator.autocast():
             found = evaluate_drafts(
-                self.lm, self.module, self.eval_rows, self.eval_group, self.config.train.eval_rows, batch_rows, self.recipe
+                self.lm,
+                self.module,
+                self.eval_rows,
+                self.eval_group,
+                self.config.train.eval_rows,
+                batch_rows,
+                self.recipe,
             )
         if not math.isfinite(found.loss):
             raise NonFiniteLossError(f"step {step}: the held-out loss is {found.loss}; lower the learning rate")

@@ -119,6 +119,9 @@ def _check_same(first: Path, other: Path) -> None:
     for key in SAME_KEYS:
         if a.get(key) != b.get(key):
             raise CheckpointError(f"{other}: {key} is {b.get(key)}, but {a.get(key)} in {first}; they cannot be merged")
+    gates = [config["hilda"].get("gate") for config in (a, b)]
+    if gates[0] != gates[1]:
+        raise CheckpointError(f"{other}: hilda.gate is {gates[1]}, but {gates[0]} in {first}; they cannot be merged")
     bases = [config["hilda"].get("adapter") for config in (a, b)]
     if all(bases) and (bases[0]["fingerprint"], bases[0]["seed"]) != (bases[1]["fingerprint"], bases[1]["seed"]):
         raise CheckpointError(
@@ -182,6 +185,11 @@ def _merge_adapters(
     """See `merge`. Adds `rank_error` to the record if `rank` is given."""
     if full is not None and (rank is not None or half):
         raise UsageError("--full writes a whole model in float32; leave out --rank and --half")
+    if full is not None and "gate" in _read_config(folders[0])["hilda"]:
+        raise UsageError(
+            f"{folders[0]}: a gated adapter acts on denoised rows only; added to the weights it would change every token. "
+            "Leave out --full"
+        )
     adapters, settings = zip(*(read_adapter(folder / WEIGHTS, folder / SETTINGS) for folder in folders), strict=True)
     mean = mean_adapter(list(adapters), folders)
     if rank is not None:
@@ -218,7 +226,9 @@ def mean_adapter(adapters: list[Adapter], folders: list[Path]) -> Adapter:
         for name in first.pairs
     }
     row = torch.stack([adapter.row for adapter in adapters]).mean(0)
-    return first._replace(scaling=1.0, pairs=pairs, row=row)
+    # A draft head is no linear map. Its mean parameters suit checkpoints of one run.
+    head = {name: torch.stack([adapter.draft_head[name] for adapter in adapters]).mean(0) for name in first.draft_head}
+    return first._replace(scaling=1.0, pairs=pairs, row=row, draft_head=head)
 
 
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:

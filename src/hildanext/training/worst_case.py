@@ -15,9 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from hildanext.config import Config, ModelConfig
 from hildanext.diffusion import objective
+from hildanext.diffusion.groups import Groups, place_groups
 from hildanext.diffusion.masks import Pieces
 from hildanext.errors import ConfigError
 from hildanext.model.backbone import body
+from hildanext.model.diffusion_lm import Batch
+from hildanext.model.gate import clean_forward, draft_states, group_forward, inject_gated
 from hildanext.model.lora import inject
 from hildanext.model.policy import Policy
 from hildanext.model.pretrained import locate
@@ -86,6 +89,35 @@ def worst_rows(
     )
 
 
+class WorstGroups(NamedTuple):
+    """Inputs of the micro-batch with a gated adapter: every group has its full size and every row a label."""
+
+    batch: Batch
+    groups: Groups
+    mask_bytes: int
+
+
+def worst_groups(
+    config: Config, command: Command, policy: Policy, shape: PreTrainedConfig, device: torch.device
+) -> WorstGroups:
+    """The inputs as real tensors on `device`; they are small."""
+    length, n_rows = config.data.seq_len, config.train.micro_batch
+    k = config.wsd.peak_block or config.wsd.final_block
+    if command == "sft":
+        k = config.sft.block_size or config.wsd.final_block
+    n = min(config.noise.anchors, max(length - 2, 1))
+    positions, docs = torch.arange(length), torch.zeros(length, dtype=torch.int64)
+    ids, allowed = positions % shape.get_text_config().vocab_size, torch.ones(length, dtype=torch.bool)
+    anchors = torch.arange(n) * max(length - k - 1, 1) // n
+    row = place_groups(ids, docs, positions, allowed, anchors, torch.full((n,), k), n * k, 0)
+    groups = Groups(*(tensor.expand(n_rows, -1).contiguous().to(device) for tensor in row))
+    ids, docs, positions, allowed = (
+        x.expand(n_rows, -1).contiguous().to(device) for x in (ids, docs, positions, allowed)
+    )
+    mask_bytes = n_rows * policy.compute.itemsize * (length * length + n * k * (length + n * k))
+    return WorstGroups(Batch(list(range(n_rows)), ids, docs, positions, allowed), groups, mask_bytes)
+
+
 def attention_kind(config: Config, policy: Policy) -> Kind:
     """The training attention that a run uses if the model supports it, see `attention_choice`.
 
@@ -112,7 +144,7 @@ def random_model(shape: PreTrainedConfig, config: Config, policy: Policy) -> Pre
 def prepare(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     """Add the adapter and activation checkpointing that the configuration asks for, and switch to training mode."""
     if config.lora.rank is not None:
-        inject(model, config.lora, 0, seed=0)
+        (inject_gated if config.lora.gate else inject)(model, config.lora, 0, seed=0)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     return model.train()
@@ -125,11 +157,18 @@ def build(shape: PreTrainedConfig, config: Config, policy: Policy) -> PreTrained
     return prepare(model, config)
 
 
-def forward_backward(model: PreTrainedModel, rows: WorstRows, config: Config, policy: Policy, command: Command) -> None:
+def forward_backward(
+    model: PreTrainedModel, rows: WorstRows | WorstGroups, config: Config, policy: Policy, command: Command
+) -> None:
     """Forward, loss and backward as in a training, on inputs made beforehand."""
     autocast: AbstractContextManager[object] = nullcontext()
     if policy.compute != torch.float32:
         autocast = torch.autocast(model.device.type, dtype=policy.compute, cache_enabled=False)
+    if isinstance(rows, WorstGroups):
+        with autocast:
+            loss = _group_loss(model, rows, config)
+        loss.backward()
+        return
     dense = isinstance(rows.visible, Tensor)
     with autocast:
         embeds = model.get_input_embeddings()(rows.ids)  # a variable, because the measured peak includes it
@@ -142,6 +181,23 @@ def forward_backward(model: PreTrainedModel, rows: WorstRows, config: Config, po
         )[rows.places]
         loss = _loss(hidden, cast(nn.Module, model.get_output_embeddings()), rows.labels, config, command)
     loss.backward()
+
+
+def _group_loss(model: PreTrainedModel, rows: WorstGroups, config: Config) -> Tensor:
+    batch, groups = rows.batch, rows.groups
+    clean = clean_forward(model, batch)
+    states = draft_states(model, batch, groups, group_forward(model, batch, groups, clean, config.lora.causal_groups))
+    hidden, labels = states[groups.wanted], groups.labels[groups.wanted]
+    ones, head = torch.ones(len(labels), device=hidden.device), cast(nn.Module, model.get_output_embeddings())
+    soft = None
+    if config.loss.distill:
+        row, _ = groups.wanted.nonzero(as_tuple=True)
+        soft = objective.Soft(clean.hidden[row, groups.labels_at[groups.wanted] - 1], lambda h: head(h).float(), ones)
+    target = objective.Target(labels, ones, ones.bool(), ~ones.bool())
+    loss, _, _ = objective.denoising_loss(
+        hidden, head, target, len(labels), objective.Weights(), mask_token_id=0, soft=soft
+    )
+    return loss.total
 
 
 def _loss(hidden: Tensor, head: nn.Module, labels: Tensor, config: Config, command: Command) -> Tensor:
@@ -159,6 +215,8 @@ def _loss(hidden: Tensor, head: nn.Module, labels: Tensor, config: Config, comma
 
 def n_backwards(config: Config, command: Command) -> int:
     """Backward passes until memory peaks: 2 if a step has several, since later ones run beside existing gradients."""
+    if config.lora.gate:
+        return 2 if config.train.rows_per_step > config.train.micro_batch else 1
     turns = {
         "convert-wsd": config.noise.turns + config.noise.complementary,
         "sft": config.sft.turns + config.sft.complementary,

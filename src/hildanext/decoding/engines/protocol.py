@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from hildanext.config import Config
-from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.events import Finished, Stats, Step
 from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
 
@@ -18,21 +18,6 @@ class Request:
 
     prompt_ids: list[int]
     settings: Settings
-
-
-@dataclass(frozen=True)
-class Stats:
-    """The cost of a completion."""
-
-    forwards: int  # denoising passes; each also caches the tokens before the block that are not cached yet
-    prefill_forwards: int  # forwards of prompt chunks, which denoise nothing
-    tokens_per_forward: float
-    mask_ratio: list[float]  # masked share of the current block before each pass
-    drafts: int
-    edits: int
-    seconds: float
-    tokens_per_second: float
-    prefix_tokens: int = 0  # prompt tokens whose keys and values were cached by an earlier request
 
 
 @dataclass(frozen=True)

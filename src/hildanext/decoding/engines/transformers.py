@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hildanext.config import Config, EngineName
-from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.drafter import GroupDrafter
+from hildanext.decoding.engines.protocol import Completion, Event, Request, last_completion
+from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.runtimes import open_runtime
-from hildanext.decoding.scheduler import Scheduler
+from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
-from hildanext.decoding.settings import Settings, check_request, read_presets, resolve
+from hildanext.decoding.settings import Kind, Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -21,6 +23,9 @@ from hildanext.model.pretrained import read_record
 from hildanext.model.prompts import encode_prompt
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
+MOST_ROWS = 256  # of a pass that verifies drafts: the bound of decode.rows
+# The chance that the draft of row 1 ... k of a new group is right, until a checkpoint's own are measured.
+FRESH = [0.6, 0.5, 0.4] + [0.35] * 13
 
 
 class TransformersEngine:
@@ -40,24 +45,32 @@ class TransformersEngine:
             self.lm.mask_token_id,
             self.lm.tokenizer.eos_token_id,
             self.lm.convention == "shifted",
+            gated=self.lm.gated,
         )
+        self.kind: Kind = "base" if self.lm.block_size is None else "gated" if self.lm.gated else "blocks"
+        gate = self.lm.record.get("gate")
+        fresh = gate.get("fresh") or FRESH[: self.lm.block_size] if gate else []
+        self.drafter = GroupDrafter(self.lm, fresh) if gate else None
         self.presets = read_presets(self.lm.modes)
         limit = max_positions(self.lm.model)
         context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and context > limit:
             raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
-        self.runtime = open_runtime(config.engine, self.lm, self.settings(config).block_size)
-        self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
+        settings = self.settings(config)
+        widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
+        self.runtime = open_runtime(config.engine, self.lm, widths)
+        scratch = 0 if self.kind == "blocks" else MOST_ROWS
+        self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk, scratch)
         self.context: int | None = context
         self.mask_token_id: int | None = self.lm.mask_token_id
         self.eos_token_id: int | None = self.vocabulary.eos_token_id
         self.listeners: dict[
-            Sequence, list[Event]
+            AnySequence, list[Event]
         ] = {}  # events that `events` and `generate_batch` did not deliver yet
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
-        if read_record(config.model) is None:
+        if read_record(config.model) is None and config.decode.mode != "EXACT":
             return f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first"
         return None
 
@@ -65,22 +78,27 @@ class TransformersEngine:
         return encode_prompt(self.lm.tokenizer, prompt, known)
 
     def settings(self, config: Config) -> Settings:
-        assert self.lm.block_size is not None
-        return resolve(config.decode, self.lm.block_size, self.presets)
+        return resolve(config.decode, self.lm.block_size or 1, self.presets, self.kind)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.lm.tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def submit(self, request: Request) -> Sequence:
+    def submit(self, request: Request) -> AnySequence:
         """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
         check_request(request.prompt_ids, request.settings, self.context)
         if self.vocabulary.mask_token_id in request.prompt_ids:
             raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
-        sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
+        sequence: AnySequence
+        if request.settings.tau_accept is None:
+            sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
+        else:
+            sequence = ExactSequence(
+                request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter
+            )
         self.scheduler.submit(sequence)
         return sequence
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: AnySequence) -> None:
         """Drop a request and free its slot."""
         self.scheduler.cancel(sequence)
         self.listeners.pop(sequence, None)
@@ -89,12 +107,12 @@ class TransformersEngine:
     def slots(self) -> int:
         return self.scheduler.slots
 
-    def step(self) -> list[tuple[Sequence, Event | HildaError]]:
+    def step(self) -> list[tuple[AnySequence, Event | HildaError]]:
         """Run one step of the scheduler: schedule, run, postprocess. A sequence that ended also gets its Completion."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self.runtime.torch_threads or threads)
         try:
-            events: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
+            events: list[tuple[AnySequence, Event | HildaError]] = [*self.scheduler.step()]
         finally:  # the caller may compute between steps (an AR base, a judge) and needs its threads
             torch.set_num_threads(threads)
         ended = dict.fromkeys(sequence for sequence, _ in events if sequence.finish_reason is not None)
@@ -106,7 +124,7 @@ class TransformersEngine:
             assert not isinstance(event, HildaError)
             self.listeners.setdefault(sequence, []).append(event)
 
-    def events(self, sequence: Sequence) -> Iterator[Event]:
+    def events(self, sequence: AnySequence) -> Iterator[Event]:
         """The events of a submitted request, up to its Completion. Closing the iterator early drops the request."""
         self.listeners.setdefault(sequence, [])
         try:
@@ -135,7 +153,7 @@ class TransformersEngine:
         `on_event(index, event)` is called for every step, finished block and completion as it happens. All requests are
         checked before the first one runs; raises UsageError as `submit` does.
         """
-        sequences: list[Sequence] = []
+        sequences: list[AnySequence] = []
         done: dict[int, Completion] = {}
         try:
             for request in requests:
@@ -155,8 +173,8 @@ class TransformersEngine:
                 self.cancel(sequence)
         return [done[index] for index in range(len(requests))]
 
-    def _completion(self, sequence: Sequence) -> Completion:
-        settings, token_ids, seconds = sequence.settings, sequence.stream.token_ids, sequence.seconds
+    def _completion(self, sequence: AnySequence) -> Completion:
+        settings, token_ids = sequence.settings, sequence.stream.token_ids
         assert sequence.finish_reason is not None
         return Completion(
             text=sequence.stream.text,
@@ -167,17 +185,7 @@ class TransformersEngine:
             mode=settings.mode,
             tau_mask=settings.tau_mask,
             tau_edit=settings.tau_edit,
-            stats=Stats(
-                sequence.forwards,
-                sequence.prefill_forwards,
-                len(token_ids) / sequence.forwards,
-                sequence.mask_ratio,
-                sequence.drafts,
-                sequence.edits,
-                seconds,
-                len(token_ids) / seconds,
-                sequence.prefix_tokens,
-            ),
+            stats=sequence.stats(),
             runtime=self.runtime.name,
         )
 

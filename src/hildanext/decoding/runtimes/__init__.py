@@ -42,10 +42,10 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runtime:
+def open_runtime(config: EngineConfig, lm: DiffusionLM, widths: tuple[int, ...]) -> Runtime:
     """Open the runtime of `engine.runtime` around a loaded model, and say which one runs and why.
 
-    block_size: the block size of most requests, which decides the fixed shapes. Raises ConfigError for settings that
+    widths: the numbers of rows that most passes of one sequence have, ascending; they get graphs of their own. Raises ConfigError for settings that
     cannot run on this machine.
     """
     name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino())
@@ -59,15 +59,15 @@ def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runt
         sys.modules.setdefault("openvino_telemetry", cast(Any, None))
         from hildanext.decoding.runtimes.openvino import OpenVinoRuntime
 
-        return OpenVinoRuntime(lm.model, block_size, config.weights)
+        return OpenVinoRuntime(lm.model, widths, config.weights)
     if name == "compiled":
         from hildanext.decoding.runtimes.compiled import CompiledRuntime
 
-        return CompiledRuntime(lm.model, block_size)
+        return CompiledRuntime(lm.model, widths)
     if name == "cudagraphs":
         from hildanext.decoding.runtimes.cudagraphs import CudaGraphRuntime
 
-        return CudaGraphRuntime(lm.model, block_size)
+        return CudaGraphRuntime(lm.model, widths)
     from hildanext.decoding.runtimes.eager import EagerRuntime
 
     return EagerRuntime(lm.model)

@@ -20,8 +20,8 @@ from hildanext.progress import say
 class CompiledRuntime(FixedShapeRuntime):
     name = "compiled"
 
-    def __init__(self, model: PreTrainedModel, block_size: int) -> None:
-        super().__init__(model, block_size)
+    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...]) -> None:
+        super().__init__(model, widths)
         self.compiled = torch.compile(self.forward, fullgraph=True)
 
     @torch.inference_mode()
@@ -41,8 +41,10 @@ class CompiledRuntime(FixedShapeRuntime):
             raise ModelError(f"torch.compile does not work here: {reason}; use engine.runtime 'eager'") from error
 
     def run_fixed(self, batch: ForwardBatch) -> Tensor:
-        ids, positions, visible, place = self.inputs(batch)
-        for tensor in (ids, positions, visible, place.columns, place.rows):
-            torch._dynamo.mark_static(tensor)
+        inputs = self.inputs(batch)
+        ids, positions, visible, place, own, gate = inputs
+        for tensor in (ids, positions, visible, place.columns, place.rows, own, gate):
+            if tensor is not None:
+                torch._dynamo.mark_static(tensor)
         torch._dynamo.mark_dynamic(place.keys, 0)
-        return self.compiled(ids, positions, visible, place)
+        return self.compiled(*inputs)

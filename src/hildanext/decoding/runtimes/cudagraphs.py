@@ -21,10 +21,7 @@ class Recorded(NamedTuple):
     """A graph and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    ids: Tensor
-    positions: Tensor
-    visible: Tensor
-    columns: Tensor
+    inputs: list[Tensor]  # in the order of `run_fixed`
     hidden: Tensor
 
 
@@ -33,8 +30,8 @@ class CudaGraphRuntime(FixedShapeRuntime):
 
     name = "cudagraphs"
 
-    def __init__(self, model: PreTrainedModel, block_size: int) -> None:
-        super().__init__(model, block_size)
+    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...]) -> None:
+        super().__init__(model, widths)
         self.recorded: dict[tuple[int, int, int], Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle()  # one graph runs at a time, so all share their memory
 
@@ -49,27 +46,27 @@ class CudaGraphRuntime(FixedShapeRuntime):
             self.recorded[shape] = self._record(batch._replace(length=length))
         found = self.recorded[shape]
         # Safe without synchronization: pageable sources are staged at once, and the replay follows in the same stream.
-        sources = (batch.ids, batch.positions, batch.visible, batch.columns(self.cache.context))
-        for target, source in zip((found.ids, found.positions, found.visible, found.columns), sources, strict=True):
+        sources = (batch.ids, batch.positions, batch.visible, batch.columns(self.cache.context), batch.own, batch.gate)
+        for target, source in zip(found.inputs, [tensor for tensor in sources if tensor is not None], strict=True):
             target.copy_(source)
         found.graph.replay()
         return found.hidden
 
     def _record(self, batch: ForwardBatch) -> Recorded:
-        ids, positions, visible, place = self.inputs(batch)
-        assert visible is not None
-        assert place.columns is not None
+        inputs = self.inputs(batch)
+        ids, positions, visible, place, own, gate = inputs
         # As PyTorch's documentation asks: warm up on a side stream, so that no lazy initialization is recorded.
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
             for _ in range(2):
-                self.forward(ids, positions, visible, place)
+                self.forward(*inputs)
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            hidden = self.forward(ids, positions, visible, place)
-        return Recorded(graph, ids, positions, visible, place.columns, hidden)
+            hidden = self.forward(*inputs)
+        read = (ids, positions, visible, place.columns, own, gate)
+        return Recorded(graph, [tensor for tensor in read if tensor is not None], hidden)
 
     def close(self) -> None:
         self.recorded.clear()  # graphs hold the cache's memory

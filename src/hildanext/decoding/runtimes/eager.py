@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hildanext.decoding.cache import SlotCache, SlotView
-from hildanext.decoding.runtimes.protocol import ForwardBatch
+from hildanext.decoding.runtimes.protocol import ForwardBatch, within
 from hildanext.diffusion.masks import additive
 from hildanext.model.decoding_attention import use_grouped_attention
+from hildanext.model.gated_linear import find_gate
 
 
 class EagerRuntime:
@@ -23,6 +24,7 @@ class EagerRuntime:
         use_grouped_attention(model)
         # Kept because the model searches its modules each time for these.
         self.device, self.dtype, self.lm_head = model.device, model.dtype, model.get_output_embeddings()
+        self.gate = find_gate(model)
         self.cache = SlotCache(0, 0, 0)
 
     @torch.inference_mode()
@@ -33,30 +35,47 @@ class EagerRuntime:
     def body(self, batch: ForwardBatch) -> Tensor:
         return self.forward(*self.inputs(batch))
 
-    def inputs(self, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor | None, SlotView]:
+    def inputs(
+        self, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor, Tensor | None, SlotView, Tensor | None, Tensor | None]:
         """The arguments of `forward`, on the model's device."""
         device, visible, rows, columns = self.device, None, None, None
         if not batch.sees_all:
             visible = batch.visible.to(device)
+        own, gate = (None if tensor is None else tensor.to(device) for tensor in (batch.own, batch.gate))
         if batch.start is None:
             rows = torch.arange(batch.slot, batch.slot + len(batch.ids), device=device)[:, None]
             columns = batch.columns(self.cache.context).to(device)
         place = SlotView(batch.slot, torch.arange(batch.length, device=device), rows, columns, batch.start)
-        return batch.ids.to(device), batch.positions.to(device), visible, place
+        return batch.ids.to(device), batch.positions.to(device), visible, place, own, gate
 
-    def forward(self, ids: Tensor, positions: Tensor, visible: Tensor | None, place: SlotView) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        visible: Tensor | None,
+        place: SlotView,
+        own: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         """ids, positions, visible [B, W] int64 -> hidden states [B, W, H]. Keys and values are cached at `place`.
 
-        `visible` None: every token attends to all keys.
+        `visible` None: every token attends to all keys. own, gate: see `ForwardBatch`.
         """
         self.cache.at(place)
+        if self.gate is not None:
+            self.gate.rows = None if gate is None else gate[..., None].to(self.dtype)
         if visible is None:
             mask = torch.zeros(1, 1, 1, len(place.keys), dtype=self.dtype, device=ids.device)
         else:
-            mask = additive(place.keys < visible[..., None], self.dtype)
-        return self.model.base_model(
+            seen = place.keys < visible[..., None]
+            mask = additive(seen if own is None else seen | within(place.keys, own), self.dtype)
+        hidden: Tensor = self.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
+        if self.gate is not None:
+            self.gate.rows = None  # between forwards the model is its base
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -10,14 +10,14 @@ from hildanext.decoding.runtimes.protocol import ForwardBatch, widen
 
 
 class FixedShapeRuntime(EagerRuntime):
-    """Pads forwards to one sequence or all slots, one block or two (the block to cache and the current one).
+    """Pads forwards to one sequence or all slots, and to one of a few widths.
 
     Wider forwards, such as prompt chunks, run eagerly. A subclass implements `run_fixed`.
     """
 
-    def __init__(self, model: PreTrainedModel, block_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...]) -> None:
         super().__init__(model)
-        self.widths = (block_size, 2 * block_size)
+        self.widths = widths  # ascending
         self.slots = 1
 
     def allocate(self, slots: int, context: int) -> None:
@@ -29,6 +29,8 @@ class FixedShapeRuntime(EagerRuntime):
         fixed_width = next((fixed for fixed in self.widths if width <= fixed), None)
         if fixed_width is None:
             return super().body(batch)
+        if self.gate is not None:
+            batch = batch.gated()
         n_fixed = 1 if n == 1 and batch.slot == 0 else self.slots
         return self.run_fixed(widen(batch, n_fixed, fixed_width))[batch.slot : batch.slot + n, :width]
 

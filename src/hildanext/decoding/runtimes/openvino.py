@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import openvino as ov
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hildanext.decoding.runtimes.protocol import ForwardBatch, pad_batch
+from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
 from hildanext.model.decoding_attention import EXTRAS
+from hildanext.model.gated_linear import find_gate
 
 GROW = 128  # a slot's memory grows in steps of this many tokens
 GROUP = 128  # with int8 weights, this many activations share an int8 scale
@@ -78,10 +79,13 @@ class Exported(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.body = model.base_model
+        self.body, self.gate = model.base_model, find_gate(model)
 
-    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, *cached: Tensor) -> tuple[Tensor, ...]:
-        cache = SplitCache(cached)
+    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """rest: the gate [B, W, 1] of a gated model, then cached keys and values of each layer in turn."""
+        if self.gate is not None:
+            self.gate.rows, *rest = rest  # type: ignore[assignment]
+        cache = SplitCache(rest)
         hidden = self.body(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -108,14 +112,76 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
             source = op.input_value(0)
             groups[source.get_node().get_friendly_name(), source.get_index()].append(op)
     for group in groups.values():
-        parts = [op.input_value(1).get_node().get_data() for op in group]
-        parts = [w if op.get_attributes()["transpose_b"] else w.T for w, op in zip(parts, group, strict=True)]
+        changes = {op: change for op in group if (change := low_rank_change(op))}
+        layers = [op for op in group if op not in changes]
+        weights_in = [*layers, *changes]  # the A of every change stands behind the layers' own rows
+        parts = [matrix(op) for op in weights_in]
+        sizes = [len(part) for part in parts]
         joined = ops.matmul(group[0].input_value(0), weight_node(np.concatenate(parts), weights), False, True)
-        sizes = ops.constant(np.array([len(part) for part in parts], dtype=np.int64))
-        split = ops.variadic_split(joined, ops.constant(np.int64(-1)), sizes) if len(parts) > 1 else joined
-        for index, op in enumerate(group):
-            op.output(0).replace(split.output(index))
+        if changes:
+            joined = gated(joined, layers, list(changes.values()), sizes)
+        outputs = split(joined, sizes[: len(layers)])
+        for op, output in zip(layers, outputs, strict=True):
+            op.output(0).replace(output)
     graph.validate_nodes_and_infer_types()
+
+
+class Change(NamedTuple):
+    """A low-rank change in a graph: A x, times the gate, times B, added to a layer's output."""
+
+    gate: ov.Output
+    up: ov.Node  # the product with B
+    add: ov.Node
+    layer: str  # name of the layer's product
+
+
+def low_rank_change(op: ov.Node) -> Change | None:
+    """The change whose A is the weight of `op`; None for any other product."""
+    path = [op]
+    for kind in ("Multiply", "MatMul", "Add"):
+        readers = list(path[-1].output(0).get_target_inputs())
+        if len(readers) != 1 or readers[0].get_node().get_type_name() != kind:
+            return None
+        path.append(readers[0].get_node())
+    _, scale, up, add = path
+    gate = next(scale.input_value(i) for i in (0, 1) if scale.input_value(i).get_node() != op)
+    layer = next(add.input_value(i).get_node() for i in (0, 1) if add.input_value(i).get_node() != up)
+    while layer.get_type_name() != "MatMul":  # an Add of the bias
+        layer = layer.input_value(0).get_node()
+    return Change(gate, up, add, layer.get_friendly_name())
+
+
+def matrix(op: ov.Node) -> np.ndarray:
+    """The constant weight of a product, [out, in]."""
+    value = op.input_value(1).get_node().get_data()
+    return value if op.get_attributes()["transpose_b"] else value.T
+
+
+def gated(joined: ov.Node, layers: list[ov.Node], changes: list[Change], sizes: list[int]) -> ov.Node:
+    """The layers' joined output with their changes added: one product with all B, each in its layer's rows.
+
+    joined [..., sum(sizes)]: the layers' outputs, then the A x of the changes.
+    """
+    n_out, ranks = sum(sizes[: len(layers)]), sizes[len(layers) :]
+    plain, low = split(joined, [n_out, sum(ranks)])
+    spread = np.zeros((n_out, sum(ranks)), dtype=np.float32)
+    names = [layer.get_friendly_name() for layer in layers]
+    column = 0
+    for change, rank in zip(changes, ranks, strict=True):
+        index = names.index(change.layer)
+        first = sum(sizes[:index])
+        spread[first : first + sizes[index], column : column + rank] = matrix(change.up)
+        column += rank
+        other = next(i for i in (0, 1) if change.add.input_value(i).get_node() != change.up)
+        change.add.output(0).replace(change.add.input_value(other))
+    return ops.add(plain, ops.matmul(ops.multiply(low, changes[0].gate), ops.constant(spread), False, True))
+
+
+def split(joined: ov.Node | ov.Output, sizes: list[int]) -> list[ov.Output]:
+    if len(sizes) == 1:
+        return [joined.output(0)]
+    parts = ops.variadic_split(joined, ops.constant(np.int64(-1)), ops.constant(np.array(sizes, dtype=np.int64)))
+    return [parts.output(index) for index in range(len(sizes))]
 
 
 def weight_node(weight: np.ndarray, weights: Weights) -> ov.Node:
@@ -136,10 +202,11 @@ class OpenVinoRuntime:
     name = "openvino"
     torch_threads: int | None = 1  # torch threads wait by spinning and would take cores from OpenVINO
 
-    def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
+    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...], weights: Weights) -> None:
         self.model, self.weights = model.eval(), weights
         config = model.config.get_text_config()
         self.n_states, self.n_kv, self.dim = kv_shape(model)
+        self.n_inputs = 3 if find_gate(model) is None else 4  # before keys and values
         self.groups, self.hidden = config.num_attention_heads // self.n_kv, config.hidden_size
         self.kind = torch.bfloat16 if model.dtype == torch.bfloat16 and weights == "native" else torch.float32
         self.core, self.threads = ov.Core(), torch.get_num_threads()
@@ -151,7 +218,7 @@ class OpenVinoRuntime:
         for graph in (body, head):
             simplify(graph, weights)
         self.free = self._compile(body, -1, -1)
-        self.fixed = {width: self._compile(body, 1, width) for width in (block_size, 2 * block_size)}
+        self.fixed = {width: self._compile(body, 1, width) for width in widths}
         self.head_request = self.core.compile_model(head, "CPU", self._options()).create_infer_request()
         self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
         expected = self._expected_states()
@@ -191,6 +258,7 @@ class OpenVinoRuntime:
             torch.zeros(1, width, self.hidden),
             torch.arange(n_cached, n_cached + width)[None],
             torch.zeros(1, 1, self.groups * width, n_cached + width),
+            *[torch.ones(1, width, 1)] * (self.n_inputs - 3),
             *[torch.zeros(1, self.n_kv, n_cached, self.dim)] * self.n_states,
         )
         try:
@@ -203,22 +271,29 @@ class OpenVinoRuntime:
         graph = graph.clone()
         rows = self.groups * width if width > 0 else -1
         shapes = [[batch, width, self.hidden], [batch, width], [batch, 1, rows, -1]]
+        shapes += [[batch, width, 1]] * (self.n_inputs - 3)
         shapes += [[batch, self.n_kv, -1, self.dim]] * self.n_states
         graph.reshape(dict(zip(graph.inputs, shapes, strict=True)))
         converter = ov.preprocess.PrePostProcessor(graph)
-        for index in range(2, len(shapes)):  # mask, keys and values in the dtype of the attention
+        for index in (2, *range(self.n_inputs, len(shapes))):  # mask, keys and values in the dtype of the attention
             converter.input(index).tensor().set_element_type(KINDS[self.kind])
         for index in range(1, len(graph.outputs)):
             converter.output(index).tensor().set_element_type(KINDS[self.kind])
         return self.core.compile_model(converter.build(), "CPU", self._options()).create_infer_request()
 
     def _expected_states(self) -> Tensor:
-        """The model's own hidden states [12, H] of the probe tokens, in blocks of four."""
+        """The model's own hidden states [12, H] of the probe tokens, in blocks of four, a gate open for the last one."""
         positions = torch.arange(12)[None]
         mask = additive(block_causal_mask(torch.zeros_like(positions), positions // 4), torch.float32)
         ids = torch.tensor([self._probe_ids()])
+        gate = find_gate(self.model)
+        if gate is not None:
+            gate.rows = (positions >= 8)[..., None].float()
         with torch.inference_mode():
-            return self.model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][0]
+            expected = self.model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][0]
+        if gate is not None:
+            gate.rows = None
+        return expected
 
     def _probe_ids(self) -> list[int]:
         # Spread over the vocabulary: its first tokens are special ones, which models are hardly trained on.
@@ -231,7 +306,9 @@ class OpenVinoRuntime:
         found = []
         for start, n in ((0, 8), (8, 4)):
             visible = [(p // 4 + 1) * 4 for p in range(start, start + n)]
-            found.append(self.body(pad_batch([(self._probe_ids()[start : start + n], start, visible)], 0))[0].clone())
+            rows = GroupRows(list(range(start, start + n)), [(0, 0)] * n, [start == 8] * n)
+            batch = pad_batch([(self._probe_ids()[start : start + n], start, visible)], 0, [rows])
+            found.append(self.body(batch)[0].clone())
         cosine = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
         if cosine < LEAST_COSINE:
             raise ModelError(
@@ -256,7 +333,7 @@ class OpenVinoRuntime:
         self.bound.clear()
 
     def body(self, batch: ForwardBatch) -> Tensor:
-        starts = [int(row[0]) if width else 0 for row, width in zip(batch.positions, batch.widths, strict=True)]
+        starts = batch.starts
         self._grow(max(batch.length, max(starts)))
         n, width = batch.ids.shape
         request = self.fixed.get(width, self.free) if n == 1 else self.free
@@ -267,6 +344,9 @@ class OpenVinoRuntime:
         request.set_input_tensor(0, as_openvino(embeds))
         request.set_input_tensor(1, as_openvino(batch.positions))
         request.set_input_tensor(2, as_openvino(mask))
+        if self.n_inputs == 4:
+            gate = torch.zeros(n, width) if batch.gate is None else batch.gate.float()
+            request.set_input_tensor(3, as_openvino(gate[..., None]))
         request.infer()
         for row, (start, real) in enumerate(zip(starts, batch.widths, strict=True)):
             self.memory[:, batch.slot + row, :, start : start + real] = new[:, row, :, :real]
@@ -280,7 +360,7 @@ class OpenVinoRuntime:
             new = torch.zeros(self.n_states, n, self.n_kv, width, self.dim, dtype=self.kind)
             request.set_output_tensor(0, as_openvino(hidden))
             for index in range(self.n_states):
-                request.set_input_tensor(3 + index, as_openvino(self.memory[index, slot : slot + n]))
+                request.set_input_tensor(self.n_inputs + index, as_openvino(self.memory[index, slot : slot + n]))
                 request.set_output_tensor(1 + index, as_openvino(new[index]))
             self.bound[id(request)], self.outputs[id(request)] = where, (hidden, new)
         return self.outputs[id(request)]
@@ -290,7 +370,11 @@ class OpenVinoRuntime:
         n, width = batch.ids.shape
         real = torch.arange(width) < torch.tensor(batch.widths)[:, None]  # [B, W]
         cached = (torch.arange(self.room) < starts[:, None])[:, None].expand(n, width, self.room)
-        new = (batch.positions[:, None] < batch.visible[..., None]) & real[:, None]
+        columns = starts[:, None] + torch.arange(width)
+        new = columns[:, None] < batch.visible[..., None]
+        if batch.own is not None:
+            new |= (columns[:, None] >= batch.own[..., :1]) & (columns[:, None] < batch.own[..., 1:])
+        new &= real[:, None]
         new = new | ~real[..., None]  # padding attends to all new tokens: an empty row would give nan
         visible = torch.cat([new, cached], -1).repeat(1, self.groups, 1)[:, None]
         return torch.zeros(visible.shape, dtype=self.kind).masked_fill_(~visible, torch.finfo(self.kind).min)

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
+class GroupRows(NamedTuple):
+    """What a gated model's forward adds to a sequence of tokens, one entry for each.
+
+    The keys of a group's rows stand behind those of the text: at columns of their own, not at their text positions.
+    """
+
+    positions: list[int]  # text position
+    own: list[tuple[int, int]]  # columns of the token's group, [first, end); empty for clean tokens
+    gate: list[bool]  # whether the adapter acts on the token
+
+
 class ForwardBatch(NamedTuple):
-    """One forward of B sequences in neighbouring slots, W tokens each. Padding is at position 0 and sees key 0 only."""
+    """One forward of B sequences in neighbouring slots, W tokens each. Padding is at position 0 and sees key 0 only.
+
+    The keys of a sequence's tokens are at consecutive columns of its slot.
+    """
 
     ids: Tensor  # [B, W] int64
     positions: Tensor  # [B, W] int64: text position
-    visible: Tensor  # [B, W] int64: each token attends to the text positions below this
+    visible: Tensor  # [B, W] int64: each token attends to the columns below this
     slot: int  # slot of the first sequence
     length: int  # K: the largest `visible`
     widths: list[int]  # number of tokens of each sequence, padding excluded
     start: int | None  # position of the first token of a single sequence; None for several sequences
     sees_all: bool  # every token attends to all K positions: no mask is needed
+    starts: list[int]  # column of each sequence's first token
+    own: Tensor | None = None  # [B, W, 2] int64: columns [first, end) of the token's group, which it attends to as well
+    gate: Tensor | None = None  # [B, W] bool: whether a gated adapter acts on the token; None: on no token
 
     def columns(self, trash: int) -> Tensor:
-        """[B, W] int64: the position in its slot where each token's keys are written; `trash` for padding."""
-        columns = self.positions.clone()
+        """[B, W] int64: the column of its slot where each token's keys are written; `trash` for padding."""
+        columns = torch.tensor(self.starts)[:, None] + torch.arange(self.ids.shape[1])
         for row, width in enumerate(self.widths):
             columns[row, width:] = trash
         return columns
+
+    def gated(self) -> ForwardBatch:
+        """The same batch with `own` and `gate`, empty if it has none: the shapes of a fixed graph of a gated model."""
+        if self.gate is not None:
+            return self
+        shape = self.ids.shape
+        return self._replace(own=torch.zeros(*shape, 2, dtype=torch.long), gate=torch.zeros(shape, dtype=torch.bool))
+
+
+def within(keys: Tensor, own: Tensor) -> Tensor:
+    """keys [K], own [B, W, 2] -> [B, W, K] bool: whether a key's column is in [first, end)."""
+    return (keys >= own[..., :1]) & (keys < own[..., 1:])
 
 
 class Runtime(Protocol):
@@ -66,6 +96,7 @@ def widen(batch: ForwardBatch, slots: int, width: int) -> ForwardBatch:
     grow = nn.functional.pad
     widths = [0] * batch.slot + batch.widths + [0] * (slots - batch.slot - n)
     visible = grow(batch.visible, frame, value=1)
+    starts = [0] * batch.slot + batch.starts + [0] * (slots - batch.slot - n)
     return batch._replace(
         ids=grow(batch.ids, frame),
         positions=grow(batch.positions, frame),
@@ -74,24 +105,34 @@ def widen(batch: ForwardBatch, slots: int, width: int) -> ForwardBatch:
         widths=widths,
         start=None,
         sees_all=False,
+        starts=starts,
+        own=None if batch.own is None else grow(batch.own, (0, 0, *frame)),
+        gate=None if batch.gate is None else grow(batch.gate, frame),
     )
 
 
-def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> ForwardBatch:
+def pad_batch(
+    spans: Sequence[tuple[list[int], int, list[int]]], slot: int, groups: Sequence[GroupRows | None] = ()
+) -> ForwardBatch:
     """A batch of sequences, each (tokens, start, visible), in the slots from `slot` on. Shorter ones are padded.
 
-    An empty sequence is a slot without work. `visible` must not decrease along a sequence.
+    An empty sequence is a slot without work. groups: of each sequence, for gated models. Without groups, `visible` must
+    not decrease along a sequence.
     """
     width = max(len(tokens) for tokens, _, _ in spans)
     length = max((visible[-1] for _, _, visible in spans if visible), default=1)
+    is_gated = any(rows is not None for rows in groups)
     ids, positions, visibles = [], [], []
-    for tokens, start, visible in spans:
+    for row, (tokens, start, visible) in enumerate(spans):
         padding = [0] * (width - len(tokens))
+        own = groups[row] if is_gated else None
         ids.append(tokens + padding)
-        positions.append([*range(start, start + len(tokens)), *padding])
+        positions.append([*(range(start, start + len(tokens)) if own is None else own.positions), *padding])
         visibles.append(visible + [1] * len(padding))
+        if own is not None:
+            length = max(length, start + len(tokens))
     rows = torch.tensor([ids, positions, visibles])  # one conversion from lists is faster than three
-    return ForwardBatch(
+    batch = ForwardBatch(
         ids=rows[0],
         positions=rows[1],
         visible=rows[2],
@@ -99,5 +140,17 @@ def pad_batch(spans: list[tuple[list[int], int, list[int]]], slot: int) -> Forwa
         length=length,
         widths=[len(tokens) for tokens, _, _ in spans],
         start=spans[0][1] if len(spans) == 1 else None,
-        sees_all=all(visible[0] == length for visible in visibles),
+        sees_all=not is_gated and all(visible[0] == length for visible in visibles),
+        starts=[start for _, start, _ in spans],
     )
+    if not is_gated:
+        return batch
+    own_columns, gate = (
+        torch.zeros(len(spans), width, 2, dtype=torch.long),
+        torch.zeros(len(spans), width, dtype=torch.bool),
+    )
+    for row, of_row in enumerate(groups):
+        if of_row is not None:
+            own_columns[row, : len(of_row.own)] = torch.tensor(of_row.own)
+            gate[row, : len(of_row.gate)] = torch.tensor(of_row.gate)
+    return batch._replace(own=own_columns, gate=gate)

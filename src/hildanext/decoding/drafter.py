@@ -1,0 +1,52 @@
+"""Drafts from the mask rows of a group: each is chosen knowing the token before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hildanext.decoding.rule import keep_likely
+from hildanext.decoding.settings import Settings
+from hildanext.model.backbone import weight_matrix
+from hildanext.model.diffusion_lm import DiffusionLM
+
+CANDIDATES = 16  # a row's likeliest tokens, which the draft head ranks again
+
+
+class GroupDrafter:
+    """Ranks each row's likeliest tokens with the model's draft head, one row after the other."""
+
+    def __init__(self, lm: DiffusionLM, fresh: list[float]) -> None:
+        model = lm.model
+        self.fresh, self.mask_token_id, self.vocab_size = fresh, lm.mask_token_id, lm.vocab_size
+        self.embedding = weight_matrix(model.get_input_embeddings())
+        self.head = weight_matrix(model.get_output_embeddings())
+        self.draft_head = model.draft_head if hasattr(model, "draft_head") else None
+
+    @torch.inference_mode()
+    def drafts(
+        self, hidden: Tensor, logits: Tensor, before: int, settings: Settings, noise: Tensor | None
+    ) -> tuple[list[int], list[float]]:
+        """Drafts of n rows and the chance of each. hidden [n, H], logits [n, V]; before: the token before the first.
+
+        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts.
+        """
+        scores = logits[:, : self.vocab_size].float()
+        scores[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
+        top, ids = scores.topk(min(CANDIDATES, scores.shape[1]), dim=-1)
+        tokens, chances = [], []
+        for row in range(len(hidden)):
+            ranked = top[row]
+            if self.draft_head is not None:
+                changed = self.draft_head(hidden[row : row + 1], self.embedding[before][None])
+                ranked = (self.head[ids[row]].to(changed.dtype) @ changed[0]).float()
+            probabilities = ranked.softmax(-1)
+            if noise is None:
+                best = int(ranked.argmax())
+            else:
+                warm = keep_likely(ranked[None] / settings.temperature, settings.top_k, settings.top_p)[0]
+                best = int((warm + noise[row, ids[row]]).argmax())
+            before = int(ids[row, best])
+            tokens.append(before)
+            chances.append(float(probabilities[best]))
+        return tokens, chances
