@@ -196,6 +196,7 @@ def test_sampled_text_does_not_depend_on_the_drafts_and_repeats_with_its_seed():
     assert other.stream.token_ids != truth
 
 
+@torch.no_grad()
 def test_sampled_tokens_have_the_bases_joint_distribution():
     """Chi-square of 3 tokens over a vocabulary of 7, drafts by the adapter, against products of the base's softmax."""
     lm, base = gated("llama", 9, 2)

@@ -132,7 +132,7 @@ def test_a_packed_row_equals_separate_forwards_of_each_group(
         assert one is not None
         assert other is not None
         assert other.abs().max() > 0, name
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_clean_states_are_the_bases_bit_for_bit(base: Path, tmp_path: Path):
@@ -182,7 +182,8 @@ def test_training_learns_and_a_checkpoint_loads_again(base: Path, tmp_path: Path
     lm, _ = load_diffusion_lm(
         config.model.model_copy(update={"base": result["checkpoint"]}), training=True, lora=config.lora
     )
-    assert lm.record["gate"] == {"causal": False, "draft_head": 8}
+    assert lm.record["gate"] | {"fresh": None} == {"causal": False, "draft_head": 8, "fresh": None}
+    assert len(lm.record["gate"]["fresh"]) == K
     assert lm.block_size == K
     save_diffusion_lm(lm, tmp_path / "again")
     again, _ = load_diffusion_lm(

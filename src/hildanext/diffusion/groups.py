@@ -112,7 +112,8 @@ def edit_groups(
     length, used = len(input_ids), groups.group >= 0
     own = (groups.anchors + groups.offsets).clamp(max=length - 1)
     inside = used & (groups.anchors + groups.offsets < length) & (doc_ids[own] == doc_ids[groups.anchors])
-    t = torch.where(used, levels[groups.group.clamp(min=0)], 1.0)
+    t = torch.ones_like(groups.t)
+    t[used] = levels[groups.group[used]]
     noisy = add_noise(
         input_ids[own],
         inside,

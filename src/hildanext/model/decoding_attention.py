@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "hildanext_grouped"
 # Features that `grouped_attention` lacks. Layers that use one get the attention of transformers.

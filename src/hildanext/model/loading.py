@@ -177,8 +177,10 @@ def _adapt(
         lm.record = {key: value for key, value in lm.record.items() if key != "adapter"}
         return
     if loaded is not None and lora.gate != lm.gated:
-        has, wanted = ("a gated", "true") if lm.gated else ("no gated", "false")
-        raise UsageError(f"'{config.base}' is {has} adapter; set lora.gate to {wanted}")
+        has, wanted = ("a gated", "true") if lm.gated else ("an ungated", "false")
+        raise UsageError(f"'{config.base}' has {has} adapter; set lora.gate to {wanted}")
+    if loaded is not None and lora.gate and lora.causal_groups != lm.record["gate"]["causal"]:
+        raise UsageError(f"'{config.base}': set lora.causal_groups to {str(not lora.causal_groups).lower()}, as in its training")
     if loaded is not None and (loaded.rank, loaded.scaling) != (lora.rank, lora.scaling):
         raise UsageError(
             f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "
@@ -186,11 +188,11 @@ def _adapt(
         )
     injecting = inject_gated if lora.gate else inject
     lm.adapter = Injected(lora, injecting(lm.model, lora, lm.mask_token_id, seed))
-    if lora.gate:
-        lm.record["gate"] = {"causal": lora.causal_groups, "draft_head": lora.draft_head}
     if loaded is not None:
         set_adapter(lm, values_of(lm.model, loaded, config.base))
     else:
+        if lora.gate:
+            lm.record["gate"] = {"causal": lora.causal_groups, "draft_head": lora.draft_head}
         base = str(Path(config.base).resolve()) if Path(config.base).exists() else config.base
         part = {"base": base, "revision": config.revision, "fingerprint": fingerprint_weights(config), "seed": seed}
         lm.record["adapter"] = part

@@ -181,6 +181,7 @@ class GatedTask:
             )
         if not math.isfinite(found.loss):
             raise NonFiniteLossError(f"step {step}: the held-out loss is {found.loss}; lower the learning rate")
+        self.lm.record["gate"]["fresh"] = [round(chance, 4) for chance in found.chances]  # decoding plans with it
         by_offset = {f"eval_accuracy_{j}": value for j, value in enumerate(found.by_offset, start=1)}
         return {"eval_loss": found.loss, "eval_accuracy": found.accuracy, "eval_run": found.run, **by_offset}
 
@@ -191,6 +192,7 @@ class DraftQuality(NamedTuple):
     loss: float  # mean cross-entropy in nats
     accuracy: float  # share of rows whose best id is the base's own choice
     by_offset: list[float]  # the same for row 1 ... k
+    chances: list[float]  # of row 1 ... k to be right if all before it in the group are
     run: float  # mean number of rows before the first that differs: tokens a pass would gain
     n_rows: int
 
@@ -204,7 +206,7 @@ def evaluate_drafts(
     lm.model.eval()
     module.eval()
     fixed = recipe._replace(noise=recipe.noise.model_copy(update={"offset_keep": 1.0, "edit_share": 0.0}))
-    ce, hits, seen, run, n_groups = 0.0, torch.zeros(k), torch.zeros(k), 0.0, 0
+    ce, hits, seen, reached, n_groups = 0.0, torch.zeros(k), torch.zeros(k), torch.zeros(k), 0
     n_rows = min(n_rows, len(rows))
     for start in range(0, n_rows, batch_rows):
         indices = list(range(start, min(start + batch_rows, n_rows)))
@@ -219,11 +221,15 @@ def evaluate_drafts(
         seen.index_add_(0, offset.cpu(), torch.ones(len(offset)))
         # Every group of k rows whose labels all stand in the text
         whole = groups.wanted.view(len(indices), -1, k).all(-1)
-        run += float(right.view(len(indices), -1, k).long().cumprod(-1).sum(-1)[whole].sum())
+        reached += right.view(len(indices), -1, k).long().cumprod(-1)[whole].sum(0).cpu()
         n_groups += int(whole.sum())
     lm.model.train(was_training)
     module.train(was_training)
     total = float(seen.sum())
     accuracy = float(hits.sum()) / max(total, 1)
     by_offset = (hits / seen.clamp_min(1)).tolist()
-    return DraftQuality(ce / max(total, 1), accuracy, by_offset, run / max(n_groups, 1), int(total))
+    before = torch.cat([torch.tensor([float(n_groups)]), reached[:-1]])
+    chances = (reached / before.clamp_min(1)).tolist()
+    return DraftQuality(
+        ce / max(total, 1), accuracy, by_offset, chances, float(reached.sum()) / max(n_groups, 1), int(total)
+    )
