@@ -3,6 +3,7 @@
 python prompts.py 1344 > prompts.txt                      # the first world, used by the first part of the training
 python prompts.py 48 --skip 5000 > heldout.txt            # later prompts: none occurs twice, but every subject has been seen
 python prompts.py 2400 --world wide > wide.txt            # a wider world; half of its prompts are instructions
+python prompts.py 800 --world work > work.txt             # arithmetic and code
 python prompts.py 48 --unseen story > unseen.txt          # words that neither world has
 python prompts.py 48 --unseen instruction > unseen.txt
 
@@ -19,8 +20,8 @@ from itertools import islice, product, zip_longest
 from pathlib import Path
 
 WORLDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
-STORIES = {"first": 0.6, "wide": 0.5}  # share of stories in each world
-SECOND = {"who2": "who", "thing2": "thing"}  # slots for a second, different word of the same list
+STORIES = {"first": 0.6, "wide": 0.5, "work": 0.4}  # share of stories in each world; in "work" of arithmetic
+SECOND = {"who2": "who", "thing2": "thing", "name2": "name"}  # slots for a second, different word of the same list
 
 
 def prompts(world: str, seed: int = 0) -> Iterator[str]:
@@ -30,8 +31,9 @@ def prompts(world: str, seed: int = 0) -> Iterator[str]:
     while True:
         form = rng.choice(forms["story"] if rng.random() < STORIES[world] else forms["instruction"])
         chosen = {name: rng.choice(words) for name, words in lists.items()}
-        if world == "wide":
-            chosen |= {name: rng.choice([w for w in lists[of] if w != chosen[of]]) for name, of in SECOND.items()}
+        if world != "first":
+            second = {name: of for name, of in SECOND.items() if of in lists}
+            chosen |= {name: rng.choice([w for w in lists[of] if w != chosen[of]]) for name, of in second.items()}
         text = form.format(**chosen)
         if text not in seen:
             seen.add(text)
