@@ -40,6 +40,11 @@ def prompts(world: str, seed: int = 0) -> Iterator[str]:
             yield text
 
 
+def take(world: str, count: int, skip: int = 0, seed: int = 0) -> list[str]:
+    """`count` prompts of a world, after the first `skip`."""
+    return list(islice(prompts(world, seed), skip, skip + count))
+
+
 def unseen(kind: str, seed: int = 0) -> list[str]:
     """All prompts of one kind about subjects that no world names; forms alternate, words come in random order."""
     rng, by_form = random.Random(seed), []

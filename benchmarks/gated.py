@@ -1,0 +1,305 @@
+"""Compares gated adapters at an equal number of mask rows, one change at a time, on SmolLM2-135M.
+
+    python benchmarks/gated.py                                   # every variant, seed 0
+    python benchmarks/gated.py --only base "rank 8" --seeds 0 1 2
+    python benchmarks/gated.py --human stories.jsonl             # also the variant that learns from human text
+
+All variants share prompts, held-out rows and anchors. Training text are the base's greedy answers of the recipe of
+hilda-smollm2-135m. Then each decodes 12 unseen prompts x 96 tokens with EXACT in fp32, and OpenVINO with int8 weights
+times its passes beside those of the base alone. Results are stored in docs/benchmarks/gated.json, a stored run is not
+repeated, and docs/benchmarks/gated.md is generated from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import runpy
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from results import machine
+
+from hildanext.config import Config, load_config
+from hildanext.data.prepare import prepare_data
+from hildanext.data.sources.self_answers import written_file
+from hildanext.data.tokenize import tokenize_data
+from hildanext.decoding.engines import Request
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.runtimes.protocol import GroupRows, pad_batch
+from hildanext.files import write_json
+from hildanext.model.loading import load_diffusion_lm
+from hildanext.model.pretrained import load_tokenizer
+from hildanext.model.self_answers import write_answers
+from hildanext.training.convert import sft
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "hilda-smollm2-135m"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "gated"
+MASK_ROWS = 150_000
+ANCHORS, K, ROWS = 64, 4, 4  # groups in a row, rows in a group, rows a step
+FULL, FEW = 25, 8  # rows of a pass: a group behind every draft, and what costs little on a CPU
+CONTEXT = 200  # cached tokens while passes are timed
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+OUTPUTS = ["o_proj", "down_proj"]
+UPPER = [f"layers.{layer}.{part}" for layer in range(15, 30) for part in ("self_attn.o_proj", "mlp.down_proj")]
+UPPER_ALL = [
+    f"layers.{layer}.{part}"
+    for layer in range(15, 30)
+    for part in (*(f"self_attn.{name}" for name in ATTENTION), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+]
+# Name -> changes to "base".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "attention only": {"lora.targets": ATTENTION},
+    "output projections only": {"lora.targets": OUTPUTS},
+    "output projections, rank 64": {"lora.targets": OUTPUTS, "lora.rank": 64},
+    "upper half, all": {"lora.targets": UPPER_ALL},
+    "upper half, output projections": {"lora.targets": UPPER},
+    "rank 8": {"lora.rank": 8},
+    "rank 32": {"lora.rank": 32},
+    "k 3": {"sft.block_size": 3},
+    "k 6": {"sft.block_size": 6},
+    "causal groups": {"lora.causal_groups": True},
+    "base's distribution as target": {"loss.distill": 1.0},
+    "half distribution, half token": {"loss.distill": 0.5},
+    "far offsets dropped, 0.7": {"noise.offset_keep": 0.7},
+    "no draft head": {"lora.draft_head": None},
+    "draft head 64": {"lora.draft_head": 64},
+    "draft head 1024": {"lora.draft_head": 1024},
+    "lr 1e-3": {"sft.lr": 1e-3},
+    "lr 4e-3": {"sft.lr": 4e-3},
+    "128 anchors a row": {"noise.anchors": 128},
+    "32 anchors a row": {"noise.anchors": 32},
+    "sampled answers": {"text": "sampled"},
+    "human text": {"text": "human"},
+}
+
+
+def sources(text: str, out: Path, human: Path | None) -> list[dict[str, Any]]:
+    if text == "human":
+        assert human is not None
+        return [{"kind": "text", "path": str(human), "into": ["sft"]}]
+    temperature = {"temperature": 0.7, "max_documents": 1000} if text == "sampled" else {}
+    shared = {"kind": "self", "into": ["sft"], "max_new_tokens": 200, "batch": 64, "cut_repeats": 8} | temperature
+    return [shared | {"path": str(out / name)} for name in ("prompts.txt", "wide.txt")]
+
+
+def settings(variant: dict[str, Any], out: Path, human: Path | None, seed: int, mask_rows: int) -> Config:
+    text = variant.get("text", "greedy")
+    keys: dict[str, Any] = {
+        "paths.data": str(out / f"data-{text}"),
+        "paths.runs": str(out / "runs"),
+        "model.base": "smollm2-135m",
+        "model.convention": "shifted",
+        "model.device": "cpu",
+        "model.dtype": "float32",
+        "data.sources": sources(text, out, human),
+        "data.seq_len": 256,
+        "data.eval_share": 0.04,
+        "noise.anchors": ANCHORS,
+        "loss.weighting": "uniform",
+        "lora.rank": 16,
+        "lora.gate": True,
+        "lora.draft_head": 256,
+        "sft.block_size": K,
+        "sft.lr": 2e-3,
+        "sft.lr_warmup_steps": 5,
+        "sft.lr_decay_share": 0.5,
+        "train.lr_final_ratio": 0.05,
+        "train.rows_per_step": ROWS,
+        "train.micro_batch": 2,
+        "train.seed": seed,
+        "train.eval_every": 0,
+        "train.eval_rows": 48,
+        "train.save_every": 10_000,
+        "train.keep_best": 0,
+        "train.keep_last": 1,
+        "decode.max_new_tokens": 96,
+    }
+    keys |= {key: value for key, value in variant.items() if key != "text"}
+    keys["sft.steps"] = -(-mask_rows // (ROWS * keys["noise.anchors"] * keys["sft.block_size"]))
+    return load_config(None, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+
+
+def prepare(config: Config, out: Path, text: str) -> None:
+    """Prepare the rows of one kind of text, once. The recipe's stored answers are used where they fit."""
+    folder = Path(config.paths.data)
+    if (folder / "ready").exists():
+        return
+    make = runpy.run_path(str(RECIPE / "prompts.py"))
+    first = list(make["take"]("first", 1344)) + list(make["take"]("first", 3000, skip=1700))
+    for name, prompts in (("prompts", first), ("wide", list(make["take"]("wide", 2400)))):
+        (out / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    if text == "greedy":
+        for source, stored in zip(config.data.sources, ("answers", "wide-answers"), strict=True):
+            file = written_file(config.paths.data, source)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(gzip.decompress((RECIPE / f"{stored}.jsonl.gz").read_bytes()))
+            shutil.copyfile(RECIPE / f"{stored}.json", file.with_suffix(".json"))
+    write_answers(config)
+    prepare_data(config)
+    tokenize_data(config, load_tokenizer(config.model))
+    (folder / "ready").touch()
+
+
+def unseen() -> list[str]:
+    make = runpy.run_path(str(RECIPE / "prompts.py"))
+    return make["unseen"]("story")[:6] + make["unseen"]("instruction")[:6]
+
+
+def decode(config: Config, checkpoint: str, rows: int) -> dict[str, float]:
+    """Tokens per forward over the unseen prompts, stories and instructions apart."""
+    changes = {"model": config.model.model_copy(update={"base": checkpoint, "convention": None})}
+    changes["engine"] = config.engine.model_copy(update={"runtime": "eager", "slots": 12})
+    changes["decode"] = config.decode.model_copy(update={"rows": rows})
+    engine = TransformersEngine(config.model_copy(update=changes), {})
+    requests = [
+        Request(engine.encode([{"role": "user", "content": text}]), engine.settings(config.model_copy(update=changes)))
+        for text in unseen()
+    ]
+    done = engine.generate_batch(requests)
+    found = {}
+    for name, part in (("stories", done[:6]), ("instructions", done[6:])):
+        tokens = sum(len(completion.token_ids) for completion in part)
+        found[name] = tokens / sum(completion.stats.forwards for completion in part)
+    return found
+
+
+def pass_ms(config: Config, checkpoint: str) -> dict[str, float] | None:
+    """Median milliseconds of a pass with OpenVINO and int8 weights: of the base's single row, and of rows 1 + 3 + 4."""
+    try:
+        from hildanext.decoding.runtimes.openvino import OpenVinoRuntime
+    except ModuleNotFoundError:
+        return None
+    found = {}
+    for name, base, width in (("base", "smollm2-135m", 1), ("gated", checkpoint, FEW)):
+        lm, _ = load_diffusion_lm(config.model.model_copy(update={"base": base, "convention": None}))
+        runtime = OpenVinoRuntime(lm.model, (width,), "int8")
+        runtime.allocate(1, CONTEXT + FULL)
+        runtime.body(pad_batch([([5] * CONTEXT, 0, list(range(1, CONTEXT + 1)))], 0))
+        rows = GroupRows(list(range(CONTEXT, CONTEXT + width)), [(0, 0)] * width, [i > 3 for i in range(width)])
+        batch = pad_batch([([5] * width, CONTEXT, list(range(CONTEXT + 1, CONTEXT + 1 + width)))], 0, [rows])
+        times = []
+        for _ in range(60):
+            began = time.perf_counter()
+            runtime.head(runtime.body(batch)[0])
+            times.append(time.perf_counter() - began)
+        found[name] = 1e3 * statistics.median(times)
+    return found
+
+
+def measure(name: str, out: Path, human: Path | None, seed: int, mask_rows: int) -> dict[str, Any]:
+    variant = VARIANTS[name]
+    config = settings(variant, out, human, seed, mask_rows)
+    prepare(config, out, variant.get("text", "greedy"))
+    began = time.perf_counter()
+    run = f"{list(VARIANTS).index(name)}-{seed}-{mask_rows}"
+    result = sft(config, run, resume=(out / "runs" / run).exists())
+    minutes = (time.perf_counter() - began) / 60
+    lines = (Path(result["run"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1])
+    checkpoint = result["checkpoint"]
+    return {
+        "name": name,
+        "seed": seed,
+        "mask_rows": int(sum(json.loads(line)["group_rows"] for line in lines)),
+        "budget": mask_rows,
+        "run": last["eval_run"],
+        "loss": last["eval_loss"],
+        "accuracy": [value for key, value in last.items() if key.startswith("eval_accuracy_")],
+        "minutes": minutes,
+        "tokens_per_forward": {str(rows): decode(config, checkpoint, rows) for rows in (FEW, FULL)},
+        "pass_ms": pass_ms(config, checkpoint),
+        "megabytes": (Path(checkpoint) / "adapter_model.safetensors").stat().st_size / 2e6,
+        "machine": machine(),
+    }
+
+
+def known() -> list[dict[str, Any]]:
+    file = PAGE.with_suffix(".json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def mean(runs: list[dict[str, Any]], of: Any, digits: int) -> str:
+    values = [of(run) for run in runs]
+    middle = f"{statistics.mean(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def speed(runs: list[dict[str, Any]], rows: int, kind: str) -> str:
+    return mean(runs, lambda run: run["tokens_per_forward"][str(rows)][kind], 2)
+
+
+def per_ms(run: dict[str, Any]) -> float:
+    """Tokens per millisecond of a pass of 8 rows, relative to the base token by token."""
+    return float(
+        statistics.mean(run["tokens_per_forward"][str(FEW)].values()) / run["pass_ms"]["gated"] * run["pass_ms"]["base"]
+    )
+
+
+def write_page(results: list[dict[str, Any]]) -> None:
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["budget"], result["name"]), []).append(result)
+    page = [
+        "# Gated adapters",
+        "",
+        "Generated by `benchmarks/gated.py`: SmolLM2-135M-Instruct in fp32. The variant *base* adapts all linear layers with",
+        "rank 16, has groups of 4 rows (bidirectional), 64 anchors a row of 256 tokens, a draft head of width 256, the",
+        "base's greedy answers with hard labels, 4 rows a step and a learning rate of 2e-3 that falls over the second half.",
+        "Every other variant changes what its name says. Several seeds: mean and range.",
+        "",
+        "- *accepted run*: mean number of drafts before the first wrong one, on held-out answers, the text before given",
+        "- *accuracy*: of rows 1 to k, the same way",
+        f"- *tokens per forward*: EXACT over 12 unseen prompts x 96 tokens, passes of {FEW} and {FULL} rows",
+        f"- *gain*: tokens per millisecond of a pass of {FEW} rows against the base token by token, OpenVINO int8, same run",
+    ]
+    for budget in sorted({budget for budget, _ in groups}):
+        page += [
+            "",
+            f"## {budget:,} mask rows",
+            "",
+            f"| variant | accepted run | accuracy | tokens per forward, {FEW} rows: stories, instructions | {FULL} rows | gain | MB, fp16 | minutes |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        rows = [(name, runs) for (n, name), runs in groups.items() if n == budget]
+        for name, runs in sorted(rows, key=lambda row: -statistics.mean(run["run"] for run in row[1])):
+            accuracy = " ".join(f"{value:.2f}" for value in runs[0]["accuracy"])
+            speeds = [f"{speed(runs, rows, 'stories')}, {speed(runs, rows, 'instructions')}" for rows in (FEW, FULL)]
+            gain = mean(runs, per_ms, 2) if all(run["pass_ms"] for run in runs) else ""
+            page.append(
+                f"| {name} | {mean(runs, lambda run: run['run'], 2)} | {accuracy} | {' | '.join(speeds)} | {gain} "
+                f"| {mean(runs, lambda run: run['megabytes'], 1)} | {mean(runs, lambda run: run['minutes'], 0)} |"
+            )
+    machines = sorted({f"{result['machine']['cpu']} ({result['machine']['capability']})" for result in results})
+    page += ["", f"Machines: {'; '.join(machines)}."]
+    PAGE.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gated"))
+    parser.add_argument("--human", type=Path, help="JSON lines with a text each, for the variant 'human text'")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--mask-rows", type=int, default=MASK_ROWS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = args.only or [name for name in VARIANTS if args.human or name != "human text"]
+    for seed in args.seeds:
+        for name in names:
+            if any((run["name"], run["seed"], run["budget"]) == (name, seed, args.mask_rows) for run in known()):
+                continue
+            result = measure(name, args.out, args.human, seed, args.mask_rows)
+            write_json(PAGE.with_suffix(".json"), [*known(), result])
+            write_page(known())
+            print(f"{name}, seed {seed}: accepted run {result['run']:.3f}, {result['tokens_per_forward']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
