@@ -451,7 +451,7 @@ print(child.run(Path(sys.argv[1]), 1, [sys.executable, "-S", "-c", {FOREVER!r}])
 
 
 def test_a_signal_that_comes_before_the_command_reaches_it(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", EARLY, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", EARLY, str(tmp_path)], capture_output=True, text=True, timeout=100)
     assert done.stdout == f"-{int(signal.SIGTERM)}\n", done.stderr
 
 
