@@ -177,7 +177,7 @@ def test_a_storm_of_clients_that_give_up() -> None:
 
 
 GOOD: dict[str, Any] = {"prompt": "x", "max_new_tokens": 2, "tau_mask": 0.5, "stop": ["a"], "stream": False, "seed": 1}
-GOOD_JOB = {"kind": "tokenize", "config": {"data": {"seq_len": 64}, "model": {"base": "x"}}, "options": {}}
+GOOD_JOB = {"kind": "tokenize", "config": {"data": {"seq_len": 64}, "model": {"base": "./x"}}, "options": {}}
 
 
 def mangled(rng: random.Random, good: dict[str, Any]) -> bytes:

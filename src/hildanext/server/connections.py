@@ -43,7 +43,9 @@ class Connection(H11Protocol):
         super().connection_made(cast(asyncio.Transport, transport))
         self._enter("header")
         if len(self.connections) > self.most:
-            next(iter(self.waiting)).transport.abort()
+            oldest = next(iter(self.waiting))
+            del self.waiting[oldest]  # now, for others may connect before it is closed
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(None)
@@ -88,13 +90,14 @@ class Connection(H11Protocol):
         if self.loop.time() < self._deadline():
             self.clock = self.loop.call_at(self._deadline(), self._check)
             return
-        line = f"the request's {self.phase} did not arrive in time"
+        line = f"the request's {self.phase} did not arrive in time".encode()
         if self.cycle is not None and self.phase == "body":
             self.cycle.disconnected = True  # the application gets no more of the body, and its answer goes nowhere
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and (self.phase == "body" or self.n_bytes):
-            head = h11.Response(status_code=408, headers=[("Content-Type", "text/plain"), ("Connection", "close")])
-            for event in (head, h11.Data(data=line.encode()), h11.EndOfMessage()):
+            headers = {"Content-Type": "text/plain", "Content-Length": str(len(line)), "Connection": "close"}
+            head = h11.Response(status_code=408, headers=list(headers.items()), reason="Request Timeout")
+            for event in (head, h11.Data(data=line), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

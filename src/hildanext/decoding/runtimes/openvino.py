@@ -137,15 +137,15 @@ class OpenVinoRuntime:
     torch_threads: int | None = 1  # torch threads wait by spinning and would take cores from OpenVINO
 
     def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
-        self.model, self.weights = model.eval(), weights
-        config = model.config.get_text_config()
+        self.weights, self.title = weights, type(model).__name__
+        config = model.eval().config.get_text_config()
         self.n_states, self.n_kv, self.dim = kv_shape(model)
         self.groups, self.hidden = config.num_attention_heads // self.n_kv, config.hidden_size
         self.kind = torch.bfloat16 if model.dtype == torch.bfloat16 and weights == "native" else torch.float32
         self.core, self.threads = ov.Core(), torch.get_num_threads()
         before = model.dtype
         model.float()  # the exporter needs a single dtype; bf16 to fp32 and back is exact
-        body = self._export()
+        body = self._export(model)
         head = self._convert(model.get_output_embeddings(), (torch.zeros(1, self.hidden),))
         head.reshape([-1, self.hidden])
         for graph in (body, head):
@@ -154,8 +154,10 @@ class OpenVinoRuntime:
         self.fixed = {width: self._compile(body, 1, width) for width in (block_size, 2 * block_size)}
         self.head_request = self.core.compile_model(head, "CPU", self._options()).create_infer_request()
         self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
-        expected = self._expected_states()
+        self.n_embeddings = model.get_input_embeddings().weight.shape[0]
+        expected = self._expected_states(model)
         cast(Any, model).to(before)
+        self.embed = model.get_input_embeddings()  # all that is needed of the model from here on
         self.slots, self.room = 0, 0  # slots, and the tokens that each has memory for
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
         self.bound: dict[int, tuple[int, ...]] = {}  # for each request, the memory that its tensors refer to
@@ -180,10 +182,10 @@ class OpenVinoRuntime:
             except RuntimeError as error:
                 lines = str(error).splitlines()
                 reason = lines[lines.index("Exception:") + 1] if "Exception:" in lines else lines[0]
-                raise ModelError(f"OpenVINO cannot export {type(self.model).__name__}: {reason}") from error
+                raise ModelError(f"OpenVINO cannot export {self.title}: {reason}") from error
 
-    def _export(self) -> ov.Model:
-        model, width, n_cached = self.model, 4, 8
+    def _export(self, model: PreTrainedModel) -> ov.Model:
+        width, n_cached = 4, 8
         before = model.config._attn_implementation
         AttentionInterface.register("hildanext_split", cast(Any, split_attention))
         model.set_attn_implementation("hildanext_split")
@@ -212,17 +214,17 @@ class OpenVinoRuntime:
             converter.output(index).tensor().set_element_type(KINDS[self.kind])
         return self.core.compile_model(converter.build(), "CPU", self._options()).create_infer_request()
 
-    def _expected_states(self) -> Tensor:
+    def _expected_states(self, model: PreTrainedModel) -> Tensor:
         """The model's own hidden states [12, H] of the probe tokens, in blocks of four."""
         positions = torch.arange(12)[None]
         mask = additive(block_causal_mask(torch.zeros_like(positions), positions // 4), torch.float32)
         ids = torch.tensor([self._probe_ids()])
         with torch.inference_mode():
-            return self.model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][0]
+            return model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][0]
 
     def _probe_ids(self) -> list[int]:
         # Spread over the vocabulary: its first tokens are special ones, which models are hardly trained on.
-        n = self.model.get_input_embeddings().weight.shape[0]
+        n = self.n_embeddings
         return [(i + 1) * n // 14 for i in range(12)]
 
     def _check(self, expected: Tensor) -> None:
@@ -235,7 +237,7 @@ class OpenVinoRuntime:
         cosine = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
         if cosine < LEAST_COSINE:
             raise ModelError(
-                f"{type(self.model).__name__}: the hidden states of OpenVINO differ from the model's "
+                f"{self.title}: the hidden states of OpenVINO differ from the model's "
                 f"(cosine {cosine:.2f}); use engine.runtime 'eager'"
             )
         self.memory, self.room = torch.empty(0), 0
@@ -262,7 +264,7 @@ class OpenVinoRuntime:
         request = self.fixed.get(width, self.free) if n == 1 else self.free
         hidden, new = self._bind(request, batch.slot, n, width)
         with torch.inference_mode():
-            embeds = self.model.get_input_embeddings()(batch.ids).float()
+            embeds = self.embed(batch.ids).float()
         mask = self._mask(batch, torch.tensor(starts))
         request.set_input_tensor(0, as_openvino(embeds))
         request.set_input_tensor(1, as_openvino(batch.positions))
