@@ -21,6 +21,7 @@ from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
 
 STOP_S = 5.0
+REST_S = 3.0  # without a request, until the engine frees memory
 RECENT = 32  # completions whose duration says how long the next ones will take
 State = Literal["loading", "ready", "failing", "stopping", "stopped"]
 
@@ -224,7 +225,7 @@ class Worker:
     def _receive(self, steps: Steps) -> bool:
         """Submit new requests and cancel dropped ones; wait while no request is running. False: stop."""
         while not self._running or not self._inbox.empty():
-            what, ticket = self._inbox.get()
+            what, ticket = self._next()
             if ticket is None:
                 return False
             if what == "drop":
@@ -238,6 +239,15 @@ class Worker:
             else:
                 self._running[ticket.handle] = ticket
         return True
+
+    def _next(self) -> tuple[str, Ticket | None]:
+        """Return the next message. If none comes for REST_S seconds, the engine frees memory meanwhile."""
+        try:
+            return self._inbox.get(timeout=REST_S)
+        except queue.Empty:
+            assert self.engine is not None
+            self.engine.rest()
+            return self._inbox.get()
 
     def _run_pass(self, steps: Steps) -> None:
         """Run one pass over all running requests and deliver its events."""

@@ -8,6 +8,7 @@ import torch
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
@@ -50,9 +51,11 @@ class TransformersEngine:
         if limit is not None and context > limit:
             raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
         self.runtime = open_runtime(config.engine, lm, self.settings(config).block_size)
+        del lm  # a runtime with weights of its own has no use for the model's
+        return_freed_memory()
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
         self.context: int | None = context
-        self.mask_token_id: int | None = lm.mask_token_id
+        self.mask_token_id: int | None = self.vocabulary.mask_token_id
         self.eos_token_id: int | None = self.vocabulary.eos_token_id
         self.listeners: dict[
             Sequence, list[Event]
@@ -183,6 +186,10 @@ class TransformersEngine:
             ),
             runtime=self.runtime.name,
         )
+
+    def rest(self) -> None:
+        self.scheduler.rest()
+        return_freed_memory()
 
     def close(self) -> None:
         self.runtime.close()
