@@ -123,7 +123,7 @@ def decode(
     config = DecodeConfig.model_validate({"max_new_tokens": 20} | changes)
     chosen = resolve(config, lm.block_size or 1, kind="gated")
     scheduler = Scheduler(runtime or EagerRuntime(lm.model), slots, 80, prefill_chunk=7, scratch=32)
-    vocabulary = Vocabulary(VOCABULARY, MASK, EOS, shifted=True, gated=True)
+    vocabulary = Vocabulary(VOCABULARY, MASK, (EOS,), shifted=True, gated=True)
     sequences = []
     for prompt, drafter in zip(prompts, drafters, strict=True):
         sequences.append(ExactSequence(prompt, chosen, vocabulary, lambda ids: "x" * len(ids), drafter))
@@ -205,7 +205,7 @@ def test_sampled_tokens_have_the_bases_joint_distribution():
         for model in (lm.model, base):  # all other tokens never occur
             model.get_output_embeddings().weight[7:] = 0
             model.get_output_embeddings().weight[:7] *= 0.3
-    vocabulary = Vocabulary(7, MASK, EOS, shifted=True, gated=True)
+    vocabulary = Vocabulary(7, MASK, (EOS,), shifted=True, gated=True)
     prompt, n = [1, 2, 3], 3000
     scheduler = Scheduler(EagerRuntime(lm.model), 50, 16, prefill_chunk=8, scratch=8)
     lm_of_seven = GroupDrafter(lm, [0.6, 0.5])

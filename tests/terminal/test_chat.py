@@ -90,7 +90,7 @@ def piped(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def turns(engine: TransformersEngine, config: Config, messages: list[str]) -> Iterator[tuple[Request, list[int], str]]:
     """(request, new tokens, text) of each turn by hand: ids in front of ids, nothing stored in between."""
-    tokenizer, ids = engine.lm.tokenizer, []
+    tokenizer, ids = engine.tokenizer, []
     for message in messages:
         ids += tokenizer(f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
         request = Request(list(ids), engine.settings(config))
@@ -134,6 +134,19 @@ def test_modes_and_thresholds(piped):
         "Q_MODE: tau_mask 0.5, tau_edit 0.25",
         "Q_MODE: tau_mask 0.8, tau_edit 0.25",
     ]
+
+
+def test_an_unseeded_answer_tells_its_seed_and_the_seed_repeats_it(piped):
+    warm = ("--set", "decode.temperature=2")
+    code, out, err = piped("the cat\n/reset\nthe cat\n", *warm)
+    assert code == 0
+    seeds = re.findall(r", seed (\d+)\]", "\n".join(err))
+    first, second = out.splitlines()
+    assert (len(set(seeds)), first == second) == (2, False)
+    _, again, _ = piped("the cat\n", *warm, "--set", f"decode.seed={seeds[1]}")
+    assert again == second + "\n"
+    _, _, greedy = piped("the cat\n")
+    assert "seed" not in greedy[-1]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +303,7 @@ def test_the_oldest_turns_are_dropped_with_a_note(piped):
 def test_a_message_that_never_fits_leaves_the_conversation_as_it_was(engine: TransformersEngine, config: Config):
     dialogue = Dialogue(engine)
     request, _ = dialogue.ask("hello", engine.settings(config))
-    answer = engine.lm.tokenizer("a cat")["input_ids"][::-1]  # not as the tokenizer would cut it
+    answer = engine.tokenizer("a cat")["input_ids"][::-1]  # not as the tokenizer would cut it
     dialogue.answered(request, answer, engine.decode_tokens(answer))
     before = list(dialogue.messages)
     with pytest.raises(UsageError, match="exceed the model's context of 256"):
@@ -304,7 +317,7 @@ def test_a_message_that_never_fits_leaves_the_conversation_as_it_was(engine: Tra
 
 
 def test_each_token_adds_its_piece_of_the_text(engine: TransformersEngine):
-    tokenizer, mask = engine.lm.tokenizer, engine.mask_token_id
+    tokenizer, mask = engine.tokenizer, engine.mask_token_id
     ids = tokenizer("the cat saw ü and 漢字")["input_ids"]
     texts = token_texts(engine.decode_tokens, ids, mask)
     assert "".join(texts) == "the cat saw ü and 漢字"
@@ -313,8 +326,7 @@ def test_each_token_adds_its_piece_of_the_text(engine: TransformersEngine):
 
 
 def test_cells_say_what_each_pass_did(engine: TransformersEngine, config: Config):
-    mask, eos = engine.mask_token_id, engine.eos_token_id
-    assert eos is not None
+    mask, (eos,) = engine.mask_token_id, engine.eos_token_ids
     request = Request([10, 11], engine.settings(config)._replace(max_new_tokens=4))
     tracker = CellTracker(engine, request)
 
@@ -336,12 +348,11 @@ def test_cells_say_what_each_pass_did(engine: TransformersEngine, config: Config
 
 
 def test_a_pass_as_a_line(engine: TransformersEngine, config: Config):
-    ids = engine.lm.tokenizer("the cat saw a")["input_ids"]
+    ids = engine.tokenizer("the cat saw a")["input_ids"]
     the, cat, saw, a = ids
     request = Request([the], engine.settings(config))
     assert engine.mask_token_id is not None
-    assert engine.eos_token_id is not None
-    tokens = [the, cat, engine.mask_token_id, saw, a, engine.eos_token_id, a]
+    tokens = [the, cat, engine.mask_token_id, saw, a, *engine.eos_token_ids, a]
     step = Step(3, 1, tokens, [1], [3], [0.5] * 7, 0.0, 0)
     cells = CellTracker(engine, request).cells(step)
     assert as_line(step, cells) == "block 3 pass 2:  the [cat] _ {saw} a ∎"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hildanext.decoding.rule import keep_likely
+from hildanext.decoding.rule import COLDEST, keep_likely
 from hildanext.decoding.settings import Settings
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -44,7 +44,7 @@ class GroupDrafter:
             if noise is None:
                 best = int(ranked.argmax())
             else:
-                warm = keep_likely(ranked[None] / settings.temperature, settings.top_k, settings.top_p)[0]
+                warm = keep_likely(ranked[None] / max(settings.temperature, COLDEST), settings.top_k, settings.top_p)[0]
                 best = int((warm + noise[row, ids[row]]).argmax())
             before = int(ids[row, best])
             tokens.append(before)

@@ -44,6 +44,7 @@ class Stats:
     seconds: float
     tokens_per_second: float
     prefix_tokens: int = 0  # prompt tokens whose keys and values were cached by an earlier request
+    seed: int | None = None  # of the sampling noise; the same seed gives the same text. None: decoded greedily
     # Of completions that verify drafts:
     accepted: int = 0  # drafts that became text
     rows: int = 0  # tokens and masks of all passes

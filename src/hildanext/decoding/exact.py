@@ -22,11 +22,12 @@ from torch import Tensor
 from hildanext.decoding.events import Finished, Stats, Step
 from hildanext.decoding.lookup import Lookup
 from hildanext.decoding.plan import Plan, plan_rows
-from hildanext.decoding.rule import propose, verify_step
+from hildanext.decoding.rule import choose, decodable_scores, verify_step
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.sequence import Span, Vocabulary
 from hildanext.decoding.settings import Settings
 from hildanext.diffusion.noise import sample_generator
+from hildanext.errors import NonFiniteLogitsError
 from hildanext.model.text_stream import TextStream
 
 PRIOR = 8  # an offset's expected acceptance counts like this many drafts of the sequence's own
@@ -185,19 +186,15 @@ class ExactSequence:
             seen = torch.zeros(len(logits), vocabulary.size, dtype=torch.bool)
             for row in range(len(logits)):
                 seen[row, torch.tensor(self.tokens + drafts[:row])] = True
-        ids, _ = propose(
-            logits,
-            mask_token_id=vocabulary.mask_token_id,
-            vocab_size=vocabulary.size,
-            settings=settings,
-            noise=None if noise is None else noise.to(logits.device),
-            seen=None if seen is None else seen.to(logits.device),
-        )
+            seen = seen.to(logits.device)
+        scores = decodable_scores(logits, vocabulary.mask_token_id, vocabulary.size, settings, seen)
+        ids, best = choose(scores, settings, None if noise is None else noise.to(logits.device))
+        if not bool(best.isfinite().all()):
+            raise NonFiniteLogitsError(f"decoding, position {end}")
         ratios = [1.0] * len(drafts)
-        if settings.tau_accept is not None and settings.tau_accept < 1.0 and drafts:
-            rows = logits[: len(drafts), : vocabulary.size].float()
-            at = rows.gather(1, torch.tensor(drafts, device=rows.device)[:, None])[:, 0]
-            ratios = (at - rows.max(-1).values).exp().tolist()
+        if settings.tau_accept != 1.0 and drafts:
+            at = scores[: len(drafts)].gather(1, torch.tensor(drafts, device=scores.device)[:, None])[:, 0]
+            ratios = (at - best[: len(drafts)]).exp().tolist()
         return ids.tolist(), ratios
 
     def _noise(self, positions: range) -> Tensor | None:
@@ -207,14 +204,16 @@ class ExactSequence:
         for position in positions:
             if position not in self.noise:
                 generator = sample_generator(self.settings.seed, position, "decode")
-                self.noise[position] = torch.empty(self.vocabulary.size).exponential_(generator=generator).log_().neg_()
+                drawn = torch.empty(self.vocabulary.size).exponential_(generator=generator)
+                # A draw of 0 would be infinite noise, which no logit outweighs.
+                self.noise[position] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
         return torch.stack([self.noise[position] for position in positions])
 
     def _append(self, new: list[int]) -> int:
         """Add verified tokens up to the end of the completion. Returns how many were added."""
         left = self.settings.max_new_tokens - (len(self.tokens) - self.n_prompt)
         new = new[:left]
-        ends = [i for i, token in enumerate(new) if token == self.vocabulary.eos_token_id]
+        ends = [i for i, token in enumerate(new) if token in self.vocabulary.eos_token_ids]
         if ends:
             new, self.finish_reason = new[: ends[0] + 1], "stop"
         elif len(new) == left:
@@ -274,11 +273,17 @@ class ExactSequence:
             seconds=self.seconds,
             tokens_per_second=n / self.seconds,
             prefix_tokens=self.prefix_tokens,
+            seed=self.settings.used_seed,
             accepted=sum(self.right),
             rows=self.rows,
             tried_by_offset=self.tried,
             right_by_offset=self.right,
         )
+
+    def fail(self) -> None:
+        """The sequence ends with an error. Nothing in its slot may be used again."""
+        self.finish_reason = "error"
+        self.preempt()
 
     def preempt(self) -> None:
         """The sequence lost its slot: its whole text must be cached again. Text and drafts are kept."""

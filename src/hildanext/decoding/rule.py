@@ -14,10 +14,14 @@ All engines and evaluations share this rule. `sequence.py` decides which positio
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hildanext.decoding.settings import Settings
+
+COLDEST = 1e-5  # vLLM's limit: a lower temperature samples as this one, which takes the most likely token
 
 
 def edit_step(
@@ -82,23 +86,55 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i of n positions: logits [n, V] of any float dtype -> ids [n] int64, confidence [n] float32.
 
-    The mask token and the padding rows of the vocabulary (ids from `vocab_size` on) are never proposed. Without
-    `noise` the proposal is greedy. With `noise` [n, vocab_size], Gumbel noise, v_i = argmax(log p_i / T + noise_i),
-    which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in every pass keeps a token
-    once it is drawn. c_i is always the model's probability at temperature 1, so thresholds mean the same at every T.
-    `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al. 2019, section 4.1).
+    The mask token and the padding rows of the vocabulary (ids from `vocab_size` on) are never proposed, whatever the
+    settings. Without `noise` the proposal is greedy. With finite `noise` [n, vocab_size], Gumbel noise, v_i =
+    argmax(log p_i / T + noise_i), which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in
+    every pass keeps a token once it is drawn. c_i is always the model's probability at temperature 1, so thresholds
+    mean the same at every T. `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al.
+    2019, section 4.1).
+
+    c_i is NaN if a logit is NaN or infinitely large; the v_i of such a position means nothing. Finite logits never give
+    NaN.
     """
+    scores = decodable_scores(logits, mask_token_id, vocab_size, settings, seen)
+    if settings is None or noise is None:
+        confidence, ids = scores.softmax(-1).max(-1)
+        return ids, confidence
+    ids = choose(scores, settings, noise).ids
+    return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+def decodable_scores(
+    logits: Tensor, mask_token_id: int, vocab_size: int, settings: Settings | None = None, seen: Tensor | None = None
+) -> Tensor:
+    """Logits [n, V] as float32 scores [n, vocab_size]: the mask token at -inf, the repetition penalty applied to `seen`."""
     scores = logits[:, :vocab_size].to(torch.float32, copy=True)
     scores[:, mask_token_id : mask_token_id + 1] = -torch.inf
     if settings is not None and seen is not None:
         penalized = torch.where(scores > 0, scores / settings.repetition_penalty, scores * settings.repetition_penalty)
-        scores = torch.where(seen, penalized, scores)
-    if settings is None or noise is None:
-        confidence, ids = scores.softmax(-1).max(-1)
-        return ids, confidence
-    warm = keep_likely(scores / settings.temperature, settings.top_k, settings.top_p)
-    ids = (warm + noise).argmax(-1)
-    return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
+        largest = torch.finfo(torch.float32).max  # a finite score stays finite
+        scores = torch.where(seen & scores.isfinite(), penalized.clamp(-largest, largest), scores)
+    return scores
+
+
+class Choice(NamedTuple):
+    """The token of each of n rows."""
+
+    ids: Tensor  # [n] int64
+    best: Tensor  # [n] float32: each row's largest score; not finite if a logit is NaN or infinitely large
+
+
+def choose(scores: Tensor, settings: Settings, noise: Tensor | None) -> Choice:
+    """The likeliest token of each row of scores [n, V], or with Gumbel noise [n, V] a sample at the settings' temperature.
+
+    The noise must be finite. Tokens at -inf are never chosen.
+    """
+    best, ids = scores.max(-1)
+    if noise is None:
+        return Choice(ids, best)
+    relative = scores - best[:, None]  # at most 0: no temperature can overflow it upwards
+    warm = keep_likely(relative / max(settings.temperature, COLDEST), settings.top_k, settings.top_p) + noise
+    return Choice(warm.masked_fill(scores == -torch.inf, -torch.inf).argmax(-1), best)
 
 
 def keep_likely(scores: Tensor, top_k: int | None, top_p: float) -> Tensor:

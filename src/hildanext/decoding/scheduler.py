@@ -21,7 +21,7 @@ from hildanext.model.policy import is_out_of_memory
 from hildanext.progress import say
 
 AnySequence = Sequence | ExactSequence
-SequenceEvent = tuple[AnySequence, Step | Finished]
+SequenceEvent = tuple[AnySequence, Step | Finished | ModelError]
 
 
 class Scheduled(NamedTuple):
@@ -69,6 +69,21 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of finished sequences, so that measurements of equal prompts do not share them."""
         self.cached_sequences = [*self.running, *[None] * (len(self.cached_sequences) - len(self.running))]
+
+    def rest(self) -> None:
+        """Free memory while nothing runs. The sequences that finished last stay cached, as far as the runtime allows."""
+        left = self.runtime.resting_tokens
+        if left is None or not self.is_allocated or not self.is_idle:
+            return
+        lengths = [0] * self.slots
+        for slot in sorted(range(self.slots), key=self._began, reverse=True):
+            cached = self.cached_sequences[slot]
+            if cached is None or cached.num_cached_tokens > left:
+                self.cached_sequences[slot] = None
+            else:
+                lengths[slot] = cached.num_cached_tokens
+                left -= lengths[slot]
+        self.runtime.rest(lengths)
 
     @property
     def is_idle(self) -> bool:
@@ -128,15 +143,21 @@ class Scheduler:
         ]
 
     def postprocess(self, batch: list[Scheduled], outputs: list[Output]) -> list[SequenceEvent]:
-        """Apply the decode rule to each sequence. Returns its pass and the blocks that became final."""
+        """Apply the decode rule to each sequence. Returns its pass and the blocks that became final, or its error."""
         events: list[SequenceEvent] = []
-        for (_, sequence, span), (hidden, logits, ids, confidence) in zip(batch, outputs, strict=True):
+        for (slot, sequence, span), (hidden, logits, ids, confidence) in zip(batch, outputs, strict=True):
             if not span.wanted:
                 sequence.finish_prefill_chunk(span, hidden)
-            elif isinstance(sequence, ExactSequence):
-                events += [(sequence, event) for event in sequence.finish_pass(span, logits, hidden)]
-            else:
-                events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
+                continue
+            try:
+                if isinstance(sequence, ExactSequence):
+                    events += [(sequence, event) for event in sequence.finish_pass(span, logits, hidden)]
+                else:
+                    events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
+            except ModelError as error:  # this sequence fails alone
+                sequence.fail()
+                self.runtime.erase(slot)  # a masked key still counts if it is NaN: 0 * NaN = NaN
+                events.append((sequence, error))
         return events
 
     def _allocate(self) -> None:

@@ -82,17 +82,32 @@ def run(folder: Path, attempt: int, command: list[str]) -> int:
 
 
 def _prepare() -> Callable[[], None]:
-    """Return the `preexec_fn` of the command: default signal handling, and on Linux SIGTERM if this process dies."""
+    """Return the `preexec_fn` of the command: default signal handling, and on Linux SIGTERM if this process dies.
+
+    Call it with the signals blocked. A signal that this process received before the command's process existed is sent to
+    that process; one that came later was sent to both.
+    """
     prctl, set_death_signal = (ctypes.CDLL(None).prctl if sys.platform == "linux" else None), 1  # PR_SET_PDEATHSIG
+    waiting, parent = signal.sigpending(), os.getpid()
 
     def prepare() -> None:
         if prctl is not None:
             prctl(set_death_signal, signal.SIGTERM)
         for number in STOPS:
             signal.signal(number, signal.SIG_DFL)
+        for number in ((_pending(parent) if prctl is not None else waiting) - signal.sigpending()) & set(STOPS):
+            os.kill(os.getpid(), number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     return prepare
+
+
+def _pending(process: int) -> set[int]:
+    """The signals that a process has received and not handled yet, from Linux' /proc."""
+    with open(f"/proc/{process}/status") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    mask = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
 
 
 if __name__ == "__main__":

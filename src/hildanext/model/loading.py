@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from hildanext.model.pretrained import (
     load_causal_lm,
     load_tokenizer,
     read_config_dict,
-    read_modes,
+    read_generation_config,
     read_record,
 )
 from hildanext.model.probe import probe
@@ -82,7 +83,7 @@ def load_diffusion_lm(
             tokenizer = load_tokenizer(config)
         _check_tokenizer(config, tokenizer, stored, record, model)
         lm = _assemble(model, tokenizer, stored["mask_token_id"], stored["block_size"], record)
-        lm.modes = read_modes(config)
+        lm.modes = read_generation_config(config).get("hilda", {})
     if lora is not None or part is not None:
         _adapt(lm, config, part, lora, seed, added)
     return lm, policy
@@ -133,6 +134,7 @@ def _check_tokenizer(
 
 def adapter_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
     """The configuration of an adapter's base. part: the section `hilda.adapter` of the adapter's config.json."""
+    sys.audit("hildanext.reference", config.base, part["base"])
     return config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
 
 
@@ -180,7 +182,9 @@ def _adapt(
         has, wanted = ("a gated", "true") if lm.gated else ("an ungated", "false")
         raise UsageError(f"'{config.base}' has {has} adapter; set lora.gate to {wanted}")
     if loaded is not None and lora.gate and lora.causal_groups != lm.record["gate"]["causal"]:
-        raise UsageError(f"'{config.base}': set lora.causal_groups to {str(not lora.causal_groups).lower()}, as in its training")
+        raise UsageError(
+            f"'{config.base}': set lora.causal_groups to {str(not lora.causal_groups).lower()}, as in its training"
+        )
     if loaded is not None and (loaded.rank, loaded.scaling) != (lora.rank, lora.scaling):
         raise UsageError(
             f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "

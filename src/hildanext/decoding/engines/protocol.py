@@ -60,7 +60,7 @@ class Engine(Protocol):
     dtype: str | None  # dtype of the computation
     policy: dict[str, object] | None  # `Policy.as_dict`; None: the engine decides by itself
     mask_token_id: int | None  # the mask token in the tokens of a Step
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]  # any of them ends a completion
     context: int | None  # most tokens of prompt and completion together; None: no limit
 
     @staticmethod
@@ -80,6 +80,10 @@ class Engine(Protocol):
 
     def stream(self, request: Request) -> Iterator[Event]:
         """The request's events. The last one is its Completion."""
+        ...
+
+    def rest(self) -> None:
+        """Free memory that is not needed while nothing runs. Called when no request has come for some seconds."""
         ...
 
     def close(self) -> None: ...

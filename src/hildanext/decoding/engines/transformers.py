@@ -10,6 +10,7 @@ from hildanext.config import Config, EngineName
 from hildanext.decoding.drafter import GroupDrafter
 from hildanext.decoding.engines.protocol import Completion, Event, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
+from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
@@ -19,8 +20,8 @@ from hildanext.model.backbone import max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
-from hildanext.model.pretrained import read_record
-from hildanext.model.prompts import encode_prompt
+from hildanext.model.pretrained import locate, read_record
+from hildanext.model.prompts import encode_prompt, end_ids
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
 MOST_ROWS = 256  # of a pass that verifies drafts: the bound of decode.rows
@@ -29,59 +30,71 @@ FRESH = [0.6, 0.5, 0.4] + [0.35] * 13
 
 
 class TransformersEngine:
-    """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests."""
+    """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests.
+
+    Of the loaded model it keeps the tokenizer only, so that a runtime with weights of its own frees the model's.
+    """
 
     name: EngineName = "transformers"
 
     def __init__(self, config: Config, reasons: dict[str, str], lm: DiffusionLM | None = None) -> None:
-        self.lm = load_diffusion_lm(config.model)[0] if lm is None else lm
-        self.reasons = reasons
-        self.trained_block = self.lm.block_size
-        self.device: str | None = str(self.lm.device)
-        self.dtype: str | None = str(self.lm.model.dtype).removeprefix("torch.")
+        if lm is None:
+            lm = load_diffusion_lm(config.model)[0]
+        self.reasons, self.tokenizer, self.trained_block = reasons, lm.tokenizer, lm.block_size
+        self.device: str | None = str(lm.device)
+        self.dtype: str | None = str(lm.model.dtype).removeprefix("torch.")
         self.policy: dict[str, object] | None = choose_policy(config.model.device, config.model.dtype).as_dict()
         self.vocabulary = Vocabulary(
-            self.lm.vocab_size,
-            self.lm.mask_token_id,
-            self.lm.tokenizer.eos_token_id,
-            self.lm.convention == "shifted",
-            gated=self.lm.gated,
+            lm.vocab_size,
+            lm.mask_token_id,
+            end_ids(lm.tokenizer, lm.model.generation_config.eos_token_id),
+            lm.convention == "shifted",
+            gated=lm.gated,
         )
-        self.kind: Kind = "base" if self.lm.block_size is None else "gated" if self.lm.gated else "blocks"
-        gate = self.lm.record.get("gate")
-        fresh = gate.get("fresh") or FRESH[: self.lm.block_size] if gate else []
-        self.drafter = GroupDrafter(self.lm, fresh) if gate else None
-        self.presets = read_presets(self.lm.modes)
-        limit = max_positions(self.lm.model)
+        self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
+        gate = lm.record.get("gate")
+        fresh = gate.get("fresh") or FRESH[: lm.block_size] if gate else []
+        self.drafter = GroupDrafter(lm, fresh) if gate else None
+        self.presets = read_presets(lm.modes)
+        limit = max_positions(lm.model)
         context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and context > limit:
             raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
         settings = self.settings(config)
         widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
-        self.runtime = open_runtime(config.engine, self.lm, widths)
+        self.runtime = open_runtime(config.engine, lm, widths)
+        del lm  # a runtime with weights of its own has no use for the model's
+        return_freed_memory()
         scratch = 0 if self.kind == "blocks" else MOST_ROWS
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk, scratch)
         self.context: int | None = context
-        self.mask_token_id: int | None = self.lm.mask_token_id
-        self.eos_token_id: int | None = self.vocabulary.eos_token_id
-        self.listeners: dict[
-            AnySequence, list[Event]
-        ] = {}  # events that `events` and `generate_batch` did not deliver yet
+        self.mask_token_id: int | None = self.vocabulary.mask_token_id
+        self.eos_token_ids = self.vocabulary.eos_token_ids
+        # What `events` and `generate_batch` did not deliver yet.
+        self.listeners: dict[AnySequence, list[Event | HildaError]] = {}
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
-        if read_record(config.model) is None and config.decode.mode != "EXACT":
+        record = read_record(config.model)
+        if record is None and config.decode.mode == "EXACT":
+            return None
+        if record is None:
             return f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first"
+        if "adapter" in record:
+            try:
+                locate(record["adapter"]["base"])
+            except UsageError as error:
+                return f"adapter '{config.model.base}' needs its base: {error}"
         return None
 
     def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.lm.tokenizer, prompt, known)
+        return encode_prompt(self.tokenizer, prompt, known)
 
     def settings(self, config: Config) -> Settings:
-        return resolve(config.decode, self.lm.block_size or 1, self.presets, self.kind)
+        return resolve(config.decode, self.trained_block or 1, self.presets, self.kind)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
-        return str(self.lm.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def submit(self, request: Request) -> AnySequence:
         """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
@@ -108,31 +121,39 @@ class TransformersEngine:
         return self.scheduler.slots
 
     def step(self) -> list[tuple[AnySequence, Event | HildaError]]:
-        """Run one step of the scheduler: schedule, run, postprocess. A sequence that ended also gets its Completion."""
+        """Run one step of the scheduler: schedule, run, postprocess. A sequence that ended also gets its Completion.
+
+        The last event of a sequence that failed is its error.
+        """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.runtime.torch_threads or threads)
         try:
             events: list[tuple[AnySequence, Event | HildaError]] = [*self.scheduler.step()]
         finally:  # the caller may compute between steps (an AR base, a judge) and needs its threads
             torch.set_num_threads(threads)
-        ended = dict.fromkeys(sequence for sequence, _ in events if sequence.finish_reason is not None)
+        ended = dict.fromkeys(s for s, _ in events if s.finish_reason in ("stop", "length"))
         return events + [(sequence, self._completion(sequence)) for sequence in ended]
 
     def _step(self) -> None:
         """Run a step and append its events to the lists of their requests."""
         for sequence, event in self.step():
-            assert not isinstance(event, HildaError)
             self.listeners.setdefault(sequence, []).append(event)
 
     def events(self, sequence: AnySequence) -> Iterator[Event]:
-        """The events of a submitted request, up to its Completion. Closing the iterator early drops the request."""
+        """The events of a submitted request, up to its Completion. Closing the iterator early drops the request.
+
+        Raises the error that ended the request.
+        """
         self.listeners.setdefault(sequence, [])
         try:
             while True:
                 while not self.listeners[sequence]:
                     self._step()
                 waiting, self.listeners[sequence] = self.listeners[sequence], []
-                yield from waiting
+                for event in waiting:
+                    if isinstance(event, HildaError):
+                        raise event
+                    yield event
                 if isinstance(waiting[-1], Completion):
                     return
         finally:
@@ -151,7 +172,7 @@ class TransformersEngine:
         """Complete requests side by side, at most `engine.slots` at a time. The completions keep the requests' order.
 
         `on_event(index, event)` is called for every step, finished block and completion as it happens. All requests are
-        checked before the first one runs; raises UsageError as `submit` does.
+        checked before the first one runs; raises UsageError as `submit` does, and the error that ended a request.
         """
         sequences: list[AnySequence] = []
         done: dict[int, Completion] = {}
@@ -163,6 +184,8 @@ class TransformersEngine:
                 self._step()
                 for index, sequence in enumerate(sequences):
                     for event in self.listeners[sequence]:
+                        if isinstance(event, HildaError):
+                            raise event
                         if on_event is not None:
                             on_event(index, event)
                         if isinstance(event, Completion):
@@ -188,6 +211,10 @@ class TransformersEngine:
             stats=sequence.stats(),
             runtime=self.runtime.name,
         )
+
+    def rest(self) -> None:
+        self.scheduler.rest()
+        return_freed_memory()
 
     def close(self) -> None:
         self.runtime.close()
