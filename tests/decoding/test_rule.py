@@ -202,11 +202,12 @@ def test_a_request_without_a_seed_draws_a_new_one_each_time():
 
 def test_a_mode_brings_all_its_values_but_the_given_ones():
     for changes, expected in [
-        ({"mode": "S_MODE"}, ("preset", "preset", "preset", "preset")),
-        ({"mode": "S_MODE", "tau_edit": None, "edit_blocks": 1}, ("preset", None, "preset", 1)),
-        ({"temperature": 0.5}, (0.9, 0.1, 3, 2)),
+        ({"mode": "S_MODE"}, ("preset",) * 6),
+        ({"mode": "S_MODE", "tau_edit": None, "edit_blocks": 1}, ("preset", None, "preset", 1, "preset", "preset")),
+        ({"temperature": 0.5}, (0.9, 0.1, 3, 2, 0.3, 12)),
     ]:
         before = {"tau_mask": 0.9, "tau_edit": 0.1, "max_post_steps": 3, "edit_blocks": 2, "block_size": 16}
+        before |= {"tau_accept": 0.3, "rows": 12}
         after = before | changed_settings(changes)
         assert tuple(after[name] for name in BROUGHT_BY_MODE) == expected
         assert after["block_size"] == 16
@@ -225,10 +226,12 @@ def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
     assert read_presets({"S_MODE": stored}) == {"S_MODE": Preset(0.3, None, 2, 4, 0)}
     modes = read_presets({"S_MODE": stored | {"edit_blocks": 2}})
     calibrated = resolve(DecodeConfig(mode="S_MODE"), 8, modes)
-    assert {name: calibrated._asdict()[name] for name in Preset._fields} == stored | {"edit_blocks": 2}
+    stored |= {"edit_blocks": 2, "tau_accept": None, "rows": 8}
+    assert {name: calibrated._asdict()[name] for name in Preset._fields} == stored
     changes = {"tau_edit": 0.9, "max_post_steps": 0, "block_size": 16, "edit_blocks": 0}
     asked = resolve(DecodeConfig(mode="S_MODE", **changes), 8, modes)
-    assert {name: asked._asdict()[name] for name in Preset._fields} == {"tau_mask": 0.3, **changes}
+    expected = {"tau_mask": 0.3, "tau_accept": None, "rows": 8, **changes}
+    assert {name: asked._asdict()[name] for name in Preset._fields} == expected
     assert resolve(DecodeConfig(mode="Q_MODE"), 8, modes) == resolve(DecodeConfig(mode="Q_MODE"), 8)
     with pytest.raises(ModelError, match=r"'hilda' has invalid modes: .*speed"):
         read_presets({"S_MODE": {"speed": 1}})

@@ -116,7 +116,7 @@ class DecodeConfig(Section):
         return self
 
 
-BROUGHT_BY_MODE = ("tau_mask", "tau_edit", "max_post_steps", "edit_blocks")
+BROUGHT_BY_MODE = ("tau_mask", "tau_edit", "max_post_steps", "edit_blocks", "tau_accept", "rows")
 
 
 def changed_settings(changes: dict[str, Any]) -> dict[str, Any]:
