@@ -72,7 +72,7 @@ def submit(
 ) -> Sequence:
     """Submit one request to the scheduler. End of text is ignored, so every run uses its whole budget."""
     engine.scheduler.reset_prefix_cache()  # every run computes its prompt anew
-    sequence = kind(prompt, wanted, engine.vocabulary._replace(eos_token_id=-1), lambda ids: "")
+    sequence = kind(prompt, wanted, engine.vocabulary._replace(eos_token_ids=()), lambda ids: "")
     engine.scheduler.submit(sequence)
     return sequence
 
@@ -290,7 +290,7 @@ def bench_turns(model: str) -> list[dict[str, Any]]:
     for runtime, dtype in (("eager", "float32"), ("openvino", "bfloat16")):
         engine = load(model, dtype, runtime=runtime, block=8)
         ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        engine.vocabulary = engine.vocabulary._replace(eos_token_id=-1)  # every answer uses its whole budget
+        engine.vocabulary = engine.vocabulary._replace(eos_token_ids=())  # every answer uses its whole budget
         rows.append({"runtime": runtime, "dtype": dtype, **fifth_turn(engine, ids, settings(0.4, None, 8, 64))})
         engine.close()
     return rows

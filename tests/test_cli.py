@@ -183,6 +183,25 @@ def test_generate_reports_what_it_did(way: Way, tmp_path: Path):
     assert again.json["token_ids"] == found["token_ids"]
 
 
+def test_generate_tells_the_seed_that_it_drew(way: Way):
+    shared = (
+        "generate",
+        "Once upon",
+        "--raw",
+        "--config",
+        way.config,
+        "--model",
+        way.checkpoint,
+        "--set",
+        "decode.temperature=2",
+    )
+    first, other = (run(*shared, "--json").json for _ in range(2))
+    assert first["text"] != other["text"]
+    again = run(*shared, "--json", "--set", f"decode.seed={first['stats']['seed']}").json
+    assert (again["text"], again["stats"]["seed"]) == (first["text"], first["stats"]["seed"])
+    assert re.search(r", seed \d+, ", run(*shared).stderr)
+
+
 def test_generate_for_people_prints_the_text_alone(way: Way):
     answer = run("generate", "Once upon a time", "--raw", "--config", way.config, "--model", way.checkpoint)
     assert answer.code == 0
@@ -305,7 +324,7 @@ def bad_commands(way: Way, checkpoint: Path) -> Iterator[tuple[list[object], int
     yield [*story, way.folder / "nowhere"], 2, "no such folder"
     yield [*story, way.folder / "nowhere.gguf"], 2, "no such GGUF file"
     yield [*story, way.folder / "data"], 2, "no config.json"
-    yield [*story, way.folder / "base", "--set", 'engine.order=["transformers"]'], 2, "not a converted checkpoint"
+    yield [*story, way.folder / "base"], 2, "run 'hildanext convert-wsd' first"
     yield [*story, checkpoint, "--set", "model.convention=in_place"], 2, "model.convention"
     yield [*story, checkpoint, "--trace", way.config / "t.jsonl"], 1, "File exists"
     yield ["benchmark", "--model", way.folder / "base"], 2, "not a converted checkpoint"

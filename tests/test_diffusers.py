@@ -75,7 +75,7 @@ def lm(tiny_tokenizer):
 def ours(lm, prompt, new, tau_mask, tau_edit, post):
     settings = Settings("Q_MODE", tau_mask, tau_edit, post, BLOCK, new, 0.0, 0)
     scheduler = Scheduler(EagerRuntime(lm.model), slots=1, context=256, prefill_chunk=16)
-    sequence = Sequence(prompt, settings, Vocabulary(VOCAB, MASK, -1, shifted=False), str)
+    sequence = Sequence(prompt, settings, Vocabulary(VOCAB, MASK, (), shifted=False), str)
     scheduler.submit(sequence)
     while not scheduler.is_idle:
         scheduler.step()

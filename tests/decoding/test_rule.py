@@ -1,12 +1,15 @@
 """The threshold-edit rule against LLaDA2.1 eq. 1-3 as set arithmetic; proposals against transformers' own processors."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from hildanext.config import DecodeConfig, parse_config
+from hildanext.config import DecodeConfig, changed_settings, parse_config
+from hildanext.config.decoding import BROUGHT_BY_MODE
 from hildanext.decoding.rule import edit_step, keep_likely, propose
 from hildanext.decoding.settings import Preset, Settings, check_request, read_presets, resolve
 from hildanext.errors import ConfigError, ModelError, UsageError
@@ -137,6 +140,79 @@ def test_the_repetition_penalty_is_that_of_transformers():
     assert confidence.item() == pytest.approx(expected.softmax(-1).max().item())
 
 
+LARGEST = torch.finfo(torch.float32).max
+EXTREME = [0.0, 1.0, -1.0, 30.0, -30.0, 65504.0, 1e-40, LARGEST, -LARGEST, LARGEST / 2, -torch.inf]
+
+
+@st.composite
+def any_request(draw):
+    """(logits [1, 6], settings, noise, seen) of anything a request may ask for; 5 is the mask token."""
+    logits = torch.tensor([draw(st.lists(st.sampled_from(EXTREME), min_size=6, max_size=6))])
+    decode = DecodeConfig(
+        temperature=draw(st.sampled_from([0.0, 1e-40, 1e-5, 0.7, 2.0])),
+        top_k=draw(st.none() | st.integers(1, 7)),
+        top_p=draw(st.sampled_from([1e-40, 0.5, 1.0])),
+        repetition_penalty=draw(st.sampled_from([0.1, 1.0, 1.2, 2.0])),
+    )
+    wanted, bits = resolve(decode, 4), draw(st.integers(0, 63))
+    noise = gumbel(1, 6, bits) if wanted.temperature else None
+    seen = torch.tensor([[bool(bits >> i & 1) for i in range(6)]])
+    return logits, wanted, noise, seen if wanted.repetition_penalty != 1 else None
+
+
+@given(any_request())
+@settings(max_examples=200, deadline=None)
+def test_no_request_makes_the_mask_token_possible(made):
+    logits, wanted, noise, seen = made
+    ids, confidence = propose(logits, mask_token_id=5, vocab_size=6, settings=wanted, noise=noise, seen=seen)
+    possible = logits[:, :5].isfinite().any(-1)
+    assert (ids[possible] != 5).all()
+    assert logits.gather(1, ids[:, None])[possible, 0].isfinite().all()  # nor what the model excludes
+    assert ((confidence >= 0) & (confidence <= 1))[possible].all()
+    assert confidence[~possible].isnan().all()
+
+
+@given(any_request(), st.sampled_from([torch.nan, torch.inf]), st.integers(0, 4))
+@settings(max_examples=50, deadline=None)
+def test_damaged_logits_have_no_confidence(made, damage, where):
+    logits, wanted, noise, seen = made
+    logits[0, where] = damage
+    _, confidence = propose(logits, mask_token_id=5, vocab_size=6, settings=wanted, noise=noise, seen=seen)
+    assert confidence[0].isnan()
+
+
+def test_the_coldest_temperature_takes_the_most_likely_token():
+    logits = torch.tensor([[1.0, 1.5, 0.0], [-3.0, -2.0, 9.0]])
+    for temperature in (1e-300, 1e-40, 1e-5):
+        ids, _ = propose(
+            logits, mask_token_id=2, vocab_size=3, settings=make(temperature=temperature), noise=gumbel(2, 3)
+        )
+        assert ids.tolist() == [1, 1]
+
+
+def test_a_request_without_a_seed_draws_a_new_one_each_time():
+    warm = DecodeConfig(temperature=1.0)
+    seeds = [resolve(warm, 4).seed for _ in range(20)]
+    assert len(set(seeds)) == 20
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert resolve(DecodeConfig(temperature=1.0, seed=7), 4).used_seed == 7
+    greedy = resolve(DecodeConfig(), 4)
+    assert (greedy, greedy.used_seed) == (resolve(DecodeConfig(), 4), None)
+
+
+def test_a_mode_brings_all_its_values_but_the_given_ones():
+    for changes, expected in [
+        ({"mode": "S_MODE"}, ("preset", "preset", "preset", "preset")),
+        ({"mode": "S_MODE", "tau_edit": None, "edit_blocks": 1}, ("preset", None, "preset", 1)),
+        ({"temperature": 0.5}, (0.9, 0.1, 3, 2)),
+    ]:
+        before = {"tau_mask": 0.9, "tau_edit": 0.1, "max_post_steps": 3, "edit_blocks": 2, "block_size": 16}
+        after = before | changed_settings(changes)
+        assert tuple(after[name] for name in BROUGHT_BY_MODE) == expected
+        assert after["block_size"] == 16
+    assert set(BROUGHT_BY_MODE) == {*Preset._fields} - {"block_size"}
+
+
 def test_presets_and_overrides():
     assert resolve(DecodeConfig(mode="S_MODE"), 8)[:3] == ("S_MODE", 0.5, 0.0)
     assert resolve(DecodeConfig(mode="Q_MODE"), 8)[:3] == ("Q_MODE", 0.7, 0.5)
@@ -156,6 +232,9 @@ def test_a_calibrated_mode_stands_between_the_checkpoint_and_the_request():
     assert resolve(DecodeConfig(mode="Q_MODE"), 8, modes) == resolve(DecodeConfig(mode="Q_MODE"), 8)
     with pytest.raises(ModelError, match=r"'hilda' has invalid modes: .*speed"):
         read_presets({"S_MODE": {"speed": 1}})
+    for damage in ({"max_post_steps": 10**9}, {"tau_mask": math.nan}, {"edit_blocks": 65}, {"tau_edit": "often"}):
+        with pytest.raises(ModelError, match=rf"'hilda' has invalid modes: '{next(iter(damage))}'"):
+            read_presets({"S_MODE": stored | damage})
 
 
 def test_impossible_settings_name_their_key(subtests: pytest.Subtests):
@@ -164,11 +243,18 @@ def test_impossible_settings_name_their_key(subtests: pytest.Subtests):
         {"tau_edit": -0.1},
         {"block_size": 0},
         {"max_new_tokens": 0},
+        {"max_post_steps": 257},
         {"temperature": -1},
+        {"temperature": 2.1},
+        {"temperature": 1e39},
         {"top_p": 0.0},
+        {"top_p": 1.1},
         {"top_k": 0},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 2.1},
         {"edit_blocks": -1},
+        {"seed": 2**63},
         {"stop": [""]},
     ]:
         with subtests.test(changes=changes):

@@ -80,6 +80,10 @@ def differences(one, other):
         [([5] * BLOCK, 12, [16] * BLOCK), ([6] * BLOCK, 8, [12] * BLOCK), ([7] * BLOCK, 4, [8] * BLOCK)], 0
     )
     yield (one.body(after).float() - other.body(after).float()).abs().max().item()
+    one.erase(1)
+    other.erase(1)
+    after = pad_batch([([8] * BLOCK, 12, [16] * BLOCK)], 1)  # reads twelve keys of zeros
+    yield (one.body(after).float() - other.body(after).float()).abs().max().item()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.settings import Settings
-from hildanext.errors import ModelError, UsageError
+from hildanext.errors import ModelError, NonFiniteLogitsError, UsageError
 from support.decoding import EOS, MASK, Starved, diffusion_lm
 from support.reference import reference
 
@@ -175,6 +175,64 @@ def test_out_of_memory_shrinks_the_batch_once_says_so_and_loses_no_request(lm, c
     engine.scheduler.runtime = Starved(engine.runtime, {3})
     with pytest.raises(ModelError, match=r"out of memory with 3 slots of 64 tokens: lower engine.slots"):
         engine.generate_batch(requests)
+
+
+POISON = 300  # a padding row of the vocabulary, which no answer contains; its embedding is NaN in `poisoned`
+
+
+@pytest.fixture
+def poisoned(tiny_tokenizer):
+    lm = diffusion_lm(tiny_tokenizer, "shifted", torch.float32, vocab_size=POISON + 1)
+    assert len(tiny_tokenizer) <= POISON
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[POISON] = torch.nan
+    return lm
+
+
+def outcomes(engine, requests):
+    """What each request ended with, a Completion or an error, all of them side by side."""
+    handles = {engine.submit(request): index for index, request in enumerate(requests)}
+    found = {}
+    while len(found) < len(requests):
+        for handle, event in engine.step():
+            if not isinstance(event, (Step, Finished)):
+                assert handles[handle] not in found
+                found[handles[handle]] = event
+    return [found[index] for index in range(len(requests))]
+
+
+def check_that_a_request_fails_alone(engine, alone):
+    """`alone(request)`: the tokens of a request on an engine that has answered no other."""
+    good = [Request([9 + i] * (5 + 9 * i), make(max_new_tokens=10, temperature=i / 2)) for i in range(3)]
+    bad = Request([5, 6, POISON, 8] * 6, make())
+    found = outcomes(engine, [good[0], bad, good[1], bad, good[2]])
+    for index in (1, 3):
+        assert isinstance(found[index], NonFiniteLogitsError)
+        assert "logits are NaN or infinite" in str(found[index])
+    assert [found[index].token_ids for index in (0, 2, 4)] == [alone(request) for request in good]
+    # Beside longer neighbours, a short text reads all of its slot, which a failed request may have had before.
+    again = outcomes(engine, [*good, *good])
+    assert [done.token_ids for done in again] == [alone(request) for request in good] * 2
+    with pytest.raises(NonFiniteLogitsError):
+        engine.generate(bad)
+    with pytest.raises(NonFiniteLogitsError):
+        engine.generate_batch([good[0], bad])
+    assert engine.scheduler.is_idle
+    assert not engine.listeners
+    assert engine.generate(good[1]).token_ids == alone(good[1])
+
+
+def test_a_request_with_nan_logits_fails_alone(poisoned):
+    check_that_a_request_fails_alone(
+        open_engine(poisoned, slots=5), lambda request: open_engine(poisoned).generate(request).token_ids
+    )
+
+
+def test_the_seed_is_told_where_it_decides_the_text(lm):
+    engine = open_engine(lm)
+    warm = make(temperature=1.5, seed=5)
+    assert engine.generate(Request([9, 8, 7], warm)).stats.seed == 5
+    assert engine.generate(Request([9, 8, 7], warm._replace(temperature=0.0))).stats.seed is None
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(lm, monkeypatch):

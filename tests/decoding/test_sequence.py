@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hildanext.config import DecodeConfig
+from hildanext.decoding import scheduler as scheduling
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
-from hildanext.decoding.settings import Settings
+from hildanext.decoding.settings import Settings, most_passes, resolve
 
 MASK, VOCAB, EOS = 9, 9, 0
 
@@ -35,6 +37,9 @@ class Scripted:
     def swap(self, one, other, length):
         pass
 
+    def erase(self, slot):
+        pass
+
     def body(self, batch):
         self.batches.append(batch)
         return torch.stack([batch.positions, batch.ids], dim=-1).float()
@@ -57,9 +62,9 @@ class Restless(Scripted):
         scores[MASK] = 99.0  # and the mask token above all
 
 
-def run(runtime, prompt, settings, chunk=512):
+def run(runtime, prompt, settings, chunk=512, ends=(EOS,), size=VOCAB):
     sequence = Sequence(
-        prompt, settings, Vocabulary(VOCAB, MASK, EOS, runtime.shifted), lambda ids: "".join(map(str, ids))
+        prompt, settings, Vocabulary(size, MASK, ends, runtime.shifted), lambda ids: "".join(map(str, ids))
     )
     scheduler = Scheduler(runtime, 1, 1000, chunk)
     scheduler.submit(sequence)
@@ -195,6 +200,66 @@ def test_no_model_can_make_a_block_run_forever(size, post, tau_mask, behind):
         drafting = [step for step in mine if step.mask_ratio > 0]
         assert len(drafting) <= size
         assert len(mine) - len(drafting) == post
+
+
+EXTREME = [0.0, 3.0, -30.0, 65504.0, 3e38, -3e38]
+
+
+class Extreme(Scripted):
+    """Logits from one end of float32 to the other, other ones at each position and for each token there."""
+
+    def __init__(self, numbers):
+        super().__init__([], set())
+        self.numbers = numbers
+
+    def predict(self, scores, place, token):
+        scores[:] = torch.tensor([EXTREME[(n + place * token) % len(EXTREME)] for n in self.numbers])
+
+
+@given(
+    numbers=st.lists(st.integers(0, 5), min_size=VOCAB + 1, max_size=VOCAB + 1),
+    decode=st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.0, 1e-40, 1.0, 2.0]),
+            "top_k": st.none() | st.integers(1, 3),
+            "top_p": st.sampled_from([1e-40, 0.9, 1.0]),
+            "repetition_penalty": st.sampled_from([0.1, 1.0, 2.0]),
+            "tau_mask": st.sampled_from([0.0, 1.0]),
+            "tau_edit": st.sampled_from([None, 0.0]),
+            "max_post_steps": st.integers(0, 5),
+            "edit_blocks": st.integers(0, 2),
+            "seed": st.integers(0, 9),
+        }
+    ),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_request_ends_its_blocks_within_the_limit_and_never_writes_a_mask(numbers, decode):
+    wanted = resolve(DecodeConfig(block_size=4, max_new_tokens=8, **decode), 4)
+    sequence, steps, _ = run(Extreme(numbers), [7] * 4, wanted, size=VOCAB + 1)
+    assert MASK not in sequence.stream.token_ids
+    assert sequence.finish_reason in ("stop", "length")
+    for block in {step.block for step in steps}:
+        assert sum(step.block == block for step in steps) <= most_passes(4, wanted)
+
+
+def test_no_setting_lifts_the_limit_of_passes(monkeypatch):
+    """Not even settings that no configuration allows, nor a rule that proposes the mask token."""
+    _, steps, _ = run(Restless([], set()), [7] * 4, make(tau_edit=0.0, max_post_steps=10**9, max_new_tokens=4))
+    assert len(steps) == 4 + 256 + 1
+    stuck = lambda logits, **how: (torch.full((len(logits),), MASK), torch.ones(len(logits)))  # noqa: E731
+    monkeypatch.setattr(scheduling, "propose", stuck)
+    for tau_edit in (None, 0.0):
+        sequence, steps, _ = run(Restless([], set()), [7] * 4, make(tau_edit=tau_edit))
+        assert (sequence.finish_reason, len(steps)) == ("error", 4 + 4)
+
+
+def test_any_of_several_ends_ends_the_text():
+    runtime = Scripted([3, 4, 5, 6], sure=set(range(100)))
+    for ends, tokens in (((5, 4), [3, 4]), ((4, 5), [3, 4]), ((5, 8), [3, 4, 5]), ((8, 9), [3, 4, 5, 6])):
+        for tau_edit in (None, 0.5):
+            sequence, _, _ = run(runtime, [7] * 4, make(max_new_tokens=4, tau_edit=tau_edit), ends=ends)
+            assert sequence.stream.token_ids == tokens
+            assert sequence.finish_reason == ("length" if len(tokens) == 4 else "stop")
 
 
 def test_editable_blocks_are_handed_out_when_they_leave_the_window():

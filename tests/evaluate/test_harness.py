@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import socket
@@ -15,7 +16,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra 'eval
 
 from hildanext.config import Config
 from hildanext.decoding.engines import Request
-from hildanext.errors import DataError, UsageError
+from hildanext.errors import DataError, NonFiniteLogitsError, UsageError
 from hildanext.evaluate import command, harness
 from hildanext.evaluate.intervals import Figure, plain
 from hildanext.evaluate.report import averages
@@ -125,6 +126,13 @@ def test_exact_likelihoods_are_hflms(models: Models, small: Config) -> None:
         assert a == pytest.approx(b, rel=1e-4)
         assert greedy_a is bool(greedy_b)
     assert math.isfinite(ours[3][0])
+
+
+def test_nan_logits_of_the_base_are_an_error(small: Config, models: Models) -> None:
+    damaged = copy.deepcopy(models.base)
+    damaged.base_model.norm.weight.data[0] = torch.nan
+    with pytest.raises(NonFiniteLogitsError, match="likelihood of the AR base on 'local_rolling'"):
+        outcomes(small, models._replace(base=damaged), "local_rolling")
 
 
 def test_rolling_perplexity(small: Config, models: Models) -> None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from math import comb
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hildanext.config import Convention
+from hildanext.data.packing import Row
+from hildanext.data.rows import Rows
+from hildanext.decoding.settings import Settings
+from hildanext.errors import NonFiniteLogitsError
+from hildanext.evaluate.ar_likelihood import ar_likelihood
+from hildanext.evaluate.elbo import elbo
+from hildanext.evaluate.infilling import infill
+from hildanext.evaluate.judge import total_log_likelihood
 from hildanext.evaluate.likelihood import TOKENS_PER_FORWARD, bound, chain, score
+from hildanext.model.ar_generate import ar_complete, ar_complete_batch
 from hildanext.model.diffusion_lm import DiffusionLM
-from support.models import random_lm
+from support.models import make_tokenizer, random_llama, random_lm
 
 VOCAB, MASK = 40, 39
 PAIRS = [([5, 6, 7], [8, 9, 10, 11]), ([4], [12, 13]), ([20, 21, 22, 23, 24], [25]), ([30, 31], [32, 33, 34])]
@@ -50,6 +61,27 @@ def test_the_chain_is_a_forward_for_each_token(lm: DiffusionLM) -> None:
         assert found.log_p == pytest.approx(log_p, abs=1e-4)
         assert found.standard_error == 0
         assert found.is_greedy is greedy
+
+
+def test_nan_logits_are_an_error_in_every_measurement(lm: DiffusionLM, subtests: pytest.Subtests) -> None:
+    base, tokenizer = random_llama(VOCAB), make_tokenizer()
+    for model in (base, lm.model):
+        model.model.norm.weight.data[0] = torch.nan
+    row = Row(np.arange(4, 10, dtype=np.int32), np.zeros(6, dtype=np.int32), np.ones(6, dtype=bool))
+    rows, wanted = Rows.of([row], 6), Settings("Q_MODE", 0.7, 0.5, 4, 4, 8, 0.0, 0)
+    measurements: dict[str, Callable[[], object]] = {
+        "exact": lambda: chain(lm, PAIRS, [0, 1, 2, 3]),
+        "bound": lambda: bound(lm, PAIRS, [0, 1, 2, 3], 2, draws=2, seed=0),
+        "bits per byte, bound": lambda: elbo(lm, rows, 2, n_rows=1, batch_rows=1),
+        "bits per byte, base": lambda: ar_likelihood(base, rows, 1, 1),
+        "quality of a text": lambda: total_log_likelihood(base, [5], [6, 7]),
+        "infilling": lambda: infill(lm, [5, 6, 7, 8, 9], range(2, 4), wanted),
+        "greedy completion": lambda: ar_complete(base, tokenizer, [5, 6], 4),
+        "sampled completion": lambda: ar_complete_batch(base, tokenizer, [[5, 6], [7]], 4, temperature=1.0),
+    }
+    for name, measure in measurements.items():
+        with subtests.test(name), pytest.raises(NonFiniteLogitsError, match="logits are NaN or infinite"):
+            measure()
 
 
 def test_the_most_likely_continuation_is_greedy(lm: DiffusionLM) -> None:

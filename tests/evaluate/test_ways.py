@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import GenerationConfig
 
 from hildanext.config import Config
 from hildanext.decoding.engines import Request
@@ -82,6 +83,26 @@ def test_ar_answers_of_different_budgets(models: Models) -> None:
     assert [one.token_ids for one in found] == [
         ar_complete(models.base, models.lm.tokenizer, p, n).token_ids for p, n in zip(prompts, (5, 5, 2), strict=True)
     ]
+
+
+def test_a_measurement_without_a_seed_repeats(small: Config, models: Models) -> None:
+    warm = changed(small, decode={"temperature": 1.0}, evaluate={"seed": 5})
+    assert {way.settings.seed for way in ways(warm, models) if way.settings} == {5}
+    seeded = changed(warm, decode={"seed": 9})
+    assert {way.settings.seed for way in ways(seeded, models) if way.settings} == {9}
+
+
+def test_the_base_stops_at_any_end_of_text(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = models.lm.tokenizer
+    prompts = [tokenizer(text)["input_ids"] for text in ("Once upon a time", "Mia")]
+    before = [one.token_ids for one in ar_complete_batch(models.base, tokenizer, prompts, 10)]
+    listed = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, before[0][3]])
+    monkeypatch.setattr(models.base, "generation_config", listed)
+    found = ar_complete_batch(models.base, tokenizer, prompts, 10)
+    for one, whole in zip(found, before, strict=True):
+        length = whole.index(before[0][3]) + 1 if before[0][3] in whole else len(whole)
+        assert one.token_ids == whole[:length]
+        assert one.ended is (before[0][3] in whole)
 
 
 def test_sampling_seeds_differ() -> None:

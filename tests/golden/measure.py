@@ -26,6 +26,8 @@ from support.training import material, write_base  # noqa: E402
 
 WSD = {"warmup_steps": 4, "stable_steps": 2, "decay_steps": 4, "final_block": 4}
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_mb"}  # what a run's log holds besides numbers of the training
+# What a completion's statistics count.
+COUNTS = {"forwards", "prefill_forwards", "tokens_per_forward", "mask_ratio", "drafts", "edits", "prefix_tokens"}
 PROMPTS = ["Once upon a time", "Tom has 3 apples.", "the cat saw a dog and the", "Why?"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "S_MODE": {"mode": "S_MODE", "tau_mask": 0.2},
@@ -100,7 +102,7 @@ def decodes(folder: Path) -> list[dict[str, Any]]:
             engine = open_engine(config)
             for prompt in PROMPTS:
                 answer = engine.generate(Request(engine.encode(prompt), engine.settings(config)))
-                stats = {key: value for key, value in answer.as_dict()["stats"].items() if "second" not in key}
+                stats = {key: value for key, value in answer.as_dict()["stats"].items() if key in COUNTS}
                 key = {"convention": convention, "settings": name, "prompt": prompt}
                 found.append(key | {"token_ids": answer.token_ids, "text": answer.text, "stats": stats})
             engine.close()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hildanext.config import ModelConfig
-from hildanext.errors import HildaError, ModelError, UsageError
+from hildanext.errors import HildaError, ModelError, NonFiniteLogitsError, UsageError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer, read_record
@@ -126,6 +126,17 @@ NO_FOLDER = {
     "/deeper/still": "no such folder",
     "/config.json": "is a file; give its folder, or a .gguf file",
 }
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_a_weight_that_makes_logits_nan(base: Path, checkpoint: Path, damage: float) -> None:
+    """Every comparison with NaN is false, so each check of the probe would pass."""
+    for folder in (base, checkpoint):
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] = damage
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(NonFiniteLogitsError, match="LlamaForCausalLM: logits are NaN or infinite"):
+            load(folder)
 
 
 @pytest.mark.parametrize("name", NO_FOLDER)

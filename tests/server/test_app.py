@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from hildanext import __version__
-from hildanext.config import Config
+from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Engine, Event, Request, open_engine
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
+from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.errors import ModelError
 from hildanext.model.policy import choose_policy
 from hildanext.server import meters, openai
@@ -51,6 +54,18 @@ def test_health_of_the_dummy_says_so(client: TestClient) -> None:
     assert client.get("/health/ready").json() == {"status": "ready"}
 
 
+def test_the_dummy_in_place_of_a_model_is_never_ready() -> None:
+    config = parse_config({"model": {"base": "hilda-smollm2-135m"}})
+    with serving.client(config, DummyEngine(config, {"transformers": "no weights"})) as client:
+        ready = client.get("/health/ready")
+        assert (ready.status_code, "no model is loaded" in ready.json()["detail"]) == (503, True)
+        assert client.get("/health").json()["status"] == "no model"
+        answer = client.post("/generate", json={"prompt": "hello", "max_new_tokens": 1, "stream": True}).text
+        assert NOTICE in events_of(answer)[1][1]["text"]  # however short the answer
+    with serving.client(dummy()) as client:
+        assert client.get("/health/ready").status_code == 200
+
+
 def test_the_dummy_answers_and_says_so(client: TestClient) -> None:
     answer = client.post("/generate", json={"prompt": "hello"}).json()
     assert answer["text"] == NOTICE + "hello"
@@ -87,7 +102,7 @@ def test_every_setting_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     body |= {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25, "stop": ["end"]}
     with serving.client(config) as client:
         client.post("/generate", json=body)
-    assert seen[-1].settings == ("S_MODE", 0.25, 0.75, 5, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",))
+    assert seen[-1].settings == ("S_MODE", 0.25, 0.75, 16, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",))
 
 
 def test_bad_bodies_get_422_and_one_line(client: TestClient, subtests: pytest.Subtests) -> None:
@@ -103,6 +118,10 @@ def test_bad_bodies_get_422_and_one_line(client: TestClient, subtests: pytest.Su
         ('{"prompt": "x", "tau_mask": "0.5"}', "'tau_mask': "),
         ('{"prompt": "x", "tau_edit": NaN}', "'tau_edit': "),
         ('{"prompt": "x", "temperature": Infinity}', "'temperature': "),
+        ('{"prompt": "x", "temperature": 1e39}', "'temperature': "),
+        ('{"prompt": "x", "temperature": 2.1}', "'temperature': "),
+        ('{"prompt": "x", "top_p": 0}', "'top_p': "),
+        ('{"prompt": "x", "repetition_penalty": 1e-40}', "'repetition_penalty': "),
         ('{"prompt": "x", "max_new_tokens": 0}', "'max_new_tokens': "),
         ('{"prompt": "x", "max_new_tokens": 1.5}', "'max_new_tokens': "),
         ('{"prompt": "x", "seed": -1}', "'seed': "),
@@ -224,6 +243,36 @@ def test_a_converted_checkpoint_is_served(converted: Config) -> None:
     engine = open_engine(converted)
     settings = engine.settings(converted)._replace(tau_edit=None, seed=1)
     assert same(answer, engine.generate(Request(engine.encode("Once upon"), settings)).as_dict())
+
+
+def test_without_a_seed_each_answer_draws_one_and_tells_it(converted: Config) -> None:
+    body = {"prompt": "Once upon", "temperature": 2.0, "max_new_tokens": 40}
+    with serving.client(converted) as client:
+        answers = [client.post("/generate", json=body).json() for _ in range(4)]
+        seeds = [answer["stats"]["seed"] for answer in answers]
+        assert len(set(seeds)) == len({answer["text"] for answer in answers}) == 4
+        again = client.post("/generate", json=body | {"seed": seeds[0]}).json()
+        assert (again["token_ids"], again["stats"]["seed"]) == (answers[0]["token_ids"], seeds[0])
+        events = events_of(client.post("/generate", json=body | {"stream": True}).text)
+        assert events[0][1]["settings"]["seed"] == events[-1][1]["stats"]["seed"]
+        greedy = client.post("/generate", json={"prompt": "Once upon", "seed": 3}).json()
+        assert greedy["stats"]["seed"] is None
+
+
+def test_nan_logits_are_500_with_a_sentence_and_the_others_are_answered(converted: Config) -> None:
+    engine = open_engine(converted)
+    assert isinstance(engine, TransformersEngine)
+    (poison,) = engine.encode("x")[-1:]
+    head = engine.lm.model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # no longer tied to the embedding
+    with torch.no_grad():
+        engine.lm.model.get_input_embeddings().weight[poison] = torch.nan
+    with serving.client(converted, engine) as client:
+        for _ in range(2):
+            answer = client.post("/generate", json={"prompt": "x"})
+            assert answer.status_code == 500
+            assert re.fullmatch("decoding, block 0: logits are NaN or infinite; .*'float32'", answer.json()["detail"])
+            assert client.post("/generate", json={"prompt": "Once upon"}).status_code == 200
 
 
 def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:

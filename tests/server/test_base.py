@@ -19,6 +19,7 @@ from hildanext.decoding import engines
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.ar import ArEngine
 from hildanext.decoding.events import Finished, Step
+from hildanext.errors import NonFiniteLogitsError
 from hildanext.model.ar_generate import ar_complete
 from hildanext.server.app import make_app
 from support import serving
@@ -100,6 +101,23 @@ def test_its_stop_strings_and_end_of_text(converted: Config, monkeypatch: pytest
     assert isinstance(events[-1], Completion)
     assert (events[-1].text, events[-1].finish_reason) == ("Mia has a", "stop")
     assert "".join(event.text for event in events if isinstance(event, Finished)) == "Mia has a"
+
+
+def test_any_of_its_ends_of_text_ends_the_answer(converted: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ArEngine(converted, {})
+    said = engine.encode("Mia has a red kite.")
+    engine.eos_token_ids = (*engine.eos_token_ids, said[2])
+    script = iter(said)
+    monkeypatch.setattr(engine, "_next", lambda ids, cache: (next(script), 0.5))
+    done = engine.generate(Request(said, engine.settings(converted)._replace(max_new_tokens=50)))
+    assert (done.token_ids, done.finish_reason, done.stats.seed) == (said[:3], "stop", None)
+
+
+def test_its_nan_logits_are_an_error(converted: Config) -> None:
+    engine = ArEngine(converted, {})
+    engine.model.base_model.norm.weight.data[0] = torch.nan
+    with pytest.raises(NonFiniteLogitsError, match=r"AR base '.*base': logits are NaN"):
+        engine.generate(Request([5], engine.settings(converted)))
 
 
 def test_a_chat_goes_through_the_template(client: TestClient) -> None:

@@ -22,7 +22,7 @@ from support.serving import dummy
 
 def refused(monkeypatch: pytest.MonkeyPatch, config: Config, match: str) -> None:
     """`serve` refuses before anything loads."""
-    monkeypatch.setattr(command.engines, "open_engine", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(command.engines, "open_engine", lambda config, **how: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=match):
         serve(config)
 

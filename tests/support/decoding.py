@@ -8,9 +8,9 @@ from support.models import random_llama
 MASK, EOS = 299, 3
 
 
-def diffusion_lm(tokenizer, convention, dtype=torch.float64, block=4):
+def diffusion_lm(tokenizer, convention, dtype=torch.float64, block=4, vocab_size=300):
     # Decided enough that thresholds matter, undecided enough that blocks take several passes.
-    model = random_llama(initializer_range=0.35, num_key_value_heads=1).to(dtype)
+    model = random_llama(vocab_size, initializer_range=0.35, num_key_value_heads=1).to(dtype)
     record = {"base_model": "tiny", "tokens_trained": 0}
     return DiffusionLM(model, tokenizer, mask_token_id=MASK, block_size=block, convention=convention, record=record)
 
@@ -21,6 +21,7 @@ class Starved:
     def __init__(self, runtime, failing):
         self.runtime, self.failing, self.count, self.allocated = runtime, failing, 0, []
         self.name, self.head, self.copy, self.swap = "starved", runtime.head, runtime.copy, runtime.swap
+        self.erase = runtime.erase
 
     def allocate(self, slots, context):
         self.allocated.append(slots)

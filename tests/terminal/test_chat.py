@@ -136,6 +136,19 @@ def test_modes_and_thresholds(piped):
     ]
 
 
+def test_an_unseeded_answer_tells_its_seed_and_the_seed_repeats_it(piped):
+    warm = ("--set", "decode.temperature=2")
+    code, out, err = piped("the cat\n/reset\nthe cat\n", *warm)
+    assert code == 0
+    seeds = re.findall(r", seed (\d+)\]", "\n".join(err))
+    first, second = out.splitlines()
+    assert (len(set(seeds)), first == second) == (2, False)
+    _, again, _ = piped("the cat\n", *warm, "--set", f"decode.seed={seeds[1]}")
+    assert again == second + "\n"
+    _, _, greedy = piped("the cat\n")
+    assert "seed" not in greedy[-1]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -313,8 +326,7 @@ def test_each_token_adds_its_piece_of_the_text(engine: TransformersEngine):
 
 
 def test_cells_say_what_each_pass_did(engine: TransformersEngine, config: Config):
-    mask, eos = engine.mask_token_id, engine.eos_token_id
-    assert eos is not None
+    mask, (eos,) = engine.mask_token_id, engine.eos_token_ids
     request = Request([10, 11], engine.settings(config)._replace(max_new_tokens=4))
     tracker = CellTracker(engine, request)
 
@@ -340,8 +352,7 @@ def test_a_pass_as_a_line(engine: TransformersEngine, config: Config):
     the, cat, saw, a = ids
     request = Request([the], engine.settings(config))
     assert engine.mask_token_id is not None
-    assert engine.eos_token_id is not None
-    tokens = [the, cat, engine.mask_token_id, saw, a, engine.eos_token_id, a]
+    tokens = [the, cat, engine.mask_token_id, saw, a, *engine.eos_token_ids, a]
     step = Step(3, 1, tokens, [1], [3], [0.5] * 7, 0.0, 0)
     cells = CellTracker(engine, request).cells(step)
     assert as_line(step, cells) == "block 3 pass 2:  the [cat] _ {saw} a ∎"

@@ -43,7 +43,7 @@ WORDS = ["Once", " upon", " a", " time", ".", " <The>", " extraordinarily", "\n"
 def scripted() -> tuple[Decode, list[Step]]:
     """Two blocks of four behind a prompt of two tokens: drafts, an edit that fades, an end with something behind it."""
     engine: Any = SimpleNamespace(
-        mask_token_id=MASK, eos_token_id=EOS, decode_tokens=lambda ids: "".join(WORDS[i] for i in ids if i < 90)
+        mask_token_id=MASK, eos_token_ids=(EOS,), decode_tokens=lambda ids: "".join(WORDS[i] for i in ids if i < 90)
     )
     request = Request([1, 2], Settings("S_MODE", 0.5, 0.0, 16, 4, 20, 0.0, 0))
     steps = [

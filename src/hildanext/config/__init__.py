@@ -14,7 +14,17 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from hildanext.config.data import DataConfig, SourceConfig
-from hildanext.config.decoding import ENGINES, CalibrateConfig, DecodeConfig, EngineConfig, EngineName, Mode
+from hildanext.config.decoding import (
+    ENGINES,
+    MODES,
+    MOST_POST_STEPS,
+    CalibrateConfig,
+    DecodeConfig,
+    EngineConfig,
+    EngineName,
+    Mode,
+    changed_settings,
+)
 from hildanext.config.evaluation import EvaluateConfig
 from hildanext.config.lora import LoraConfig
 from hildanext.config.model import SHIPPED_MODEL, Convention, ModelConfig, PathsConfig
@@ -25,6 +35,8 @@ from hildanext.errors import ConfigError
 
 __all__ = [
     "ENGINES",
+    "MODES",
+    "MOST_POST_STEPS",
     "SHIPPED_MODEL",
     "CalibrateConfig",
     "Config",
@@ -49,6 +61,7 @@ __all__ = [
     "TrainConfig",
     "WsdConfig",
     "apply_overrides",
+    "changed_settings",
     "load_config",
     "parse_config",
     "schema",

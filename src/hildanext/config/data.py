@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from hildanext.config.decoding import Temperature
 from hildanext.config.section import Section
 
 
@@ -53,9 +54,8 @@ class SourceConfig(Section):
     max_new_tokens: int = Field(
         256, ge=1, description="Maximum length of a generated answer in tokens. Applies to 'self'."
     )
-    temperature: float = Field(
+    temperature: Temperature = Field(
         0.0,
-        ge=0.0,
         description="Sampling temperature of the generated answers; 0 is greedy. Small models learn fastest from "
         "greedy answers. Applies to 'self'.",
     )

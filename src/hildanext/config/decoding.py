@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from hildanext.config.section import Section
 
 Mode = Literal["S_MODE", "Q_MODE"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 Threshold = Literal["preset"]
+
+# The bounds of what a request may ask for, here only: the configuration, HTTP bodies and the chat use these types.
+# `temperature` and `top_p` as in OpenAI's API, `top_k` as in vLLM. vLLM's `repetition_penalty` is above 0 and at most 2;
+# one near 0 would make every earlier token win at once.
+MOST_POST_STEPS = 256
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PostSteps = Annotated[int, Field(ge=0, le=MOST_POST_STEPS)]
 EditBlocks = Annotated[int, Field(ge=0, le=64)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+TopK = Annotated[int, Field(ge=1)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0)]
+RepetitionPenalty = Annotated[float, Field(ge=0.1, le=2.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class DecodeConfig(Section):
@@ -31,7 +44,7 @@ class DecodeConfig(Section):
         description="Confidence (0 to 1) above which a filled token is replaced. 0 accepts every change, null disables "
         "editing, 'preset' takes the mode's value.",
     )
-    max_post_steps: Annotated[int, Field(ge=0)] | Threshold = Field(
+    max_post_steps: PostSteps | Threshold = Field(
         "preset",
         description="Maximum number of editing passes after a block has no masks left. 0 ends the block at once; "
         "'preset' takes the mode's value.",
@@ -48,28 +61,32 @@ class DecodeConfig(Section):
         "block only. 'preset' takes the mode's value.",
     )
     max_new_tokens: int = Field(128, ge=1, description="Maximum length of a completion in tokens.")
-    temperature: float = Field(0.0, ge=0.0, description="Sampling temperature. 0 always takes the most likely token.")
-    top_k: int | None = Field(
-        None, ge=1, description="Sample from the k most likely tokens only. null samples from all tokens."
+    temperature: Temperature = Field(
+        0.0, description="Sampling temperature, 0 to 2. 0 always takes the most likely token."
     )
-    top_p: float = Field(
+    top_k: TopK | None = Field(
+        None, description="Sample from the k most likely tokens only. null samples from all tokens."
+    )
+    top_p: TopP = Field(
         1.0,
-        gt=0.0,
-        le=1.0,
         description="Sample from the smallest set of most likely tokens whose total probability reaches this value. 1 "
         "disables it.",
     )
-    repetition_penalty: float = Field(
+    repetition_penalty: RepetitionPenalty = Field(
         1.0,
-        gt=0.0,
-        description="Values above 1 make tokens that occur earlier in the text less likely. 1 disables the penalty.",
+        description="Values above 1, at most 2, make tokens that occur earlier in the text less likely; values below "
+        "1, at least 0.1, make them more likely. 1 disables the penalty.",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         max_length=16,
         description="Strings that end a completion. The completion is cut before the first one found.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling noise. It has no effect at temperature 0.")
+    seed: Seed | None = Field(
+        None,
+        description="Seed of the sampling noise. null draws a new seed for each request and reports it with the "
+        "answer. It has no effect at temperature 0.",
+    )
 
     @model_validator(mode="after")
     def _thresholds(self) -> DecodeConfig:
@@ -78,6 +95,18 @@ class DecodeConfig(Section):
             if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
                 raise ValueError(f"'{name}': must be between 0 and 1, got {value:g}")
         return self
+
+
+BROUGHT_BY_MODE = ("tau_mask", "tau_edit", "max_post_steps", "edit_blocks")
+
+
+def changed_settings(changes: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `decode` to replace for a request or a chat command that asks for `changes`.
+
+    A mode brings its own values of BROUGHT_BY_MODE. Of these, only the ones in `changes` are kept. The block size stays
+    as configured: it is a setting of the checkpoint and of the server's fixed shapes.
+    """
+    return (dict.fromkeys(BROUGHT_BY_MODE, "preset") if "mode" in changes else {}) | changes
 
 
 EngineName = Literal["dinfer", "transformers", "dummy"]
@@ -90,8 +119,9 @@ class EngineConfig(Section):
     order: list[EngineName] = Field(
         default_factory=lambda: list(ENGINES),
         min_length=1,
-        description="Engines in order of preference. The first that can serve the model is used; 'dummy' answers with "
-        "fixed text without a model.",
+        description="Engines in order of preference. The first that can serve the model is used. 'dummy' answers "
+        "without a model: always if it is listed alone, else only in 'serve' when the weights of the model in this "
+        "package are not installed.",
     )
     runtime: Literal["auto", "eager", "compiled", "cudagraphs", "openvino"] = Field(
         "auto",
@@ -134,7 +164,7 @@ class CalibrateConfig(Section):
         min_length=1,
         description="Values of tau_edit to try. null disables editing.",
     )
-    max_post_steps: list[Annotated[int, Field(ge=0)]] = Field(
+    max_post_steps: list[PostSteps] = Field(
         default_factory=lambda: [0, 1, 4, 16], min_length=1, description="Values of max_post_steps to try."
     )
     block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(

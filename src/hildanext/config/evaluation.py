@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from hildanext.config.decoding import Temperature
 from hildanext.config.section import Section
 
 
@@ -20,7 +21,11 @@ class EvaluateConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="Maximum number of items per task. null uses all items.")
     seed: int = Field(
-        0, ge=0, lt=2**31, description="Seed of sampling, likelihood masks, masked spans and bootstrap intervals."
+        0,
+        ge=0,
+        lt=2**31,
+        description="Seed of sampling, likelihood masks, masked spans and bootstrap intervals. benchmark and calibrate "
+        "use it, too, if decode.seed is null.",
     )
     block_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, min_length=1, description="Block sizes to decode with, in tokens. null uses the checkpoint's block size."
@@ -38,9 +43,8 @@ class EvaluateConfig(Section):
         min_length=1,
         description="Values of k in pass@k, none above samples. Applies to humaneval.",
     )
-    temperature: float = Field(
+    temperature: Temperature = Field(
         0.0,
-        ge=0.0,
         description="Sampling temperature; 0 is greedy. Must be above 0 when samples is above 1. Applies to humaneval.",
     )
     code_tokens: int = Field(256, ge=1, description="Maximum length of a completion in tokens. Applies to humaneval.")

@@ -95,6 +95,11 @@ class SlotCache(Cache):
         for states in self._states():
             states[[slot, other], :, :length] = states[[other, slot], :, :length]
 
+    def erase(self, slot: int) -> None:
+        """Set all keys and values of a slot to zero."""
+        for states in self._states():
+            states[slot] = 0
+
     def _states(self) -> list[Tensor]:
         """Keys and values of all layers; empty before the first forward."""
         states = [states for layer in self.slot_layers for states in (layer.keys, layer.values)]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from hildanext.decoding.settings import Settings
 
+COLDEST = 1e-5  # vLLM's limit: a lower temperature samples as this one, which takes the most likely token
+
 
 def edit_step(
     tokens: list[int],
@@ -68,22 +70,29 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i of n positions: logits [n, V] of any float dtype -> ids [n] int64, confidence [n] float32.
 
-    The mask token and the padding rows of the vocabulary (ids from `vocab_size` on) are never proposed. Without
-    `noise` the proposal is greedy. With `noise` [n, vocab_size], Gumbel noise, v_i = argmax(log p_i / T + noise_i),
-    which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in every pass keeps a token
-    once it is drawn. c_i is always the model's probability at temperature 1, so thresholds mean the same at every T.
-    `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al. 2019, section 4.1).
+    The mask token and the padding rows of the vocabulary (ids from `vocab_size` on) are never proposed, whatever the
+    settings. Without `noise` the proposal is greedy. With finite `noise` [n, vocab_size], Gumbel noise, v_i =
+    argmax(log p_i / T + noise_i), which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in
+    every pass keeps a token once it is drawn. c_i is always the model's probability at temperature 1, so thresholds
+    mean the same at every T. `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al.
+    2019, section 4.1).
+
+    c_i is NaN if a logit is NaN or infinitely large; the v_i of such a position means nothing. Finite logits never give
+    NaN.
     """
     scores = logits[:, :vocab_size].to(torch.float32, copy=True)
     scores[:, mask_token_id : mask_token_id + 1] = -torch.inf
     if settings is not None and seen is not None:
         penalized = torch.where(scores > 0, scores / settings.repetition_penalty, scores * settings.repetition_penalty)
-        scores = torch.where(seen, penalized, scores)
+        largest = torch.finfo(torch.float32).max  # a finite score stays finite
+        scores = torch.where(seen & scores.isfinite(), penalized.clamp(-largest, largest), scores)
     if settings is None or noise is None:
         confidence, ids = scores.softmax(-1).max(-1)
         return ids, confidence
-    warm = keep_likely(scores / settings.temperature, settings.top_k, settings.top_p)
-    ids = (warm + noise).argmax(-1)
+    relative = scores - scores.amax(-1, keepdim=True)  # at most 0: no temperature can overflow it upwards
+    warm = keep_likely(relative / max(settings.temperature, COLDEST), settings.top_k, settings.top_p) + noise
+    warm[:, mask_token_id : mask_token_id + 1] = -torch.inf
+    ids = warm.argmax(-1)
     return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
 
 

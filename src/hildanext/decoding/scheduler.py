@@ -19,7 +19,7 @@ from hildanext.errors import ModelError
 from hildanext.model.policy import is_out_of_memory
 from hildanext.progress import say
 
-SequenceEvent = tuple[Sequence, Step | Finished]
+SequenceEvent = tuple[Sequence, Step | Finished | ModelError]
 
 
 class Scheduled(NamedTuple):
@@ -132,13 +132,18 @@ class Scheduler:
         return ids, confidence
 
     def postprocess(self, batch: list[Scheduled], outputs: list[Output]) -> list[SequenceEvent]:
-        """Apply the decode rule to each sequence. Returns its pass and the blocks that became final."""
+        """Apply the decode rule to each sequence. Returns its pass and the blocks that became final, or its error."""
         events: list[SequenceEvent] = []
-        for (_, sequence, span), (hidden, ids, confidence) in zip(batch, outputs, strict=True):
-            if span.wanted:
-                events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
-            else:
+        for (slot, sequence, span), (hidden, ids, confidence) in zip(batch, outputs, strict=True):
+            if not span.wanted:
                 sequence.finish_prefill_chunk(span, hidden)
+                continue
+            try:
+                events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
+            except ModelError as error:  # this sequence fails alone
+                sequence.fail()
+                self.runtime.erase(slot)  # a masked key still counts if it is NaN: 0 * NaN = NaN
+                events.append((sequence, error))
         return events
 
     def _allocate(self) -> None:

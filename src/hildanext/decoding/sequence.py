@@ -7,6 +7,7 @@ changes nothing caches its block.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.rule import edit_step
-from hildanext.decoding.settings import Settings
+from hildanext.decoding.settings import Settings, most_passes
 from hildanext.diffusion.noise import sample_generator
+from hildanext.errors import ModelError, NonFiniteLogitsError
 from hildanext.model.text_stream import TextStream
 
 
@@ -26,7 +28,7 @@ class Vocabulary(NamedTuple):
 
     size: int
     mask_token_id: int
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]  # any of them ends a text
     shifted: bool
 
 
@@ -58,7 +60,7 @@ class Sequence:
         self.last_hidden: Tensor | None = None  # shifted: hidden state [H] of the last cached position
         self.emitted = self.n_prompt
         self.stream = TextStream(decode_tokens, settings.stop)
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  # "stop", "length" or "error"
         self.passes = self.post_steps = 0  # passes over the current block; those that began without masks
         self.noise: dict[int, Tensor] = {}  # Gumbel noise of each block in the window
         self.prefix_tokens = 0  # positions that were cached by an earlier sequence
@@ -147,7 +149,8 @@ class Sequence:
             if block not in self.noise:
                 generator = sample_generator(self.settings.seed, block, "decode")
                 drawn = torch.empty(size, self.vocabulary.size).exponential_(generator=generator)
-                self.noise[block] = drawn.log_().neg_()
+                # A draw of 0 would be infinite noise, which no logit outweighs.
+                self.noise[block] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
         return torch.stack([self.noise[p // size][p % size] for p in wanted])
 
     def penalized_tokens(self, wanted: list[int]) -> Tensor | None:
@@ -174,7 +177,10 @@ class Sequence:
         """Apply the decode rule to the proposals of a forward. Returns the pass and the blocks that became final.
 
         ids, confidence: v_i and c_i of the P positions `span.wanted`; hidden [n, H]: the hidden states of the span.
+        Raises NonFiniteLogitsError for a NaN confidence, ModelError if the block does not end within `most_passes`.
         """
+        if math.isnan(sum(confidence)):
+            raise NonFiniteLogitsError(f"decoding, block {self.block}")
         settings, window, mask_id = self.settings, self.window, self.vocabulary.mask_token_id
         self.forwards += 1
         self._mark_cached(span, window, hidden)  # blocks before the window, if the span had any
@@ -210,14 +216,22 @@ class Sequence:
         return [step, *self._close_block()]
 
     def _is_done(self, was_clean: bool, edited: bool) -> bool:
-        """Whether the current block is final. Every block ends: a pass over masks drafts at least one of them."""
-        settings, mask_id = self.settings, self.vocabulary.mask_token_id
-        if settings.tau_edit is None:
-            return mask_id not in self._completion()  # tokens behind the end cannot change it: they stay undrafted
+        """Whether the current block is final.
+
+        Every block ends: a pass over masks drafts at least one of them, and `most_passes` limits the passes. Raises
+        ModelError if masks remain at that limit.
+        """
+        settings, editing = self.settings, self.settings.tau_edit is not None
+        # With editing off, tokens behind the end of the completion cannot change it: they stay undrafted.
+        relevant = self.tokens[self.window :] if editing else self._completion()
+        is_drafted = self.vocabulary.mask_token_id not in relevant
+        is_last = self.passes >= most_passes(settings.block_size, settings)
+        if is_last and not is_drafted:
+            raise ModelError(f"decoding, block {self.block}: masks remain after {self.passes} passes")
+        if not editing or not is_drafted:
+            return is_drafted
         self.post_steps += was_clean
-        if mask_id in self.tokens[self.window :]:
-            return False
-        if self.post_steps >= settings.max_post_steps or (was_clean and not edited):
+        if is_last or self.post_steps >= settings.max_post_steps or (was_clean and not edited):
             return True
         # Shifted with blocks of one token: a drafted token cannot change, so no pass is spent to confirm it.
         return not any(self._can_change(p) for p in range(self.window, len(self.tokens)))
@@ -225,13 +239,13 @@ class Sequence:
     def _completion(self) -> list[int]:
         """The completion so far, cut to the budget and after the first end of text. May contain masks."""
         new = self.tokens[self.n_prompt :][: self.settings.max_new_tokens]
-        eos = self.vocabulary.eos_token_id
-        return new[: new.index(eos) + 1] if eos in new else new
+        ends = [new.index(eos) + 1 for eos in self.vocabulary.eos_token_ids if eos in new]
+        return new[: min(ends)] if ends else new
 
     def _close_block(self) -> list[Finished]:
         """Open the next block, or end the completion. Returns the blocks that became final."""
         completion = self._completion()
-        if completion[-1] == self.vocabulary.eos_token_id:
+        if completion[-1] in self.vocabulary.eos_token_ids:
             self.finish_reason = "stop"
         elif len(completion) == self.settings.max_new_tokens:
             self.finish_reason = "length"
@@ -257,6 +271,11 @@ class Sequence:
         if self.finish_reason:
             self.seconds = time.perf_counter() - self.began
         return events
+
+    def fail(self) -> None:
+        """The sequence ends with an error. Nothing in its slot may be used again."""
+        self.finish_reason = "error"
+        self.preempt()
 
     def preempt(self) -> None:
         """The sequence lost its slot: its whole text must be cached again. Text and passes are kept."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any, NamedTuple
 
-from hildanext.config import DecodeConfig, Mode
+from pydantic import ValidationError
+
+from hildanext.config import MOST_POST_STEPS, DecodeConfig, Mode
 from hildanext.errors import ContextError, ModelError, UsageError
 
 
@@ -23,11 +26,18 @@ PRESETS: dict[Mode, Preset] = {"S_MODE": Preset(0.5, 0.0), "Q_MODE": Preset(0.7,
 
 
 def read_presets(modes: dict[str, Any]) -> dict[Mode, Preset]:
-    """The presets that `calibrate` wrote into a checkpoint. Raises ModelError for unknown fields."""
+    """The presets that `calibrate` wrote into a checkpoint. Raises ModelError for unknown fields and invalid values."""
     try:
-        return {mode: Preset(**modes[mode]) for mode in PRESETS if mode in modes}
-    except TypeError as error:
-        raise ModelError(f"generation_config.json: 'hilda' has invalid modes: {error}; run calibrate again") from None
+        found = {mode: Preset(**modes[mode]) for mode in PRESETS if mode in modes}
+        for preset in found.values():
+            DecodeConfig.model_validate(preset._asdict())
+    except (TypeError, ValidationError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = "".join(f"'{key}': " for key in first["loc"][:1]) + first["msg"].removeprefix("Value error, ")
+        raise ModelError(f"generation_config.json: 'hilda' has invalid modes: {reason}; run calibrate again") from None
+    return found
 
 
 class Settings(NamedTuple):
@@ -52,12 +62,31 @@ class Settings(NamedTuple):
         """`edit_blocks`, or 0 if editing is off."""
         return 0 if self.tau_edit is None else self.edit_blocks
 
+    @property
+    def used_seed(self) -> int | None:
+        """The seed if it decides the text; None in greedy decoding."""
+        return self.seed if self.temperature > 0 else None
+
+
+def most_passes(n_positions: int, settings: Settings) -> int:
+    """The most passes over `n_positions` masked positions: one for each, and the correction passes.
+
+    A pass drafts at least one mask, so more are never needed. No setting lifts this limit.
+    """
+    return n_positions + min(settings.max_post_steps, MOST_POST_STEPS) + 1
+
 
 def resolve(config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset] | None = None) -> Settings:
     """Settings of a configuration. A key comes from the configuration, else from the mode's preset in `presets`
-    (calibrated for the checkpoint), else from PRESETS; the block size may also be `trained_block`, the checkpoint's."""
+    (calibrated for the checkpoint), else from PRESETS; the block size may also be `trained_block`, the checkpoint's.
+
+    If the configuration samples without a seed, every call draws a new one, below 2**32.
+    """
     preset = (PRESETS | (presets or {}))[config.mode]
     tau_edit = preset.tau_edit if config.tau_edit == "preset" else config.tau_edit
+    seed = config.seed
+    if seed is None:
+        seed = secrets.randbits(32) if config.temperature > 0 else 0  # JavaScript's numbers hold it exactly
     return Settings(
         mode=config.mode,
         tau_mask=float(preset.tau_mask if config.tau_mask == "preset" else config.tau_mask),
@@ -66,7 +95,7 @@ def resolve(config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset
         block_size=config.block_size or preset.block_size or trained_block,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        seed=config.seed,
+        seed=seed,
         top_k=config.top_k,
         top_p=config.top_p,
         repetition_penalty=config.repetition_penalty,

@@ -25,6 +25,7 @@ from hildanext.errors import DataError
 from hildanext.evaluate.ar_likelihood import Likelihood, ar_likelihood
 from hildanext.evaluate.elbo import elbo
 from hildanext.evaluate.judge import distinct_2, total_log_likelihood
+from hildanext.evaluate.ways import seeded
 from hildanext.files import write_json
 from hildanext.model.ar_generate import ar_complete
 from hildanext.model.loading import load_with_base
@@ -49,10 +50,11 @@ class Continuation(NamedTuple):
 
 
 def _bits(likelihood: Likelihood, n_bytes: int) -> dict[str, float]:
+    """A likelihood in bits. n_bytes: UTF-8 bytes of the text, without special tokens; their bits are counted."""
     bits = likelihood.nats / math.log(2)
     return {
         "bits_per_token": bits / likelihood.tokens,
-        "bits_per_byte": bits / n_bytes,
+        "bits_per_byte": bits / max(n_bytes, 1),
         "standard_error": likelihood.standard_error / math.log(2) / likelihood.tokens,
     }
 
@@ -90,14 +92,14 @@ def _parses(source: str) -> bool:
     return True
 
 
-def _row(found: list[Continuation], base: PreTrainedModel, eos: int) -> dict[str, Any]:
+def _row(found: list[Continuation], base: PreTrainedModel, ends: tuple[int, ...]) -> dict[str, Any]:
     """The report's figures over some continuations; `parent_log_likelihood` is per token under the base, in nats."""
     log_p = [total_log_likelihood(base, text.prompt_ids, text.token_ids) for text in found]
     n_tokens = sum(len(text.token_ids) for text in found)
     return {
         "parent_log_likelihood": sum(log_p) / max(n_tokens, 1),
         "distinct_2": distinct_2([text.token_ids for text in found]),
-        "share_ended": sum(text.token_ids[-1:] == [eos] for text in found) / len(found),
+        "share_ended": sum(bool(set(text.token_ids[-1:]) & set(ends)) for text in found) / len(found),
         "tokens": n_tokens,
         "tokens_per_forward": n_tokens / max(sum(text.forwards for text in found), 1),
         "edits": sum(text.edits for text in found),
@@ -117,8 +119,9 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
     n_rows = min(ROWS, len(rows))
     batch = rows.batch(list(range(n_rows)))
     counted = batch["loss_mask"] & (batch["position_ids"] > 0)
+    # Text only: special tokens, such as the end of text, have no letters.
     n_bytes = sum(
-        len(str(tokenizer.decode(ids[keep].tolist())).encode())
+        len(str(tokenizer.decode(ids[keep].tolist(), skip_special_tokens=True)).encode())
         for ids, keep in zip(batch["input_ids"], counted, strict=True)
     )
     micro = config.train.micro_batch
@@ -134,7 +137,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
         "likelihood": {
             "text_tokens": int(counted.sum()),
             "ar_exact": _bits(ar_likelihood(base, rows, n_rows, micro), n_bytes),
-            "dllm_bound": _bits(elbo(lm, rows, block_size, n_rows, micro, seed=config.decode.seed), n_bytes),
+            "dllm_bound": _bits(elbo(lm, rows, block_size, n_rows, micro, seed=config.evaluate.seed), n_bytes),
         },
     }
     engine = TransformersEngine(config, {}, lm)
@@ -149,7 +152,7 @@ def _continuations(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report's entries `continuation` and `code`: figures of the base and of each mode."""
     texts, problems = held_out_prompts(config, tokenizer), _code_prompts(config, tokenizer)
-    budget, block, eos = config.decode.max_new_tokens, engine.trained_block, tokenizer.eos_token_id
+    budget, block = config.decode.max_new_tokens, engine.trained_block
     assert block is not None
     changes: dict[str, dict[str, Any]] = {
         "q_mode": {"mode": "Q_MODE"},
@@ -157,7 +160,7 @@ def _continuations(
         "s_mode_no_edit": {"mode": "S_MODE", "tau_edit": None},
     }
     settings = {
-        name: resolve(config.decode.model_copy(update=change), block, engine.presets)
+        name: resolve(seeded(config).model_copy(update=change), block, engine.presets)
         for name, change in changes.items()
     }
     prose: dict[str, Any] = {}
@@ -182,7 +185,7 @@ def _continuations(
                     parsed += _parses(problems[number - len(texts)][0] + engine.decode_tokens(found.token_ids))
                 done += 1
                 advance(done, name)
-            prose[name] = _row(continuations, base, eos)
+            prose[name] = _row(continuations, base, engine.eos_token_ids)
             code[name] = {"parses": parsed}
     return prose, code
 

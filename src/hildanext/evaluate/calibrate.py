@@ -20,6 +20,7 @@ from hildanext.decoding.settings import Preset, Settings, resolve
 from hildanext.errors import UsageError
 from hildanext.evaluate.benchmark import held_out_prompts
 from hildanext.evaluate.judge import distinct_2, total_log_likelihood
+from hildanext.evaluate.ways import seeded
 from hildanext.files import write_json
 from hildanext.model.loading import load_with_base
 from hildanext.model.prompts import read_prompts
@@ -137,7 +138,7 @@ def calibrate(config: Config, prompts_file: str | None, base_name: str | None, o
         tokenizer = loaded.lm.tokenizer
         prompts = read_prompts(Path(prompts_file), tokenizer) if prompts_file else held_out_prompts(config, tokenizer)
         prompts = prompts[: config.calibrate.prompts]
-        start = resolve(config.decode, loaded.block_size)
+        start = resolve(seeded(config), loaded.block_size)
         points, chosen = sweep(engine, loaded.base, prompts, start, config.calibrate)
     finally:
         engine.close()

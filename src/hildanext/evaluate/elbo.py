@@ -10,7 +10,7 @@ from torch import Tensor
 from hildanext.data.rows import Rows
 from hildanext.diffusion.noise import block_ids, block_starts, sample_generator
 from hildanext.diffusion.objective import predict
-from hildanext.evaluate.ar_likelihood import Likelihood
+from hildanext.evaluate.ar_likelihood import Likelihood, checked
 from hildanext.evaluate.noisy_streams import denoise
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 
@@ -53,7 +53,8 @@ def row_bounds(lm: DiffusionLM, batch: Batch, counted: Tensor, block_size: int, 
     """Unbiased estimates [B, pairs] float64 of an upper bound on -log p, in nats, of each row's counted tokens.
 
     counted [B, L] bool: every counted token must be predictable (not a document's first token under `shifted`); the
-    others are given. Draws are seeded by (seed, the row's sample number, pair) and do not depend on the batch.
+    others are given. Draws are seeded by (seed, the row's sample number, pair) and do not depend on the batch. Raises
+    NonFiniteLogitsError.
     """
     docs, blocks = batch.doc_ids.cpu(), block_ids(batch.position_ids, block_size).cpu()
     allowed = counted.cpu()
@@ -72,7 +73,7 @@ def row_bounds(lm: DiffusionLM, batch: Batch, counted: Tensor, block_size: int, 
         ce = predict(hidden, lm.decodable_logits, batch.input_ids[masked]).ce
         row = masked.nonzero(as_tuple=True)[0].cpu()
         found[:, number // 2].index_add_(0, row, (ce * weight[masked]).double().cpu() / 2)
-    return found
+    return checked(found, f"likelihood bound, block {block_size}")
 
 
 def standard_errors(estimates: Tensor) -> Tensor:

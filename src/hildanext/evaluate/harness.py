@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hildanext.config import Config, EvaluateConfig
-from hildanext.errors import DataError, UsageError
+from hildanext.errors import DataError, NonFiniteLogitsError, UsageError
 from hildanext.evaluate.intervals import Figure, mean, plain, ratio, share
 from hildanext.evaluate.likelihood import Pair, Score, score
 from hildanext.evaluate.records import check_local
@@ -314,6 +314,8 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
         fewshot_as_multiturn=chat,
     )
     records = found["samples"][task.task_name]
+    if isinstance(lm, HFLM) and any(map(_has_nan, records)):
+        raise NonFiniteLogitsError(f"likelihood of the AR base on '{task.task_name}'")
     figures = _figures(records, found["results"][task.task_name], options)
     if isinstance(lm, HarnessModel) and lm.scores:
         errors = [result.standard_error for result in lm.scores]
@@ -322,6 +324,18 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
         figures |= cost(lm.answers, options.resamples, options.seed)
     kept = ("doc_id", "target", "filter", "filtered_resps")
     return Outcome(way.name, figures, [{key: record[key] for key in kept} for record in records])
+
+
+def _has_nan(record: dict[str, Any]) -> bool:
+    """Whether a log-likelihood in a record of the harness is NaN. The harness's own models do not check their logits."""
+    values: list[Any] = [record["resps"]]
+    while values:
+        value = values.pop()
+        if isinstance(value, (list, tuple)):
+            values += value
+        elif isinstance(value, float) and math.isnan(value):
+            return True
+    return False
 
 
 def _figures(records: list[dict[str, Any]], results: dict[str, Any], options: EvaluateConfig) -> dict[str, Figure]:

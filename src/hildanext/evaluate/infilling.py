@@ -7,14 +7,16 @@ pass is a forward over the whole text.
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 
 from hildanext.config import Config
 from hildanext.decoding.rule import edit_step, propose
-from hildanext.decoding.settings import Settings
+from hildanext.decoding.settings import Settings, most_passes
 from hildanext.diffusion.noise import sample_generator
+from hildanext.errors import NonFiniteLogitsError
 from hildanext.evaluate.intervals import mean, share
 from hildanext.evaluate.judge import mean_log_likelihood
 from hildanext.evaluate.ways import Models, Outcome, Question, TimedAnswer, Way, complete, cost
@@ -29,23 +31,27 @@ def infill(lm: DiffusionLM, tokens: list[int], span: range, settings: Settings) 
     """Denoise `tokens[span]` greedily, given both sides; returns (tokens of the span, forwards, edits).
 
     Uses the decode rule and its thresholds (`edit_step`); tokens outside the span never change. A `shifted` model
-    cannot predict a text's first token, so the span must not start at 0.
+    cannot predict a text's first token, so the span must not start at 0. Raises NonFiniteLogitsError.
     """
     text = list(tokens)
     text[span.start : span.stop] = [lm.mask_token_id] * len(span)
     positions = torch.arange(len(text), device=lm.device)[None]
     wanted = (positions >= span.start) & (positions < span.stop)
     forwards = edits = post_steps = 0
+    limit = most_passes(len(span), settings)
     while True:
         ids = torch.tensor([text], device=lm.device)
         hidden = lm(Batch([0], ids, torch.zeros_like(ids), positions, wanted), ids, wanted, len(text))
         proposed, confidence = propose(lm.head(hidden), mask_token_id=lm.mask_token_id, vocab_size=lm.vocab_size)
+        sure = confidence.tolist()
+        if math.isnan(sum(sure)):
+            raise NonFiniteLogitsError("infilling")
         before = text[span.start : span.stop]
         was_clean = lm.mask_token_id not in before
         after, _, edited = edit_step(
             before,
             proposed.tolist(),
-            confidence.tolist(),
+            sure,
             [True] * len(span),
             mask_token_id=lm.mask_token_id,
             tau_mask=settings.tau_mask,
@@ -54,6 +60,7 @@ def infill(lm: DiffusionLM, tokens: list[int], span: range, settings: Settings) 
         text[span.start : span.stop] = after
         forwards, edits, post_steps = forwards + 1, edits + len(edited), post_steps + was_clean
         settled = settings.tau_edit is None or (was_clean and not edited) or post_steps >= settings.max_post_steps
+        settled |= forwards >= limit  # a pass drafts at least one mask, so none is left then
         if lm.mask_token_id not in after and settled:
             return after, forwards, edits
 

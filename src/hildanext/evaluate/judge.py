@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hildanext.errors import DataError
+from hildanext.evaluate.ar_likelihood import checked
 from hildanext.model.backbone import n_embeddings
 
 
@@ -16,7 +17,7 @@ from hildanext.model.backbone import n_embeddings
 def mean_log_likelihood(base: PreTrainedModel, prompt_ids: list[int], new_ids: list[int]) -> float:
     """Mean log-probability, in nats per token, of a continuation under the AR base; nan for an empty continuation.
 
-    Raises DataError for token ids outside the base's vocabulary.
+    Raises DataError for token ids outside the base's vocabulary, NonFiniteLogitsError.
     """
     if not new_ids:
         return math.nan
@@ -26,7 +27,7 @@ def mean_log_likelihood(base: PreTrainedModel, prompt_ids: list[int], new_ids: l
             "the continuation has token ids that the base does not know; give the checkpoint's own base with --base"
         )
     log_p = base(ids).logits[0, len(prompt_ids) - 1 : -1].float().log_softmax(-1)
-    return log_p.gather(1, ids[0, len(prompt_ids) :, None]).mean().item()
+    return checked(log_p.gather(1, ids[0, len(prompt_ids) :, None]), "likelihood under the AR base").mean().item()
 
 
 def total_log_likelihood(base: PreTrainedModel, prompt_ids: list[int], new_ids: list[int]) -> float:

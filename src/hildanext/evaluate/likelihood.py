@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hildanext.diffusion.objective import predict
+from hildanext.evaluate.ar_likelihood import checked
 from hildanext.evaluate.elbo import row_bounds, standard_errors
 from hildanext.evaluate.noisy_streams import denoise
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
@@ -48,13 +49,13 @@ def chain(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> list[Score]
     """Exact scores at block size 1: the sum over i of log p(x_i | x_<i, a mask at i), in one forward.
 
     x_t masks every continuation token. With blocks of one token (LLaDA2.0 eq. 3) each masked token sees only itself and
-    the clean tokens before it in x_0.
+    the clean tokens before it in x_0. Raises NonFiniteLogitsError.
     """
     batch, counted = pack_pairs(lm, pairs, samples)
     (hidden,) = denoise(lm, batch, [counted], 1)
     labels = batch.input_ids[counted]
     predicted = predict(hidden, lm.decodable_logits, labels)
-    ce, right = predicted.ce.double().cpu(), (predicted.best == labels).cpu()
+    ce, right = checked(predicted.ce.double().cpu(), "likelihood, block 1"), (predicted.best == labels).cpu()
     row = counted.nonzero(as_tuple=True)[0].cpu()
     nats = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, row, ce)
     wrong = torch.zeros(len(pairs), dtype=torch.long).index_add_(0, row, (~right).long())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hildanext.config import Config, Mode
+from hildanext.config import Config, DecodeConfig, Mode
 from hildanext.decoding.engines.protocol import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.settings import Settings, resolve
@@ -65,6 +65,12 @@ class Outcome(NamedTuple):
     samples: list[dict[str, Any]]
 
 
+def seeded(config: Config) -> DecodeConfig:
+    """The section `decode` with the seed of `evaluate` if it has none: a measurement repeats."""
+    seed = config.evaluate.seed if config.decode.seed is None else config.decode.seed
+    return config.decode.model_copy(update={"seed": seed})
+
+
 def ways(config: Config, models: Models) -> list[Way]:
     """The AR base, then Q_MODE and S_MODE with editing on and off, at each of `evaluate.block_sizes`."""
     found = [Way("ar", None)]
@@ -78,7 +84,7 @@ def ways(config: Config, models: Models) -> list[Way]:
                 changes: dict[str, Any] = {"mode": mode}
                 changes |= {"block_size": size} if size else {}
                 changes |= {} if edits else {"tau_edit": None}
-                settings = resolve(config.decode.model_copy(update=changes), trained, models.engine.presets)
+                settings = resolve(seeded(config).model_copy(update=changes), trained, models.engine.presets)
                 name = mode.lower() + ("" if edits else "_no_edit") + (f"/{size}" if size else "")
                 found.append(Way(name, settings))
     return found

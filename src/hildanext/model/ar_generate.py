@@ -10,12 +10,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from hildanext.errors import NonFiniteLogitsError
+from hildanext.model.prompts import end_ids
 from hildanext.model.text_stream import TextStream
 
 
@@ -44,6 +48,15 @@ class _StopAt(StoppingCriteria):
         texts = [str(self.tokenizer.decode(end, skip_special_tokens=True)) for end in ends]
         found = [any(stop in text for stop in self.stop) for text in texts]
         return cast(torch.BoolTensor, torch.tensor(found, device=input_ids.device))
+
+
+class _Finite(LogitsProcessor):
+    """Raises NonFiniteLogitsError. `generate` would take token 0 again and again."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not scores.amax(-1).isfinite().all():  # a maximum is NaN if any value is
+            raise NonFiniteLogitsError("AR base")
+        return scores
 
 
 @contextlib.contextmanager
@@ -79,29 +92,36 @@ def ar_complete_batch(
 ) -> list[ArCompletion]:
     """Completions by `generate` of transformers, as one batch padded on the left, with a KV cache.
 
-    Text and tokens end before the first stop string. Temperature 0 is greedy decoding. Otherwise the sampled tokens
-    depend on the seed and on the other prompts in the batch.
+    Text and tokens end before the first stop string, and with the first of `end_ids`. Temperature 0 is greedy decoding.
+    Otherwise the sampled tokens depend on the seed and on the other prompts in the batch. Raises NonFiniteLogitsError.
     """
-    eos, longest = tokenizer.eos_token_id, max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), eos, device=model.device)
+    ends, longest = end_ids(tokenizer, model.generation_config.eos_token_id), max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), ends[0], device=model.device)
     attention_mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    plain = GenerationConfig(max_new_tokens=max_new_tokens, top_k=0, pad_token_id=eos, eos_token_id=eos, **sampling)
+    stops = {"pad_token_id": ends[0], "eos_token_id": [*ends]}
+    plain = GenerationConfig(max_new_tokens=max_new_tokens, top_k=0, **stops, **sampling)
     criteria = StoppingCriteriaList([_StopAt(tokenizer, longest, stop)] if stop else [])
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _generation(model, plain):
         torch.manual_seed(seed)
         began = time.perf_counter()
-        output = cast(Any, model).generate(ids, attention_mask=attention_mask, stopping_criteria=criteria)
+        output = cast(Any, model).generate(
+            ids,
+            attention_mask=attention_mask,
+            stopping_criteria=criteria,
+            logits_processor=LogitsProcessorList([_Finite()]),
+        )
         seconds = (time.perf_counter() - began) / len(prompts)
     completions = []
     for new in output[:, longest:].tolist():
-        new = new[: new.index(eos) + 1] if eos in new else new  # the rest is padding
+        length = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))  # the rest is padding
+        new = new[:length]
         text = TextStream(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), stop)
         text.push(new, last=True)
-        ended = text.stopped or new[-1:] == [eos]
+        ended = text.stopped or new[-1] in ends
         completions.append(ArCompletion(text.text, text.token_ids, seconds, ended))
     return completions

@@ -27,7 +27,7 @@ from hildanext.model.pretrained import (
     load_causal_lm,
     load_tokenizer,
     read_config_dict,
-    read_modes,
+    read_generation_config,
     read_record,
 )
 from hildanext.model.probe import probe
@@ -81,7 +81,7 @@ def load_diffusion_lm(
             tokenizer = load_tokenizer(config)
         _check_tokenizer(config, tokenizer, stored, record, model)
         lm = _assemble(model, tokenizer, stored["mask_token_id"], stored["block_size"], record)
-        lm.modes = read_modes(config)
+        lm.modes = read_generation_config(config).get("hilda", {})
     if lora is not None or part is not None:
         _adapt(lm, config, part, lora, seed, added)
     return lm, policy

@@ -124,11 +124,10 @@ def find_file(config: ModelConfig, name: str) -> Path | None:
     return Path(path) if path else None
 
 
-def read_modes(config: ModelConfig) -> dict[str, Any]:
-    """Read the `hilda` section of a model's generation_config.json, {} by default. transformers drops it at load."""
+def read_generation_config(config: ModelConfig) -> dict[str, Any]:
+    """Read a model's generation_config.json, {} if there is none. transformers drops its section `hilda` at load."""
     path = find_file(config, "generation_config.json")
-    stored = _load(config.base, lambda: json.loads(path.read_text(encoding="utf-8"))) if path else {}
-    return stored.get("hilda", {})
+    return _load(config.base, lambda: json.loads(path.read_text(encoding="utf-8"))) if path else {}
 
 
 def load_causal_lm(

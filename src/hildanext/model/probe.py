@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hildanext.diffusion.masks import additive, document_mask
-from hildanext.errors import ModelError
+from hildanext.errors import ModelError, NonFiniteLogitsError
 from hildanext.model.backbone import body, n_embeddings
 
 N = 8  # tokens in the row
@@ -21,7 +21,8 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> None:
-    """Check that block diffusion can run on a model. Raises ModelError with the architecture and the reason if not.
+    """Check that block diffusion can run on a model. Raises ModelError with the architecture and the reason if not,
+    NonFiniteLogitsError if its logits are NaN or infinite.
 
     The checks: (1) a later token changes an earlier logit under a bidirectional mask, but (2) not under a causal mask;
     (3) `position_ids` change the logits; (4) a document in a packed row has the same logits as alone; (5) the head is
@@ -43,9 +44,12 @@ def probe(model: PreTrainedModel) -> None:
     tolerance = 0.1 if coarse else 1e-3
 
     def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        return model(
+        found = model(
             input_ids=ids, attention_mask=additive(mask, dtype), position_ids=positions, use_cache=False
         ).logits.float()
+        if not found.isfinite().all():  # every comparison with NaN is false, so each check below would pass
+            raise NonFiniteLogitsError(name)
+        return found
 
     try:
         both_ways, causal = logits(ids, full, positions), logits(ids, full.tril(), positions)

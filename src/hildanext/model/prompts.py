@@ -45,6 +45,31 @@ def encode_prompt(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase, listed: int | list[int] | None) -> tuple[int, ...]:
+    """Ids of the tokens that end a text, without duplicates; the tokenizer's end-of-text token is the first.
+
+    listed: `eos_token_id` of the model's generation_config.json. Qwen3 lists two: one ends a turn, the other a text. The
+    special token that closes an assistant's turn in the chat template ends a text, too.
+    """
+    more = [listed] if isinstance(listed, int) else listed or []
+    known = [token for token in (tokenizer.eos_token_id, *more, *_turn_end(tokenizer)) if token is not None]
+    return tuple(dict.fromkeys(token for token in known if token != tokenizer.mask_token_id))
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first special token that the chat template puts after an assistant's message; [] if there is none."""
+    if tokenizer.chat_template is None:
+        return []
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return []  # encode_prompt reports a template that refuses the user's messages
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    after = tokenizer(text.rpartition("Goodbye")[2], add_special_tokens=False)["input_ids"]
+    return [token for token in after if token in special][:1]
+
+
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of the prompts in a file, see `read_asked`."""
     return [ids for ids, _ in read_asked(path, tokenizer)]

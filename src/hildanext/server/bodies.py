@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from hildanext.config import DecodeConfig, Mode
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+from hildanext.config import DecodeConfig, Mode, changed_settings
+from hildanext.config.decoding import RepetitionPenalty, Seed, Share, Temperature, TopK, TopP
 
 
 def _whole(text: str) -> str:
@@ -60,28 +59,22 @@ class BaseBody(Body):
             and name in self.model_fields_set
             and (value is not None or name == "tau_edit")
         }
-        return with_settings(base, given)
+        return base.model_copy(update=changed_settings(given))
 
 
 class GenerateBody(BaseBody):
-    """A request. Omitted settings take the server's values; with `mode`, omitted thresholds take that mode's values."""
+    """A request. An omitted setting takes the server's value, or with `mode` that mode's value if it has one."""
 
     mode: Mode | None = None
     tau_mask: Share | None = None
     tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
-    temperature: float | None = Field(None, ge=0.0)
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
-    repetition_penalty: float | None = Field(None, gt=0.0)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Seed | None = Field(None, description="null or omitted: the server's seed, or a new one for each request.")
     stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
     trace: bool = Field(False, description="Include every denoising step in the answer.")
-
-
-def with_settings(base: DecodeConfig, given: dict[str, Any]) -> DecodeConfig:
-    """Overlay a request's settings on the server's `decode` section. A given mode brings its own thresholds."""
-    presets = {"tau_mask": "preset", "tau_edit": "preset"} if "mode" in given else {}
-    return base.model_copy(update=presets | given)
 
 
 def n_chars(prompt: str | list[dict[str, str]]) -> int:

@@ -48,8 +48,11 @@ def bind(server: ServerConfig) -> socket.socket:
 
 
 def open_engine(config: Config) -> engines.Engine:
-    """Open the engine and report it, with the reasons of the engines passed over, on stderr."""
-    engine = engines.open_engine(config)
+    """Open the engine and report it, with the reasons of the engines passed over, on stderr.
+
+    A first `serve` without the weights of the shipped model starts with the dummy engine; it is never ready.
+    """
+    engine = engines.open_engine(config, stand_in=True)
     engines.say_passed_over(engine)
     say(f"{engine.name} engine ready, {config.model.base}")
     return engine

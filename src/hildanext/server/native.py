@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
-from hildanext.decoding.engines import Completion, Event
+from hildanext.decoding.engines import Completion, Event, is_dummy_chosen
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import UsageError
 from hildanext.jobs.watcher import Jobs
@@ -67,12 +67,18 @@ def _add_views(
 ) -> None:
     began = time.monotonic()
 
+    def status() -> str:
+        if worker.state != "ready":
+            return worker.state
+        stands_in = worker.opened().name == "dummy" and not is_dummy_chosen(config)
+        return "no model" if stands_in else "ok"
+
     @router.get("/health", responses=problems(401, 403))
     async def health() -> dict[str, Any]:
         """The engine, the reasons why other engines were passed over, and the current load."""
         engine = worker.engine
         return {
-            "status": "ok" if worker.state == "ready" else worker.state,
+            "status": status(),
             "engine": engine.name if engine else None,
             "engine_reasons": engine.reasons if engine else {},
             "model": config.model.base,
@@ -98,7 +104,9 @@ def _add_views(
     @router.get("/health/ready", responses=problems(403, 503))
     async def ready() -> Response:
         """Readiness: the model has answered once, and its last pass did not fail."""
-        if worker.state != "ready":
+        if status() == "no model":
+            return problem(503, "no model is loaded, the dummy engine answers; /health has the reasons")
+        if status() != "ok":
             return problem(503, f"the server is {worker.state}")
         return JSONResponse({"status": "ready"})
 

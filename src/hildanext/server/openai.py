@@ -13,12 +13,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
-from hildanext.config import Config, DecodeConfig, Mode
+from hildanext.config import Config, DecodeConfig, Mode, changed_settings
+from hildanext.config.decoding import RepetitionPenalty, Seed, Share, Temperature, TopK, TopP
 from hildanext.decoding.engines import Completion, Event
 from hildanext.decoding.events import Finished
 from hildanext.errors import ContextError, HildaError
 from hildanext.server.answers import completed, sse, status_of, streamed, streams, together, unless_gone, with_retry
-from hildanext.server.bodies import Body, Share, Stop, Text, with_settings
+from hildanext.server.bodies import Body, Stop, Text
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import Ticket, Worker
 
@@ -88,17 +89,17 @@ class OpenAIBody(Body):
     model: Text
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0.0)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = Field(None, description="null or omitted: the server's seed, or a new one for each prompt.")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     user: Text | None = Field(None, description="Accepted and ignored.")
     # OpenAI's clients send these in `extra_body`:
     mode: Mode | None = None
     tau_mask: Share | None = None
     tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
-    top_k: int | None = Field(None, ge=1)
-    repetition_penalty: float | None = Field(None, gt=0.0)
+    top_k: TopK | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     # Not supported: only the value that turns the feature off is accepted.
     n: Literal[1] | None = None
     frequency_penalty: float | None = Field(None, ge=0.0, le=0.0)
@@ -113,7 +114,7 @@ class OpenAIBody(Body):
             given["max_new_tokens"] = max_new_tokens
         if self.stop is not None:
             given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
-        return with_settings(base, given)
+        return base.model_copy(update=changed_settings(given))
 
 
 class CompletionBody(OpenAIBody):
@@ -168,16 +169,22 @@ class Form:
         content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
+    def chunk(self, delta: dict[str, str], done: Completion | None = None) -> str:
+        """A chunk of a stream; `done` makes it the last one, with the extension `hildanext`."""
         content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        return sse(self.head(chunk=True) | {"choices": [choice]})
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": done and done.finish_reason}
+        more = {} if done is None else self.extension([done])
+        return sse(self.head(chunk=True) | {"choices": [choice]} | more)
+
+    def extension(self, done: list[Completion]) -> dict[str, Any]:
+        """What OpenAI's format has no place for: the engine, the mode, and the stats with the seed."""
+        return {"hildanext": [{"engine": item.engine, "mode": item.mode, "stats": asdict(item.stats)} for item in done]}
 
     def answer(self, done: list[Completion], n_prompt: int) -> dict[str, Any]:
         return self.head(chunk=False) | {
             "choices": [self.choice(index, item.text, item.finish_reason) for index, item in enumerate(done)],
             "usage": usage(n_prompt, done),
-            "hildanext": [{"engine": item.engine, "mode": item.mode, "stats": asdict(item.stats)} for item in done],
+            **self.extension(done),
         }
 
 
@@ -263,7 +270,7 @@ def _chunks(
         if not isinstance(event, Completion):
             return ""
         request.state.facts = facts(config, prompt, event)
-        last = form.chunk({}, event.finish_reason)
+        last = form.chunk({}, event)
         if body.stream_options is not None and body.stream_options.include_usage:
             tokens = usage(len(ticket.request.prompt_ids), [event])
             last += sse(form.head(chunk=True) | {"choices": [], "usage": tokens})

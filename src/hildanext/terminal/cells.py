@@ -48,7 +48,7 @@ class CellTracker:
             if position >= self.n_prompt:
                 if is_cut or position >= self.limit:
                     kind = "cut"
-                elif token == self.engine.eos_token_id:
+                elif token in self.engine.eos_token_ids:
                     kind, is_cut = "end", True
             cells.append(Cell(position, text, kind, strength))
         return cells

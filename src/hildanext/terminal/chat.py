@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hildanext.config import Config, parse_config
+from hildanext.config import MODES, Config, changed_settings, parse_config
 from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine, say_passed_over
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import HildaError, UsageError
@@ -21,7 +21,7 @@ from hildanext.terminal.live import LiveAnswer, PlainAnswer, draw_line
 
 HELP = """\
 /mode                     show the mode and its thresholds
-/mode S_MODE|Q_MODE       switch to S_MODE (speedy) or Q_MODE (careful); 's' and 'q' are short forms
+/mode S_MODE|Q_MODE       switch to S_MODE (speedy) or Q_MODE (careful), with its own thresholds; 's', 'q' for short
 /tau MASK [EDIT|off]      set the thresholds: draft above MASK, edit above EDIT; 'off' turns editing off
 /trace                    show every pass of the last answer, one line each
 /trace on|off             show every pass of all further answers, or stop showing them
@@ -185,7 +185,8 @@ class Chat:
         self.tell(
             f"[{len(done.token_ids)} tokens{cut}, {stats.tokens_per_forward:.2f} per forward, "
             f"{stats.tokens_per_second:.1f} tokens/s, {stats.edits} edits, "
-            f"{stats.prefix_tokens} of {len(request.prompt_ids)} prompt tokens from the cache]"
+            f"{stats.prefix_tokens} of {len(request.prompt_ids)} prompt tokens from the cache"
+            f"{'' if stats.seed is None else f', seed {stats.seed}'}]"
         )
 
     # --- Commands
@@ -202,7 +203,7 @@ class Chat:
     def change(self, **decode: object) -> None:
         """Change decoding settings, with the same checks as for a configuration file."""
         raw = self.config.model_dump(mode="json")
-        self.config = parse_config(raw | {"decode": raw["decode"] | decode}, "chat")
+        self.config = parse_config(raw | {"decode": raw["decode"] | changed_settings(decode)}, "chat")
 
     def thresholds(self) -> str:
         settings = self.engine.settings(self.config)
@@ -212,8 +213,7 @@ class Chat:
 
     def set_mode(self, rest: str) -> None:
         if rest:
-            mode = {"S": "S_MODE", "Q": "Q_MODE"}.get(rest.upper(), rest.upper())
-            self.change(mode=mode, tau_mask="preset", tau_edit="preset", max_post_steps="preset", edit_blocks="preset")
+            self.change(mode={mode[0]: mode for mode in MODES}.get(rest.upper(), rest.upper()))
         self.tell(self.thresholds())
 
     def set_tau(self, rest: str) -> None:

@@ -60,6 +60,7 @@ def _cost(completion: Completion) -> str:
     return (
         f"{completion.mode}: {len(completion.token_ids)} tokens, {stats.forwards} forwards, "
         f"{stats.tokens_per_forward:.2f} tokens per forward, {stats.edits} edits"
+        f"{'' if stats.seed is None else f', seed {stats.seed}'}"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hildanext.config import Config, EngineName
+from hildanext.config import SHIPPED_MODEL, Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Engine, Event, Request, Stats, Steps, as_steps
 from hildanext.errors import UsageError
 from hildanext.progress import say
@@ -20,6 +20,7 @@ __all__ = [
     "Stats",
     "Steps",
     "as_steps",
+    "is_dummy_chosen",
     "n_threads",
     "open_base",
     "open_engine",
@@ -27,19 +28,31 @@ __all__ = [
 ]
 
 
-def open_engine(config: Config) -> Engine:
+def is_dummy_chosen(config: Config) -> bool:
+    """Whether `engine.order` lists the dummy alone. Otherwise the dummy only stands in for a missing model."""
+    return set(config.engine.order) == {"dummy"}
+
+
+def open_engine(config: Config, *, stand_in: bool = False) -> Engine:
     """Load the first engine of `engine.order` that can serve the model on this machine.
+
+    The dummy answers if the order lists it alone. With `stand_in` it also answers, if listed, when the weights of the
+    shipped model are not installed. It never answers for a model that the user named.
 
     Raises UsageError with every engine's reason if none can. Raises UsageError for a missing model, too, unless the
     order is the dummy alone.
     """
-    if set(config.engine.order) != {"dummy"}:
+    order = config.engine.order
+    if not is_dummy_chosen(config):
         from hildanext.model.pretrained import locate  # imports transformers, which the dummy does not need
 
-        # Before any engine: a mistyped folder must be an error, not a reason to fall back to the dummy.
+        # Before any engine: a mistyped folder is no reason why an engine cannot serve.
         locate(config.model.base)
+        order = [name for name in order if name != "dummy"]
+        if stand_in and config.model.base == SHIPPED_MODEL and "dummy" in config.engine.order:
+            order.append("dummy")
     reasons: dict[str, str] = {}
-    for name in config.engine.order:
+    for name in order:
         kind = _engine(name)
         reason = kind.can_serve(config)
         if reason is None:

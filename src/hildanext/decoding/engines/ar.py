@@ -12,11 +12,11 @@ from hildanext.config import Config, ModelConfig
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.settings import Settings, check_request, resolve
-from hildanext.errors import UsageError
+from hildanext.errors import NonFiniteLogitsError, UsageError
 from hildanext.model.backbone import max_positions
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import base_of, load_causal_lm, locate, read_record
-from hildanext.model.prompts import encode_prompt
+from hildanext.model.prompts import encode_prompt, end_ids
 from hildanext.model.text_stream import TextStream
 
 
@@ -43,7 +43,7 @@ class ArEngine:
         self.reasons, self.base = reasons, base.base
         policy = choose_policy(base.device, base.dtype)
         self.model, self.tokenizer = load_causal_lm(base, policy, policy.compute)
-        self.eos_token_id: int | None = self.tokenizer.eos_token_id
+        self.eos_token_ids = end_ids(self.tokenizer, self.model.generation_config.eos_token_id)
         self.model.eval()
         self.context = max_positions(self.model)
         self.device: str | None = str(self.model.device)
@@ -72,18 +72,23 @@ class ArEngine:
 
     @torch.inference_mode()
     def _next(self, ids: list[int], cache: DynamicCache) -> tuple[int, float]:
-        """The most likely token after the cached tokens and `ids`, and its probability. Caches `ids`."""
+        """The most likely token after the cached tokens and `ids`, and its probability. Caches `ids`.
+
+        Raises NonFiniteLogitsError.
+        """
         hidden = self.model.base_model(
             input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True
         ).last_hidden_state
         scores = self.model.get_output_embeddings()(hidden[0, -1]).float()[: len(self.tokenizer)]
         confidence, token = scores.softmax(-1).max(-1)
+        if confidence.isnan():
+            raise NonFiniteLogitsError(f"AR base '{self.base}'")
         return int(token), float(confidence)
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Yield a Step and a Finished for each token, then the Completion.
 
-        Raises UsageError for an empty prompt, ContextError for one that exceeds the context.
+        Raises UsageError for an empty prompt, ContextError for one that exceeds the context, NonFiniteLogitsError.
         """
         settings, prompt_ids = request.settings, request.prompt_ids
         check_request(prompt_ids, settings, self.context)
@@ -96,9 +101,9 @@ class ArEngine:
             ids, position = [token], len(prompt_ids) + forwards
             yield Step(position, 0, ids, [0], [], [confidence], 1.0, position)
             forwards += 1
-            last = token == self.tokenizer.eos_token_id or forwards == settings.max_new_tokens
+            last = token in self.eos_token_ids or forwards == settings.max_new_tokens
             piece = text.push(ids, last)
-            if token == self.tokenizer.eos_token_id or text.stopped:
+            if token in self.eos_token_ids or text.stopped:
                 finish_reason = "stop"
             elif last:
                 finish_reason = "length"

@@ -22,8 +22,8 @@ from hildanext.decoding.engines.protocol import Completion, Event, Request, Stat
 from hildanext.decoding.events import Finished
 from hildanext.decoding.settings import Settings, check_request, resolve
 from hildanext.errors import ModelError
-from hildanext.model.pretrained import load_tokenizer, read_config_dict
-from hildanext.model.prompts import encode_prompt
+from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
+from hildanext.model.prompts import encode_prompt, end_ids
 
 # model_type in config.json -> (dInfer's model_type argument, the runtime whose worker loads that family)
 FAMILIES = {"llada2_moe": ("llada2", "sglang"), "llada": ("llada", "vllm"), "dllm": ("llada-moe", "vllm")}
@@ -71,7 +71,8 @@ class DInferEngine:
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
         self.reasons = reasons
         self.tokenizer = load_tokenizer(config.model)
-        self.eos_token_id: int | None = self.tokenizer.eos_token_id
+        # dInfer itself stops at the tokenizer's end-of-text token only.
+        self.eos_token_ids = end_ids(self.tokenizer, read_generation_config(config.model).get("eos_token_id"))
         model_config = read_config_dict(config.model)
         self.context: int | None = int(model_config.get("max_position_embeddings", 4096))
         self.started = self.settings(config)
@@ -181,7 +182,7 @@ class DInferEngine:
         for prefix in (prompt_ids, [i for i in prompt_ids if i != eos]):
             if output[: len(prefix)] == prefix:
                 new = output[len(prefix) :]
-                return new[: new.index(eos)] if eos in new else new
+                return next((new[:i] for i, token in enumerate(new) if token in self.eos_token_ids), new)
         raise ModelError("dInfer's output does not begin with the prompt; this version of dInfer is not supported")
 
     def forwards(self) -> int:

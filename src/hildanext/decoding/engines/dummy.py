@@ -22,7 +22,7 @@ class DummyEngine:
     policy: dict[str, object] | None = None
     slots = 1
     mask_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
     context: int | None = None
 
     def __init__(self, config: Config, reasons: dict[str, str]) -> None:
@@ -50,9 +50,10 @@ class DummyEngine:
         check_request(request.prompt_ids, settings, None)
         everything = list(NOTICE.encode()) + request.prompt_ids
         new = everything[: settings.max_new_tokens]
-        yield Finished(0, new, self.decode_tokens(new))
+        text = self.decode_tokens(everything)  # not cut: a short answer must say so, too
+        yield Finished(0, new, text)
         yield Completion(
-            text=NOTICE + self.decode_tokens(request.prompt_ids),
+            text=text,
             token_ids=new,
             finish_reason="stop" if len(new) == len(everything) else "length",
             engine=self.name,

@@ -33,6 +33,7 @@ class Stats:
     seconds: float
     tokens_per_second: float
     prefix_tokens: int = 0  # prompt tokens whose keys and values were cached by an earlier request
+    seed: int | None = None  # of the sampling noise; the same seed gives the same text. None: decoded greedily
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Engine(Protocol):
     dtype: str | None  # dtype of the computation
     policy: dict[str, object] | None  # `Policy.as_dict`; None: the engine decides by itself
     mask_token_id: int | None  # the mask token in the tokens of a Step
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]  # any of them ends a completion
     context: int | None  # most tokens of prompt and completion together; None: no limit
 
     @staticmethod

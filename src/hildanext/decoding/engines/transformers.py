@@ -17,8 +17,8 @@ from hildanext.model.backbone import max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
-from hildanext.model.pretrained import read_record
-from hildanext.model.prompts import encode_prompt
+from hildanext.model.pretrained import locate, read_record
+from hildanext.model.prompts import encode_prompt, end_ids
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
 
@@ -38,7 +38,7 @@ class TransformersEngine:
         self.vocabulary = Vocabulary(
             self.lm.vocab_size,
             self.lm.mask_token_id,
-            self.lm.tokenizer.eos_token_id,
+            end_ids(self.lm.tokenizer, self.lm.model.generation_config.eos_token_id),
             self.lm.convention == "shifted",
         )
         self.presets = read_presets(self.lm.modes)
@@ -50,15 +50,20 @@ class TransformersEngine:
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
         self.context: int | None = context
         self.mask_token_id: int | None = self.lm.mask_token_id
-        self.eos_token_id: int | None = self.vocabulary.eos_token_id
-        self.listeners: dict[
-            Sequence, list[Event]
-        ] = {}  # events that `events` and `generate_batch` did not deliver yet
+        self.eos_token_ids = self.vocabulary.eos_token_ids
+        # What `events` and `generate_batch` did not deliver yet.
+        self.listeners: dict[Sequence, list[Event | HildaError]] = {}
 
     @staticmethod
     def can_serve(config: Config) -> str | None:
-        if read_record(config.model) is None:
+        record = read_record(config.model)
+        if record is None:
             return f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first"
+        if "adapter" in record:
+            try:
+                locate(record["adapter"]["base"])
+            except UsageError as error:
+                return f"adapter '{config.model.base}' needs its base: {error}"
         return None
 
     def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
@@ -90,31 +95,39 @@ class TransformersEngine:
         return self.scheduler.slots
 
     def step(self) -> list[tuple[Sequence, Event | HildaError]]:
-        """Run one step of the scheduler: schedule, run, postprocess. A sequence that ended also gets its Completion."""
+        """Run one step of the scheduler: schedule, run, postprocess. A sequence that ended also gets its Completion.
+
+        The last event of a sequence that failed is its error.
+        """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.runtime.torch_threads or threads)
         try:
             events: list[tuple[Sequence, Event | HildaError]] = [*self.scheduler.step()]
         finally:  # the caller may compute between steps (an AR base, a judge) and needs its threads
             torch.set_num_threads(threads)
-        ended = dict.fromkeys(sequence for sequence, _ in events if sequence.finish_reason is not None)
+        ended = dict.fromkeys(s for s, _ in events if s.finish_reason in ("stop", "length"))
         return events + [(sequence, self._completion(sequence)) for sequence in ended]
 
     def _step(self) -> None:
         """Run a step and append its events to the lists of their requests."""
         for sequence, event in self.step():
-            assert not isinstance(event, HildaError)
             self.listeners.setdefault(sequence, []).append(event)
 
     def events(self, sequence: Sequence) -> Iterator[Event]:
-        """The events of a submitted request, up to its Completion. Closing the iterator early drops the request."""
+        """The events of a submitted request, up to its Completion. Closing the iterator early drops the request.
+
+        Raises the error that ended the request.
+        """
         self.listeners.setdefault(sequence, [])
         try:
             while True:
                 while not self.listeners[sequence]:
                     self._step()
                 waiting, self.listeners[sequence] = self.listeners[sequence], []
-                yield from waiting
+                for event in waiting:
+                    if isinstance(event, HildaError):
+                        raise event
+                    yield event
                 if isinstance(waiting[-1], Completion):
                     return
         finally:
@@ -133,7 +146,7 @@ class TransformersEngine:
         """Complete requests side by side, at most `engine.slots` at a time. The completions keep the requests' order.
 
         `on_event(index, event)` is called for every step, finished block and completion as it happens. All requests are
-        checked before the first one runs; raises UsageError as `submit` does.
+        checked before the first one runs; raises UsageError as `submit` does, and the error that ended a request.
         """
         sequences: list[Sequence] = []
         done: dict[int, Completion] = {}
@@ -145,6 +158,8 @@ class TransformersEngine:
                 self._step()
                 for index, sequence in enumerate(sequences):
                     for event in self.listeners[sequence]:
+                        if isinstance(event, HildaError):
+                            raise event
                         if on_event is not None:
                             on_event(index, event)
                         if isinstance(event, Completion):
@@ -177,6 +192,7 @@ class TransformersEngine:
                 seconds,
                 len(token_ids) / seconds,
                 sequence.prefix_tokens,
+                settings.used_seed,
             ),
             runtime=self.runtime.name,
         )

@@ -69,5 +69,9 @@ class EagerRuntime:
     def swap(self, slot: int, other: int, length: int) -> None:
         self.cache.swap(slot, other, length)
 
+    @torch.inference_mode()
+    def erase(self, slot: int) -> None:
+        self.cache.erase(slot)
+
     def close(self) -> None:
         self.cache = SlotCache(0, 0, 0)

@@ -314,6 +314,10 @@ class OpenVinoRuntime:
         for states in self.memory:
             states[[slot, other], :, :length] = states[[other, slot], :, :length]
 
+    @torch.inference_mode()
+    def erase(self, slot: int) -> None:
+        self.memory[:, slot] = 0
+
     def close(self) -> None:
         self.memory, self.room = torch.empty(0), 0
         self.bound.clear()

@@ -54,6 +54,10 @@ class Runtime(Protocol):
         """Exchange the first `length` positions of two slots."""
         ...
 
+    def erase(self, slot: int) -> None:
+        """Set all keys and values of a slot to zero. A NaN would reach later sequences even through the mask."""
+        ...
+
     def close(self) -> None:
         """Free the cache. `allocate` makes the runtime usable again."""
         ...

@@ -284,6 +284,7 @@ export class Canvas {
       [number(done.token_ids.length), "tokens"],
       ...(done.mode === "AR" ? [] : [[number(stats.drafts), "drafts"], [number(stats.edits), "edits"]]),
       [duration(stats.seconds), "time"],
+      ...(stats.seed === null ? [] : [[String(stats.seed), "seed"]]),
     ];
     this.stats.replaceChildren(
       h("dl", { class: "figures" }, figures.map(([value, name]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
