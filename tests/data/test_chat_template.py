@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hildanext.data.conversations import unread_fields
-from hildanext.data.documents import Document
+from hildanext.data.documents import Document, parse_document
 from hildanext.data.encode import Encoded, encode_document, encode_documents
+from hildanext.data.sources.message import KNOWN
+from hildanext.data.sources.shapes import CONTENT
 from hildanext.errors import DataError, UsageError
 from hildanext.model.prompts import encode_prompt
 from support.models import CHATML, make_tokenizer
+from support.sources import jsonl, read
 
 PIECES = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "the cat", "\n", " ", "assistant", "é"]
 quoting = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join).filter(str.strip)
@@ -140,6 +145,27 @@ def test_whatever_a_template_raises_is_a_reason(subtests: pytest.Subtests) -> No
             assert str(result).startswith("the chat template rejects the messages (")
             with pytest.raises(UsageError, match="the chat template rejects the messages"):
                 encode_prompt(tokenizer, [{"role": "user", "content": "q"}])
+
+
+def test_no_record_ends_the_reading_or_the_encoding(tmp_path: Path) -> None:
+    """Records of random values under the names that formats use: each is a document or counted once."""
+    values = [None, True, 0, 0.5, 10**30, "", " ", "the cat", "<|im_end|>", "{}", '{"name": "f"}', "user", [], {}]
+    values += [["a"], [{}], [{"type": "text", "text": "a"}], {"name": "f", "arguments": {"x": [1]}}, [[["a"]]]]
+    draw = random.Random(0)
+    records = []
+    for _ in range(1500):
+        turns = [{"role": draw.choice(["user", "assistant", "tool", "x"]), "content": "a"} for _ in range(3)]
+        for turn in turns:
+            turn |= {draw.choice([*sorted(KNOWN), "odd"]): draw.choice(values) for _ in range(draw.randrange(2))}
+        shape = {draw.choice(["messages", "conversations", "chosen", "prompt", "x"]): turns}
+        extra = {draw.choice(CONTENT): draw.choice(values) for _ in range(draw.randrange(3))}
+        records.append({"question": "q", "answer": "a"} | shape | extra if draw.random() < 0.3 else shape | extra)
+    (tmp_path / "x.jsonl").write_bytes(jsonl(records))
+    docs, rejects = read("instruct", tmp_path / "x.jsonl")
+    assert len(docs) + rejects.total == len(records)
+    assert len(docs) > 100
+    encoded = encode_documents([parse_document(doc.to_line()) for doc in docs], make_tokenizer())
+    assert sum(isinstance(result, Encoded) for result in encoded) > 100
 
 
 def test_a_template_without_text_is_a_reason() -> None:

@@ -39,11 +39,15 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Bytes of its text or message contents in UTF-8; 4 bytes per token id."""
+        """Bytes of its text, or of message contents with their reasoning, in UTF-8; 4 bytes per token id."""
         if self.input_ids is not None:
             return 4 * len(self.input_ids)
-        texts = [self.text] if self.messages is None else [message["content"] for message in self.messages]
-        return sum(len(str(text).encode("utf-8", "surrogatepass")) for text in texts)
+        texts = [self.text]
+        if self.messages is not None:
+            texts = [
+                text for message in self.messages for text in (message["content"], message.get("reasoning_content"))
+            ]
+        return sum(len(str(text).encode("utf-8", "surrogatepass")) for text in texts if text is not None)
 
     def to_line(self) -> bytes:
         """The document as a line of JSON in UTF-8, including the newline."""

@@ -45,7 +45,7 @@ def encode_prompt(
     try:
         rendered = ChatTemplate(tokenizer, prompt, None, date).render(prompt=True)
     except DataError as error:
-        raise UsageError(f"{error}; change the messages or the tokenizer's chat template") from None
+        raise UsageError(str(error)) from None
     text, quoted = rendered
     if known:
         prefix = str(tokenizer.decode(known))

@@ -131,7 +131,7 @@ def to_tool_calls(value: object) -> list[dict[str, Any]]:
         return calls
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError("a tool call without a name")
         arguments = from_json(function.get("arguments") or {})
         identity = {} if call.get("id") in (None, "") else {"id": _name("tool_calls[].id", call["id"])}

@@ -108,7 +108,7 @@ def _turns(record: dict[str, Any], answered: bool) -> list[Any]:
         return [*record["prompt"], *([] if completion is None else _as_turns(completion))]
     question = _first(record, QUESTIONS)
     if question is None:
-        raise DataError("unknown record shape")
+        raise DataError("no prompt" if isinstance(record.get("chosen"), list) else "unknown record shape")
     history = record.get("history") or []  # Alpaca's earlier turns: [question, answer] pairs
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError("'history' is not a list of pairs")
