@@ -202,6 +202,13 @@ def test_what_cannot_be_mapped_is_counted(tmp_path: Path, subtests: pytest.Subte
             assert rejects.examples == {reason: [f"{tmp_path / 'x.jsonl'}:2"]}
 
 
+def test_a_file_that_is_one_object_counts_as_its_records(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"version": 1, "data": [PAIR] * 7}))
+    docs, rejects = read("instruct", tmp_path / "x.json")
+    assert docs == []
+    assert rejects.by_reason == {"unknown record shape": 7}
+
+
 def test_keys_that_no_shape_knows_are_counted(tmp_path: Path) -> None:
     odd = {"messages": [USER, {**REPLY, "mood": "calm"}, USER], "category": "open", "score": None}
     (tmp_path / "x.jsonl").write_bytes(jsonl([odd, PAIR, {**PAIR, "category": "closed"}]))

@@ -99,6 +99,8 @@ def test_a_lost_file_counts_as_what_it_held(tmp_path: Path, capsys: pytest.Captu
         assert len(docs) + rejects.total == pytest.approx(2000, rel=0.25)
         assert rejects.total > 500
         assert f"(about {rejects.by_reason['damaged compression']} records)" in capsys.readouterr().err
+        path.write_bytes(b"")
+        assert read("dolma", path)[1].by_reason == {"truncated file": 1}
         path.write_bytes(b"no compression" * 10_000)
         assert read("dolma", path)[1].by_reason == {"damaged compression": 140}
 

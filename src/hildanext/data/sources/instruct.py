@@ -19,7 +19,7 @@ from hildanext.data.sources.lines import (
     report_damage,
 )
 from hildanext.data.sources.opening import File, file_name, list_files
-from hildanext.data.sources.shapes import to_messages, to_tools
+from hildanext.data.sources.shapes import CONTENT, to_messages, to_tools
 from hildanext.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
@@ -41,12 +41,20 @@ def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
         try:
             messages, tools = to_messages(record, unknown), to_tools(record)
         except DataError as error:
-            rejects.add(str(error), path, number)
+            rejects.add(str(error), path, number, _held(record))
             continue
         rejects.ignore(sorted(unknown), number)
         name = str(record.get("id") or f"{file_name(path)}:{number}")
         origin = str(record.get("source") or file_name(path).split(".")[0])
         yield number, Document(id=name, source=origin, messages=messages, tools=tools)
+
+
+def _held(record: dict[str, Any]) -> int:
+    """The records in an object like {"data": [{...}, ...]}, which some files are as a whole; otherwise 1."""
+    if any(key in record for key in CONTENT):
+        return 1
+    lists = [value for value in record.values() if isinstance(value, list) and all(isinstance(x, dict) for x in value)]
+    return max(1, sum(map(len, lists)))
 
 
 def read_records(path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:

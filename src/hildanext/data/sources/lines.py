@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hildanext.data.documents import Rejects, parse_json
-from hildanext.data.sources.opening import read_bytes
+from hildanext.data.sources.opening import file_name, read_bytes
 from hildanext.errors import DataError
 from hildanext.progress import say
 
@@ -31,7 +31,7 @@ class DamagedError(DataError):
 
 def read_pieces(path: str | Path) -> Iterator[bytes]:
     """Yield the bytes of a file in pieces, decompressed for .gz and .zst. Raises DamagedError for a damaged file."""
-    pieces, name = read_bytes(path), str(path)
+    pieces, name = read_bytes(path), file_name(str(path))
     if name.endswith(".gz"):
         return _decompressed(pieces, lambda: zlib.decompressobj(wbits=31), zlib.error)
     if name.endswith(".zst"):
@@ -68,7 +68,7 @@ def _decompressed(pieces: Iterator[bytes], make: Callable[[], Any], failure: typ
                 raise DamagedError("damaged compression", offset, size) from None
             offset += len(piece[start : start + length])
         yield b"".join(done)
-    if begun:
+    if begun or not offset:  # even compressed nothing has some bytes
         raise DamagedError("truncated file", offset, offset)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hildanext.data.documents import Document, Rejects, check_ids
 from hildanext.data.sources.lines import lost_records, read_json_lines, read_records
-from hildanext.data.sources.opening import File, file_exists, file_name, list_files, open_file
+from hildanext.data.sources.opening import File, file_exists, file_name, is_url, list_files, open_file
 from hildanext.errors import DataError
 
 SUFFIXES = (".npy", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -34,7 +34,7 @@ def read(path: str, dtype: Literal["uint16", "uint32"], rejects: Rejects) -> Ite
 
     Raises DataError for a large shard without its .csv.gz.
     """
-    if path.endswith(".npy"):
+    if file_name(path).endswith(".npy"):
         yield from _from_shard(path, dtype, rejects)
         return
     for number, record in read_json_lines(path, rejects):
@@ -98,7 +98,8 @@ class TokenFile:
 
 
 def _from_shard(path: str, dtype: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
-    boundaries = path.removesuffix(".npy") + ".csv.gz"
+    shard_path, mark, query = path.partition("?") if is_url(path) else (path, "", "")
+    boundaries = f"{shard_path.removesuffix('.npy')}.csv.gz{mark}{query}"
     with open_file(path) as file:
         try:
             shard = TokenFile(file, dtype)

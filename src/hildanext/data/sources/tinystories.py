@@ -39,9 +39,10 @@ def read_synthetic(count: int, seed: int) -> Iterator[tuple[int, Document]]:
 
 def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
     """Yield (number, story) from one file. A story's id is the file name and its line (parquet: its row)."""
-    if path.endswith(".txt"):
+    name = file_name(path)
+    if name.endswith(".txt"):
         stories = _from_text(path, rejects)
-    elif path.endswith(".parquet"):
+    elif name.endswith(".parquet"):
         stories = _from_parquet(path, rejects)
     else:
         stories = ((number, record.get("text")) for number, record in read_json_lines(path, rejects))
@@ -53,7 +54,7 @@ def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
             rejects.add(str(error), path, number)
             continue
         last = max(last + 1, number)  # numbers increase even if stories share a line
-        yield last, Document(id=f"{file_name(path)}:{number}", source="tinystories", text=text)
+        yield last, Document(id=f"{name}:{number}", source="tinystories", text=text)
 
 
 def _from_text(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
