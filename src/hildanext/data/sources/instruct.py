@@ -36,17 +36,21 @@ def find(path: str) -> list[File]:
 
 def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
     """Yield (record number, conversation) from one file. Keeps the record's 'id' and 'source' if present."""
+    number, held, reason = 0, 0, ""
     for number, record in read_records(path, rejects):
         unknown: set[str] = set()
         try:
             messages, tools = to_messages(record, unknown), to_tools(record)
         except DataError as error:
-            rejects.add(str(error), path, number, _held(record))
+            reason, held = str(error), _held(record)
+            rejects.add(reason, path, number)
             continue
         rejects.ignore(sorted(unknown), number)
         name = str(record.get("id") or f"{file_name(path)}:{number}")
         origin = str(record.get("source") or file_name(path).split(".")[0])
         yield number, Document(id=name, source=origin, messages=messages, tools=tools)
+    if number == 1 and held > 1:  # the file is one object, which holds all its records
+        rejects.add(reason, path, number, held - 1)
 
 
 def _held(record: dict[str, Any]) -> int:

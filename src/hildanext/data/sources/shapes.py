@@ -36,9 +36,7 @@ def to_messages(record: dict[str, Any], unknown: set[str] | None = None) -> list
     """
     names: set[str] = set() if unknown is None else unknown
     messages = _conversation(record, record.get("chosen"), names)
-    # Unpaired preference data mark bad answers with a false 'label'.
-    if any(record.get(key) == 0 for key in TRAIN) or record.get("label") is False:
-        raise DataError("no supervised turn")
+    _check_trained(record)
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
         raise DataError("no supervised turn")
     check_used(record, messages)
@@ -53,6 +51,7 @@ def to_pair(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
         if record.get(side) is None:
             raise DataError(f"no '{side}' answer")
     chosen, rejected = (_conversation(record, record[side], set()) for side in ("chosen", "rejected"))
+    _check_trained(record)
     check_used(record, [*chosen, *rejected])
     return chosen, rejected
 
@@ -68,6 +67,15 @@ def to_prompt(record: dict[str, Any]) -> list[Message]:
         raise DataError("a prompt cannot have tools")
     check_used(record, messages, [*ANSWERS, "chosen", "rejected"])
     return messages
+
+
+def _check_trained(record: dict[str, Any]) -> None:
+    """Raises DataError for a record that as a whole is not to be trained.
+
+    Unpaired preference data mark bad answers with a false 'label'.
+    """
+    if any(record.get(key) == 0 for key in TRAIN) or record.get("label") is False:
+        raise DataError("no supervised turn")
 
 
 def _conversation(record: dict[str, Any], chosen: object, unknown: set[str]) -> list[Message]:
