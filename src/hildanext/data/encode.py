@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +33,10 @@ def encode_document(doc: Document, tokenizer: PreTrainedTokenizerBase, all_token
 
 
 def encode_documents(
-    docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase, all_tokens: bool = False
+    docs: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    all_tokens: bool = False,
+    unread: Counter[str] | None = None,
 ) -> list[Encoded | DataError]:
     """Encode documents, in order. A document that cannot be encoded gives a DataError with the reason instead.
 
@@ -40,8 +44,8 @@ def encode_documents(
     before it, if the tokenizer adds that token, and the end-of-text token after it. Token ids are used unchanged and
     must be below the tokenizer's length. Messages are rendered with the chat template. `all_tokens` supervises every
     token; otherwise only the assistant turns of messages and the answers after `n_prompt` token ids are supervised.
-    Documents that contain the mask token are rejected. Raises DataError for a tokenizer that is not fast or has no
-    end-of-text token.
+    Documents that contain the mask token are rejected. `unread` counts, by field, the conversations with a field that
+    the chat template does not write. Raises DataError for a tokenizer that is not fast or has no end-of-text token.
     """
     eos, leading = eos_id(tokenizer), leading_ids(tokenizer)
     results: list[Encoded | DataError] = [DataError("empty document")] * len(docs)
@@ -60,7 +64,7 @@ def encode_documents(
             results[index] = DataError("no supervised turn")
     chats = [index for index, doc in enumerate(docs) if doc.messages is not None]
     conversations = [(docs[index].messages or [], docs[index].tools) for index in chats]
-    for index, encoded in zip(chats, encode_conversations(conversations, tokenizer, eos), strict=True):
+    for index, encoded in zip(chats, encode_conversations(conversations, tokenizer, eos, unread), strict=True):
         if isinstance(encoded, DataError):
             results[index] = encoded
             continue
