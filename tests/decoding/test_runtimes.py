@@ -1,8 +1,10 @@
 """Every runtime against the eager one: hidden states within a tolerance, and the same tokens where it is exact."""
 
+import gc
 import importlib
 import random
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -122,6 +124,30 @@ def test_int8_weights_are_integers_with_a_scale_for_each_row(openvino):
                 parameter.copy_((parameter / scale).round() * scale)
     errors = list(differences(EagerRuntime(rounded), openvino(model(), "int8")))
     assert 0 < sum(errors) / len(errors) < 0.15
+
+
+@torch.inference_mode()
+def test_openvino_frees_the_model_and_at_rest_all_but_what_it_is_told_to_keep(openvino):
+    lm = model()
+    ours, eager, loaded = openvino(lm), EagerRuntime(model()), weakref.ref(lm)
+    del lm
+    gc.collect()
+    assert loaded() is None
+    for runtime in (ours, eager):
+        runtime.allocate(SLOTS, 400)
+        for batch in forwards():
+            runtime.body(batch)
+        runtime.body(pad_batch([(tokens(random.Random(1), 300), 0, [300] * 300)], 0))
+    assert ours.room == 384
+    ours.rest([0, 16, 8])
+    assert ours.room == 128
+    assert not ours.memory[:, 0].any()
+    after = pad_batch([([5] * BLOCK, 16, [20] * BLOCK), ([6] * BLOCK, 8, [12] * BLOCK)], 1)
+    for _ in range(2):
+        difference = (ours.body(after) - eager.body(after)).abs().max()
+        assert difference < 1e-4
+    hidden = ours.body(after).flatten(0, 1)
+    assert (ours.head(hidden) - eager.head(hidden)).abs().max() < 1e-4
 
 
 def test_openvino_refuses_layers_that_keep_different_things(openvino):

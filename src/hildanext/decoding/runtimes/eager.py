@@ -17,6 +17,7 @@ class EagerRuntime:
 
     name = "eager"
     torch_threads: int | None = None
+    resting_tokens: int | None = None  # its memory is allocated once
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
@@ -68,6 +69,9 @@ class EagerRuntime:
     @torch.inference_mode()
     def swap(self, slot: int, other: int, length: int) -> None:
         self.cache.swap(slot, other, length)
+
+    def rest(self, lengths: list[int]) -> None:
+        """Nothing to free: all tokens stay cached."""
 
     def close(self) -> None:
         self.cache = SlotCache(0, 0, 0)
