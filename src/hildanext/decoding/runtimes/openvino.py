@@ -254,9 +254,9 @@ class OpenVinoRuntime:
             self._move(-(-needed // GROW) * GROW)
 
     def _move(self, room: int) -> None:
-        """Move the used part of every slot into new memory for `room` tokens. What is not used takes no real memory."""
+        """Move the used part of every slot into new memory for `room` tokens."""
         size = self.n_states * self.slots * self.n_kv * room * self.dim
-        # numpy's zeros, unlike torch's, are not written until they are used.
+        # numpy's zeros, unlike torch's, take no memory until they are used; with huge pages their neighbours do, too.
         zeros = torch.from_numpy(np.zeros(size, dtype=np.int16 if self.kind == torch.bfloat16 else np.float32))
         memory = zeros.view(self.kind).view(self.n_states, self.slots, self.n_kv, room, self.dim)
         for slot, used in enumerate(self.used):
