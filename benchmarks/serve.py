@@ -23,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,8 @@ PROMPTS = 16
 WARMUP_SHARE = 0.1  # share of a soak before memory growth is measured
 FOREVER = 10**9
 START = 600.0  # seconds for a server to load its model
+HEALTH_S = 0.02  # between two looks at /health/live
+LONG_PROMPT = 48_000  # characters
 
 
 class Server(NamedTuple):
@@ -271,7 +275,59 @@ def bench_soak(model: str, args: argparse.Namespace, folder: Path) -> dict[str, 
     }
 
 
-PARTS = {"levels": bench_levels, "soak": bench_soak}
+def polled(server: Server, while_: Callable[[], bool]) -> list[float]:
+    """Return the seconds that each GET /health/live took, asked again after HEALTH_S, as long as `while_` returns True."""
+    seconds = []
+    while while_():
+        began = time.perf_counter()
+        server.get("/health/live")
+        seconds.append(time.perf_counter() - began)
+        time.sleep(HEALTH_S)
+    return seconds
+
+
+def bench_health(model: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """How long /health/live takes while nothing happens, while the most clients wait, and while prompts are tokenized."""
+    n, seconds = max(args.clients), args.health
+    words = " ".join(synthetic_stories(400, seed=5))[:LONG_PROMPT]
+    prompts = {"words": words, "one word": "a" * LONG_PROMPT, "symbols": "{}();\n" * (LONG_PROMPT // 6)}
+
+    def until_over() -> Callable[[], bool]:
+        end = time.monotonic() + seconds
+        return lambda: time.monotonic() < end
+
+    found: dict[str, Any] = {}
+    with serving(model, args, folder) as server:
+        found["idle"] = polled(server, until_over())
+        with clients(server, plan(server, args, "health", n, seconds=seconds)):
+            found[f"{n} clients"] = polled(server, until_over())
+        for name, prompt in prompts.items():
+            over = until_over()
+            with ThreadPoolExecutor(2) as pool:
+                asking = [pool.submit(ask_until, server, prompt, over) for _ in range(2)]
+                found[f"{LONG_PROMPT} characters: {name}"] = polled(server, over)
+            answered = sum(future.result() for future in asking)
+            print(f"{answered} long prompts of {name}", file=sys.stderr, flush=True)
+    table = [
+        {"while": name, "requests": len(values), "most_s": max(values), **percentiles(values)}
+        for name, values in found.items()
+    ]
+    return {"health": table, "errors": [], "exactly_once": True}
+
+
+def ask_until(server: Server, prompt: str, while_: Callable[[], bool]) -> int:
+    """Send a prompt again and again; return how often. It is too long for the model, so only its tokenization costs."""
+    body, n = json.dumps({"prompt": prompt, "max_new_tokens": 1}).encode(), 0
+    while while_():
+        request = urllib.request.Request(f"http://127.0.0.1:{server.port}/generate", body)
+        request.add_header("Content-Type", "application/json")
+        with contextlib.suppress(urllib.error.HTTPError):  # 400: longer than the context
+            urllib.request.urlopen(request, timeout=600).close()
+        n += 1
+    return n
+
+
+PARTS = {"levels": bench_levels, "soak": bench_soak, "health": bench_health}
 
 
 def parse_args() -> argparse.Namespace:
@@ -286,6 +342,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=48, help="tokens per answer (default: 48)")
     parser.add_argument("--rounds", type=int, default=9, help="runs per level (default: 9)")
     parser.add_argument("--soak", type=float, default=60.0, help="length of the soak in seconds (default: 60)")
+    parser.add_argument("--health", type=float, default=10.0, help="seconds of each case of health (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of the server (default: 1)")
     parser.add_argument("--runtime", default="eager", help="engine.runtime (default: eager)")
     parser.add_argument(

@@ -30,6 +30,8 @@ def write_page(results: dict[str, Any], path: Path) -> None:
         lines += [f"## {NAMES.get(model, model)}", ""]
         if "levels" in parts:
             lines += [*_levels(parts["levels"]), ""]
+        if "health" in parts:
+            lines += [*_health(parts["health"]), ""]
         if "soak" in parts:
             lines += [*_soak(parts["soak"], f"serve_soak_{model}.png"), ""]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,23 @@ def _levels(found: dict[str, Any]) -> list[str]:
             if any(row["refused"] for row in found["levels"])
             else ""
         ),
+    ]
+
+
+def _health(found: dict[str, Any]) -> list[str]:
+    return [
+        "### Health while the server is busy",
+        "",
+        _about(found["about"]),
+        "",
+        "`GET /health/live` on a new connection each time, asked by a process on the same cores.",
+        "",
+        "| while | answers | ms (p50 / p95 / p99) | longest, ms |",
+        "|---|---|---|---|",
+        *[
+            f"| {row['while']} | {row['requests']} | {_ms(row)} | {row['most_s'] * 1e3:.0f} |"
+            for row in found["health"]
+        ],
     ]
 
 

@@ -18,6 +18,8 @@ from typing import Any
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from hildanext import environment
+
 
 def worker(config: dict[str, Any]) -> None:
     """Run the command in one worker. Ray has set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and the process group."""
@@ -38,6 +40,7 @@ def main() -> None:
     arguments = sys.argv[split + 1 :]
     if not arguments:
         parser.error("give the hildanext command after --")
+    environment.prepare()
     # Importing torch from cold shared storage can exceed Ray's default of a minute, after which workers restart.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     trainer = TorchTrainer(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gguf
 import pytest
@@ -33,8 +33,6 @@ from support.waiting import LAST_RESORT
 # Models in the tests are tiny: a second thread only waits for the first. The variables are for child processes.
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-# Without this package OpenVINO reports nothing; see `open_runtime`.
-sys.modules.setdefault("openvino_telemetry", cast(Any, None))
 # Clients would give a busy machine 5 seconds for an answer.
 for limit in ("connect", "read", "write", "pool"):
     setattr(DEFAULT_TIMEOUT_CONFIG, limit, LAST_RESORT)

@@ -167,7 +167,8 @@ def configuration() -> str:
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    return [action for action in actions if action.help != argparse.SUPPRESS]
 
 
 def called(action: argparse.Action) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from hildanext import __version__
+from hildanext import __version__, environment
 from hildanext.errors import HildaError, UsageError
 
 Result = dict[str, Any]
@@ -327,6 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--model", metavar="NAME", help="model to load; short for --set model.base=NAME")
     shared.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    shared.add_argument("--confine", metavar="FILE", help=argparse.SUPPRESS)  # of a job, see `jobs.reach`
 
     def add(name: str, call: Call, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=text, description=text)
@@ -352,13 +353,7 @@ def _show(result: Result) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Entry point of the console script; returns the exit code."""
     args = build_parser().parse_args(argv)
-    # The libraries' own progress bars and warnings would mix with ours on stderr.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # torch's threads wait for each other by spinning, which wastes cores on a busy machine. libgomp reads this at load.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    environment.prepare()  # before the command imports its libraries
     # With several processes (torchrun, accelerate launch) only rank 0 prints; errors of every rank are printed.
     if os.environ.get("RANK", "0") == "0":
         return _run(args, sys.stderr)
@@ -373,6 +368,10 @@ def _run(args: argparse.Namespace, errors: TextIO) -> int:
         errors.write(f"hildanext {args.command}: {line}\n")
 
     try:
+        if args.confine is not None:
+            from hildanext.jobs.reach import confine
+
+            confine(Path(args.confine))
         result = args.call(args)
     except HildaError as error:
         complain(error)

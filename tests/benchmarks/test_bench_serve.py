@@ -78,6 +78,8 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
         "1",
         "--soak",
         "8",
+        "--health",
+        "2",
     ]
     command = [sys.executable, str(BENCHMARKS / "serve.py"), *sizes, "--results", str(results), "--page", str(page)]
     found = subprocess.run(command, capture_output=True, text=True)
@@ -97,6 +99,8 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     assert soak["exactly_once"]
     assert soak["errors"] == []
     assert len(soak["samples"]) >= 2
+    assert [row["while"] for row in parts["health"]["health"]][:2] == ["idle", "128 clients"]
+    assert all(row["requests"] and row["p50"] <= row["most_s"] for row in parts["health"]["health"])
     text = page.read_text()
     assert "| 128 |" in text
     assert (page.parent / "serve_soak_tiny.png").read_bytes().startswith(b"\x89PNG")

@@ -230,3 +230,16 @@ def test_nothing_is_found_where_the_cache_was_taken_away(lm, capsys):
     assert engine.generate(Request(prompt, wanted)).stats.prefix_tokens > 0
     engine.scheduler.reset_prefix_cache()
     assert engine.generate(Request(prompt, wanted)).stats.prefix_tokens == 0
+
+
+def test_at_rest_the_last_sequences_stay_cached(lm):
+    engine = open_engine(lm)
+    prompts = [[10 + i for i in range(12)], [60 + i for i in range(12)]]
+    texts = [engine.generate(Request(prompt, make())).token_ids for prompt in prompts]
+    last = max((cached for cached in engine.scheduler.cached_sequences if cached), key=lambda cached: cached.began)
+    engine.runtime.resting_tokens = last.num_cached_tokens
+    engine.rest()
+    again = [engine.generate(Request(prompt, make())) for prompt in reversed(prompts)]
+    assert [done.token_ids for done in again] == texts[::-1]
+    assert again[0].stats.prefix_tokens > 0
+    assert again[1].stats.prefix_tokens == 0

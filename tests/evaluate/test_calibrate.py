@@ -102,7 +102,7 @@ def test_the_modes_are_measured_drawn_written_and_used(checkpoint, tmp_path):
     engine = open_engine(config(checkpoint))
     asked = engine.settings(parse_config({"decode": {"mode": "S_MODE", "max_new_tokens": 12}}))
     assert {name: asked._asdict()[name] for name in Preset._fields} == written["S_MODE"]
-    done = [engine.generate(Request(prompt, asked)) for prompt in read_prompts(prompts, engine.lm.tokenizer)[:3]]
+    done = [engine.generate(Request(prompt, asked)) for prompt in read_prompts(prompts, engine.tokenizer)[:3]]
     forwards = sum(one.stats.forwards for one in done)
     assert sum(len(one.token_ids) for one in done) / forwards == report["modes"]["S_MODE"]["tokens_per_forward"]
 
@@ -120,7 +120,7 @@ def test_editable_blocks_are_tried_where_editing_is_on(checkpoint, tmp_path):
     for found in report["points"]:
         asked = engine.settings(parse_config({"decode": {"max_new_tokens": 12}}))
         asked = asked._replace(**{name: found[name] for name in Preset._fields})
-        done = engine.generate_batch([Request(p, asked) for p in read_prompts(prompts, engine.lm.tokenizer)])
+        done = engine.generate_batch([Request(p, asked) for p in read_prompts(prompts, engine.tokenizer)])
         assert sum(one.stats.edits for one in done) == found["edits"]
 
 
@@ -164,17 +164,17 @@ def _prompts(folder):
 
 def test_prompt_files(checkpoint, tmp_path):
     engine = open_engine(config(checkpoint))
-    plain, chat = read_prompts(tmp_path / _prompts(tmp_path), engine.lm.tokenizer)
-    assert engine.lm.tokenizer.decode(plain) == "the cat"
-    assert engine.lm.tokenizer.decode(chat).startswith("<|im_start|>user\nhello")
+    plain, chat = read_prompts(tmp_path / _prompts(tmp_path), engine.tokenizer)
+    assert engine.tokenizer.decode(plain) == "the cat"
+    assert engine.tokenizer.decode(chat).startswith("<|im_start|>user\nhello")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"promt": "x"}\n')
     with pytest.raises(DataError, match=r'bad.jsonl:2: expected {"prompt": ...} or {"messages": \[...\]}'):
-        read_prompts(bad, engine.lm.tokenizer)
+        read_prompts(bad, engine.tokenizer)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     with pytest.raises(DataError, match="no prompts in the file"):
-        read_prompts(empty, engine.lm.tokenizer)
+        read_prompts(empty, engine.tokenizer)
 
 
 def test_only_a_local_converted_checkpoint_can_be_calibrated(checkpoint, tmp_path, capsys):

@@ -167,6 +167,8 @@ def test_the_same_key_is_the_same_job(client: TestClient, monkeypatch: pytest.Mo
 
 def test_what_a_job_may_not_ask(client: TestClient, subtests: pytest.Subtests) -> None:
     Path("link").symlink_to("/etc")
+    Path("runs/notes").touch()
+    Path("runs/elsewhere").symlink_to("/etc")
     for body, line in [
         ({"kind": "serve"}, "'kind'"),
         ({"kind": "tokenize", "config": {"server": {"port": 1}}}, "'config.server'"),
@@ -191,7 +193,12 @@ def test_what_a_job_may_not_ask(client: TestClient, subtests: pytest.Subtests) -
             },
             "'config.data.sources.0.path': a job may open only URLs",
         ),
+        ({"kind": "sft", "config": {"model": {"base": "owner/name"}}}, "'config.model.base': a job may open only URLs"),
         ({"kind": "sft", "options": {"run": "../x"}}, "'options.run'"),
+        ({"kind": "sft", "options": {"run": "jobs.sqlite"}}, "'options.run': jobs.sqlite is a file in paths.runs"),
+        ({"kind": "sft", "options": {"run": "jobs.sqlite-wal"}}, "'options.run'"),
+        ({"kind": "sft", "options": {"run": "notes"}}, "'options.run': notes is a file in paths.runs"),
+        ({"kind": "merge-topk", "options": {"run": "elsewhere"}}, "elsewhere leads out of paths.runs"),
         ({"kind": "sft", "options": {"k": 2}}, "'options.k': sft does not take this option"),
         ({"kind": "tokenize", "options": {"run": "x"}}, "'options.run': tokenize does not take this option"),
         ({"kind": "merge-topk"}, "'options.run': merge-topk needs"),
@@ -275,6 +282,10 @@ def test_of_what_is_long_the_end_is_shown(client: TestClient, monkeypatch: pytes
     followed = client.get(f"{path}/logs?follow=true").text
     assert followed.count('data: "line ') == 100_000  # in several pieces
     assert client.get(f"{path}/logs?tail=0").status_code == 422
+    metrics.unlink()
+    metrics.symlink_to("/etc/hostname")
+    for query in ("", "?follow=true"):
+        assert client.get(f"{path}/metrics{query}").status_code == 400
 
 
 # --- What jobs may not share

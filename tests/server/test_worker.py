@@ -33,19 +33,34 @@ def post(url: str, **body: Any) -> httpx2.Response:
 
 
 def test_beyond_slots_and_queue_there_is_429_and_every_accepted_request_is_answered_once() -> None:
-    with stepping(held=True, queue=3) as (url, worker, engine), ThreadPoolExecutor(20) as pool:
+    with stepping(queue=3) as (url, worker, engine), ThreadPoolExecutor(20) as pool:
+        engine.seconds = 30.0
+        assert post(url).status_code == 200
+        engine.held = True
         first = [pool.submit(post, url, prompt=f"{i} ") for i in range(5)]
         until(worker, lambda: len(worker.accepted) == 5)
         health = httpx2.get(f"{url}/health").json()
         assert (health["running"], health["queue"], health["slots"]) == (2, 3, 2)
         refused = [pool.submit(post, url).result() for _ in range(7)]
         assert {answer.status_code for answer in refused} == {429}
-        assert {answer.headers["Retry-After"] for answer in refused} == {"1"}
+        # Two slots, four requests to be answered before another one has a slot, 30 seconds each as the last one took.
+        assert {answer.headers["Retry-After"] for answer in refused} == {"60"}
         engine.go.release(100)
         answers = [future.result() for future in first]
         assert sorted(answer.json()["text"] for answer in answers) == [f"{i} AAA" for i in range(5)]
-        assert (engine.submitted, engine.waiting, worker.accepted) == (5, [], set())
+        assert (engine.submitted, engine.waiting, worker.accepted) == (6, [], set())
         assert post(url).status_code == 200
+
+
+def test_before_the_first_answer_a_refused_client_waits_as_long_as_the_oldest_request_has() -> None:
+    with stepping(held=True, queue=0) as (url, worker, engine), ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            pool.submit(post, url)
+        until(worker, lambda: len(worker.accepted) == 2)
+        for ticket in worker.accepted:
+            ticket.began -= 1e6
+        assert int(post(url).headers["Retry-After"]) >= 5e5  # one of the two slots
+        engine.go.release(100)
 
 
 def late_stream(pool: ThreadPoolExecutor, url: str, worker: Worker, engine: Stepping) -> httpx2.Response:
@@ -162,7 +177,7 @@ def test_a_storm_of_clients_that_give_up() -> None:
 
 
 GOOD: dict[str, Any] = {"prompt": "x", "max_new_tokens": 2, "tau_mask": 0.5, "stop": ["a"], "stream": False, "seed": 1}
-GOOD_JOB = {"kind": "tokenize", "config": {"data": {"seq_len": 64}, "model": {"base": "x"}}, "options": {}}
+GOOD_JOB = {"kind": "tokenize", "config": {"data": {"seq_len": 64}, "model": {"base": "./x"}}, "options": {}}
 
 
 def mangled(rng: random.Random, good: dict[str, Any]) -> bytes:
@@ -264,6 +279,18 @@ def test_a_server_that_stops_does_not_wait_for_the_loader(monkeypatch: pytest.Mo
     go.set()
 
 
+def test_an_engine_without_requests_frees_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_worker, "REST_S", 0.01)
+    rests: list[int] = []
+    monkeypatch.setattr(Stepping, "rest", lambda engine: rests.append(engine.passes))
+    with stepping() as (url, worker, _):
+        until(worker, lambda: rests)
+        assert post(url).status_code == 200
+        until(worker, lambda: rests == [0, 3])
+        assert post(url).status_code == 200
+        until(worker, lambda: rests == [0, 3, 6])
+
+
 # --- An engine that fails
 
 
@@ -318,7 +345,8 @@ def test_prompts_that_are_being_read_have_a_place_a_deadline_and_a_client(monkey
             others = [pool.submit(post, url) for _ in range(2)]
             until(worker, lambda: len(worker.accepted) == 3)
             refused = post(url)
-            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+            assert refused.status_code == 429
+            assert httpx2.get(f"{url}/health/live").status_code == 200  # the event loop reads no prompt
             assert engine.submitted == 0
         finally:
             read.release(100)

@@ -20,6 +20,7 @@ from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Engine, open_engine
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.app import make_app
+from hildanext.server.connections import make_server
 from hildanext.server.worker import Worker
 from support import forked
 from support.waiting import LAST_RESORT, until
@@ -49,14 +50,8 @@ def stoppable(
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a slow reader is soon felt
-        settings = uvicorn.Config(
-            app,
-            log_level="error",
-            access_log=False,
-            timeout_graceful_shutdown=config.server.drain_s,
-            timeout_keep_alive=LAST_RESORT,  # a slow machine may leave a connection idle for long
-        )
-        server = uvicorn.Server(settings)
+        # A slow machine may leave a connection idle for long.
+        server = make_server(app, config.server.drain_s, idle_s=LAST_RESORT)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         worker: Worker = app.state.worker
@@ -87,10 +82,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(config: Config, folder: Path, *, port: int | None = None) -> Iterator[tuple[str, forked.Child]]:
+def process(
+    config: Config, folder: Path, *, port: int | None = None, fault: forked.Fault | None = None
+) -> Iterator[tuple[str, forked.Child]]:
     """(URL, process) of `hildanext serve`, once it is ready; killed when the block ends."""
     url, argv = _command(config, folder, port)
-    server = forked.Child(argv, folder, moves=True)
+    server = forked.Child(argv, folder, fault, moves=True)
     try:
         until_ready(url, lambda: server.poll() is None, server.stderr)
         yield url, server

@@ -26,6 +26,7 @@ class Stepping(DummyEngine):
         self.go = threading.Semaphore(0)
         self.held = False
         self.server: Any = None  # the one that it is in
+        self.seconds = 1.0  # that an answer says it took
         self.waiting: list[list[Any]] = []
         self.submitted = self.cancelled = self.passes = 0
 
@@ -57,7 +58,15 @@ class Stepping(DummyEngine):
         n = request.settings.max_new_tokens
         text = bytes(request.prompt_ids).decode() + "A" * n
         return Completion(
-            text, [65] * n, "length", "dummy", {}, "Q_MODE", 0.7, 0.5, Stats(n, 0, 1.0, [1.0] * n, n, 0, 1.0, n)
+            text,
+            [65] * n,
+            "length",
+            "dummy",
+            {},
+            "Q_MODE",
+            0.7,
+            0.5,
+            Stats(n, 0, 1.0, [1.0] * n, n, 0, self.seconds, n),
         )
 
 

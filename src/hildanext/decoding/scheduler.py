@@ -63,6 +63,21 @@ class Scheduler:
         """Forget the keys and values of finished sequences, so that measurements of equal prompts do not share them."""
         self.cached_sequences = [*self.running, *[None] * (len(self.cached_sequences) - len(self.running))]
 
+    def rest(self) -> None:
+        """Free memory while nothing runs. The sequences that finished last stay cached, as far as the runtime allows."""
+        left = self.runtime.resting_tokens
+        if left is None or not self.is_allocated or not self.is_idle:
+            return
+        lengths = [0] * self.slots
+        for slot in sorted(range(self.slots), key=self._began, reverse=True):
+            cached = self.cached_sequences[slot]
+            if cached is None or cached.num_cached_tokens > left:
+                self.cached_sequences[slot] = None
+            else:
+                lengths[slot] = cached.num_cached_tokens
+                left -= lengths[slot]
+        self.runtime.rest(lengths)
+
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running

@@ -1,6 +1,6 @@
 """What a job request may contain: a command, its options, and overrides of some configuration sections.
 
-A request can name no file outside the workspace and set no key that could run foreign code.
+A request can set no key that could run foreign code. `reach.py` says which files, URLs and models it can name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hildanext.config import Config, parse_config
 from hildanext.errors import ConfigError, UsageError
+from hildanext.jobs.reach import check_names, reach_of
 
 Kind = Literal["prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk", "benchmark", "calibrate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -78,19 +79,7 @@ def job_config(base: Config, overrides: dict[str, Any], workspace: Path) -> Conf
     config = parse_config(_merged(base.model_dump(mode="json", exclude={"server", "jobs"}), overrides), "config")
     if config.model.trust_remote_code:
         raise ConfigError("'config.model.trust_remote_code': a job may not run remote code")
-    named: dict[str, str | None] = {"data.source_tokenizer": config.data.source_tokenizer}
-    named |= {f"data.sources.{index}.path": source.path for index, source in enumerate(config.data.sources)}
-    if "base" in overrides.get("model", {}):  # the server's own model may be anywhere
-        named["model.base"] = config.model.base
-    known = {source.path for source in base.data.sources}
-    for index, source in enumerate(config.data.sources):
-        if "://" in (source.path or "") and source.path not in known:
-            raise ConfigError(
-                f"'config.data.sources.{index}.path': a job may open only URLs of the server's configuration"
-            )
-    for key, path in named.items():
-        if path is not None and not _is_inside(path, workspace):
-            raise ConfigError(f"'config.{key}': {path} is outside the workspace")
+    check_names(base, config, reach_of(base, workspace))
     return config
 
 
@@ -101,17 +90,10 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _is_inside(path: str, workspace: Path) -> bool:
-    """Whether a path is inside the workspace, symbolic links resolved. A hub name (owner/name) counts as inside."""
-    try:
-        return (workspace / path).resolve().is_relative_to(workspace.resolve())
-    except (ValueError, OSError):  # a NUL byte, a name that is too long, a loop of links
-        return False
-
-
 def command(python: str, kind: str, options: Options, job_id: str, folder: Path, *, resume: bool) -> list[str]:
-    """Return the command line of a job whose configuration is FOLDER/config.json."""
+    """Return the command line of a job whose configuration is FOLDER/config.json and whose reach FOLDER/reach.json."""
     line = [python, "-m", "hildanext.cli", kind, "--json", "--config", str(folder / "config.json")]
+    line += ["--confine", str(folder / "reach.json")]
     if kind in TRAINING:
         line += ["--run", options.run or job_id] + (["--resume"] if resume else [])
     if kind == "merge-topk":

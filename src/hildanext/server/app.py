@@ -19,7 +19,7 @@ from hildanext.decoding.engines import Engine
 from hildanext.errors import HildaError
 from hildanext.jobs.store import STATES
 from hildanext.jobs.watcher import Jobs
-from hildanext.server.answers import problem, problems, status_of
+from hildanext.server.answers import problem, problems, retry_after, status_of
 from hildanext.server.base import BaseWorker, base_routes
 from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
@@ -102,7 +102,7 @@ def _answer_errors(app: FastAPI, meters: Meters) -> None:
     @app.exception_handler(HildaError)
     async def refused(request: Request, error: HildaError) -> Response:
         meters.errors.labels(type(error).__name__).inc()
-        return _refuse(request.url.path, status_of(error), str(error), {}, code=code_of(error))
+        return _refuse(request.url.path, status_of(error), str(error), retry_after(error), code=code_of(error))
 
     @app.exception_handler(OSError)
     async def no_disk(request: Request, error: OSError) -> Response:

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from hildanext.config import Config, ServerConfig
 from hildanext.decoding import engines
 from hildanext.errors import ConfigError, HildaError
@@ -24,6 +22,7 @@ from hildanext.jobs.store import Store
 from hildanext.jobs.watcher import Jobs
 from hildanext.progress import say, stop_on_signals
 from hildanext.server.app import make_app
+from hildanext.server.connections import make_server
 from hildanext.server.guard import STALL_S
 from hildanext.server.keys import KEYS_VARIABLE, read_keys
 
@@ -96,11 +95,7 @@ def serve(config: Config) -> dict[str, Any]:
             server.should_exit = True
 
         app = make_app(config, open_engine, keys, open_jobs(config), give_up)
-        # uvicorn writes access lines to stdout, which is reserved for the result.
-        settings = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=config.server.drain_s
-        )
-        server = uvicorn.Server(settings)
+        server = make_server(app, config.server.drain_s)
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         url = f"http://{host}:{config.server.port}"
         say(f"serving on {url} (API document: {url}/openapi.json); press Ctrl-C to stop")

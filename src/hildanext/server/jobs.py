@@ -27,11 +27,12 @@ from hildanext.jobs.kinds import (
     check_options,
     job_config,
 )
+from hildanext.jobs.reach import reach_of
 from hildanext.jobs.store import ENDED, STATES, ConflictError, Job, State, new_id
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import event_stream, problems, streams
 from hildanext.server.bodies import Body
-from hildanext.server.sharing import check_run, gpu_trouble, job_trouble
+from hildanext.server.sharing import check_inside, check_run, gpu_trouble, job_trouble
 from hildanext.server.tail import follow as follow_file
 from hildanext.server.tail import last_lines, rows_of
 from hildanext.server.worker import Worker
@@ -78,9 +79,10 @@ def _add_start(router: APIRouter, config: Config, worker: Worker, jobs: Jobs) ->
         if worker.state != "loading" and (why := gpu_trouble(config, worker, body.kind, merged.model.device)):
             raise ConflictError(why)
         request, job_id = {"config": body.config, "options": options.model_dump()}, new_id()
-        # The job's process may start as soon as the row exists, so its configuration is written first.
+        # The job's process may start as soon as the row exists, so its files are written first.
         try:
             write_json(jobs.path(job_id) / "config.json", merged.model_dump(mode="json"))
+            write_json(jobs.path(job_id) / "reach.json", reach_of(config, workspace)._asdict())
             with jobs.run_lock:
                 check_run(jobs, body.kind, options.run or job_id, but_key=idempotency_key)
                 job, is_new = jobs.store.add(job_id, body.kind, request, idempotency_key)
@@ -136,7 +138,7 @@ def _add_views(router: APIRouter, jobs: Jobs) -> None:
         text, skipped = last_lines(path, tail)
         return PlainTextResponse(text.decode(errors="replace"), headers={"X-Skipped-Bytes": str(skipped)})
 
-    @router.get("/{job_id}/metrics", responses={200: streams("application/json"), **USUAL})
+    @router.get("/{job_id}/metrics", responses={200: streams("application/json"), **USUAL, **problems(400)})
     def metrics(job_id: str, follow: bool = False, tail: Tail = MOST_TAIL) -> Response:
         """The rows in the last `tail` bytes of the run's metrics.jsonl, after `skipped_bytes`. NaN becomes null.
 
@@ -144,6 +146,7 @@ def _add_views(router: APIRouter, jobs: Jobs) -> None:
         """
         job = store.get(job_id)
         path = jobs.run(job) / "metrics.jsonl"
+        check_inside(jobs, path)
         if follow:
             return event_stream(follow_file(jobs, job_id, path))
         text, skipped = last_lines(path, tail)

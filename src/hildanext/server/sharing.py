@@ -1,14 +1,24 @@
-"""Conflicts of a job: a GPU that the served model uses, and a run folder that another job writes."""
+"""Conflicts of a job: a GPU that the served model uses, and a run folder that it must not write."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from hildanext.config import Config
+from hildanext.errors import UsageError
 from hildanext.jobs.kinds import GPU_KINDS, TRAINING
 from hildanext.jobs.store import ConflictError, Job
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.worker import Worker
+
+TABLE = "jobs.sqlite"  # with its journals
+
+
+def check_inside(jobs: Jobs, path: Path) -> None:
+    """Raise UsageError if a path in paths.runs leads out of it."""
+    if not path.resolve().is_relative_to(jobs.runs.resolve()):
+        raise UsageError(f"{path.relative_to(jobs.runs)} leads out of paths.runs")
 
 
 def gpu_trouble(config: Config, worker: Worker, kind: str, device: str) -> str | None:
@@ -34,7 +44,14 @@ def job_trouble(config: Config, worker: Worker, jobs: Jobs, job: Job) -> str | N
 
 
 def check_run(jobs: Jobs, kind: str, run: str, *, but_id: str | None = None, but_key: str | None = None) -> None:
-    """Raise ConflictError if an unfinished training job already writes the run's folder."""
+    """Raise ConflictError if an unfinished training job already writes the run's folder.
+
+    Raises UsageError for the name of a file, for a name of the job table's files, and for a link that leaves paths.runs.
+    """
+    folder = jobs.runs / run
+    if run.startswith(TABLE) or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"'options.run': {run} is a file in paths.runs; choose another name")
+    check_inside(jobs, folder)
     if kind not in TRAINING:
         return
     for job in jobs.store.list(("queued", "running")):

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -20,11 +21,17 @@ from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
 
 STOP_S = 5.0
+REST_S = 3.0  # without a request, until the engine frees memory
+RECENT = 32  # completions whose duration says how long the next ones will take
 State = Literal["loading", "ready", "failing", "stopping", "stopped"]
 
 
 class Overloaded(HildaError):
-    """All slots and all places in the queue are in use."""
+    """All slots and all places in the queue are in use. `wait_s`: expected seconds until a new request has a slot."""
+
+    def __init__(self, line: str, wait_s: float) -> None:
+        super().__init__(line)
+        self.wait_s = wait_s
 
 
 class Unready(HildaError):
@@ -67,6 +74,7 @@ class Worker:
         meters.queued.set_function(lambda: self.n_queued)
         meters.running.set_function(lambda: len(self.accepted) - self.n_queued)
         self._running: dict[Any, Ticket] = {}  # used in the engine's thread only
+        self._seconds: deque[float] = deque(maxlen=RECENT)  # that the last completions took in their slots
 
     def start(self, on_failure: Callable[[], object]) -> None:
         """Open the engine in the thread. Call this in the event loop that serves; `on_failure` is called there."""
@@ -95,6 +103,17 @@ class Worker:
     def n_queued(self) -> int:
         return max(0, len(self.accepted) - (self.engine.slots if self.engine else 0))
 
+    def wait_s(self) -> float:
+        """Seconds until a request that came now would have a slot, if all take as long as the recent ones.
+
+        Before the first completion, a request is taken to need as long as the oldest accepted one has been here.
+        """
+        slots = self.engine.slots if self.engine else 1
+        now = time.monotonic()
+        longest = max((now - ticket.began for ticket in self.accepted), default=0.0)
+        usual = sum(self._seconds) / len(self._seconds) if self._seconds else longest
+        return (self.n_queued + 1) * usual / slots
+
     async def accept(
         self, prompt: str | list[dict[str, str]], settings: Settings, deadline_s: float, *, wants_steps: bool
     ) -> Ticket:
@@ -105,7 +124,8 @@ class Worker:
         """
         engine = self.opened()
         if len(self.accepted) >= engine.slots + self.config.server.queue:
-            raise Overloaded(f"{len(self.accepted)} requests are waiting or running (server.queue); try again later")
+            line = f"{len(self.accepted)} requests are waiting or running (server.queue); try again later"
+            raise Overloaded(line, self.wait_s())
         ticket = Ticket(settings, deadline_s, wants_steps=wants_steps)
         self.accepted.add(ticket)
         # A long prompt takes time to tokenize, so that runs in its own thread. Its queue is bounded by the places.
@@ -156,6 +176,7 @@ class Worker:
                 ticket.has_block = True
                 self.meters.first_block.observe(time.monotonic() - ticket.began)
             if isinstance(what, Completion):
+                self._seconds.append(what.stats.seconds)
                 self.meters.completed(what.stats, len(what.token_ids))
             if isinstance(what, (Completion, HildaError)):
                 self.accepted.discard(ticket)
@@ -204,7 +225,7 @@ class Worker:
     def _receive(self, steps: Steps) -> bool:
         """Submit new requests and cancel dropped ones; wait while no request is running. False: stop."""
         while not self._running or not self._inbox.empty():
-            what, ticket = self._inbox.get()
+            what, ticket = self._next()
             if ticket is None:
                 return False
             if what == "drop":
@@ -218,6 +239,15 @@ class Worker:
             else:
                 self._running[ticket.handle] = ticket
         return True
+
+    def _next(self) -> tuple[str, Ticket | None]:
+        """Return the next message. If none comes for REST_S seconds, the engine frees memory meanwhile."""
+        try:
+            return self._inbox.get(timeout=REST_S)
+        except queue.Empty:
+            assert self.engine is not None
+            self.engine.rest()
+            return self._inbox.get()
 
     def _run_pass(self, steps: Steps) -> None:
         """Run one pass over all running requests and deliver its events."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def run_path(config: Config, name: str) -> Path:
-    """Folder of the run `name`. Raises UsageError for a name that is not a single folder name."""
+    """Folder of the run `name`. Raises UsageError for a name that is not a single folder name, and for a file."""
     if name in ("", ".", "..") or Path(name).name != name:
         raise UsageError(f"--run '{name}': must be a single folder name; set paths.runs to change the parent folder")
-    return Path(config.paths.runs) / name
+    path = Path(config.paths.runs) / name
+    sys.audit("hildanext.path", path)  # a job may be denied it, see `jobs.reach`
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--run '{name}': {path} is a file; choose another name")
+    return path
 
 
 def _check_resumable(path: Path, record: dict[str, Any], config: Config, command: str) -> None:

@@ -87,6 +87,7 @@ def _fixed_folder(path: str) -> str:
 
 def _at_path(path: str) -> Listing:
     root = Path(path)
+    sys.audit("hildanext.path", _fixed_folder(path) or ".")
     if root.is_file():
         return File(path, root.stat().st_size), []
     if root.is_dir():
@@ -97,10 +98,13 @@ def _at_path(path: str) -> Listing:
         top = _fixed_folder(path) or "."
     else:
         raise UsageError(f"data.sources: path '{path}' does not exist")
+    for name in names:
+        sys.audit("hildanext.path", name)
     return None, [(os.path.relpath(name, top), File(name, os.path.getsize(name))) for name in names]
 
 
 def _at_url(url: str) -> Listing:
+    sys.audit("hildanext.url", url)
     try:
         system, root = filesystem(url)
         if _is_glob(url):
@@ -172,6 +176,7 @@ def file_exists(path: str) -> bool:
 def open_file(path: str | Path) -> IO[bytes]:
     """Open a local path or a URL for reading bytes. Raises OSError, or UnreachableError for a URL."""
     if not is_url(str(path)):
+        sys.audit("hildanext.path", path)
         return open(path, "rb")
     system, root = filesystem(str(path))
     try:
@@ -186,6 +191,7 @@ def read_bytes(path: str | Path) -> Iterator[bytes]:
     Raises OSError for a local file. For a URL raises UnreachableError naming the byte after RETRIES failures in a row.
     """
     if not is_url(str(path)):
+        sys.audit("hildanext.path", path)
         with open(path, "rb") as file:
             while piece := file.read(PIECE_BYTES):
                 yield piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from hildanext.data.documents import Document, Rejects, check_text
@@ -23,6 +24,7 @@ def find(path: str) -> list[File]:
 def _download() -> str:
     from huggingface_hub import snapshot_download
 
+    sys.audit("hildanext.url", "hub")
     try:
         return snapshot_download(HUB, repo_type="dataset", allow_patterns="data/train-*.parquet")
     except network_errors() as error:

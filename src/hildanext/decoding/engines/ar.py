@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from hildanext.config import Config, ModelConfig
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.settings import Settings, check_request, resolve
 from hildanext.errors import NonFiniteLogitsError, UsageError
 from hildanext.model.backbone import max_positions
@@ -120,6 +121,9 @@ class ArEngine:
             tau_edit=settings.tau_edit,
             stats=Stats(forwards, 0, n_tokens / forwards, [1.0] * forwards, forwards, 0, seconds, n_tokens / seconds),
         )
+
+    def rest(self) -> None:
+        return_freed_memory()
 
     def close(self) -> None:
         """Nothing to close."""

@@ -222,5 +222,8 @@ class DInferEngine:
             ignored=self.ignored(settings),
         )
 
+    def rest(self) -> None:
+        """Nothing to free: the memory is that of the workers."""
+
     def close(self) -> None:
         self.serving.stop_serving()

@@ -65,5 +65,8 @@ class DummyEngine:
             ignored=["every setting: no model ran"],
         )
 
+    def rest(self) -> None:
+        """Nothing to free."""
+
     def close(self) -> None:
         """Nothing to close."""

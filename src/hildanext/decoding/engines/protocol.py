@@ -98,6 +98,10 @@ class Engine(Protocol):
         """The request's events. The last one is its Completion."""
         ...
 
+    def rest(self) -> None:
+        """Free memory that is not needed while nothing runs. Called when no request has come for some seconds."""
+        ...
+
     def close(self) -> None: ...
 
 

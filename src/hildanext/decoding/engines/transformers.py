@@ -8,6 +8,7 @@ import torch
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
@@ -24,32 +25,38 @@ MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
 
 
 class TransformersEngine:
-    """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests."""
+    """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests.
+
+    It keeps a given model in `lm`, but not one that it loads itself: a runtime with weights of its own frees that.
+    """
 
     name: EngineName = "transformers"
 
     def __init__(self, config: Config, reasons: dict[str, str], lm: DiffusionLM | None = None) -> None:
-        self.lm = load_diffusion_lm(config.model)[0] if lm is None else lm
-        self.reasons = reasons
-        self.trained_block = self.lm.block_size
-        self.device: str | None = str(self.lm.device)
-        self.dtype: str | None = str(self.lm.model.dtype).removeprefix("torch.")
+        self.lm = lm
+        if lm is None:
+            lm = load_diffusion_lm(config.model)[0]
+        self.reasons, self.tokenizer, self.trained_block = reasons, lm.tokenizer, lm.block_size
+        self.device: str | None = str(lm.device)
+        self.dtype: str | None = str(lm.model.dtype).removeprefix("torch.")
         self.policy: dict[str, object] | None = choose_policy(config.model.device, config.model.dtype).as_dict()
         self.vocabulary = Vocabulary(
-            self.lm.vocab_size,
-            self.lm.mask_token_id,
-            end_ids(self.lm.tokenizer, self.lm.model.generation_config.eos_token_id),
-            self.lm.convention == "shifted",
+            lm.vocab_size,
+            lm.mask_token_id,
+            end_ids(lm.tokenizer, lm.model.generation_config.eos_token_id),
+            lm.convention == "shifted",
         )
-        self.presets = read_presets(self.lm.modes)
-        limit = max_positions(self.lm.model)
+        self.presets = read_presets(lm.modes)
+        limit = max_positions(lm.model)
         context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and context > limit:
             raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
-        self.runtime = open_runtime(config.engine, self.lm, self.settings(config).block_size)
+        self.runtime = open_runtime(config.engine, lm, self.settings(config).block_size)
+        del lm
+        return_freed_memory()
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
         self.context: int | None = context
-        self.mask_token_id: int | None = self.lm.mask_token_id
+        self.mask_token_id: int | None = self.vocabulary.mask_token_id
         self.eos_token_ids = self.vocabulary.eos_token_ids
         # What `events` and `generate_batch` did not deliver yet.
         self.listeners: dict[Sequence, list[Event | HildaError]] = {}
@@ -67,14 +74,14 @@ class TransformersEngine:
         return None
 
     def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.lm.tokenizer, prompt, known)
+        return encode_prompt(self.tokenizer, prompt, known)
 
     def settings(self, config: Config) -> Settings:
-        assert self.lm.block_size is not None
-        return resolve(config.decode, self.lm.block_size, self.presets)
+        assert self.trained_block is not None
+        return resolve(config.decode, self.trained_block, self.presets)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
-        return str(self.lm.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def submit(self, request: Request) -> Sequence:
         """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
@@ -196,6 +203,10 @@ class TransformersEngine:
             ),
             runtime=self.runtime.name,
         )
+
+    def rest(self) -> None:
+        self.scheduler.rest()
+        return_freed_memory()
 
     def close(self) -> None:
         self.runtime.close()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from typing import Any, cast
 
 from hildanext.config import EngineConfig
 from hildanext.decoding.runtimes.protocol import Runtime
+from hildanext.environment import without_openvino_telemetry
 from hildanext.errors import ConfigError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.progress import say
 
 __all__ = ["Runtime", "choose_runtime", "open_runtime"]
+
+without_openvino_telemetry()  # also where no command has done so: this runs before `openvino.py` is imported
 
 
 def choose_runtime(wanted: str, device: str, openvino: bool) -> tuple[str, str]:
@@ -55,8 +56,6 @@ def open_runtime(config: EngineConfig, lm: DiffusionLM, block_size: int) -> Runt
         )
     say(f"runtime {name}: {reason}")
     if name == "openvino":
-        # Without this package OpenVINO uses a stub. With it, each conversion is reported to its maker over the network.
-        sys.modules.setdefault("openvino_telemetry", cast(Any, None))
         from hildanext.decoding.runtimes.openvino import OpenVinoRuntime
 
         return OpenVinoRuntime(lm.model, block_size, config.weights)

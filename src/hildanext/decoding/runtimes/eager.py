@@ -17,6 +17,7 @@ class EagerRuntime:
 
     name = "eager"
     torch_threads: int | None = None
+    resting_tokens: int | None = None  # its memory is allocated once
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
@@ -72,6 +73,9 @@ class EagerRuntime:
     @torch.inference_mode()
     def erase(self, slot: int) -> None:
         self.cache.erase(slot)
+
+    def rest(self, lengths: list[int]) -> None:
+        """Nothing to free: all tokens stay cached."""
 
     def close(self) -> None:
         self.cache = SlotCache(0, 0, 0)

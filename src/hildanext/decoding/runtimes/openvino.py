@@ -22,10 +22,13 @@ from transformers.cache_utils import Cache
 from hildanext.decoding.runtimes.protocol import ForwardBatch, pad_batch
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
+from hildanext.model.backbone import n_embeddings
 from hildanext.model.decoding_attention import EXTRAS
 
 GROW = 128  # a slot's memory grows in steps of this many tokens
 GROUP = 128  # with int8 weights, this many activations share an int8 scale
+SMALL_BYTES = 64 << 20  # of weights in fp32, up to which a graph more costs less memory than it is worth
+FREE, HEAD = -1, 0  # keys of graphs, beside the widths of fixed ones
 LEAST_COSINE = 0.8  # mean cosine of hidden states with the model's: bf16 reaches 0.99, int8 0.95, a wrong graph about 0
 KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
 
@@ -128,36 +131,42 @@ def weight_node(weight: np.ndarray, weights: Weights) -> ov.Node:
 
 
 class OpenVinoRuntime:
-    """Four graphs: one sequence of one block, one sequence of two blocks, any other shape, and the head.
+    """Graphs: one sequence of one block, any other shape, and the head; for a small model one sequence of two blocks, too.
 
-    The three graphs of the body each hold the weights in their own layout: together three times the model's memory.
+    Each graph of the body holds the weights in a layout of its own. The loaded model is not needed once they are made.
     """
 
     name = "openvino"
     torch_threads: int | None = 1  # torch threads wait by spinning and would take cores from OpenVINO
+    resting_tokens: int | None = 1024
 
     def __init__(self, model: PreTrainedModel, block_size: int, weights: Weights) -> None:
-        self.model, self.weights = model.eval(), weights
-        config = model.config.get_text_config()
+        self.weights, self.title = weights, type(model).__name__
+        config = model.eval().config.get_text_config()
         self.n_states, self.n_kv, self.dim = kv_shape(model)
         self.groups, self.hidden = config.num_attention_heads // self.n_kv, config.hidden_size
         self.kind = torch.bfloat16 if model.dtype == torch.bfloat16 and weights == "native" else torch.float32
         self.core, self.threads = ov.Core(), torch.get_num_threads()
         before = model.dtype
         model.float()  # the exporter needs a single dtype; bf16 to fp32 and back is exact
-        body = self._export()
+        body = self._export(model)
         head = self._convert(model.get_output_embeddings(), (torch.zeros(1, self.hidden),))
         head.reshape([-1, self.hidden])
         for graph in (body, head):
             simplify(graph, weights)
-        self.free = self._compile(body, -1, -1)
-        self.fixed = {width: self._compile(body, 1, width) for width in (block_size, 2 * block_size)}
-        self.head_request = self.core.compile_model(head, "CPU", self._options()).create_infer_request()
+        is_small = sum(weight.nbytes for weight in model.parameters()) < SMALL_BYTES
+        self.compiled = {width: self._compile(body, 1, width) for width in (block_size, 2 * block_size)[: 1 + is_small]}
+        self.compiled[FREE] = self._compile(body, -1, -1)
+        self.compiled[HEAD] = self.core.compile_model(head, "CPU", self._options())
+        self.requests = {key: graph.create_infer_request() for key, graph in self.compiled.items()}
         self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
-        expected = self._expected_states()
+        expected = self._expected_states(model)
         cast(Any, model).to(before)
+        table = cast(Tensor, model.get_input_embeddings().weight).detach()
+        self.table = table.half() if weights == "int8" else table  # embeddings [V, H]; int8 is far coarser than fp16
         self.slots, self.room = 0, 0  # slots, and the tokens that each has memory for
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
+        self.used: list[int] = []  # for each slot, the tokens from which on its memory was never written
         self.bound: dict[int, tuple[int, ...]] = {}  # for each request, the memory that its tensors refer to
         self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # for each request, hidden states and new keys and values
         self._check(expected)
@@ -180,10 +189,10 @@ class OpenVinoRuntime:
             except RuntimeError as error:
                 lines = str(error).splitlines()
                 reason = lines[lines.index("Exception:") + 1] if "Exception:" in lines else lines[0]
-                raise ModelError(f"OpenVINO cannot export {type(self.model).__name__}: {reason}") from error
+                raise ModelError(f"OpenVINO cannot export {self.title}: {reason}") from error
 
-    def _export(self) -> ov.Model:
-        model, width, n_cached = self.model, 4, 8
+    def _export(self, model: PreTrainedModel) -> ov.Model:
+        width, n_cached = 4, 8
         before = model.config._attn_implementation
         AttentionInterface.register("hildanext_split", cast(Any, split_attention))
         model.set_attn_implementation("hildanext_split")
@@ -198,8 +207,8 @@ class OpenVinoRuntime:
         finally:
             model.set_attn_implementation(before)
 
-    def _compile(self, graph: ov.Model, batch: int, width: int) -> ov.InferRequest:
-        """An infer request of the graph for B sequences of W tokens (-1: any) and any number of cached keys."""
+    def _compile(self, graph: ov.Model, batch: int, width: int) -> ov.CompiledModel:
+        """The graph compiled for B sequences of W tokens (-1: any) and any number of cached keys."""
         graph = graph.clone()
         rows = self.groups * width if width > 0 else -1
         shapes = [[batch, width, self.hidden], [batch, width], [batch, 1, rows, -1]]
@@ -210,59 +219,71 @@ class OpenVinoRuntime:
             converter.input(index).tensor().set_element_type(KINDS[self.kind])
         for index in range(1, len(graph.outputs)):
             converter.output(index).tensor().set_element_type(KINDS[self.kind])
-        return self.core.compile_model(converter.build(), "CPU", self._options()).create_infer_request()
+        return self.core.compile_model(converter.build(), "CPU", self._options())
 
-    def _expected_states(self) -> Tensor:
+    def _expected_states(self, model: PreTrainedModel) -> Tensor:
         """The model's own hidden states [12, H] of the probe tokens, in blocks of four."""
         positions = torch.arange(12)[None]
         mask = additive(block_causal_mask(torch.zeros_like(positions), positions // 4), torch.float32)
-        ids = torch.tensor([self._probe_ids()])
+        ids = torch.tensor([_probe_ids(n_embeddings(model))])
         with torch.inference_mode():
-            return self.model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][0]
-
-    def _probe_ids(self) -> list[int]:
-        # Spread over the vocabulary: its first tokens are special ones, which models are hardly trained on.
-        n = self.model.get_input_embeddings().weight.shape[0]
-        return [(i + 1) * n // 14 for i in range(12)]
+            return model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][0]
 
     def _check(self, expected: Tensor) -> None:
         """Raise ModelError unless the graphs reproduce the model: an export can drop an operation without an error."""
         self.allocate(1, 12)
-        found = []
+        found, ids = [], _probe_ids(len(self.table))
         for start, n in ((0, 8), (8, 4)):
             visible = [(p // 4 + 1) * 4 for p in range(start, start + n)]
-            found.append(self.body(pad_batch([(self._probe_ids()[start : start + n], start, visible)], 0))[0].clone())
+            found.append(self.body(pad_batch([(ids[start : start + n], start, visible)], 0))[0].clone())
         cosine = nn.functional.cosine_similarity(torch.cat(found), expected, dim=-1).mean().item()
         if cosine < LEAST_COSINE:
             raise ModelError(
-                f"{type(self.model).__name__}: the hidden states of OpenVINO differ from the model's "
+                f"{self.title}: the hidden states of OpenVINO differ from the model's "
                 f"(cosine {cosine:.2f}); use engine.runtime 'eager'"
             )
-        self.memory, self.room = torch.empty(0), 0
+        self.close()
 
     def allocate(self, slots: int, context: int) -> None:
-        self.slots, self.room, self.memory = slots, 0, torch.empty(0)
+        self.slots, self.room, self.memory, self.used = slots, 0, torch.empty(0), [0] * slots
         self._grow(1)
 
     def _grow(self, needed: int) -> None:
         """Make room for `needed` tokens in every slot. They grow in steps with the text: the graph reads them whole."""
-        if needed <= self.room:
-            return
-        room = -(-needed // GROW) * GROW
-        memory = torch.zeros(self.n_states, self.slots, self.n_kv, room, self.dim, dtype=self.kind)
-        if self.room:
-            memory[:, :, :, : self.room] = self.memory
+        if needed > self.room:
+            self._move(-(-needed // GROW) * GROW)
+
+    def _move(self, room: int) -> None:
+        """Move the used part of every slot into new memory for `room` tokens."""
+        size = self.n_states * self.slots * self.n_kv * room * self.dim
+        # numpy's zeros, unlike torch's, take no memory until they are used; with huge pages their neighbours do, too.
+        zeros = torch.from_numpy(np.zeros(size, dtype=np.int16 if self.kind == torch.bfloat16 else np.float32))
+        memory = zeros.view(self.kind).view(self.n_states, self.slots, self.n_kv, room, self.dim)
+        for slot, used in enumerate(self.used):
+            if used:
+                memory[:, slot, :, :used] = self.memory[:, slot, :, :used]
         self.memory, self.room = memory, room
         self.bound.clear()
+
+    @torch.inference_mode()
+    def rest(self, lengths: list[int]) -> None:
+        self.used = [min(used, length) for used, length in zip(self.used, lengths, strict=True)]
+        self._move(-(-max([1, *self.used]) // GROW) * GROW)
+        self.requests.clear()  # they refer to the old memory
+        self.outputs.clear()
+        self.logits = torch.zeros(0, self.logits.shape[1])
+        for graph in self.compiled.values():
+            graph.release_memory()  # of activations
+        self.requests = {key: graph.create_infer_request() for key, graph in self.compiled.items()}
 
     def body(self, batch: ForwardBatch) -> Tensor:
         starts = [int(row[0]) if width else 0 for row, width in zip(batch.positions, batch.widths, strict=True)]
         self._grow(max(batch.length, max(starts)))
         n, width = batch.ids.shape
-        request = self.fixed.get(width, self.free) if n == 1 else self.free
+        request = self.requests[width if n == 1 and width in self.requests else FREE]
         hidden, new = self._bind(request, batch.slot, n, width)
         with torch.inference_mode():
-            embeds = self.model.get_input_embeddings()(batch.ids).float()
+            embeds = nn.functional.embedding(batch.ids, self.table).float()
         mask = self._mask(batch, torch.tensor(starts))
         request.set_input_tensor(0, as_openvino(embeds))
         request.set_input_tensor(1, as_openvino(batch.positions))
@@ -270,6 +291,7 @@ class OpenVinoRuntime:
         request.infer()
         for row, (start, real) in enumerate(zip(starts, batch.widths, strict=True)):
             self.memory[:, batch.slot + row, :, start : start + real] = new[:, row, :, :real]
+            self.used[batch.slot + row] = max(self.used[batch.slot + row], start + real)
         return hidden
 
     def _bind(self, request: ov.InferRequest, slot: int, n: int, width: int) -> tuple[Tensor, Tensor]:
@@ -300,19 +322,22 @@ class OpenVinoRuntime:
         if n > len(self.logits):  # reused: allocating some megabytes takes half as long as the head
             self.logits = torch.zeros(n, self.logits.shape[1])
         logits = self.logits[:n]
-        self.head_request.set_input_tensor(as_openvino(hidden.contiguous()))
-        self.head_request.set_output_tensor(as_openvino(logits))
-        self.head_request.infer()
+        request = self.requests[HEAD]
+        request.set_input_tensor(as_openvino(hidden.contiguous()))
+        request.set_output_tensor(as_openvino(logits))
+        request.infer()
         return logits
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
+        self.used[target] = max(self.used[target], length)
 
     @torch.inference_mode()
     def swap(self, slot: int, other: int, length: int) -> None:
         for states in self.memory:
             states[[slot, other], :, :length] = states[[other, slot], :, :length]
+        self.used[slot] = self.used[other] = max(self.used[slot], self.used[other])
 
     @torch.inference_mode()
     def erase(self, slot: int) -> None:
@@ -322,6 +347,11 @@ class OpenVinoRuntime:
         self.memory, self.room = torch.empty(0), 0
         self.bound.clear()
         self.outputs.clear()
+
+
+def _probe_ids(n_embeddings: int) -> list[int]:
+    """Tokens spread over the vocabulary: its first ones are special, and models are hardly trained on them."""
+    return [(i + 1) * n_embeddings // 14 for i in range(12)]
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:

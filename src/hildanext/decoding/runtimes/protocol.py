@@ -33,6 +33,7 @@ class Runtime(Protocol):
 
     name: str
     torch_threads: int | None  # torch threads during a step; None: all of them
+    resting_tokens: int | None  # tokens whose keys and values are kept while nothing runs; None: all of them
 
     def allocate(self, slots: int, context: int) -> None:
         """Allocate `slots` slots of `context` tokens. Drops all cached keys and values."""
@@ -56,6 +57,13 @@ class Runtime(Protocol):
 
     def erase(self, slot: int) -> None:
         """Set all keys and values of a slot to zero. A NaN would reach later sequences even through the mask."""
+        ...
+
+    def rest(self, lengths: list[int]) -> None:
+        """Free memory until the next forward. The first lengths[i] positions of slot i stay cached.
+
+        Called only if `resting_tokens` is set.
+        """
         ...
 
     def close(self) -> None:

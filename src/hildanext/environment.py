@@ -1,0 +1,39 @@
+"""Variables and modules that libraries look up when they are imported: they print little and report nothing home.
+
+`prepare` must run before the libraries are imported. A variable that the user has set is left as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, cast
+
+# The libraries' own progress bars and warnings would mix with ours on stderr.
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
+UNREPORTED = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets and evaluate, which lm-eval loads
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers asks a service to convert weights of other formats
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",  # dInfer loads vLLM
+}
+
+
+def prepare() -> None:
+    """Set the variables, and keep OpenVINO from its telemetry."""
+    for name, value in (QUIET | UNREPORTED).items():
+        os.environ.setdefault(name, value)
+    # torch's threads wait for each other by spinning, which wastes cores on a busy machine. libgomp reads this at load.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    without_openvino_telemetry()
+
+
+def without_openvino_telemetry() -> None:
+    """Hide the package that posts each conversion to an analytics host and writes a client id into the user's home.
+
+    Without it OpenVINO uses a stub. The package's own way to opt out writes into the user's home, too.
+    """
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
