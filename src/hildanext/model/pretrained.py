@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -180,6 +181,19 @@ def load_causal_lm(
         keep_packing(model)
         return model, tokenizer
     return model.to(policy.device), tokenizer
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the weights that a folder's config.json describes. Allocates nothing."""
+    trust = config.trust_remote_code
+    with torch.device("meta"):
+        model = _load(
+            config.base,
+            lambda: AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(config.base, trust_remote_code=trust), trust_remote_code=trust
+            ),
+        )
+    return {name: weight.shape for name, weight in model.state_dict().items()}
 
 
 def fingerprint_weights(config: ModelConfig) -> str:
