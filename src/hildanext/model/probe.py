@@ -95,12 +95,12 @@ class _Row:
     def differ(self, a: Tensor, b: Tensor, *, same_shape: bool) -> bool:
         """Whether logits [1, W, V] differ by more than rounding. same_shape: of the two forwards, which round equally then.
 
-        In units of the logits' spread, rounding in fp32 is about 1e-4 at most and a wrong mask changes them by about 1.
+        In units of the logits' spread, rounding in fp32 is at most about 1e-3 and a wrong mask changes them by about 1.
         In 16 bits single tokens of a trained model change as much by rounding, but not most of them: half stay below 0.2.
         """
         gap = (a - b).abs()
         if not self.is_coarse:
-            return (gap.max() / a.std().clamp_min(1e-12)).item() > 1e-3
+            return (gap.max() / a.std().clamp_min(1e-12)).item() > (1e-3 if same_shape else 1e-2)
         by_token = gap.square().mean(-1).sqrt() / a.std(-1).clamp_min(1e-12)
         return by_token.median().item() > (0.02 if same_shape else 0.35)
 
