@@ -71,7 +71,7 @@ def without_curves() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def gguf_files_are_parsed_once() -> Iterator[None]:
-    """A model's loading parses its GGUF file three times, of which each takes seconds."""
+    """Loading a model parses its GGUF file, which takes seconds; the file of one test is that of the next."""
 
     @functools.lru_cache(maxsize=2)
     def parsed(path: str, changed: int, size: int) -> gguf.GGUFReader:
