@@ -42,13 +42,14 @@ def encode_documents(
 
     Text is encoded without special tokens: a literal '<|endoftext|>' is ordinary text. The begin-of-text token is put
     before it, if the tokenizer adds that token, and the end-of-text token after it. Token ids are used unchanged and
-    must be below the tokenizer's length. Messages are rendered with the chat template. `all_tokens` supervises every
+    must be tokens of the tokenizer. Messages are rendered with the chat template. `all_tokens` supervises every
     token; otherwise only the assistant turns of messages and the answers after `n_prompt` token ids are supervised.
     Documents that contain the mask token are rejected. `unread` counts, by field, the conversations with a field that
     the chat template does not write. Raises DataError for a tokenizer that is not fast or has no end-of-text token.
     """
     eos, leading = eos_id(tokenizer), leading_ids(tokenizer)
     results: list[Encoded | DataError] = [DataError("empty document")] * len(docs)
+    known: set[int] = set()  # token ids of documents that have been found in the vocabulary
     for index, ids in _encode_texts(docs, tokenizer):
         if ids:
             results[index] = _supervise_after(len(leading), [*leading, *ids, eos])
@@ -56,9 +57,11 @@ def encode_documents(
         if doc.input_ids is None:
             continue
         n_given = 0 if all_tokens else doc.n_prompt or 0
-        if min(doc.input_ids) < 0 or max(doc.input_ids) >= len(tokenizer):
+        if not _are_tokens(set(doc.input_ids) - known, tokenizer):
             results[index] = DataError("token ids outside the tokenizer's vocabulary")
-        elif n_given < len(doc.input_ids):
+            continue
+        known.update(doc.input_ids)
+        if n_given < len(doc.input_ids):
             results[index] = _supervise_after(n_given, doc.input_ids)
         else:
             results[index] = DataError("no supervised turn")
@@ -94,6 +97,12 @@ def _encode_texts(docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase) 
         backend.encode_special_tokens = tokenizer.split_special_tokens
     for index, encoding in zip(indices, encodings, strict=True):
         yield index, encoding.ids
+
+
+def _are_tokens(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has a token for each id. There may be ids without one below its largest id."""
+    backend = tokenizer.backend_tokenizer
+    return all(0 <= i < 1 << 31 and backend.id_to_token(i) is not None for i in ids)
 
 
 def _supervise_after(n_given: int, ids: list[int]) -> Encoded:

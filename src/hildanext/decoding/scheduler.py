@@ -46,6 +46,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # running[i] is in slot i
         self.cached_sequences: list[Sequence | None] = []  # whose keys and values each slot holds, running or finished
+        self.steps = 0  # the clock of `Sequence.last_step`
         self.has_shrunk = False
         self.is_allocated = False
 
@@ -90,6 +91,7 @@ class Scheduler:
         """
         events: list[SequenceEvent] = []
         out_of_memory = False
+        self.steps += 1
         try:
             for batch in self.schedule():
                 events += self.postprocess(batch, self.run(batch))
@@ -150,6 +152,7 @@ class Scheduler:
         """Apply the decode rule to each sequence. Returns its pass and the blocks that became final, or its error."""
         events: list[SequenceEvent] = []
         for (slot, sequence, span), (hidden, ids, confidence) in zip(batch, outputs, strict=True):
+            sequence.last_step = self.steps
             if not span.wanted:
                 sequence.finish_prefill_chunk(span, hidden)
                 continue
@@ -172,14 +175,17 @@ class Scheduler:
         """Move the first waiting sequence into the first free slot, with its longest prefix that any slot has cached.
 
         The next turn of a conversation takes over the slot of the turn before. Another common prefix (a system
-        prompt) is copied into the free slot that was unused for longest, so that conversations keep their own slots.
+        prompt) is copied into the free slot that was unused for longest, so that conversations keep their own slots. A
+        slot is used by the passes of its sequence and by those who take over its prefix.
         """
         sequence = self.waiting[0]
         shared = [0 if cached is None else sequence.common_prefix(cached) for cached in self.cached_sequences]
         source = max(range(len(shared)), key=shared.__getitem__)
         cached = self.cached_sequences[source]
         is_next_turn = cached is not None and source in free and sequence.continues(cached, shared[source])
-        target = source if is_next_turn else min(free, key=self._began)
+        target = source if is_next_turn else min(free, key=self._last_step)
+        if cached is not None and shared[source]:
+            cached.last_step = self.steps
         if shared[source] and target != source:
             self.cached_sequences[target] = None  # if the copy fails, the slot's content is undefined
             self.runtime.copy(source, target, shared[source])
@@ -188,9 +194,9 @@ class Scheduler:
         self._swap(target, free[0])
         return self.waiting.popleft()
 
-    def _began(self, slot: int) -> float:
+    def _last_step(self, slot: int) -> int:
         cached = self.cached_sequences[slot]
-        return 0.0 if cached is None else cached.began
+        return -1 if cached is None else cached.last_step
 
     def _swap(self, slot: int, other: int) -> None:
         if slot == other:
@@ -238,6 +244,7 @@ def _propose(logits: Tensor, item: Scheduled) -> tuple[Tensor, Tensor]:
         logits,
         mask_token_id=sequence.vocabulary.mask_token_id,
         vocab_size=sequence.vocabulary.size,
+        holes=sequence.vocabulary.holes,
         settings=None if sequence.is_greedy else sequence.settings,
         noise=None if noise is None else noise.to(logits.device),
         seen=None if seen is None else seen.to(logits.device),

@@ -30,6 +30,7 @@ class Vocabulary(NamedTuple):
     mask_token_id: int
     eos_token_ids: tuple[int, ...]  # any of them ends a text
     shifted: bool
+    holes: tuple[int, ...] = ()  # ids below `size` without a token
 
 
 class Span(NamedTuple):
@@ -66,6 +67,7 @@ class Sequence:
         self.prefix_tokens = 0  # positions that were cached by an earlier sequence
         self.forwards = self.prefill_forwards = self.drafts = self.edits = 0
         self.mask_ratio: list[float] = []
+        self.last_step = 0  # the scheduler's last step that used its keys and values
         self.began = time.perf_counter()
         self.seconds = 0.0
         self._open_block()

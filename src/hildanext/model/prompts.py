@@ -85,8 +85,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        text = ChatTemplate(tokenizer, messages, None).render().text
+    except DataError:
         return []  # encode_prompt reports a template that refuses the user's messages
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     after = tokenizer(text.rpartition("Goodbye")[2], add_special_tokens=False)["input_ids"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from transformers import PreTrainedModel
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
@@ -14,14 +15,32 @@ from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
 from hildanext.decoding.settings import Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
-from hildanext.model.backbone import max_positions
+from hildanext.model.backbone import length_limit, max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import locate, read_record
 from hildanext.model.prompts import encode_prompt, end_ids
+from hildanext.progress import say
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
+
+
+def choose_context(asked: int | None, model: PreTrainedModel) -> int:
+    """Tokens of a slot: `engine.context`, by default as many as the model runs exactly, but no more than MOST_CONTEXT.
+
+    Raises UsageError when more tokens are asked for than the model runs exactly.
+    """
+    limit = length_limit(model)
+    if limit is None:
+        return asked or MOST_CONTEXT
+    name = model.config.model_type
+    if asked is not None and asked > limit.length:
+        raise UsageError(f"'engine.context': {asked} tokens, but {name} {limit.reason}; set at most {limit.length}")
+    usual = min(max_positions(model) or MOST_CONTEXT, MOST_CONTEXT)
+    if asked is None and limit.length < usual:
+        say(f"context: {limit.length} tokens instead of {usual}: {name} {limit.reason}")
+    return asked or min(limit.length, MOST_CONTEXT)
 
 
 class TransformersEngine:
@@ -45,12 +64,10 @@ class TransformersEngine:
             lm.mask_token_id,
             end_ids(lm.tokenizer, lm.model.generation_config.eos_token_id),
             lm.convention == "shifted",
+            tuple(lm.holes),
         )
         self.presets = read_presets(lm.modes)
-        limit = max_positions(lm.model)
-        context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
-        if limit is not None and context > limit:
-            raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
+        context = choose_context(config.engine.context, lm.model)
         self.runtime = open_runtime(config.engine, lm, self.settings(config).block_size)
         del lm
         return_freed_memory()
