@@ -65,12 +65,12 @@ class Scheduler:
         self.cached_sequences = [*self.running, *[None] * (len(self.cached_sequences) - len(self.running))]
 
     def rest(self) -> None:
-        """Free memory while nothing runs. The sequences that finished last stay cached, as far as the runtime allows."""
+        """Free memory while nothing runs. The sequences that were used last stay cached, as far as the runtime allows."""
         left = self.runtime.resting_tokens
         if left is None or not self.is_allocated or not self.is_idle:
             return
         lengths = [0] * self.slots
-        for slot in sorted(range(self.slots), key=self._began, reverse=True):
+        for slot in sorted(range(self.slots), key=self._last_step, reverse=True):
             cached = self.cached_sequences[slot]
             if cached is None or cached.num_cached_tokens > left:
                 self.cached_sequences[slot] = None

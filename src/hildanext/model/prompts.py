@@ -85,7 +85,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}]
     try:
-        text = ChatTemplate(tokenizer, messages, None).render().text
+        text = ChatTemplate(tokenizer, messages, None, None).render().text
     except DataError:
         return []  # encode_prompt reports a template that refuses the user's messages
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
