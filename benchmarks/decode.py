@@ -56,13 +56,19 @@ def load(model: str, dtype: str, block: int = 8, **engine: Any) -> TransformersE
     return TransformersEngine(config, {}, lm)
 
 
+def model_of(engine: TransformersEngine) -> DiffusionLM:
+    """The model that `load` gave to the engine."""
+    assert engine.lm is not None
+    return engine.lm
+
+
 def settings(tau_mask: float, tau_edit: float | None, block: int, new: int, post: int = 16) -> Settings:
     return Settings("S_MODE", tau_mask, tau_edit, post, block, new, 0.0, 0)
 
 
 def prompts(engine: TransformersEngine, length: int, n: int = 1) -> list[list[int]]:
     """`n` prompts of `length` token ids, cut from this project's documentation."""
-    ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    ids = engine.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert len(ids) > length + 50 * n
     return [ids[50 * i : 50 * i + length] for i in range(n)]
 
@@ -116,7 +122,7 @@ def bench_diffusers(model: str) -> dict[str, Any]:
     ours = lambda: run(engine, prompt, wanted)  # noqa: E731
     ours()
     found, sequence = seconds(ours)
-    theirs, tokens = seconds(lambda: diffusers_tokens(engine.lm, prompt, wanted))
+    theirs, tokens = seconds(lambda: diffusers_tokens(model_of(engine), prompt, wanted))
     again, sequence = seconds(ours)
     return {
         "ours_s": statistics.median([found, again]),
@@ -174,7 +180,7 @@ def bench_bare(model: str) -> list[dict[str, Any]]:
             ratios, ours, bare = [], [], []
             for _ in range(3):
                 shapes, spent = recorded_shapes(engine, lambda: run(engine, prompt, wanted))  # noqa: B023
-                cost = bare_forwards(engine.lm.model, shapes)
+                cost = bare_forwards(model_of(engine).model, shapes)
                 ours.append(spent)
                 bare.append(cost)
                 ratios.append(spent / cost)
@@ -245,9 +251,9 @@ def bench_ar(model: str) -> list[dict[str, Any]]:
     for dtype in ("float32", "bfloat16"):
         engine = load(model, dtype, prefill_chunk=64)
         prompt = prompts(engine, 64)[0]
-        before = ar_rate(engine.lm.model, prompt, 64)
+        before = ar_rate(model_of(engine).model, prompt, 64)
         points = curve(engine, prompt, 8, 64)
-        ar = statistics.median([before, ar_rate(engine.lm.model, prompt, 64)])
+        ar = statistics.median([before, ar_rate(model_of(engine).model, prompt, 64)])
         rows.append({"dtype": dtype, "ar": ar, "points": points, "at_2.5": rate_at(points, 2.5)})
     return rows
 
@@ -289,7 +295,7 @@ def bench_turns(model: str) -> list[dict[str, Any]]:
     rows = []
     for runtime, dtype in (("eager", "float32"), ("openvino", "bfloat16")):
         engine = load(model, dtype, runtime=runtime, block=8)
-        ids = engine.lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        ids = engine.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
         engine.vocabulary = engine.vocabulary._replace(eos_token_ids=())  # every answer uses its whole budget
         rows.append({"runtime": runtime, "dtype": dtype, **fifth_turn(engine, ids, settings(0.4, None, 8, 64))})
         engine.close()

@@ -24,6 +24,7 @@ from hildanext.decoding.settings import Settings
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.engines import Request
 from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 config = parse_config({"model": {"base": sys.argv[1], "dtype": "bfloat16"},
@@ -39,8 +40,9 @@ tokenizer = load_tokenizer(config.model)
 tiny(tokenizer)
 gc.collect()
 before = now()
-engine = TransformersEngine(config, {})
-engine.lm.block_size = engine.lm.block_size or 8
+lm, _ = load_diffusion_lm(config.model)
+lm.block_size = lm.block_size or 8
+engine = TransformersEngine(config, {}, lm)
 loaded = now()
 open("/proc/self/clear_refs", "w").write("5")  # resets the peak: loading has a peak of its own
 g = torch.Generator().manual_seed(0)
@@ -48,7 +50,7 @@ requests = [Request(torch.randint(5, 40000, (2032,), generator=g).tolist(), want
 engine.generate_batch(requests)
 lines = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
 top = int(lines["VmHWM"].split()[0]) * 1024
-model = engine.lm.model
+model = lm.model
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
 cache = sum(t.numel() * t.element_size() for l in engine.runtime.cache.slot_layers for t in (l.keys, l.values))
 c = model.config
@@ -79,6 +81,7 @@ def context_costs(engine: TransformersEngine) -> dict[str, Any]:
         return result
 
     AttentionInterface.register("timed", timed)
+    assert engine.lm is not None
     engine.lm.model.set_attn_implementation("timed")
     runtime.allocate(1, 4352)
     for context in (256, 512, 1024, 2048, 4096):

@@ -23,10 +23,8 @@ from transformers import (
 from hildanext import plots
 from hildanext.config import Config, parse_config
 from hildanext.decoding import runtimes
-from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
-from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import trainer
-from support.models import make_tokenizer
+from support.models import make_tokenizer, write_converted
 from support.training import plain_curves, write_base
 from support.waiting import LAST_RESORT
 
@@ -71,7 +69,7 @@ def without_curves() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def gguf_files_are_parsed_once() -> Iterator[None]:
-    """A model's loading parses its GGUF file three times, of which each takes seconds."""
+    """Loading a model parses its GGUF file, which takes seconds; the file of one test is that of the next."""
 
     @functools.lru_cache(maxsize=2)
     def parsed(path: str, changed: int, size: int) -> gguf.GGUFReader:
@@ -129,16 +127,7 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A configuration whose model is a tiny converted checkpoint, random weights."""
-    folder = tmp_path_factory.mktemp("converted")
-    tokenizer = story_tokenizer(400)
-    tiny_llama(tokenizer, hidden=32, layers=1, context=64, seed=0).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    raw = {"model": {"base": str(folder / "base"), "device": "cpu", "dtype": "float32"}}
-    lm, _ = load_diffusion_lm(parse_config(raw).model)
-    lm.block_size = 4
-    save_diffusion_lm(lm, folder / "model")
-    raw["model"]["base"] = str(folder / "model")
-    return parse_config(raw | {"decode": {"max_new_tokens": 8}})
+    return write_converted(tmp_path_factory.mktemp("converted"), context=64, decode={"max_new_tokens": 8})
 
 
 @pytest.fixture(scope="session")

@@ -324,7 +324,6 @@ def bad_commands(way: Way, checkpoint: Path) -> Iterator[tuple[list[object], int
     yield [*story, way.folder / "nowhere"], 2, "no such folder"
     yield [*story, way.folder / "nowhere.gguf"], 2, "no such GGUF file"
     yield [*story, way.folder / "data"], 2, "no config.json"
-    yield [*story, way.folder / "base", "--set", 'engine.order=["transformers"]'], 2, "not a converted checkpoint"
     yield [*story, way.folder / "base"], 2, "run 'hildanext convert-wsd' first"
     yield [*story, checkpoint, "--set", "model.convention=in_place"], 2, "model.convention"
     yield [*story, checkpoint, "--trace", way.config / "t.jsonl"], 1, "File exists"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -34,8 +35,17 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def lm() -> DiffusionLM:
-    return load_diffusion_lm(ModelConfig(base="smollm2-135m", device="cpu", dtype="float32"))[0]
+def parsed() -> list[str]:
+    """The GGUF files that were parsed to load the model."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def lm(parsed: list[str]) -> DiffusionLM:
+    reader = gguf.GGUFReader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: parsed.append(str(path)) or reader(path))
+        return load_diffusion_lm(ModelConfig(base="smollm2-135m", device="cpu", dtype="float32"))[0]
 
 
 def held_out(lm: DiffusionLM, seq_len: int = 64) -> Rows:
@@ -55,6 +65,10 @@ def test_it_loads_by_its_short_name(lm: DiffusionLM) -> None:
     assert lm.mask_token_id == 49152
     assert n_embeddings(lm.model) == lm.vocab_size == 49153
     assert lm.model.get_output_embeddings().weight is lm.embedding.weight
+
+
+def test_its_file_is_parsed_once(lm: DiffusionLM, parsed: list[str]) -> None:
+    assert [Path(path).name for path in parsed] == [locate("smollm2-135m")[1]]
 
 
 @pytest.mark.parametrize(

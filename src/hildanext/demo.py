@@ -133,7 +133,7 @@ def tell(engine: TransformersEngine, subjects: list[Slots], write: Callable[[lis
 
 def base_story(engine: TransformersEngine, base: PreTrainedModel, budget: int, ids: list[int]) -> Story:
     """A story by the AR base, with transformers' own greedy `generate`."""
-    done = ar_complete(base, engine.lm.tokenizer, ids, budget)
+    done = ar_complete(base, engine.tokenizer, ids, budget)
     return Story(done.text, len(done.token_ids), len(done.token_ids), done.seconds)
 
 

@@ -19,16 +19,16 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Git commit of the source checkout, with '-dirty' after local changes. None outside a git checkout."""
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
+    """Git commit of the source checkout, with '-dirty' after local changes. None if this file is not in a checkout.
+
+    An installed package can lie inside a repository of its user, in a virtual environment. That one does not track it.
+    """
+    here = Path(__file__)
+    answer = ""
+    for command in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=40"]):
+        try:
+            found = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        answer = found.stdout.strip()
+    return answer

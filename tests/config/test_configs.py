@@ -15,6 +15,7 @@ from hildanext.config import Config, load_config, parse_config, schema
 from hildanext.data.prepare import prepare_data
 from hildanext.data.tokenize import tokenize_data
 from hildanext.diffusion.schedule import total_steps, wsd_point
+from hildanext.errors import ConfigError
 from hildanext.model.pretrained import load_tokenizer
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import trainer
@@ -145,3 +146,10 @@ def test_every_key_stands_in_the_schema(path: Path) -> None:
 def test_the_files_name_no_machine() -> None:
     for path in FILES:
         assert not re.search(r'"(/|~|[A-Za-z]:\\)|https?:', path.read_text()), path.name
+
+
+@pytest.mark.parametrize(("idle", "needed"), [("embed_std", "embed_steps"), ("embed_steps", "embed_std")])
+def test_half_of_the_embedding_noise_is_refused(idle: str, needed: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'noise\.{idle}': has no effect while {needed} is 0; set noise\.{needed}"):
+        parse_config({"noise": {idle: 1}})
+    parse_config({"noise": {idle: 1, needed: 1}})

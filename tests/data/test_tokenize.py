@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from hildanext.data.verify import verify_data
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of
 from support.half_sent import PatchedEncoding
-from support.models import make_tokenizer
+from support.models import CHATML, make_tokenizer
 
 MakeConfig = Callable[..., Config]
 
@@ -280,6 +281,65 @@ def test_foreign_ids_are_retokenized(
         tokenize_data(config, tiny_tokenizer)
 
 
+def test_ids_that_the_source_tokenizer_does_not_have_are_counted(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    config = make_config(seq_len=32, foreign_ids="retokenize", source_tokenizer=str(tmp_path / "other"))
+    put(config, "train", [Document("1", "shard", input_ids=[*tiny_tokenizer("the cat")["input_ids"], 60_000])])
+    with pytest.raises(DataError, match=r"1 of \d+ pretokenized ids are not in the tokenizer"):
+        tokenize_data(config, tiny_tokenizer)
+
+
+def test_the_bases_own_answers_keep_their_prompt(make_config: MakeConfig, tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    config = make_config(seq_len=32, foreign_ids="retokenize", source_tokenizer=str(tmp_path / "other"))
+    put(config, "sft_train", [Document("1", "self", input_ids=[5, 6, 7, 3], n_prompt=2, asked="q")])
+    tokenize_data(config, make_tokenizer())
+    ((ids, mask),) = documents_of(open_rows(config, "sft_train"))
+    assert (ids[:4], mask[:4]) == ([5, 6, 7, 3], [False, False, True, True])
+
+
+def test_no_conversation_ends_the_run(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A template that fails for one, a value too deep, and a field that is not written."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML.replace("message.content }}", "message.content[message.content.index('a'):] }}")
+    good = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "a", "reasoning_content": "thought"}]
+    records = [
+        {"messages": good},
+        {"messages": [good[0], {"role": "assistant", "content": "e"}]},
+        {"messages": good, "tools": [{"x": json.loads("[" * 900 + "]" * 900)}]},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = {"kind": "instruct", "path": str(tmp_path / "x.jsonl")}
+    config = make_config(source, seq_len=64, eval_share=0.0, max_reject_share=0.9)
+    assert prepare_data(config)["rejects"]["by_reason"] == {"nested deeper than 64 levels": 1}
+    meta = tokenize_data(config, tokenizer)["splits"]["sft_train"]
+    assert meta["documents"] == 1
+    assert meta["rejects"]["by_reason"] == {"the chat template rejects the messages (substring not found)": 1}
+    assert meta["unread_fields"] == {"reasoning_content": 1}
+    assert "the chat template does not write 'reasoning_content' of 1 conversations" in capsys.readouterr().err
+
+
+def test_a_processed_file_that_was_changed_is_named(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = make_config({"kind": "tinystories", "documents": 20}, seq_len=64)
+    prepare_data(config)
+    path = Path(config.paths.data, "processed/train.jsonl")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match=r"train\.jsonl: differs from the SHA-256 in manifest\.json"):
+        tokenize_data(config, tiny_tokenizer)
+    manifest = path.with_name("manifest.json")
+    manifest.write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json: damaged"):
+        tokenize_data(config, tiny_tokenizer)
+    manifest.unlink()
+    assert tokenize_data(config, tiny_tokenizer)["splits"]["train"]["documents"] > 0
+
+
 def test_missing_and_empty_splits(make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     config = make_config(seq_len=32)
     with pytest.raises(UsageError, match="run 'hildanext prepare-data' first"):
@@ -465,6 +525,43 @@ def test_verify_rebuilds_a_damaged_shard_alone(
         DataError, match="a shard is damaged and cannot be rebuilt, because the input or the settings changed"
     ):
         verify_data(config, tiny_tokenizer)
+
+
+def test_a_template_with_the_date_gives_the_same_shard_on_another_day(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + CHATML
+    config = make_config(**SMALL)
+    put(config, "sft_train", chats(60))
+    tokenize_data(config, tokenizer)
+    before, paths = outputs(config), shards_of(config, "sft_train")
+    for path in paths:
+        path.write_bytes(b"damaged")
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(2125, 3, 4)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert "04 March 2125" in str(tokenizer.apply_chat_template(chats(1)[0].messages or [], tokenize=False))
+    assert len(verify_data(config, tokenizer)["sft_train"]["rebuilt"]) == len(paths)
+    assert outputs(config) == before
+
+
+def test_verify_names_a_meta_that_contradicts_itself(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = make_config(**SMALL)
+    put(config, "train", stories(100))
+    tokenize_data(config, tiny_tokenizer)
+    path = Path(config.paths.data, "tokenized/train.rows/meta.json")
+    meta = json.loads(path.read_text())
+    for damage in ({"rows": meta["rows"] + 1}, {"shards": meta["shards"][:-1]}, {"shards": None}):
+        path.write_text(json.dumps(meta | damage))
+        with pytest.raises(DataError, match=r"meta\.json: missing or damaged; run 'hildanext tokenize' again"):
+            verify_data(config, tiny_tokenizer)
 
 
 def test_verify_needs_rows(make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerBase) -> None:

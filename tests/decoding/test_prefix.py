@@ -176,6 +176,31 @@ def test_conversations_with_one_system_prompt_keep_their_own_slots(lm):
     assert turn(2) == 8  # its slot was the one unused for longest
 
 
+def test_a_slot_is_taken_from_who_was_idle_for_longest_not_from_who_came_first(lm):
+    engine, wanted = open_engine(lm, slots=2), make(tau_mask=1.0, tau_edit=None)
+    long, short, third = (list(range(start, start + 12)) for start in (20, 60, 100))
+    first = engine.submit(Request(long, wanted._replace(max_new_tokens=24)))
+    second = engine.submit(Request(short, wanted._replace(max_new_tokens=2)))
+    while not engine.scheduler.is_idle:
+        engine._step()
+    assert first.forwards > second.forwards  # it came first and ended last
+    engine.generate(Request(third, wanted))
+    assert engine.generate(Request([*long, 5, 6], wanted)).stats.prefix_tokens == 12
+
+
+def test_a_prefix_that_others_copy_is_in_use(lm):
+    """Two of three slots hold conversations; the system prompt's own slot is the oldest, but all began with its copy."""
+    engine, wanted = open_engine(lm, slots=3), make(max_new_tokens=4)
+    system = list(range(20, 36))
+    first = [*system, *range(40, 50)]
+    engine.generate(Request(first, wanted))
+    engine.generate(Request(list(range(60, 72)), wanted))
+    engine.generate(Request([*system, 8, 9, 10, 11, 12], wanted))
+    engine.generate(Request(list(range(100, 112)), wanted))  # takes the slot of the second, which nobody came back to
+    assert engine.generate(Request([*first, 5, 6], wanted)).stats.prefix_tokens == 24
+    assert engine.generate(Request(list(range(60, 74)), wanted)).stats.prefix_tokens == 0
+
+
 def test_running_beside_each_other_they_share_as_well(lm):
     engine, system = open_engine(lm, chunk=64), list(range(20, 36))
     wanted = make(max_new_tokens=12)
@@ -230,3 +255,16 @@ def test_nothing_is_found_where_the_cache_was_taken_away(lm, capsys):
     assert engine.generate(Request(prompt, wanted)).stats.prefix_tokens > 0
     engine.scheduler.reset_prefix_cache()
     assert engine.generate(Request(prompt, wanted)).stats.prefix_tokens == 0
+
+
+def test_at_rest_the_last_sequences_stay_cached(lm):
+    engine = open_engine(lm)
+    prompts = [[10 + i for i in range(12)], [60 + i for i in range(12)]]
+    texts = [engine.generate(Request(prompt, make())).token_ids for prompt in prompts]
+    last = max((cached for cached in engine.scheduler.cached_sequences if cached), key=lambda cached: cached.began)
+    engine.runtime.resting_tokens = last.num_cached_tokens
+    engine.rest()
+    again = [engine.generate(Request(prompt, make())) for prompt in reversed(prompts)]
+    assert [done.token_ids for done in again] == texts[::-1]
+    assert again[0].stats.prefix_tokens > 0
+    assert again[1].stats.prefix_tokens == 0

@@ -168,7 +168,7 @@ def test_prompt_files(checkpoint, tmp_path):
     assert engine.tokenizer.decode(plain) == "the cat"
     assert engine.tokenizer.decode(chat).startswith("<|im_start|>user\nhello")
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "x"}\n[1]\n')
+    bad.write_text('{"prompt": "x"}\n{"promt": "x"}\n')
     with pytest.raises(DataError, match=r'bad.jsonl:2: expected {"prompt": ...} or {"messages": \[...\]}'):
         read_prompts(bad, engine.tokenizer)
     empty = tmp_path / "empty.txt"

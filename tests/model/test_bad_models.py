@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hildanext.config import ModelConfig
+from hildanext.config import ModelConfig, parse_config
 from hildanext.errors import HildaError, ModelError, NonFiniteLogitsError, UsageError
 from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.loading import check_loadable, load_diffusion_lm, save_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer, read_record
+from hildanext.training.convert import convert_wsd
 from support.models import make_tokenizer, random_llama
 
 
@@ -194,3 +196,26 @@ def test_a_tokenizer_without_end_of_text(base: Path) -> None:
 def test_a_broken_tokenizer_file(base: Path, name: str) -> None:
     (base / name).write_text("{")
     refusal(ModelError, base)
+
+
+# Nothing may train whose checkpoints could not be loaded
+
+
+def test_a_model_that_changes_when_it_is_saved_does_not_train(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PreTrainedTokenizerFast.save_pretrained
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda _, folder: save(swapped(), folder))
+    config = parse_config({"model": {"base": str(base), "device": "cpu"}, "paths": {"runs": str(tmp_path / "runs")}})
+    line = "its checkpoints could not be loaded after training: .* restore the tokenizer files"
+    with pytest.raises(ModelError, match=f"^model '{re.escape(str(base))}': {line}$"):
+        convert_wsd(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shapes_that_the_configuration_does_not_describe_are_seen_before_training(base: Path) -> None:
+    config, lm = ModelConfig(base=str(base), device="cpu", dtype="float32"), load(base)
+    check_loadable(lm, config)
+    lm.model.config.intermediate_size = 96
+    with pytest.raises(ModelError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' would have the shape .*96"):
+        check_loadable(lm, config)

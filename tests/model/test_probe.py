@@ -46,6 +46,22 @@ GPT_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 OPT_SIZES = {"ffn_dim": 64, "word_embed_proj_dim": 16}  # projections around the layers, as in OPT-350M
 MPT_SIZES = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64}
 MAMBA2_SIZES = {"num_heads": 4, "head_dim": 16, "expand": 2, "state_size": 8, "n_groups": 1}
+LINEAR_SIZES = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+LLAMA4_SIZES = {"head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2, "attn_temperature_tuning": False}
+ORIGINAL = {"original_max_position_embeddings": 16, "rope_theta": 10000.0, "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", **ORIGINAL, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+PHI3_SIZES = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
 NO_SOFTCAP = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
 
 
@@ -115,10 +131,15 @@ WORKS = [
     ("gemma", "sdpa", {"head_dim": 16}),
     ("gemma2", "eager", NO_SOFTCAP | {"head_dim": 16}),
     ("gemma3_text", "sdpa", {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("llama", "sdpa", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
+    ("llama", "sdpa", {"rope_parameters": {"rope_type": "yarn", **ORIGINAL}}),
+    ("phi3", "sdpa", PHI3_SIZES),
 ]
 
 
-@pytest.mark.parametrize(("model_type", "attention", "sizes"), WORKS, ids=[f"{w[0]}-{w[1]}" for w in WORKS])
+@pytest.mark.parametrize(
+    ("model_type", "attention", "sizes"), WORKS, ids=[f"{w[0]}-{w[1]}-{i}" for i, w in enumerate(WORKS)]
+)
 def test_an_architecture_that_works(tmp_path: Path, model_type: str, attention: Any, sizes: dict[str, Any]) -> None:
     lm = load(save(tiny(model_type, attention=attention, **sizes), tmp_path / "base"), attention=attention)
     losses = train(lm)
@@ -154,12 +175,37 @@ REFUSED = [
     ("cohere", "sdpa", {}, "CohereForCausalLM computes more than one projection"),
     ("granite", "sdpa", {"logits_scaling": 2.0}, "GraniteForCausalLM computes more than one projection"),
     # Token mixing that no mask reaches.
-    ("lfm2", "sdpa", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM gives a packed document other"),
-    ("recurrent_gemma", "sdpa", {}, "RecurrentGemmaForCausalLM ignores a bidirectional"),
+    ("lfm2", "sdpa", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM has layers of the kind 'conv'"),
+    (
+        "qwen3_next",
+        "sdpa",
+        LINEAR_SIZES | EXPERTS | {"layer_types": ["linear_attention", "full_attention"]},
+        "'linear_attention'",
+    ),
+    (
+        "jamba",
+        "sdpa",
+        {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8, "use_mamba_kernels": False},
+        "Jamba",
+    ),
+    (
+        "falcon_h1",
+        "sdpa",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "FalconH1ForCausalLM ",
+    ),
+    (
+        "llama4_text",
+        "sdpa",
+        LLAMA4_SIZES | {"attn_temperature_tuning": True},
+        "scales queries by their index in the row",
+    ),
+    ("llama4_text", "sdpa", LLAMA4_SIZES, "Llama4ForCausalLM does not separate its body from its head"),
+    ("recurrent_gemma", "sdpa", {}, "RecurrentGemmaForCausalLM carries a recurrent state"),
     ("gpt_neo", "eager", {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}, "GPTNeoForCausalLM"),
     ("mamba", "sdpa", {}, "MambaForCausalLM does not support"),
-    ("mamba", "eager", {}, "MambaForCausalLM fails with a 4-D mask"),
-    ("mamba2", "eager", MAMBA2_SIZES, "Mamba2ForCausalLM ignores a bidirectional"),
+    ("mamba", "eager", {}, "MambaForCausalLM carries a recurrent state"),
+    ("mamba2", "eager", MAMBA2_SIZES, "Mamba2ForCausalLM carries a recurrent state"),
 ]
 
 
@@ -195,10 +241,23 @@ def test_the_probe_leaves_no_trace() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("wrong", ["mask", "causality", "position_ids", "embeddings"])
-def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+FAULTS = {
+    "mask": "ignores a bidirectional 4-D",
+    "causality": "does not honour a causal 4-D attention mask",
+    "position_ids": "ignores position_ids",
+    "documents": "gives a packed document other logits",
+    "length": "changes its rotary factors with the longest text of a batch, already below 64 positions",
+    "cache": "gives other logits with a key-value cache",
+    "embeddings": "uses ids beside the input embeddings",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", FAULTS)
+def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str, dtype: torch.dtype) -> None:
     """The same Llama with one thing broken at a time."""
-    model = tiny("llama")
+    model = tiny("llama").to(dtype)
+    probe(model)  # rounding is no fault
     forward = model.model.forward
 
     def broken(**inputs: Any) -> Any:
@@ -208,18 +267,20 @@ def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) 
             inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
         elif wrong == "position_ids":
             inputs.pop("position_ids")
-        elif inputs.get("input_ids") is None:
+        elif wrong == "documents":  # a short convolution beside the attention
+            embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+            embeds[:, 1:] += 0.3 * embeds[:, :-1].clone()
+            inputs["inputs_embeds"] = embeds
+        elif wrong == "length" and inputs["position_ids"].max() > 40:
+            inputs["position_ids"] = inputs["position_ids"] / 2
+        elif wrong == "cache" and inputs.get("past_key_values") and inputs["past_key_values"].get_seq_length():
+            inputs["position_ids"] = inputs["position_ids"] - inputs["position_ids"].min()
+        elif wrong == "embeddings" and inputs.get("input_ids") is None:
             inputs["inputs_embeds"] = inputs["inputs_embeds"] + 1  # ids and their embeddings no longer mean the same
         return forward(**inputs)
 
     monkeypatch.setattr(model.model, "forward", broken)
-    reason = {
-        "mask": "ignores a bidirectional 4-D",
-        "causality": "does not honour a causal 4-D attention mask",
-        "position_ids": "ignores position_ids",
-        "embeddings": "uses ids beside the input embeddings",
-    }
-    with pytest.raises(ModelError, match=f"LlamaForCausalLM .*{reason[wrong]}"):
+    with pytest.raises(ModelError, match=f"LlamaForCausalLM .*{FAULTS[wrong]}"):
         probe(model)
 
 
@@ -232,6 +293,9 @@ def test_the_probe_sees_each_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) 
         ("gemma3_text", {"sliding_window": 16}, 16, "sliding window of 16"),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 64, "qwen2 has 64"),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 16, "sliding window"),
+        ("llama4_text", LLAMA4_SIZES | {"attention_chunk_size": 16}, 16, "chunks of 16"),
+        ("phi3", PHI3_SIZES, 16, "changes its rotary factors beyond 16"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", **ORIGINAL}}, 64, "llama has 64"),
     ],
 )
 def test_a_row_longer_than_the_model_can_see(model_type: str, sizes: Any, longest: int, reason: str) -> None:
@@ -249,3 +313,25 @@ def test_a_prompt_longer_than_the_model_has_positions(tmp_path: Path) -> None:
     engine.generate(Request([5] * 56, settings))
     with pytest.raises(UsageError, match="exceed the model's context of 64"):
         engine.generate(Request([5] * 57, settings))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "reason"),
+    [
+        ("gemma3_text", {"head_dim": 16, "sliding_window": 16}, "gemma3_text has a sliding window of 16"),
+        ("phi3", PHI3_SIZES, "phi3 changes its rotary factors beyond 16"),
+    ],
+)
+def test_decoding_ends_where_training_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, sizes: Any, reason: str
+) -> None:
+    lm = load(save(tiny(model_type, **sizes), tmp_path))
+    lm.block_size = 4
+    engine = TransformersEngine(parse_config({"engine": {"runtime": "eager"}}), {}, lm)
+    assert f"context: 16 tokens instead of 64: {reason}" in capsys.readouterr().err
+    settings = engine.settings(parse_config({"decode": {"max_new_tokens": 8}}))
+    engine.generate(Request([5] * 8, settings))
+    with pytest.raises(UsageError, match="exceed the model's context of 16"):
+        engine.generate(Request([5] * 9, settings))
+    with pytest.raises(UsageError, match=rf"'engine.context': 20 tokens, but {reason}.*set at most 16"):
+        TransformersEngine(parse_config({"engine": {"runtime": "eager", "context": 20}}), {}, lm)

@@ -205,7 +205,7 @@ def test_bad_input(config, tmp_path):
         write_answers(config(path=str(tmp_path / "nowhere.txt")))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "fine"}\n{"promt": "not"}\n')
-    with pytest.raises(DataError, match=r"bad.jsonl:2: expected"):
+    with pytest.raises(DataError, match=r"1 of 2 records rejected .*: expected .* x1 \(.*bad.jsonl:2\)"):
         write_answers(config(path=str(bad)))
     with pytest.raises(ConfigError, match="needs 'path'"):
         config(path=None)

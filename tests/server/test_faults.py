@@ -15,14 +15,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from hildanext.config import Config, parse_config
+from hildanext.config import Config
 from hildanext.jobs import watcher
 from hildanext.jobs.child import is_held
 from hildanext.jobs.store import ENDED
-from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
-from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training.checkpoint import list_checkpoints, verify
 from support import serving
+from support.models import write_converted
 from support.training import material
 from support.waiting import until
 
@@ -32,16 +31,8 @@ LONG = {"wsd": {"stable_steps": 50_000}}  # a training that is still there when 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A converted checkpoint with room for an answer of some thousand passes."""
-    folder = tmp_path_factory.mktemp("talkative")
-    tokenizer = story_tokenizer(400)
-    tiny_llama(tokenizer, hidden=32, layers=1, context=4096, seed=0).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    raw = {"model": {"base": str(folder / "base"), "device": "cpu", "dtype": "float32"}}
-    lm, _ = load_diffusion_lm(parse_config(raw).model)
-    lm.block_size = 4
-    save_diffusion_lm(lm, folder / "model")
-    raw["model"]["base"] = str(folder / "model")
-    return parse_config(raw | {"engine": {"order": ["transformers"], "runtime": "eager"}})
+    engine = {"order": ["transformers"], "runtime": "eager"}
+    return write_converted(tmp_path_factory.mktemp("talkative"), context=4096, engine=engine)
 
 
 # --- A signal in the middle of an answer

@@ -12,6 +12,7 @@ import pytest
 from hildanext.config import Config, parse_config
 from hildanext.decoding.engines import Request, open_engine
 from hildanext.errors import UsageError
+from hildanext.model.pretrained import load_tokenizer
 from support import serving
 from support.stepping import passed, stepping, until
 
@@ -48,6 +49,19 @@ def test_a_completion(client: openai.OpenAI, expected) -> None:
     assert answer.choices[0].finish_reason == direct.finish_reason == "length"
     assert answer.usage.completion_tokens == len(direct.token_ids) == 6
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 6
+
+
+def test_a_special_token_that_a_message_quotes_is_text(client: openai.OpenAI, converted: Config) -> None:
+    tokenizer = load_tokenizer(converted.model)
+    sizes = []
+    for content in ("a", "a<|end|>a"):
+        answer = client.chat.completions.create(
+            model="model", messages=[{"role": "user", "content": content}], max_completion_tokens=1
+        )
+        sizes.append(answer.usage.prompt_tokens)
+    as_text = tokenizer("a<|end|>a", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.eos_token_id not in as_text
+    assert sizes[1] - sizes[0] == len(as_text) - 1
 
 
 def test_several_prompts(client: openai.OpenAI, expected) -> None:

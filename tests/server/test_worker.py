@@ -279,6 +279,18 @@ def test_a_server_that_stops_does_not_wait_for_the_loader(monkeypatch: pytest.Mo
     go.set()
 
 
+def test_an_engine_without_requests_frees_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_worker, "REST_S", 0.01)
+    rests: list[int] = []
+    monkeypatch.setattr(Stepping, "rest", lambda engine: rests.append(engine.passes))
+    with stepping() as (url, worker, _):
+        until(worker, lambda: rests)
+        assert post(url).status_code == 200
+        until(worker, lambda: rests == [0, 3])
+        assert post(url).status_code == 200
+        until(worker, lambda: rests == [0, 3, 6])
+
+
 # --- An engine that fails
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from hildanext.config import Convention
+from hildanext.config import Config, Convention, parse_config
 from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.tiny import story_tokenizer, tiny_llama
 
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -50,6 +53,29 @@ def make_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def make_byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer like Llama 2's: some letters, and a token `<0x41>` for each byte of all other characters."""
+    vocabulary = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"theca",
+        "th",
+        "\u2581c",
+    ]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    merges = [("t", "h"), ("\u2581", "c")]
+    backend = Tokenizer(models.BPE(ids, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
 def random_llama(vocab_size: int = 300, **changes: Any) -> LlamaForCausalLM:
     """A tiny Llama of random weights, the same at every call."""
     torch.manual_seed(0)
@@ -77,3 +103,15 @@ def random_lm(convention: Convention, vocab_size: int, mask_token_id: int) -> Di
         convention=convention,
         record={"base_model": "tiny", "tokens_trained": 0},
     )
+
+
+def write_converted(folder: Path, context: int, **sections: Any) -> Config:
+    """A configuration whose model is a tiny converted checkpoint in `folder`: random weights, blocks of 4."""
+    tokenizer = story_tokenizer(400)
+    tiny_llama(tokenizer, hidden=32, layers=1, context=context, seed=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = {"base": str(folder / "base"), "device": "cpu", "dtype": "float32"}
+    lm, _ = load_diffusion_lm(parse_config({"model": model}).model)
+    lm.block_size = 4
+    save_diffusion_lm(lm, folder / "model")
+    return parse_config({"model": model | {"base": str(folder / "model")}} | sections)

@@ -64,7 +64,7 @@ KILLS: dict[str, Fault] = {
     "in a step": fault("trainer:Trainer", "train_step", 5),
     "in a line of the metrics": fault("run_folder:RunFolder", "log", 5, half_a_line),
     "between the weights and the optimizer": fault("checkpoint", "save_file", 2),
-    "before the checkpoint gets its name": fault("checkpoint:os", "replace", 2),
+    "before the checkpoint gets its name": fault("checkpoint:os", "replace", 3),
     "while an old checkpoint is removed": fault("checkpoint", "remove_checkpoint", 1),
     "before the curves": fault("trainer", "draw_curves", 2),
     "after the last step": fault("trainer", "draw_curves", 3),

@@ -245,7 +245,7 @@ def test_json_is_refused_and_so_is_a_model_without_a_chat_template(piped, folder
 def test_a_template_that_refuses_a_role_is_one_line(engine: TransformersEngine):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    with pytest.raises(UsageError, match=r"^the model's chat template refuses these messages: no system role$"):
+    with pytest.raises(UsageError, match=r"^the chat template rejects the messages \(no system role\)$"):
         encode_prompt(tokenizer, [{"role": "system", "content": "x"}])
 
 

@@ -108,6 +108,27 @@ def test_cut_to_a_rank_it_is_the_nearest(trained: Trained, folders: list[Path], 
     torch.testing.assert_close(rows.pop(), torch.stack(rows).mean(0))
 
 
+def test_a_rank_above_a_layer_s_smaller_side(trained: Trained, folders: list[Path], tmp_path: Path):
+    """Three adapters of rank 14 make one of 42; the layers of 32 lose nothing, at any rank from 32 on."""
+    config = material(
+        tmp_path,
+        Path(trained.config.model.base),
+        lora={"rank": 14},
+        train={"save_every": 2, "keep_last": 3, "lr": 0.02},
+    )
+    convert_wsd(config)
+    parts = [tmp_path / "runs" / "convert" / "checkpoints" / f"step-{step}" for step in (2, 4, 6)]
+    for rank, kept in ((34, 34), (1000, 42)):
+        record = merge(parts, tmp_path / f"merged-{rank}", rank=rank)
+        assert record["rank_error"] == pytest.approx(0.0, abs=1e-6)
+        assert json.loads((tmp_path / f"merged-{rank}" / "adapter_config.json").read_text())["r"] == kept
+        means = [products(part) for part in parts]
+        for name, change in products(tmp_path / f"merged-{rank}").items():
+            torch.testing.assert_close(change, torch.stack([part[name] for part in means]).mean(0), rtol=0, atol=1e-6)
+        lm, _ = load_diffusion_lm(trained.config.model.model_copy(update={"base": str(tmp_path / f"merged-{rank}")}))
+        assert lm.block_size == 4
+
+
 def test_half_is_half_the_size(trained: Trained, folders: list[Path], tmp_path: Path):
     merge(folders, tmp_path / "merged")
     merge(folders, tmp_path / "half", half=True)

@@ -22,11 +22,12 @@ from hildanext.errors import CheckpointError, UsageError
 from hildanext.training import checkpoint
 from hildanext.training.checkpoint import list_checkpoints, newest_good
 from hildanext.training.convert import convert_wsd, sft
+from hildanext.training.dpo import dpo
 from hildanext.training.merge import best_checkpoints
-from hildanext.training.run_folder import RunFolder
+from hildanext.training.run_folder import READ_BY, RunFolder
 from support import forked
 from support.resume import KILLS, assert_undisturbed, outcome, signal_in_step
-from support.training import material
+from support.training import material, write_pairs
 
 MakeRun = Callable[..., tuple[Config, Path]]
 
@@ -118,9 +119,42 @@ def test_a_signal_saves_and_exits_0(make_run: MakeRun, reference: Path, name: st
 
 def test_what_does_not_touch_the_numbers_may_change(make_run: MakeRun, reference: Path):
     run = kill("in a step", *make_run())
-    changed, _ = make_run(train={"keep_last": 3, "keep_best": 0, "save_every": 2}, decode={"mode": "S_MODE"})
+    unread = {
+        "decode": {"mode": "S_MODE"},
+        "sft": {"steps": 7, "block_size": 8},
+        "dpo": {"beta": 0.5},
+        "evaluate": {"limit": 3},
+        "calibrate": {"prompts": 3},
+        "engine": {"slots": 2},
+    }
+    changed, _ = make_run(train={"keep_last": 3, "keep_best": 0, "save_every": 2}, **unread)
     convert_wsd(changed, resume=True)
     assert outcome(run).metrics == outcome(reference).metrics
+
+
+@pytest.mark.parametrize("command", READ_BY)
+def test_the_sections_that_may_not_change_are_those_that_are_read(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+):
+    read: set[str] = set()
+    look_up = Config.__getattribute__
+
+    def spied(self: Config, name: str) -> Any:
+        if name in Config.model_fields:
+            read.add(name)
+        return look_up(self, name)
+
+    short = {"wsd": {"warmup_steps": 0, "stable_steps": 1, "decay_steps": 1}, "sft": {"steps": 1}}
+    config, _ = make_run(**short)
+    if command != "convert-wsd":
+        short["model"] = {"base": convert_wsd(config)["checkpoint"]}
+        config, _ = make_run(**short)
+    if command == "dpo":
+        tune = {"pairs": str(write_pairs(tmp_path / "pairs.jsonl")), "steps": 1, "lr_warmup_steps": 0}
+        config, _ = make_run(**short, dpo=tune, lora={"rank": 2}, data={"seq_len": 56, "eval_share": 0.2})
+    monkeypatch.setattr(Config, "__getattribute__", spied)
+    {"convert-wsd": convert_wsd, "sft": sft, "dpo": dpo}[command](config, name="spied")
+    assert read == READ_BY[command]
 
 
 def test_what_touches_the_numbers_may_not(make_run: MakeRun):

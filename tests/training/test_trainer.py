@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from hildanext import cli
 from hildanext.config import Config
 from hildanext.data.rows import ShuffledRows
-from hildanext.diffusion.noise import add_noise, block_ids, noise_levels, sample_generator
+from hildanext.diffusion.noise import Noisy, add_noise, block_ids, noise_levels, sample_generator
 from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.training.convert import convert_wsd
-from hildanext.training.denoising import Recipe
+from hildanext.training.denoising import DenoisingTask, Recipe
 from hildanext.training.run_folder import RunFolder
 from support.training import CONVERT, LENGTHS, MULTI_TURN, SEQ_LEN, assert_same, job, material, row_loss, trainer_for
 
@@ -228,6 +228,22 @@ def test_a_loss_that_is_no_number_moves_no_weight(tmp_path: Path, tiny_base: Pat
         trainer.train_step(3)
     for old, new in zip(before, lm.model.parameters(), strict=True):
         torch.testing.assert_close(old, new, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("turn", MULTI_TURN.order())
+def test_an_error_names_the_turn(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, turn: str):
+    trainer, _ = trainer_for(material(tmp_path, tiny_base), job(4), MULTI_TURN)
+    task = trainer.task
+    noise_of = DenoisingTask.noise_of
+
+    def ruined(self: DenoisingTask, which: Any, *rest: Any) -> Noisy:
+        noisy = noise_of(self, which, *rest)
+        return noisy._replace(t=noisy.t * float("nan")) if which == turn else noisy
+
+    assert isinstance(task, DenoisingTask)
+    monkeypatch.setattr(DenoisingTask, "noise_of", ruined)
+    with pytest.raises(NonFiniteLossError, match=rf"step 1: the loss is nan .*, turn '{turn}'\)"):
+        trainer.train_step(0)
 
 
 def test_embedding_noise_decays_and_marks_masks_only(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch):

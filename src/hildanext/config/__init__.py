@@ -17,6 +17,7 @@ from hildanext.config.data import DataConfig, SourceConfig
 from hildanext.config.decoding import (
     ENGINES,
     MODES,
+    MOST_POST_STEPS,
     CalibrateConfig,
     DecodeConfig,
     EngineConfig,
@@ -35,6 +36,7 @@ from hildanext.errors import ConfigError
 __all__ = [
     "ENGINES",
     "MODES",
+    "MOST_POST_STEPS",
     "SHIPPED_MODEL",
     "CalibrateConfig",
     "Config",

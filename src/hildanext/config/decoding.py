@@ -156,8 +156,8 @@ class EngineConfig(Section):
     context: int | None = Field(
         None,
         ge=1,
-        description="Maximum length of prompt and completion together, in tokens. null takes the model's limit, at "
-        "most 4096.",
+        description="Maximum length of prompt and completion together, in tokens. null takes the "
+        "longest text that the model runs exactly (its positions or sliding window), at most 4096.",
     )
     prefill_chunk: int = Field(
         512,

@@ -63,16 +63,19 @@ class NoiseConfig(Section):
         0.0,
         ge=0.0,
         description="Gaussian noise added to the mask token's embedding early in training, in standard deviations of "
-        "the embeddings. 0 disables it.",
+        "the embeddings. 0 disables it. Needs embed_steps.",
     )
     embed_steps: int = Field(
-        0, ge=0, description="Number of steps over which embed_std falls linearly to zero. 0 disables the noise."
+        0, ge=0, description="Number of steps over which embed_std falls linearly to zero. Needs embed_std."
     )
 
     @model_validator(mode="after")
     def _ordered(self) -> NoiseConfig:
         if self.t_min > self.t_max:
             raise ValueError(f"'t_min': {self.t_min:g} exceeds t_max ({self.t_max:g}); lower it or raise t_max")
+        if (self.embed_std > 0) != (self.embed_steps > 0):
+            idle, needed = ("embed_std", "embed_steps") if self.embed_std > 0 else ("embed_steps", "embed_std")
+            raise ValueError(f"'{idle}': has no effect while {needed} is 0; set noise.{needed} as well")
         return self
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hildanext.data.chat_template import TRAINING_DATE, ChatTemplate, Rendered, encode_rendered, template_of
 from hildanext.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ def check_messages(value: object) -> list[Message]:
             raise DataError("a message without a known role")
         if not isinstance(message.get("content"), str):
             raise DataError("a message without text content")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(
+            isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+        ):
+            raise DataError("a tool call without a function")
     if not any(message["role"] == "assistant" for message in value):
         raise DataError("no assistant turn")
     return value
@@ -55,7 +62,7 @@ def _with_plain_tools(messages: list[Message], tools: list[dict[str, Any]] | Non
     if "tool_calls" not in template:
         plain = []
         for message in messages:
-            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or []]
             plain.append({**message, "content": "\n".join([message["content"]] * bool(message["content"]) + calls)})
         messages = plain
     if tools and "tools" not in template:
@@ -69,68 +76,80 @@ def _with_plain_tools(messages: list[Message], tools: list[dict[str, Any]] | Non
 
 def render(
     messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[Turn]]:
+) -> tuple[Rendered, list[Turn]]:
     """The conversation rendered by the chat template, and its assistant turns.
 
     The text before a turn equals the prompt a model is given for that turn: the earlier messages rendered with the
-    generation prompt. Raises DataError when that prompt is not a prefix of the whole text, or when the template rejects
-    the messages.
+    generation prompt. A turn without earlier messages has no prompt; it is not supervised. Raises DataError when a
+    prompt is not a prefix of the whole text, or when the template rejects the messages.
     """
-    import jinja2
-
-    template = tokenizer.get_chat_template(tools=tools)
-    messages = _with_plain_tools(messages, tools, template)
+    messages = _with_plain_tools(messages, tools, template_of(tokenizer, tools))
     shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-    options: dict[str, Any] = {"tools": tools, "chat_template": template, "tokenize": False}
-    try:
-        text = str(tokenizer.apply_chat_template(shown, **options))
-        turns = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = str(tokenizer.apply_chat_template(shown[:i], add_generation_prompt=True, **options))
-            if not text.startswith(prompt):
-                raise DataError("the chat template renders earlier turns differently when later turns follow")
-            turns.append(Turn(len(prompt), message["content"].strip(), message.get("train", True)))
-    except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"the chat template rejects the messages ({' '.join(str(error).split())})") from None
-    return text, turns
+    template = ChatTemplate(tokenizer, shown, tools, TRAINING_DATE)
+    whole = template.render()
+    turns = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = template.render(until=i, prompt=True).text if i else ""
+        if not whole.text.startswith(prompt):
+            raise DataError("the chat template renders earlier turns differently when later turns follow")
+        turns.append(Turn(len(prompt), message["content"].strip(), bool(i) and message.get("train", True)))
+    return whole, turns
 
 
 def encode_conversations(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, eos: int
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: int,
+    unread: Counter[str] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray] | DataError]:
     """(`input_ids` [n] int32, `loss_mask` [n] bool) of each conversation, in order.
 
-    A conversation that cannot be encoded gives a DataError with the reason instead. Raises DataError for a tokenizer
-    without a chat template.
+    A conversation that cannot be encoded gives a DataError with the reason instead. `unread` counts, by field, the
+    conversations with a field that the template does not write. Raises DataError for a tokenizer without a chat
+    template.
     """
     if not conversations:
         return []
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise DataError(f"tokenizer '{tokenizer.name_or_path}' has no chat template, but the documents are messages")
-    rendered: list[tuple[str, list[Turn]] | DataError] = []
+    rendered: list[tuple[Rendered, list[Turn]] | DataError] = []
     for messages, tools in conversations:
         try:
             rendered.append(render(messages, tools, tokenizer))
         except DataError as error:
             rendered.append(error)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = False
-    texts = [item[0] for item in rendered if not isinstance(item, DataError)]
-    encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
+    encodings = encode_rendered([item[0] for item in rendered if not isinstance(item, DataError)], tokenizer)
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i != eos]
     results: list[tuple[np.ndarray, np.ndarray] | DataError] = []
-    for item in rendered:
+    for item, (messages, _) in zip(rendered, conversations, strict=True):
         if isinstance(item, DataError):
             results.append(item)
             continue
-        encoding = next(encodings)
-        ids = np.array(encoding.ids, dtype=np.int32)
-        results.append(_supervise(ids, np.array(encoding.offsets).reshape(-1, 2), *item, eos, special))
+        (text, _), turns = item
+        tokens = next(encodings)
+        if isinstance(tokens, DataError):
+            results.append(tokens)
+            continue
+        if unread is not None:
+            unread.update(unread_fields(messages, text))
+        results.append(_supervise(*tokens, text, turns, eos, special))
     return results
+
+
+def unread_fields(messages: list[Message], text: str) -> set[str]:
+    """The fields of messages whose values are not in the rendered text."""
+    found = set()
+    for message in messages:
+        calls = message.get("tool_calls") or []
+        values = [(field, message.get(field)) for field in ("content", "reasoning_content", "name", "tool_call_id")]
+        for field, value in [*values, *(("tool_calls[].id", call.get("id")) for call in calls)]:
+            written = str(value or "").strip()
+            # Templates may write a value as JSON.
+            if written not in text and json.dumps(written, ensure_ascii=False)[1:-1] not in text:
+                found.add(field)
+    return found
 
 
 def _supervise(
@@ -140,15 +159,17 @@ def _supervise(
 
     `offsets` [n, 2]: start and end (exclusive) of each token in `text`, in characters.
     """
+    if not len(ids) or not turns:
+        return DataError("no assistant turn in the rendered text")
     mask = np.zeros(len(ids), dtype=bool)
     # A token that overlaps the turn belongs to it, even if it starts in the prompt (a space before a word).
     firsts = [int(np.searchsorted(offsets[:, 1], turn.start, side="right")) for turn in turns]
     end = len(ids)
     for turn, first, bound in zip(turns, firsts, [*firsts[1:], len(ids)], strict=True):
         turn_end = _turn_end(ids, offsets, text, turn, first, bound, eos, special)
-        if turn_end is None:
+        if turn_end is None and turn.train:
             return DataError("cannot find the end of an assistant turn in the rendered text")
-        end = turn_end
+        end = bound if turn_end is None else turn_end
         mask[first:end] = turn.train
     # White space that the template adds after the last turn is dropped, because it is never generated. Other text after
     # the last turn is kept, unsupervised.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from hildanext.data.conversations import Message, check_messages
 from hildanext.errors import DataError
 
 EXAMPLES_PER_REASON = 3
+MAX_REASONS = 100  # the messages of chat templates may quote the record
+# Deeper records are rejected: chat templates, JSON writers and pipes between processes follow a value recursively.
+MAX_DEPTH = 64
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,15 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Bytes of its text or message contents in UTF-8; 4 bytes per token id."""
+        """Bytes of its text, or of message contents with their reasoning, in UTF-8; 4 bytes per token id."""
         if self.input_ids is not None:
             return 4 * len(self.input_ids)
-        texts = [self.text] if self.messages is None else [message["content"] for message in self.messages]
-        return sum(len(str(text).encode("utf-8", "surrogatepass")) for text in texts)
+        texts = [self.text]
+        if self.messages is not None:
+            texts = [
+                text for message in self.messages for text in (message["content"], message.get("reasoning_content"))
+            ]
+        return sum(len(str(text).encode("utf-8", "surrogatepass")) for text in texts if text is not None)
 
     def to_line(self) -> bytes:
         """The document as a line of JSON in UTF-8, including the newline."""
@@ -51,7 +59,7 @@ class Document:
 class Rejects:
     """Counts of rejected records by reason and by file, with the first few places of each reason.
 
-    Records of the current file up to number `after` are not counted: a resumed reader reads them a second time.
+    `ignored` counts the accepted records with a key that no format uses, by key. Records of the current file up to number `after` are not counted: a resumed reader reads them a second time.
     """
 
     def __init__(self) -> None:
@@ -59,19 +67,28 @@ class Rejects:
         self.by_reason: Counter[str] = Counter()
         self.by_file: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.ignored: Counter[str] = Counter()
 
-    def add(self, reason: str, file: str | Path, line: int) -> None:
-        """Count one record. `line` is the line number from 1, or the record number in files without lines."""
+    def add(self, reason: str, file: str | Path, line: int, count: int = 1) -> None:
+        """Count `count` records from `line` on: the line number from 1, or the record number in files without lines."""
         if line <= self.after:
             return
-        self.by_reason[reason] += 1
-        self.by_file[str(file)] += 1
+        if reason not in self.by_reason and len(self.by_reason) == MAX_REASONS:
+            reason = "other reasons"
+        self.by_reason[reason] += count
+        self.by_file[str(file)] += count
         places = self.examples.setdefault(reason, [])
         if len(places) < EXAMPLES_PER_REASON:
             places.append(f"{file}:{line}")
 
+    def ignore(self, keys: Iterable[str], line: int) -> None:
+        """Count the unused keys of the accepted record at `line`."""
+        if line > self.after:
+            self.ignored.update(keys)
+
     def merge(self, counts: Mapping[str, Any]) -> None:
         """Add the counts of another `to_dict`."""
+        self.ignored.update(counts.get("ignored_keys", {}))
         self.by_reason.update(counts["by_reason"])
         self.by_file.update(counts["by_file"])
         for reason, places in counts["examples"].items():
@@ -103,22 +120,46 @@ class Rejects:
             "by_reason": dict(self.by_reason),
             "by_file": dict(self.by_file),
             "examples": {reason: list(places) for reason, places in self.examples.items()},
+            "ignored_keys": dict(self.ignored),
         }
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
     """Parse a line of bytes as a JSON object. Raises DataError; its reason quotes no values, so it can be counted."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         raise DataError("invalid UTF-8") from None
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise DataError(TOO_DEEP) from None
+    except ValueError:
         raise DataError("broken JSON") from None
     if not isinstance(value, dict):
         raise DataError("not a JSON object")
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
+        check_depth(value)
     if rb"\ud" in line or rb"\uD" in line:
         check_unicode(value)
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`. Raises DataError for a key that occurs twice, of which JSON readers keep the last."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise DataError("a key occurs twice in an object")
+    return made
+
+
+def check_depth(value: object) -> None:
+    """Raises DataError for a JSON value of more than MAX_DEPTH nested lists and objects."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise DataError(TOO_DEEP)
 
 
 def check_unicode(value: object) -> None:
@@ -162,7 +203,10 @@ def parse_document(line: bytes) -> Document:
         return Document(name, source, input_ids=check_ids(record["input_ids"]), **rest)
     if kinds == ["text"]:
         return Document(name, source, text=check_text(record["text"]))
-    return Document(name, source, messages=check_messages(record["messages"]), tools=record.get("tools"))
+    tools = record.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError("'tools' is not a list of objects")
+    return Document(name, source, messages=check_messages(record["messages"]), tools=tools)
 
 
 def read_documents(path: str | Path, rejects: Rejects | None = None) -> Iterator[Document]:

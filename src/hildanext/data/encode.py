@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,19 +33,23 @@ def encode_document(doc: Document, tokenizer: PreTrainedTokenizerBase, all_token
 
 
 def encode_documents(
-    docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase, all_tokens: bool = False
+    docs: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    all_tokens: bool = False,
+    unread: Counter[str] | None = None,
 ) -> list[Encoded | DataError]:
     """Encode documents, in order. A document that cannot be encoded gives a DataError with the reason instead.
 
     Text is encoded without special tokens: a literal '<|endoftext|>' is ordinary text. The begin-of-text token is put
     before it, if the tokenizer adds that token, and the end-of-text token after it. Token ids are used unchanged and
-    must be below the tokenizer's length. Messages are rendered with the chat template. `all_tokens` supervises every
+    must be tokens of the tokenizer. Messages are rendered with the chat template. `all_tokens` supervises every
     token; otherwise only the assistant turns of messages and the answers after `n_prompt` token ids are supervised.
-    Documents that contain the mask token are rejected. Raises DataError for a tokenizer that is not fast or has no
-    end-of-text token.
+    Documents that contain the mask token are rejected. `unread` counts, by field, the conversations with a field that
+    the chat template does not write. Raises DataError for a tokenizer that is not fast or has no end-of-text token.
     """
     eos, leading = eos_id(tokenizer), leading_ids(tokenizer)
     results: list[Encoded | DataError] = [DataError("empty document")] * len(docs)
+    known: set[int] = set()  # token ids of documents that have been found in the vocabulary
     for index, ids in _encode_texts(docs, tokenizer):
         if ids:
             results[index] = _supervise_after(len(leading), [*leading, *ids, eos])
@@ -52,15 +57,17 @@ def encode_documents(
         if doc.input_ids is None:
             continue
         n_given = 0 if all_tokens else doc.n_prompt or 0
-        if min(doc.input_ids) < 0 or max(doc.input_ids) >= len(tokenizer):
+        if not _are_tokens(set(doc.input_ids) - known, tokenizer):
             results[index] = DataError("token ids outside the tokenizer's vocabulary")
-        elif n_given < len(doc.input_ids):
+            continue
+        known.update(doc.input_ids)
+        if n_given < len(doc.input_ids):
             results[index] = _supervise_after(n_given, doc.input_ids)
         else:
             results[index] = DataError("no supervised turn")
     chats = [index for index, doc in enumerate(docs) if doc.messages is not None]
     conversations = [(docs[index].messages or [], docs[index].tools) for index in chats]
-    for index, encoded in zip(chats, encode_conversations(conversations, tokenizer, eos), strict=True):
+    for index, encoded in zip(chats, encode_conversations(conversations, tokenizer, eos, unread), strict=True):
         if isinstance(encoded, DataError):
             results[index] = encoded
             continue
@@ -90,6 +97,12 @@ def _encode_texts(docs: Sequence[Document], tokenizer: PreTrainedTokenizerBase) 
         backend.encode_special_tokens = tokenizer.split_special_tokens
     for index, encoding in zip(indices, encodings, strict=True):
         yield index, encoding.ids
+
+
+def _are_tokens(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has a token for each id. There may be ids without one below its largest id."""
+    backend = tokenizer.backend_tokenizer
+    return all(0 <= i < 1 << 31 and backend.id_to_token(i) is not None for i in ids)
 
 
 def _supervise_after(n_given: int, ids: list[int]) -> Encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Tally:
     given_ids: int = 0
     unknown_ids: int = 0
     tools_as_text: int = 0
+    unread_fields: Counter[str] = field(default_factory=Counter)
 
     def add(self, batch: DocumentBatch, chunk: Chunk, seq_len: int) -> None:
         """Count an encoded batch."""
@@ -44,15 +46,17 @@ class Tally:
         self.given_ids += chunk.given_ids
         self.unknown_ids += chunk.unknown_ids
         self.tools_as_text += chunk.tools_as_text
+        self.unread_fields += chunk.unread_fields
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as JSON values."""
-        return self.__dict__ | {"rejects": self.rejects.to_dict()}
+        return self.__dict__ | {"rejects": self.rejects.to_dict(), "unread_fields": dict(self.unread_fields)}
 
     def merge(self, counts: dict[str, Any]) -> None:
         """Add the counts of another tally's `to_dict`."""
         self.rejects.merge(counts["rejects"])
-        for name in set(counts) - {"rejects"}:
+        self.unread_fields.update(counts.get("unread_fields", {}))
+        for name in set(counts) - {"rejects", "unread_fields"}:
             setattr(self, name, self.__dict__[name] + counts[name])
 
     def check_unknown_ids(self, max_share: float, origin: str) -> None:

@@ -14,7 +14,7 @@ from hildanext.data.packing import Row
 from hildanext.data.rows import RowOrder, to_batch
 from hildanext.data.sources import instruct
 from hildanext.data.sources.opening import file_name
-from hildanext.data.sources.shapes import to_messages, to_tools
+from hildanext.data.sources.shapes import to_pair, to_tools
 from hildanext.data.tokenizer import eos_id, pad_id
 from hildanext.errors import CheckpointError, DataError, UsageError
 
@@ -60,18 +60,7 @@ def read_pairs(path: str, rejects: Rejects) -> Iterator[ConversationPair]:
 
 def _to_pair(record: dict[str, Any], name: str, source: str) -> ConversationPair:
     """The pair of a record. Raises DataError with the reason when it has none."""
-    conversations = []
-    for side in ("chosen", "rejected"):
-        answer, prompt = record.get(side), record.get("prompt")
-        if answer is None:
-            raise DataError(f"no '{side}' answer")
-        turns = answer if isinstance(answer, list) else [answer]
-        shape = {**record, "chosen": answer}
-        if isinstance(prompt, list):  # a conversation, continued by the answer
-            shape = {key: value for key, value in record.items() if key not in ("prompt", "chosen", "rejected")}
-            answered = [{"role": "assistant", "content": turn} if isinstance(turn, str) else turn for turn in turns]
-            shape["messages"] = [*prompt, *answered]
-        conversations.append(to_messages(shape))
+    conversations = to_pair(record)
     chosen, rejected = ([{**message, "train": None} for message in messages] for messages in conversations)
     if chosen[:-1] != rejected[:-1]:
         raise DataError("the two answers have different prompts")

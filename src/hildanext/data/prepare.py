@@ -113,6 +113,9 @@ def _write_splits(config: Config, folder: Path, splits: Sequence[str]) -> dict[s
         raise DataError(f"no documents in {', '.join(str(source.path) for source in config.data.sources)}")
     if rejects.total:
         say(f"prepare-data: {rejects.total} records rejected: {rejects}")
+    if rejects.ignored:
+        keys = ", ".join(f"'{key}' of {count} records" for key, count in rejects.ignored.most_common())
+        say(f"prepare-data: not used: {keys}")
     humaneval = importlib.resources.files("hildanext.data.sources") / "humaneval_dummy.jsonl"
     (folder / "humaneval_dummy.jsonl").write_bytes(humaneval.read_bytes())
     return {

@@ -38,12 +38,8 @@ class Rows:
     def open(cls, folder: str | Path) -> Rows:
         """Open a `.rows` folder read-only. Raises DataError naming a file that is missing or has the wrong size."""
         folder = Path(folder)
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            shards = [(int(shard["rows"]), str(shard["sha256"])) for shard in meta["shards"]]
-            int(meta["seq_len"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{folder / 'meta.json'}: missing or damaged; run 'hildanext tokenize' again") from None
+        meta = read_meta(folder)
+        shards = [(shard["rows"], shard["sha256"]) for shard in meta["shards"]]
         check_sizes(folder, meta["shards"])
         return cls(meta, [StoredShard(shard_path(folder, number), *shard) for number, shard in enumerate(shards)])
 
@@ -76,6 +72,26 @@ class Rows:
         return to_batch([self.row(int(index)) for index in indices])
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The `meta.json` of a `.rows` folder. Raises DataError when it is missing, damaged or contradicts itself."""
+    path = folder / "meta.json"
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        n_rows = sum(int(shard["rows"]) for shard in meta["shards"])
+        digest = sha256_of_shards(meta["shards"])
+        whole = int(meta["seq_len"]) > 0 and (n_rows, digest) == (meta["rows"], meta["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path}: missing or damaged; run 'hildanext tokenize' again")
+    return meta
+
+
+def sha256_of_shards(shards: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 over the SHA-256 of all shards."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+
+
 def to_batch(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Rows as tensors: `input_ids`, `doc_ids`, `position_ids` [B, L] int64 and `loss_mask` [B, L] bool."""
     import torch
@@ -92,8 +108,8 @@ def to_batch(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 def write_meta(folder: Path, meta: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write `meta.json`: `meta` with the rows, bytes and SHA-256 of the shards from their `records`. Returns it."""
     shards = [{name: record[name] for name in ("rows", "bytes", "sha256")} for record in records]
-    digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
-    whole = meta | {"rows": sum(shard["rows"] for shard in shards), "sha256": digest, "shards": shards}
+    n_rows = sum(shard["rows"] for shard in shards)
+    whole = meta | {"rows": n_rows, "sha256": sha256_of_shards(shards), "shards": shards}
     write_json(folder / "meta.json", whole)
     fsync_folder(folder)
     return whole

@@ -117,6 +117,7 @@ def summary(manifest: dict[str, Any]) -> str:
 def find_splits(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Split]:
     """The splits to tokenize under data.mode. Raises UsageError without processed files."""
     processed = Path(config.paths.data) / "processed"
+    recorded = _recorded_hashes(processed / "manifest.json")
     source_tokenizer = _source_tokenizer(config)
     tokenizers = _tokenizer_plan(tokenizer, source_tokenizer)
     splits = []
@@ -132,7 +133,7 @@ def find_splits(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Spli
             }
             if name == held_out or config.data.mode == "copy":
                 if (path := processed / f"{name}.jsonl").is_file():
-                    splits.append(_processed_split(name, path, encoding, plan))
+                    splits.append(_processed_split(name, path, encoding, plan, recorded))
             elif config.data.mode == "direct":
                 splits.append(_direct_split(name, use, encoding, plan, config))
     if not any(split.size is not None for split in splits):
@@ -140,7 +141,26 @@ def find_splits(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Spli
     return sorted(splits, key=lambda split: SPLITS.index(split.name))
 
 
-def _processed_split(name: str, path: Path, encoding: Encoding, plan: dict[str, Any]) -> Split:
+def _recorded_hashes(manifest: Path) -> dict[str, str]:
+    """SHA-256 of the processed files by name, as prepare-data recorded them; {} without a manifest."""
+    if not manifest.is_file():
+        return {}
+    try:
+        return dict(json.loads(manifest.read_text(encoding="utf-8"))["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{manifest}: damaged; run 'hildanext prepare-data' again") from None
+
+
+def _processed_split(
+    name: str, path: Path, encoding: Encoding, plan: dict[str, Any], recorded: dict[str, str]
+) -> Split:
+    """The split of a processed file. Raises DataError when the file is not the one that prepare-data recorded."""
+    digest = sha256_of(path)
+    if recorded.get(path.name, digest) != digest:
+        raise DataError(
+            f"{path}: differs from the SHA-256 in manifest.json; run 'hildanext prepare-data' again, or delete "
+            "manifest.json to use the file as it is"
+        )
     return Split(
         name,
         encoding,
@@ -148,7 +168,7 @@ def _processed_split(name: str, path: Path, encoding: Encoding, plan: dict[str, 
         keep=lambda doc: True,
         origin=str(path),
         size=path.stat().st_size,
-        plan=plan | {"origin": {"file": path.name, "sha256": sha256_of(path)}},
+        plan=plan | {"origin": {"file": path.name, "sha256": digest}},
     )
 
 
@@ -285,6 +305,7 @@ def _meta(split: Split, mix: Mix, records: Sequence[dict[str, Any]], config: Con
         "foreign_ids": encoding.foreign_ids,
         "unknown_ids": tally.unknown_ids,
         "tools_as_text": tally.tools_as_text,
+        "unread_fields": dict(tally.unread_fields),
         "rejects": tally.rejects.to_dict(),
         "json_lines": row_tokens <= JSON_LINES_TOKENS if json_lines is None else json_lines,
         "plan": split.plan,
@@ -310,7 +331,7 @@ def _json_runs(values: np.ndarray) -> str:
 
 
 def _warn(origin: str, tally: Tally) -> None:
-    """Report rejected documents, replaced ids and tools written as text."""
+    """Report rejected documents, replaced ids, tools written as text and fields that are not written."""
     if tally.rejects.total:
         say(f"tokenize: {tally.rejects.total} documents rejected: {tally.rejects}")
     if tally.unknown_ids:
@@ -320,3 +341,6 @@ def _warn(origin: str, tally: Tally) -> None:
             f"tokenize: {origin}: the chat template does not support tools; {tally.tools_as_text} conversations "
             "contain them as text"
         )
+    if tally.unread_fields:
+        fields = ", ".join(f"'{field}' of {count} conversations" for field, count in tally.unread_fields.most_common())
+        say(f"tokenize: {origin}: the chat template does not write {fields}")

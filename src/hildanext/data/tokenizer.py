@@ -21,6 +21,11 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Sorted ids of all tokens. There may be ids without a token between them, so their number says nothing of the last."""
+    return sorted(set(tokenizer.get_vocab().values()))
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of the normalizer, pre-tokenizer, model, end-of-text id and padding id.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hildanext.config import Config
 from hildanext.data.pipeline import read_groups
+from hildanext.data.rows import read_meta
 from hildanext.data.shards import damaged, shard_path, write_shard
 from hildanext.data.tokenize import Split, find_splits
 from hildanext.errors import DataError, UsageError
@@ -30,7 +31,7 @@ def verify_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str,
         raise UsageError(f"{tokenized}: no tokenized rows; run 'hildanext tokenize' first")
     result: dict[str, Any] = {}
     for folder in folders:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_meta(folder)
         with progress(f"verify {folder.stem}", len(meta["shards"]), "shards") as advance:
             bad = damaged(folder, meta["shards"], advance)
         for number in bad:

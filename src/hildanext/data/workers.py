@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from multiprocessing.connection import Connection
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from hildanext.data.chat_template import template_of
 from hildanext.data.conversations import tools_as_text
 from hildanext.data.documents import Document
 from hildanext.data.encode import Encoded, encode_documents, fill_block
@@ -92,6 +93,8 @@ class Chunk:
     given_ids: int = 0  # pretokenized ids read
     unknown_ids: int = 0  # pretokenized ids replaced by the unknown token
     tools_as_text: int = 0  # conversations whose chat template does not support tools
+    # Conversations with a field that the chat template does not write, by field.
+    unread_fields: Counter[str] = field(default_factory=Counter)
 
     def documents(self) -> Iterator[Encoded]:
         """Yield the documents in order."""
@@ -104,13 +107,15 @@ def resolve_ids(doc: Document, encoding: Encoding) -> tuple[Document, int]:
     """Handle pretokenized ids outside the tokenizer's vocabulary. Returns the document and the number of ids replaced.
 
     `foreign_ids` 'error' raises DataError naming the id, 'unk' inserts the unknown token, 'retokenize' decodes all ids
-    to text.
+    to text; ids that the source tokenizer does not have leave no text and count as replaced. The base's own answers are
+    returned unchanged.
     """
-    if doc.input_ids is None:
+    if doc.input_ids is None or doc.n_prompt is not None:
         return doc, 0
     if encoding.foreign_ids == "retokenize" and encoding.source_tokenizer is not None:
         text = encoding.source_tokenizer.decode(doc.input_ids, skip_special_tokens=True)
-        return Document(doc.id, doc.source, text=str(text)), 0
+        known = len(encoding.source_tokenizer)
+        return Document(doc.id, doc.source, text=str(text)), sum(token >= known for token in doc.input_ids)
     vocabulary = len(encoding.tokenizer)
     if max(doc.input_ids) < vocabulary:
         return doc, 0
@@ -142,7 +147,8 @@ def encode(docs: list[Document], places: list[DocumentPlace], encoding: Encoding
         given += len(doc.input_ids or ())
         unknown += replaced
         resolved.append(known)
-    results = encode_documents(resolved, encoding.tokenizer, encoding.all_tokens)
+    unread: Counter[str] = Counter()
+    results = encode_documents(resolved, encoding.tokenizer, encoding.all_tokens, unread)
     eos = eos_id(encoding.tokenizer)
     kept = [
         fill_block(result, encoding.block_size, encoding.seq_len, eos) if encoding.block_size else result
@@ -157,10 +163,11 @@ def encode(docs: list[Document], places: list[DocumentPlace], encoding: Encoding
         given_ids=given,
         unknown_ids=unknown,
         tools_as_text=sum(
-            tools_as_text(doc.messages, doc.tools, encoding.tokenizer.get_chat_template(tools=doc.tools))
-            for doc in resolved
-            if doc.messages is not None
+            tools_as_text(doc.messages, doc.tools, template_of(encoding.tokenizer, doc.tools))
+            for doc, result in zip(resolved, results, strict=True)
+            if doc.messages is not None and isinstance(result, Encoded)
         ),
+        unread_fields=unread,
     )
 
 

@@ -9,6 +9,7 @@ from hildanext.decoding.rule import COLDEST, keep_likely
 from hildanext.decoding.settings import Settings
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.draft_head import find_draft_head
 
 CANDIDATES = 16  # a row's likeliest tokens, which the draft head ranks again
 
@@ -21,7 +22,7 @@ class GroupDrafter:
         self.fresh, self.mask_token_id, self.vocab_size = fresh, lm.mask_token_id, lm.vocab_size
         self.embedding = weight_matrix(model.get_input_embeddings())
         self.head = weight_matrix(model.get_output_embeddings())
-        self.draft_head = model.draft_head if hasattr(model, "draft_head") else None
+        self.draft_head = find_draft_head(model)
 
     @torch.inference_mode()
     def drafts(

@@ -24,7 +24,7 @@ from hildanext.decoding.lookup import Lookup
 from hildanext.decoding.plan import Plan, plan_rows
 from hildanext.decoding.rule import choose, decodable_scores, verify_step
 from hildanext.decoding.runtimes.protocol import GroupRows
-from hildanext.decoding.sequence import Span, Vocabulary
+from hildanext.decoding.sequence import CachedText, Span, Vocabulary
 from hildanext.decoding.settings import Settings
 from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import NonFiniteLogitsError
@@ -69,7 +69,9 @@ class ExactSequence:
         decode_tokens: Callable[[list[int]], str],
         drafter: Drafter | None,
     ) -> None:
+        assert settings.tau_accept is not None
         self.settings, self.vocabulary, self.drafter = settings, vocabulary, drafter
+        self.tau_accept = settings.tau_accept
         self.n_prompt = len(prompt_ids)
         self.tokens = list(prompt_ids)  # all known; the last one is never cached
         self.pending: list[Draft] = []
@@ -84,18 +86,24 @@ class ExactSequence:
         self.forwards = self.prefill_forwards = self.rows = 0
         k = len(drafter.fresh) if drafter else 0
         self.tried, self.right = [0] * (k + 1), [0] * (k + 1)  # drafts verified after right ones, by offset; 0: lookup
+        self.last_step = 0  # of the scheduler, in which it or its cached prefix was used
         self.began, self.seconds = time.perf_counter(), 0.0
 
-    def common_prefix(self, other: ExactSequence) -> int:
-        """Length of the prompt prefix whose keys and values `other` has cached. The last prompt token must run again."""
-        most, n = min(self.n_prompt - 1, other.num_cached_tokens), 0
+    def common_prefix(self, other: CachedText) -> int:
+        """Length of the prompt prefix whose keys and values `other` has cached."""
+        most, n = min(self.reusable_prompt, other.num_cached_tokens), 0
         while n < most and self.tokens[n] == other.tokens[n]:
             n += 1
         return n
 
-    def continues(self, other: ExactSequence, shared: int) -> bool:
+    @property
+    def reusable_prompt(self) -> int:
+        """Length of the prompt without its last token, whose row makes the first choice."""
+        return self.n_prompt - 1
+
+    def continues(self, other: CachedText, shared: int) -> bool:
         """Whether a common prefix of `shared` positions is all of the other prompt: the next turn of a conversation."""
-        return 0 < min(other.n_prompt - 1, other.num_cached_tokens) <= shared
+        return 0 < min(other.reusable_prompt, other.num_cached_tokens) <= shared
 
     def reuse_prefix(self, n: int) -> None:
         """Before the first forward: the slot already holds the keys and values of the first n positions."""
@@ -156,13 +164,13 @@ class ExactSequence:
 
         The P rows are those of `span.wanted`: the last known token's, the drafts' and the groups'.
         """
-        settings, n_drafts = self.settings, self.plan.n_drafts
+        n_drafts = self.plan.n_drafts
         self.forwards += 1
         self.rows += len(span.tokens)
         tried = self.pending[:n_drafts]
         end = len(self.tokens)
         choices, ratios = self._choices(logits[: n_drafts + 1], [draft.token for draft in tried])
-        run = verify_step([draft.token for draft in tried], choices, ratios, settings.tau_accept)
+        run = verify_step([draft.token for draft in tried], choices, ratios, self.tau_accept)
         for index, draft in enumerate(tried[: run + 1]):
             self.tried[draft.offset] += 1
             self.right[draft.offset] += index < run
@@ -187,12 +195,12 @@ class ExactSequence:
             for row in range(len(logits)):
                 seen[row, torch.tensor(self.tokens + drafts[:row])] = True
             seen = seen.to(logits.device)
-        scores = decodable_scores(logits, vocabulary.mask_token_id, vocabulary.size, settings, seen)
+        scores = decodable_scores(logits, vocabulary.mask_token_id, vocabulary.size, settings, seen, vocabulary.holes)
         ids, best = choose(scores, settings, None if noise is None else noise.to(logits.device))
         if not bool(best.isfinite().all()):
             raise NonFiniteLogitsError(f"decoding, position {end}")
         ratios = [1.0] * len(drafts)
-        if settings.tau_accept != 1.0 and drafts:
+        if self.tau_accept != 1.0 and drafts:
             at = scores[: len(drafts)].gather(1, torch.tensor(drafts, device=scores.device)[:, None])[:, 0]
             ratios = (at - best[: len(drafts)]).exp().tolist()
         return ids.tolist(), ratios

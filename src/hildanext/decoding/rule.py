@@ -14,6 +14,7 @@ All engines and evaluations share this rule. `sequence.py` decides which positio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,14 +81,15 @@ def propose(
     *,
     mask_token_id: int,
     vocab_size: int,
+    holes: Sequence[int] = (),
     settings: Settings | None = None,
     noise: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i of n positions: logits [n, V] of any float dtype -> ids [n] int64, confidence [n] float32.
 
-    The mask token and the padding rows of the vocabulary (ids from `vocab_size` on) are never proposed, whatever the
-    settings. Without `noise` the proposal is greedy. With finite `noise` [n, vocab_size], Gumbel noise, v_i =
+    The mask token, `holes` (ids without a token) and the padding rows of the vocabulary (ids from `vocab_size` on) are
+    never proposed, whatever the settings. Without `noise` the proposal is greedy. With finite `noise` [n, vocab_size], Gumbel noise, v_i =
     argmax(log p_i / T + noise_i), which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in
     every pass keeps a token once it is drawn. c_i is always the model's probability at temperature 1, so thresholds
     mean the same at every T. `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al.
@@ -96,7 +98,7 @@ def propose(
     c_i is NaN if a logit is NaN or infinitely large; the v_i of such a position means nothing. Finite logits never give
     NaN.
     """
-    scores = decodable_scores(logits, mask_token_id, vocab_size, settings, seen)
+    scores = decodable_scores(logits, mask_token_id, vocab_size, settings, seen, holes)
     if settings is None or noise is None:
         confidence, ids = scores.softmax(-1).max(-1)
         return ids, confidence
@@ -105,11 +107,18 @@ def propose(
 
 
 def decodable_scores(
-    logits: Tensor, mask_token_id: int, vocab_size: int, settings: Settings | None = None, seen: Tensor | None = None
+    logits: Tensor,
+    mask_token_id: int,
+    vocab_size: int,
+    settings: Settings | None = None,
+    seen: Tensor | None = None,
+    holes: Sequence[int] = (),
 ) -> Tensor:
-    """Logits [n, V] as float32 scores [n, vocab_size]: the mask token at -inf, the repetition penalty applied to `seen`."""
+    """Logits [n, V] as float32 scores [n, vocab_size]: mask token and holes at -inf, the repetition penalty on `seen`."""
     scores = logits[:, :vocab_size].to(torch.float32, copy=True)
     scores[:, mask_token_id : mask_token_id + 1] = -torch.inf
+    if holes:
+        scores[:, list(holes)] = -torch.inf
     if settings is not None and seen is not None:
         penalized = torch.where(scores > 0, scores / settings.repetition_penalty, scores * settings.repetition_penalty)
         largest = torch.finfo(torch.float32).max  # a finite score stays finite

@@ -53,6 +53,7 @@ class Scheduler:
         self.cached_sequences: list[
             AnySequence | None
         ] = []  # whose keys and values each slot holds, running or finished
+        self.steps = 0  # the clock of `Sequence.last_step`
         self.has_shrunk = False
         self.is_allocated = False
 
@@ -71,12 +72,12 @@ class Scheduler:
         self.cached_sequences = [*self.running, *[None] * (len(self.cached_sequences) - len(self.running))]
 
     def rest(self) -> None:
-        """Free memory while nothing runs. The sequences that finished last stay cached, as far as the runtime allows."""
+        """Free memory while nothing runs. The sequences that were used last stay cached, as far as the runtime allows."""
         left = self.runtime.resting_tokens
         if left is None or not self.is_allocated or not self.is_idle:
             return
         lengths = [0] * self.slots
-        for slot in sorted(range(self.slots), key=self._began, reverse=True):
+        for slot in sorted(range(self.slots), key=self._last_step, reverse=True):
             cached = self.cached_sequences[slot]
             if cached is None or cached.num_cached_tokens > left:
                 self.cached_sequences[slot] = None
@@ -97,6 +98,7 @@ class Scheduler:
         """
         events: list[SequenceEvent] = []
         out_of_memory = False
+        self.steps += 1
         try:
             for batch in self.schedule():
                 events += self.postprocess(batch, self.run(batch))
@@ -146,6 +148,7 @@ class Scheduler:
         """Apply the decode rule to each sequence. Returns its pass and the blocks that became final, or its error."""
         events: list[SequenceEvent] = []
         for (slot, sequence, span), (hidden, logits, ids, confidence) in zip(batch, outputs, strict=True):
+            sequence.last_step = self.steps
             if not span.wanted:
                 sequence.finish_prefill_chunk(span, hidden)
                 continue
@@ -171,14 +174,17 @@ class Scheduler:
         """Move the first waiting sequence into the first free slot, with its longest prefix that any slot has cached.
 
         The next turn of a conversation takes over the slot of the turn before. Another common prefix (a system
-        prompt) is copied into the free slot that was unused for longest, so that conversations keep their own slots.
+        prompt) is copied into the free slot that was unused for longest, so that conversations keep their own slots. A
+        slot is used by the passes of its sequence and by those who take over its prefix.
         """
         sequence = self.waiting[0]
         shared = [0 if cached is None else sequence.common_prefix(cached) for cached in self.cached_sequences]
         source = max(range(len(shared)), key=shared.__getitem__)
         cached = self.cached_sequences[source]
         is_next_turn = cached is not None and source in free and sequence.continues(cached, shared[source])
-        target = source if is_next_turn else min(free, key=self._began)
+        target = source if is_next_turn else min(free, key=self._last_step)
+        if cached is not None and shared[source]:
+            cached.last_step = self.steps
         if shared[source] and target != source:
             self.cached_sequences[target] = None  # if the copy fails, the slot's content is undefined
             self.runtime.copy(source, target, shared[source])
@@ -187,9 +193,9 @@ class Scheduler:
         self._swap(target, free[0])
         return self.waiting.popleft()
 
-    def _began(self, slot: int) -> float:
+    def _last_step(self, slot: int) -> int:
         cached = self.cached_sequences[slot]
-        return 0.0 if cached is None else cached.began
+        return -1 if cached is None else cached.last_step
 
     def _swap(self, slot: int, other: int) -> None:
         if slot == other:
@@ -253,6 +259,7 @@ def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Ten
         logits,
         mask_token_id=sequence.vocabulary.mask_token_id,
         vocab_size=sequence.vocabulary.size,
+        holes=sequence.vocabulary.holes,
         settings=None if sequence.is_greedy else sequence.settings,
         noise=None if noise is None else noise.to(logits.device),
         seen=None if seen is None else seen.to(logits.device),

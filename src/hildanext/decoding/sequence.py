@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Vocabulary(NamedTuple):
     mask_token_id: int
     eos_token_ids: tuple[int, ...]  # any of them ends a text
     shifted: bool
+    holes: tuple[int, ...] = ()  # ids below `size` without a token
     gated: bool = False  # clean tokens run through the base, causal
 
 
@@ -42,6 +43,19 @@ class Span(NamedTuple):
     visible: list[int]  # each query attends to the text positions below this
     wanted: list[int]  # text positions that need a proposal; empty for a prefill chunk
     groups: GroupRows | None = None  # of a gated model
+
+
+class CachedText(Protocol):
+    """A sequence whose keys and values a slot holds."""
+
+    settings: Settings
+    tokens: list[int]
+    num_cached_tokens: int
+
+    @property
+    def reusable_prompt(self) -> int:
+        """Length of its prompt that another sequence can reuse."""
+        ...
 
 
 class Sequence:
@@ -69,6 +83,7 @@ class Sequence:
         self.prefix_tokens = 0  # positions that were cached by an earlier sequence
         self.forwards = self.prefill_forwards = self.drafts = self.edits = 0
         self.mask_ratio: list[float] = []
+        self.last_step = 0  # the scheduler's last step that used its keys and values
         self.began = time.perf_counter()
         self.seconds = 0.0
         self._open_block()
@@ -79,7 +94,7 @@ class Sequence:
         self.window = max(self.first_block, self.block - self.settings.editable_blocks) * size
         self.passes = self.post_steps = 0
 
-    def common_prefix(self, other: Sequence) -> int:
+    def common_prefix(self, other: CachedText) -> int:
         """Length of the prompt prefix whose keys and values `other` has cached, in whole blocks of equal tokens.
 
         Keys at a position depend on all tokens of its block and of the blocks before it. So blocks are shared whole,
@@ -88,20 +103,21 @@ class Sequence:
         size, n = 1 if self.vocabulary.gated else self.settings.block_size, 0
         if not self.vocabulary.gated and other.settings.block_size != size:
             return 0
-        most = min(self._reusable_prompt(), other.num_cached_tokens)
+        most = min(self.reusable_prompt, other.num_cached_tokens)
         while n < most and self.tokens[n : n + size] == other.tokens[n : n + size]:
             n += size
         return n
 
-    def _reusable_prompt(self) -> int:
+    @property
+    def reusable_prompt(self) -> int:
         """Length of the prompt in whole blocks. Shifted, the last prompt token must run again: its hidden state, which
         the cache does not keep, predicts the first new token."""
         size = self.settings.block_size
         return (self.n_prompt - self.vocabulary.shifted) // size * size
 
-    def continues(self, other: Sequence, shared: int) -> bool:
+    def continues(self, other: CachedText, shared: int) -> bool:
         """Whether a common prefix of `shared` positions is all of the other prompt: the next turn of a conversation."""
-        return 0 < min(other._reusable_prompt(), other.num_cached_tokens) <= shared
+        return 0 < min(other.reusable_prompt, other.num_cached_tokens) <= shared
 
     def reuse_prefix(self, n: int) -> None:
         """Before the first forward: the slot already holds the keys and values of the first n positions."""

@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from hildanext.config import DecodeConfig, Mode
-from hildanext.config.decoding import MOST_POST_STEPS
+from hildanext.config import MOST_POST_STEPS, DecodeConfig, Mode
 from hildanext.errors import ContextError, ModelError, UsageError
 
 

@@ -28,6 +28,7 @@ from hildanext.evaluate.judge import distinct_2, total_log_likelihood
 from hildanext.evaluate.ways import seeded
 from hildanext.files import write_json
 from hildanext.model.ar_generate import ar_complete
+from hildanext.model.backbone import check_length
 from hildanext.model.loading import load_with_base
 from hildanext.model.prompts import encode_prompt
 from hildanext.progress import progress
@@ -116,6 +117,7 @@ def benchmark(config: Config, base_name: str | None, out: Path) -> dict[str, Any
     rows = open_rows(config, "eval", lm.tokenizer)
     if rows is None:
         raise DataError("the split 'eval' has no rows; raise data.eval_share and tokenize again")
+    check_length(lm.model, rows.seq_len, "data.seq_len")
     n_rows = min(ROWS, len(rows))
     batch = rows.batch(list(range(n_rows)))
     counted = batch["loss_mask"] & (batch["position_ids"] > 0)

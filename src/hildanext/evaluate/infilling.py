@@ -20,6 +20,7 @@ from hildanext.errors import NonFiniteLogitsError
 from hildanext.evaluate.intervals import mean, share
 from hildanext.evaluate.judge import mean_log_likelihood
 from hildanext.evaluate.ways import Models, Outcome, Question, TimedAnswer, Way, complete, cost
+from hildanext.model.backbone import check_length
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
 from hildanext.progress import progress
 
@@ -42,7 +43,9 @@ def infill(lm: DiffusionLM, tokens: list[int], span: range, settings: Settings) 
     while True:
         ids = torch.tensor([text], device=lm.device)
         hidden = lm(Batch([0], ids, torch.zeros_like(ids), positions, wanted), ids, wanted, len(text))
-        proposed, confidence = propose(lm.head(hidden), mask_token_id=lm.mask_token_id, vocab_size=lm.vocab_size)
+        proposed, confidence = propose(
+            lm.head(hidden), mask_token_id=lm.mask_token_id, vocab_size=lm.vocab_size, holes=lm.holes
+        )
         sure = confidence.tolist()
         if math.isnan(sum(sure)):
             raise NonFiniteLogitsError("infilling")
@@ -95,6 +98,7 @@ def _fill(models: Models, way: Way, texts: list[list[int]], spans: list[range]) 
 def evaluate(config: Config, models: Models, texts: list[list[int]], way: Way) -> Outcome:
     """Share of spans restored exactly, share of their tokens, and the base's mean log-likelihood of the whole text."""
     options = config.evaluate
+    check_length(models.lm.model, options.infill_tokens, "evaluate.infill_tokens")
     spans = _spans(texts, options.span, options.seed)
     answers = _fill(models, way, texts, spans)
     exact, right, log_p, samples = [], [], [], []

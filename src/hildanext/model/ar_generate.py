@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from hildanext.errors import NonFiniteLogitsError
+from hildanext.model.diffusion_lm import special_ids
 from hildanext.model.prompts import end_ids
-from hildanext.model.text_stream import TextStream
+from hildanext.model.text_stream import MOST_MISSING, REPLACEMENT, TextStream
 
 
 class ArCompletion(NamedTuple):
@@ -40,14 +41,23 @@ class _StopAt(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, n_prompt: int, stop: tuple[str, ...]) -> None:
         self.tokenizer, self.n_prompt, self.stop = tokenizer, n_prompt, stop
-        # Number of last tokens to search. A character can take several tokens, so this exceeds the string's length.
-        self.window = 2 * max(map(len, stop))
+        self.special = special_ids(tokenizer)
+        # A token has at least one byte of text, unless it is special. The first may end in a character cut before it.
+        self.window = max(len(string.encode()) for string in stop) + MOST_MISSING
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        ends = input_ids[:, max(self.n_prompt, input_ids.shape[1] - self.window) :].tolist()
-        texts = [str(self.tokenizer.decode(end, skip_special_tokens=True)) for end in ends]
+        rows = input_ids[:, self.n_prompt :].tolist()
+        texts = [self._end([i for i in row if i not in self.special][-self.window :]) for row in rows]
         found = [any(stop in text for stop in self.stop) for text in texts]
         return cast(torch.BoolTensor, torch.tensor(found, device=input_ids.device))
+
+    def _end(self, ids: list[int]) -> str:
+        """The text of a row's last tokens, without the rest of a character at its beginning, which can hide the others."""
+        for start in range(MOST_MISSING + 1):
+            text = str(self.tokenizer.decode(ids[start:]))
+            if not text.startswith(REPLACEMENT):
+                break
+        return text
 
 
 class _Finite(LogitsProcessor):

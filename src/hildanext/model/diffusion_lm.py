@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.config import Convention, LoraConfig
+from hildanext.data.tokenizer import token_ids
+from hildanext.errors import ModelError
 from hildanext.model.backbone import body, weight_matrix
 from hildanext.model.policy import compute_dtype
 from hildanext.model.training_attention import Kind, visible_keys
@@ -61,6 +63,9 @@ class DiffusionLM(nn.Module):
         self.convention = convention
         self.record = record  # the `hilda` section of config.json
         self.modes: dict[str, Any] = {}  # the `hilda` section of generation_config.json, written by `calibrate`
+        ids = token_ids(tokenizer)
+        self.vocab_size = ids[-1] + 1  # embedding rows beyond it are padding and never decoded
+        self.holes = sorted(set(range(self.vocab_size)) - set(ids))  # ids below it without a token, never decoded
         self.ordinary_ids = torch.tensor(ordinary_ids(tokenizer))
         self.attention: Kind = "dense"  # the attention that `forward` uses, see `training_attention`
         self.adapter: Injected | None = None  # set in training with `lora.rank`
@@ -78,11 +83,6 @@ class DiffusionLM(nn.Module):
     def embedding_std(self) -> Tensor:
         """Standard deviation of the embeddings' elements, a scalar: the unit of embedding noise."""
         return weight_matrix(self.embedding).detach().std()
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids in the tokenizer. Embedding rows beyond it are padding and never decoded."""
-        return len(self.tokenizer)
 
     @property
     def gated(self) -> bool:
@@ -105,9 +105,9 @@ class DiffusionLM(nn.Module):
         return head
 
     def decodable_logits(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V] float32, with -inf at ids that are never decoded: the mask token and the padding rows."""
+        """[n, H] -> [n, V] float32, with -inf at ids that are never decoded: the mask token, holes and padding rows."""
         logits: Tensor = self.head(hidden).float()
-        logits[:, self.mask_token_id] = -torch.inf
+        logits[:, [self.mask_token_id, *self.holes]] = -torch.inf
         logits[:, self.vocab_size :] = -torch.inf
         return logits
 
@@ -169,8 +169,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Sorted ids that may replace a token as noise: those of the tokenizer, without special tokens."""
-    special = special_ids(tokenizer)
-    return [i for i in range(len(tokenizer)) if i not in special]
+    return sorted(set(token_ids(tokenizer)) - special_ids(tokenizer))
 
 
 @torch.no_grad()
@@ -178,23 +177,37 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     """Return the id of the tokenizer's mask token; add the special token `<|mask|>` if there is no such token.
 
     The new token's embedding is the mean row plus small noise, and its row of an untied head is the head's mean row.
-    The embedding is resized only if it has no padding row left. Existing special tokens are never reused.
+    So are those of other tokens that have no row (Gemma 3's image token), without the noise. The embedding is resized
+    only if it has too few rows. Existing special tokens are never reused.
+
+    Raises ModelError if `<|mask|>` would get an id that another token has.
     """
-    if tokenizer.mask_token_id is not None:
-        return tokenizer.mask_token_id
-    before = len(tokenizer)
-    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    mask_id = tokenizer.get_vocab()[MASK_TOKEN]
-    embedding = weight_matrix(model.get_input_embeddings())
-    mean, std = embedding[:before].mean(0), embedding[:before].std(0)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
-    if mask_id >= embedding.shape[0]:
-        model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    embedding = weight_matrix(model.get_input_embeddings())
-    embedding[mask_id] = mean + 0.02 * std * noise
-    head = weight_matrix(model.get_output_embeddings())
-    if head is not embedding:  # not tied
-        head[mask_id] = head[:before].mean(0)
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    is_new = tokenizer.mask_token_id is None
+    if is_new:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    mask_id, n_ids = int(tokenizer.mask_token_id), max(tokens) + 1
+    if is_new and tokens.get(mask_id, MASK_TOKEN) != MASK_TOKEN:
+        raise ModelError(
+            f"tokenizer '{tokenizer.name_or_path}': has {len(tokens)} tokens but ids up to {max(tokens)}, so {MASK_TOKEN} "
+            f"would get the id {mask_id} of {tokens[mask_id]!r}; give it a mask_token in tokenizer_config.json"
+        )
+    embedding, head = weight_matrix(model.get_input_embeddings()), weight_matrix(model.get_output_embeddings())
+    n_rows, n_needed, is_tied = len(embedding), max(mask_id + 1, n_ids), head is embedding
+    if not is_new and n_needed <= n_rows:
+        return mask_id
+    mean, std, head_mean = embedding[:n_ids].mean(0), embedding[:n_ids].std(0), head[:n_ids].mean(0)
+    if n_needed > n_rows:
+        model.resize_token_embeddings(n_needed, mean_resizing=False)
+        embedding, head = weight_matrix(model.get_input_embeddings()), weight_matrix(model.get_output_embeddings())
+        embedding[n_rows:] = mean
+        if not is_tied:
+            head[n_rows:] = head_mean
+    if is_new:
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
+        embedding[mask_id] = mean + 0.02 * std * noise
+        if not is_tied:
+            head[mask_id] = head_mean
     return mask_id
 
 

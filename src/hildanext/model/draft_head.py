@@ -24,3 +24,8 @@ class DraftHead(nn.Module):
         scaled = torch.cat([F.rms_norm(hidden, size), F.rms_norm(before.to(hidden.dtype), size)], -1)
         change: Tensor = self.up(F.silu(self.down(scaled.to(self.down.weight.dtype))))
         return hidden + change.to(hidden.dtype)
+
+
+def find_draft_head(model: nn.Module) -> DraftHead | None:
+    """The draft head of a model with a gated adapter; None if it was trained without one."""
+    return next((module for module in model.children() if isinstance(module, DraftHead)), None)

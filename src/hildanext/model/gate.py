@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from hildanext.errors import ModelError
 from hildanext.model.adapter_file import Adapter
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import Batch
-from hildanext.model.draft_head import DraftHead
+from hildanext.model.draft_head import DraftHead, find_draft_head
 from hildanext.model.gated_linear import Gate, GatedLinear, find_gate
 from hildanext.model.lora import AdaptedEmbedding, find_targets, linear_layers
 from hildanext.model.low_rank import LowRank
@@ -118,7 +118,7 @@ def group_forward(model: PreTrainedModel, batch: Batch, groups: Groups, clean: C
 
 def draft_states(model: PreTrainedModel, batch: Batch, groups: Groups, hidden: Tensor) -> Tensor:
     """The states that predict the labels: those of mask groups with the draft head, given the token before the label."""
-    head = model.draft_head if hasattr(model, "draft_head") else None
+    head = find_draft_head(model)
     if head is None:
         return hidden
     columns = (groups.anchors + groups.offsets).clamp(max=batch.input_ids.shape[1] - 1)
@@ -145,7 +145,7 @@ def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int,
         model.requires_grad_(False)
         for name in layers:
             base = model.get_submodule(name)
-            n_in, n_out = base.in_features, base.out_features  # quantized layers have them, too
+            n_in, n_out = cast(int, base.in_features), cast(int, base.out_features)  # quantized layers have them, too
             low_rank = LowRank(config.rank, n_in, n_out, config.scaling).to(model.device)
             model.set_submodule(name, GatedLinear(base, low_rank, gate, config.dropout))
         model.set_input_embeddings(AdaptedEmbedding(model.get_input_embeddings(), mask_token_id, None).to(model.device))

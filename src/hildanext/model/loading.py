@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext import __version__
 from hildanext.config import LoraConfig, ModelConfig
-from hildanext.data.tokenizer import fingerprint
-from hildanext.errors import ModelError, UsageError
+from hildanext.data.tokenizer import fingerprint, token_ids
+from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.files import write_json
 from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, add_adapter, read_adapter, write_adapter
 from hildanext.model.backbone import n_embeddings
@@ -31,6 +32,7 @@ from hildanext.model.pretrained import (
     read_config_dict,
     read_generation_config,
     read_record,
+    weight_shapes,
 )
 from hildanext.model.probe import probe
 
@@ -67,6 +69,9 @@ def load_diffusion_lm(
     dtype = torch.float32 if training and lora is None else policy.compute
     model, tokenizer = load_causal_lm(source, policy, dtype, "native" if lora is None else lora.base)
     probe(model)
+    if training and policy.compute != dtype:
+        with policy.autocast():  # in the format that the checkpoint is loaded in
+            probe(model)
     if record is None:
         mask_id = add_mask_token(model, tokenizer, seed)
         record = {
@@ -125,7 +130,7 @@ def _check_tokenizer(
     model: PreTrainedModel,
 ) -> None:
     same = tokenizer.mask_token_id == stored["mask_token_id"] and fingerprint(tokenizer) == record["tokenizer"]
-    if not same or len(tokenizer) > n_embeddings(model):
+    if not same or token_ids(tokenizer)[-1] >= n_embeddings(model):
         raise ModelError(
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "
             f"the one it was trained with (mask token {stored['mask_token_id']}); restore the tokenizer files"
@@ -256,3 +261,28 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor] 
         # transformers 5 writes rope_parameters only. Other readers would fall back to a rope_theta of 10,000.
         stored["rope_theta"] = rope["rope_theta"]
     write_json(path, stored)
+
+
+def check_loadable(lm: DiffusionLM, config: ModelConfig) -> None:
+    """Save a model that is to be trained, without weights, and read it back as a checkpoint is read.
+
+    config: what `lm` was loaded from. Raises ModelError if that fails or gives another tokenizer or other shapes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = config.model_copy(update={"base": folder, "revision": None})
+        try:
+            save_diffusion_lm(lm, Path(folder), {})
+            stored = read_config_dict(source)
+            _check_tokenizer(source, load_tokenizer(source), stored, stored["hilda"], lm.model)
+            found = weight_shapes(source) if lm.adapter is None else {}
+        except (HildaError, ValueError) as error:  # ValueError: transformers refuses to save its generation config
+            reason = str(error).replace(folder, config.base).splitlines()[0]
+            raise ModelError(
+                f"model '{config.base}': its checkpoints could not be loaded after training: {reason}"
+            ) from None
+    own = {name: weight.shape for name, weight in lm.model.state_dict().items()} if lm.adapter is None else {}
+    if odd := sorted(name for name in {*own, *found} if own.get(name) != found.get(name)):
+        raise ModelError(
+            f"model '{config.base}': its checkpoints could not be loaded after training: '{odd[0]}' would have the shape "
+            f"{found.get(odd[0])} instead of {own.get(odd[0])}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import peft
-from torch import Tensor
+from torch import Tensor, nn
 
 from hildanext.model.low_rank import low_rank_product
 
@@ -16,5 +16,8 @@ class OneMatrix(peft.tuners.lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n_in] -> [..., n_out] in the compute dtype."""
         base, (name,) = self.base_layer, self.active_adapters
-        factors = self.lora_A[name].weight, self.lora_B[name].weight
-        return low_rank_product(x, base.weight, base.bias, *factors, self.scaling[name])
+        a, b = self.lora_A[name], self.lora_B[name]
+        assert isinstance(base, nn.Linear)
+        assert isinstance(a, nn.Linear)
+        assert isinstance(b, nn.Linear)
+        return low_rank_product(x, base.weight, base.bias, a.weight, b.weight, self.scaling[name])

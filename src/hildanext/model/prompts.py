@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from hildanext.data.documents import check_text, parse_json
-from hildanext.data.sources.shapes import to_messages
+from hildanext.data.chat_template import TRAINING_DATE, ChatTemplate, Rendered, encode_rendered
+from hildanext.data.conversations import Message
+from hildanext.data.documents import Rejects
+from hildanext.data.sources import instruct
+from hildanext.data.sources.lines import BYTE_ORDER_MARK
+from hildanext.data.sources.shapes import to_prompt
 from hildanext.data.tokenizer import leading_ids
 from hildanext.errors import DataError, UsageError
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], known: list[int] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, str]],
+    known: list[int] | None = None,
+    date: datetime | None = None,
 ) -> list[int]:
     """Token ids of a prompt: plain text without a template, or messages rendered with the generation prompt.
 
     known: ids of the conversation so far, as they were decoded. The tokenizer may split the same text into other ids,
     which no cache would contain. So if the rendered messages begin with the text of `known`, these ids are kept.
+    date: what a template that asks for the date gets; None is the present.
+    A special token that a message quotes is encoded as text, as in training. In plain text it stays a special token.
     Raises UsageError for an empty prompt, for messages without a chat template, and for messages that the template
     refuses.
     """
@@ -30,19 +40,32 @@ def encode_prompt(
         return leading_ids(tokenizer) + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not prompt or not any(message.get("content") for message in prompt):
         raise UsageError("the prompt is empty; give a message with some text")
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise UsageError("this model's tokenizer has no chat template; give a plain prompt (generate: --raw)")
     try:
-        text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-    except jinja2.TemplateError as error:
-        raise UsageError(f"the model's chat template refuses these messages: {error}") from None
+        rendered = ChatTemplate(tokenizer, prompt, None, date).render(prompt=True)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    text, quoted = rendered
     if known:
         prefix = str(tokenizer.decode(known))
         if text.startswith(prefix):
-            ids = known + list(tokenizer(text[len(prefix) :], add_special_tokens=False)["input_ids"])
+            start = len(prefix)
+            rest = Rendered(text[start:], [position - start for position in quoted if position > start])
+            ids = known + _encode(rest, tokenizer)
             if tokenizer.decode(ids) == text:  # some tokenizers add a space at the start of a text
                 return ids
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encode(rendered, tokenizer)
+
+
+def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of rendered messages. Raises UsageError for a quoted special token that cannot be text."""
+    if not rendered.quoted:
+        return list(tokenizer(rendered.text, add_special_tokens=False)["input_ids"])
+    (tokens,) = encode_rendered([rendered], tokenizer)
+    if isinstance(tokens, DataError):
+        raise UsageError(f"the prompt {tokens}; remove the token")
+    return [int(token) for token in tokens.ids]
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, listed: int | list[int] | None) -> tuple[int, ...]:
@@ -62,8 +85,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        text = ChatTemplate(tokenizer, messages, None, None).render().text
+    except DataError:
         return []  # encode_prompt reports a template that refuses the user's messages
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     after = tokenizer(text.rpartition("Goodbye")[2], add_special_tokens=False)["input_ids"]
@@ -75,43 +98,66 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
     return [ids for ids, _ in read_asked(path, tokenizer)]
 
 
-def read_asked(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], str]]:
+def read_asked(
+    path: Path, tokenizer: PreTrainedTokenizerBase, rejects: Rejects | None = None
+) -> list[tuple[list[int], str]]:
     """Read prompts from a file: (token ids, text) of each, where the text of a conversation is its first user message.
 
-    In a `.jsonl` file each record has "prompt" (plain text), "messages" that end with a user message, or a format of
-    instruction data, whose last answer is left out. In other files each line is a user message, or plain text if the
-    tokenizer has no chat template. Raises DataError, which names file and line.
+    In JSON files (arrays or JSON lines, also .gz and .zst) each record has "prompt" (plain text), "messages" that end
+    with a user message, or a format of instruction data, whose last answer is left out. In other files each line is a
+    user message, or plain text if the tokenizer has no chat template. Bad records are counted in `rejects`; without it,
+    the first raises DataError, which names file and line. Raises DataError for a file without prompts.
     """
+    counted = Rejects() if rejects is None else rejects
     prompts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, prompt in _read(path, tokenizer.chat_template is not None, counted):
         try:
-            prompt: Any = _prompt_of(line) if path.suffix == ".jsonl" else line.decode("utf-8")
-            if path.suffix != ".jsonl" and tokenizer.chat_template:
-                prompt = [{"role": "user", "content": prompt}]
             asked = prompt
             if not isinstance(prompt, str):
                 asked = next((m["content"] for m in prompt if m["role"] == "user"), prompt[0]["content"])
-            prompts.append((encode_prompt(tokenizer, prompt), str(asked)))
-        except UnicodeDecodeError:
-            raise DataError(f"{path}:{number}: invalid UTF-8") from None
-        except (DataError, UsageError) as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-    if not prompts:
+            prompts.append((encode_prompt(tokenizer, prompt, date=TRAINING_DATE), str(asked)))
+        except UsageError as error:
+            counted.add(str(error), path, number)
+        if rejects is None:
+            _raise_first(counted)
+    if rejects is None:
+        _raise_first(counted)
+    if not prompts and not counted.total:
         raise DataError(f"{path}: no prompts in the file")
     return prompts
 
 
-def _prompt_of(line: bytes) -> str | list[dict[str, Any]]:
-    """Parse a JSON line into plain text or messages. Raises DataError for a record with neither."""
-    try:
-        record = parse_json(line)
-        if isinstance(record.get("prompt"), str) and "completion" not in record:
-            return str(record["prompt"])
-        messages = record.get("messages")
-        if isinstance(messages, list) and messages and messages[-1]["role"] == "user":
-            return [{"role": str(message["role"]), "content": check_text(message["content"])} for message in messages]
-        return to_messages(record)[:-1]
-    except (DataError, KeyError, TypeError):
-        raise DataError('expected {"prompt": ...} or {"messages": [...]}') from None
+def _raise_first(rejects: Rejects) -> None:
+    """Raises DataError for the first record that was counted."""
+    for reason, (place, *_) in rejects.examples.items():
+        raise DataError(f"{place}: {reason}")
+
+
+def _read(path: Path, chat: bool, rejects: Rejects) -> Iterator[tuple[int, str | list[Message]]]:
+    """Yield (number, plain text or messages) of each record of a file of prompts."""
+    if path.name.endswith(instruct.SUFFIXES):
+        for number, record in instruct.read_records(str(path), rejects):
+            try:
+                yield number, _prompt_of(record)
+            except DataError as error:
+                rejects.add(f'expected {{"prompt": ...}} or {{"messages": [...]}} ({error})', path, number)
+        return
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        line = line.removeprefix(BYTE_ORDER_MARK)
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            rejects.add("invalid UTF-8", path, number)
+            continue
+        yield number, [{"role": "user", "content": text}] if chat else text
+
+
+def _prompt_of(record: dict[str, Any]) -> str | list[Message]:
+    """The prompt of a record: plain text or messages. Raises DataError for a record with neither."""
+    messages = to_prompt(record)
+    plain = record.get("prompt")
+    if isinstance(plain, str) and "completion" not in record and messages == [{"role": "user", "content": plain}]:
+        return plain
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]

@@ -17,6 +17,7 @@ from typing import IO, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.config import Config, ModelConfig, SourceConfig
+from hildanext.data.documents import Rejects
 from hildanext.data.sources.self_answers import ASKED, until_repeat, written_file
 from hildanext.errors import DataError, UsageError
 from hildanext.files import sha256_of, write_json
@@ -101,7 +102,12 @@ class _AnswerFile:
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[int, ...], str]:
         """Map each distinct prompt to its text, the shortest first: prompts of similar length need less padding."""
         assert self.source.path is not None
-        prompts = read_asked(Path(self.source.path), tokenizer)[: self.source.max_documents]
+        rejects = Rejects()
+        prompts = read_asked(Path(self.source.path), tokenizer, rejects)
+        rejects.check(len(prompts), self.config.data.max_reject_share)
+        if rejects.total:
+            say(f"self: {rejects.total} prompts rejected: {rejects}")
+        prompts = prompts[: self.source.max_documents]
         asked = {tuple(ids): text for ids, text in prompts}
         return {ids: asked[ids] for ids in sorted(asked, key=lambda ids: (len(ids), ids))}
 

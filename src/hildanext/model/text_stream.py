@@ -7,7 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to this
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to one or more of these
+MOST_MISSING = 3  # bytes, and so tokens, of a UTF-8 character that is not complete
+
+
+def complete_text(decode_tokens: Callable[[list[int]], str], token_ids: list[int]) -> str:
+    """The text of the tokens without a character that the last of them begin but do not end.
+
+    A tokenizer with byte fallback (Llama 2, Mistral, Gemma) decodes a run of bytes to replacement characters, one for
+    each byte, as long as the run is not valid UTF-8 as a whole. So the text can be longest without the last tokens.
+    """
+    text = decode_tokens(token_ids)
+    if not text.endswith(REPLACEMENT):
+        return text
+    shorter = [token_ids[: len(token_ids) - n] for n in range(1, MOST_MISSING + 1)]
+    return max((t.rstrip(REPLACEMENT) for t in (text, *map(decode_tokens, shorter))), key=len)
 
 
 class TextStream:
@@ -27,19 +41,29 @@ class TextStream:
         token that the text needs.
         """
         self.token_ids += token_ids
-        text = self.decode_tokens(self.token_ids)
+        text = complete_text(self.decode_tokens, self.token_ids)
         positions = [position for position in (text.find(stop) for stop in self.stop) if position >= 0]
         if positions:
             self.stopped = True
             text = text[: min(positions)]
-            while self.token_ids and self.decode_tokens(self.token_ids[:-1]).startswith(text):
-                self.token_ids.pop()
-        elif not last:
-            text = text.removesuffix(REPLACEMENT)
+            self._drop_tokens_behind(text)
+        elif last:
+            whole = self.decode_tokens(self.token_ids)
+            text = whole if whole.startswith(text) else text + REPLACEMENT
+        else:
             text = text[: len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)]
         piece = text[len(self.text) :]
         self.text += piece
         return piece
+
+    def _drop_tokens_behind(self, text: str) -> None:
+        """Remove the last tokens as long as the others decode to `text` and more."""
+        needed = n = len(self.token_ids)
+        while n > 0 and needed - n <= MOST_MISSING:  # a cut character hides the text before it
+            n -= 1
+            if self.decode_tokens(self.token_ids[:n]).startswith(text):
+                needed = n
+        del self.token_ids[needed:]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from hildanext.decoding.engines import Engine, Request
 from hildanext.decoding.events import Step
 from hildanext.files import atomic_open
+from hildanext.model.text_stream import complete_text
 from hildanext.terminal.console import printable
 
 FADE = 3  # passes for which an edit stays visible
@@ -77,7 +78,7 @@ def token_texts(decode_tokens: Callable[[list[int]], str], tokens: list[int], ma
             texts.append("")
             continue
         run.append(token)
-        text = decode_tokens(run).removesuffix("\N{REPLACEMENT CHARACTER}")
+        text = complete_text(decode_tokens, run)
         texts.append(text[len(shown) :] if text.startswith(shown) else "")
         shown = text if text.startswith(shown) else shown
     return texts

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -234,17 +235,21 @@ def mean_adapter(adapters: list[Adapter], folders: list[Path]) -> Adapter:
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     """The closest adapter of at most `rank` (truncated SVD), and its distance relative to the update (Frobenius norm).
 
-    The mask token's row is kept unchanged.
+    The mask token's row is kept unchanged. All layers have one rank in the file, so a layer whose smaller side is below
+    it gets zeros for the rest.
     """
     if rank < 1:
         raise UsageError(f"--rank {rank}: must be at least 1")
+    rank = min(rank, adapter.rank)
     pairs, kept, lost = {}, 0.0, 0.0
     for name, (a, b) in adapter.pairs.items():
         q_b, r_b = torch.linalg.qr(adapter.scaling * b.double())
         q_a, r_a = torch.linalg.qr(a.double().T)
         u, values, v = torch.linalg.svd(r_b @ r_a.T)
         root = values[:rank].sqrt()
-        pairs[name] = LoraFactors((root[:, None] * (v[:rank] @ q_a.T)).float(), (q_b @ u[:, :rank] * root).float())
+        n, rest = len(root), rank - len(root)
+        a, b = root[:, None] * (v[:n] @ q_a.T), q_b @ u[:, :n] * root
+        pairs[name] = LoraFactors(F.pad(a, (0, 0, 0, rest)).float(), F.pad(b, (0, rest)).float())
         kept, lost = kept + values[:rank].square().sum().item(), lost + values[rank:].square().sum().item()
     return adapter._replace(scaling=1.0, pairs=pairs), math.sqrt(lost / (kept + lost)) if lost else 0.0
 

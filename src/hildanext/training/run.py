@@ -14,7 +14,7 @@ from hildanext.data.stream import RowStream
 from hildanext.data.tokenize import make_encoding
 from hildanext.errors import DataError
 from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.model.loading import load_diffusion_lm, weights_of
+from hildanext.model.loading import check_loadable, load_diffusion_lm, weights_of
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.progress import say
 from hildanext.training.checkpoint import newest_good
@@ -54,7 +54,10 @@ class Opened(NamedTuple):
 
 
 def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
-    """Connect the processes, open the run's folder and load the model, or the newest complete checkpoint to resume."""
+    """Connect the processes, open the run's folder and load the model, or the newest complete checkpoint to resume.
+
+    Raises ModelError for a model whose checkpoints could not be loaded.
+    """
     accelerator = start(choose_policy(config.model.device, config.model.dtype), config.train)
     run = RunFolder.open(config, name, command, resume)
     found = newest_good(run.checkpoints) if resume else None
@@ -64,6 +67,7 @@ def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
         if resume:
             say(f"{run.path}: no checkpoint yet; starting from the beginning")
         lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
+        check_loadable(lm, config.model)
         return Opened(run, lm, policy, accelerator, None)
     path, saved, problems = found
     for problem in problems:

@@ -12,7 +12,14 @@ from hildanext.errors import UsageError
 from hildanext.files import atomic_open, write_json
 from hildanext.provenance import git_revision, versions
 
-# Keys that may change on resume: they do not affect the results, or (micro_batch to sharding) only their rounding.
+# Sections of the configuration that each command reads. The others may change on resume.
+READ_BY = {
+    "convert-wsd": {"paths", "model", "data", "noise", "loss", "wsd", "train", "lora"},
+    "sft": {"paths", "model", "data", "noise", "loss", "sft", "train", "lora"},
+    "dpo": {"paths", "model", "data", "dpo", "train", "lora"},
+}
+
+# Keys of them that may change on resume: they do not affect the results, or (micro_batch to sharding) only their rounding.
 MAY_CHANGE_ON_RESUME = {
     *(("train", key) for key in ("keep_last", "keep_best", "save_every")),
     *(("train", key) for key in ("micro_batch", "gradient_checkpointing", "attention", "sharding")),
@@ -40,7 +47,7 @@ def _check_resumable(path: Path, record: dict[str, Any], config: Config, command
     changed = [
         f"{section}.{key}"
         for section, keys in record["config"].items()
-        if section not in ("decode", "engine", "server", "jobs")  # not used by training
+        if section in READ_BY[command]
         for key, value in keys.items()
         if value != new.get(section, {}).get(key) and (section, key) not in MAY_CHANGE_ON_RESUME
     ]

@@ -52,7 +52,7 @@ class Teacher:
         assert isinstance(self.lm.head.weight, Tensor)
         logits = self.head(hidden).float()[:, : self.lm.vocab_size]  # the base may lack the mask token's row
         logits = F.pad(logits, (0, len(self.lm.head.weight) - logits.shape[1]), value=-torch.inf)
-        logits[:, self.lm.mask_token_id] = -torch.inf
+        logits[:, [self.lm.mask_token_id, *self.lm.holes]] = -torch.inf
         return logits
 
     def soft(self, states: Tensor, batch: Batch, noisy: Noisy, wanted: Tensor, block_size: int) -> Soft:

@@ -42,19 +42,31 @@ def test_json_arrays_are_read_as_json_would(
         (json.dumps([PAIR] * 3)[:-1], 3, "truncated file"),
         (json.dumps([PAIR] * 3)[:-9], 2, "broken JSON array; the rest of the file is not read"),
         (json.dumps([PAIR, 5, "x"]), 1, "not a JSON object"),
-        (
-            json.dumps([PAIR])[:-1] + ", {'single': 1}, " + json.dumps(PAIR) + "]",
-            1,
-            "broken JSON array; the rest of the file is not read",
-        ),
+        (json.dumps([PAIR])[:-1] + ", {'single': 1}, " + json.dumps(PAIR) + "]", 2, "broken JSON"),
+        (json.dumps([PAIR])[:-1] + ', nonsense, "]}", ' + json.dumps(PAIR) + "]", 2, None),
+        (json.dumps([PAIR, PAIR], indent=1).replace('"answer": "a"', '"answer": "a', 1), 1, "broken JSON"),
+        (json.dumps([PAIR]) + "\n" + json.dumps([PAIR, PAIR]), 3, None),
+        (json.dumps([PAIR]) + json.dumps(PAIR), 1, "text after the end of a JSON array; it is not read"),
+        ('[{"question": "q", "question": "r", "answer": "a"}]', 0, "a key occurs twice in an object"),
+        (json.dumps([PAIR])[:-1] + ', {"x": ' + "[" * 900 + "]" * 900 + "}]", 1, "nested deeper than 64 levels"),
+        (json.dumps([PAIR])[:-1] + ', {"x": ' + "[" * 9000 + "]" * 9000 + "}]", 1, "nested deeper than 64 levels"),
         ("[", 0, "truncated file"),
     ],
 )
-def test_a_broken_array_keeps_what_came_before(tmp_path: Path, text: str, good: int, reason: str) -> None:
+def test_a_broken_array_keeps_its_good_records(tmp_path: Path, text: str, good: int, reason: str | None) -> None:
     (tmp_path / "x.json").write_text(text)
     docs, rejects = read("instruct", tmp_path / "x.json")
     assert len(docs) == good
-    assert set(rejects.by_reason) == {reason}
+    if reason is not None:
+        assert set(rejects.by_reason) == {reason}
+
+
+def test_the_rest_of_a_broken_array_is_counted(tmp_path: Path) -> None:
+    """A quote is missing, so that no bracket after it can be trusted."""
+    good = json.dumps([{"question": "a question", "answer": "an answer"}] * 400)[1:-1]
+    (tmp_path / "x.json").write_text("[" + good + ', {"question": "a, "answer": [}, ' + good + "]")
+    docs, rejects = read("instruct", tmp_path / "x.json")
+    assert len(docs) + rejects.total == pytest.approx(801, abs=10)
 
 
 def test_a_truncated_compressed_array_keeps_what_came_before(tmp_path: Path) -> None:
@@ -64,6 +76,18 @@ def test_a_truncated_compressed_array_keeps_what_came_before(tmp_path: Path) -> 
     docs, rejects = read("instruct", tmp_path / "x.json.gz")
     assert len(docs) > 1000
     assert rejects.total == 1
+
+
+def test_records_behind_damage_are_counted(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    records = [{"question": rng.bytes(200).hex(), "answer": "a"} for _ in range(3000)]
+    for name, text in (("x.json.gz", json.dumps(records).encode()), ("x.jsonl.gz", jsonl(records))):
+        data = bytearray(gzip.compress(text))
+        data[len(data) // 3 : len(data) // 3 + 400] = bytes(400)
+        (tmp_path / name).write_bytes(data)
+        docs, rejects = read("instruct", tmp_path / name)
+        assert 500 < len(docs) < 1500
+        assert len(docs) + rejects.total == pytest.approx(3000, rel=0.35)
 
 
 def test_bad_bytes_in_an_array_spoil_one_record(tmp_path: Path) -> None:
@@ -99,6 +123,26 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     ({"prompt": "q", "chosen": [USER, REPLY], "rejected": [USER, REPLY]}, [USER, REPLY]),
     ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, [USER, REPLY]),
     ({"prompt": "q", "completion": "a"}, [USER, REPLY]),
+    ({"prompt": [SYSTEM, USER], "completion": [REPLY]}, [SYSTEM, USER, REPLY]),
+    ({"prompt": [USER], "chosen": [REPLY], "rejected": [{**REPLY, "content": "b"}]}, [USER, REPLY]),
+    ({"prompt": "q", "chosen": [REPLY], "rejected": [REPLY]}, [USER, REPLY]),
+    ({"instruction": "q", "context": "c", "response": "a", "category": "open"}, [{"role": "user", "content": "q\nc"}, REPLY]),
+    ({"system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, USER, REPLY]),
+    ({"prompt": " q", "prompt_id": "1", "messages": [USER, REPLY]}, [USER, REPLY]),
+    ({"messages": [{"role": "User", "content": "q"}, {"role": "model", "content": "a"}]}, [USER, REPLY]),
+    ({"messages": [REPLY, USER, REPLY]}, [REPLY, USER, REPLY]),
+    ({"messages": [USER, {**REPLY, "reasoning": "r"}, {**USER, "name": "n"}, {**REPLY, "thinking": "r"}]},
+     [USER, {**REPLY, "reasoning_content": "r"}, {**USER, "name": "n"}, {**REPLY, "reasoning_content": "r"}]),
+    ({"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+                   {"role": "function", "name": "f", "content": "1"}, REPLY]},
+     [USER, {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "name": "f", "content": "1"}, REPLY]),
+    ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALLED}]},
+                   {"role": "tool", "tool_call_id": "c1", "content": "1"}, REPLY]},
+     [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALLED}]},
+      {"role": "tool", "tool_call_id": "c1", "content": "1"}, REPLY]),
+    *(({"messages": [USER, {**REPLY, **flag}, USER, {**REPLY, "weight": 1}]}, [USER, {**REPLY, "train": False}, USER, REPLY])
+      for flag in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss_weight": 0}, {"loss": False}, {"training": False},
+                   {"masked": True}, {"weight": 1, "train": False})),
 ]  # fmt: skip
 
 
@@ -118,7 +162,21 @@ UNMAPPED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER]}, "no assistant turn"),
     ({"messages": []}, "no assistant turn"),
     ({"messages": [USER, {**REPLY, "loss_weight": 0}]}, "no supervised turn"),
-    ({"messages": [USER, {**REPLY, "loss_weight": "heavy"}]}, "'loss_weight' is not a weight"),
+    ({"messages": [USER, {**REPLY, "loss_weight": "heavy"}]}, "'loss_weight' of a message is neither 0 nor 1"),
+    ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "'weight' of a message is neither 0 nor 1"),
+    ({"messages": [USER, {**REPLY, "reasoning": "r", "thinking": "t"}]}, "the reasoning of a message is not one text"),
+    ({"messages": [USER, {**REPLY, "images": ["u"]}]}, "'images' of a message is not supported"),
+    ({"messages": [{**USER, "name": ["n"]}, REPLY]}, "'name' of a message is not text"),
+    ({"question": "q", "answer": "a", "weight": 0}, "no supervised turn"),
+    ({"prompt": "q", "completion": "a", "label": False}, "no supervised turn"),
+    ({"prompt": "other", "chosen": [USER, REPLY]}, "'prompt' is not used beside the other keys of the record"),
+    ({"prompt": "q", "rejected": "b", "completion": "a"}, "'rejected' is not used beside the other keys of the record"),
+    ({"messages": [USER, REPLY], "context": "c"}, "'context' is not used beside the other keys of the record"),
+    ({"messages": [SYSTEM, USER, REPLY], "system": "t"}, "'system' is not used beside the other keys of the record"),
+    ({"question": "q", "answer": "a", "reasoning": "r"}, "'reasoning' is not used beside the other keys of the record"),
+    ({"question": "q", "answer": "a", "solution": "s"}, "'solution' is not used beside the other keys of the record"),
+    ({"question": "q", "answer": "a", "images": ["u"]}, "'images' is not used beside the other keys of the record"),
+    ({"question": "q", "answer": "a", "tools": "[" * 99 + "]" * 99}, "nested deeper than 64 levels"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}, REPLY]},
         "a content part that is not text",
@@ -142,6 +200,25 @@ def test_what_cannot_be_mapped_is_counted(tmp_path: Path, subtests: pytest.Subte
             docs, rejects = read("instruct", tmp_path / "x.jsonl")
             assert len(docs) == 1
             assert rejects.examples == {reason: [f"{tmp_path / 'x.jsonl'}:2"]}
+
+
+def test_a_file_that_is_one_object_counts_as_its_records(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"version": 1, "data": [PAIR] * 7}))
+    docs, rejects = read("instruct", tmp_path / "x.json")
+    assert docs == []
+    assert rejects.by_reason == {"unknown record shape": 7}
+
+
+def test_keys_that_no_shape_knows_are_counted(tmp_path: Path) -> None:
+    odd = {"messages": [USER, {**REPLY, "mood": "calm"}, USER], "category": "open", "score": None}
+    (tmp_path / "x.jsonl").write_bytes(jsonl([odd, PAIR, {**PAIR, "category": "closed"}]))
+    docs, rejects = read("instruct", tmp_path / "x.jsonl")
+    assert (len(docs), rejects.total) == (3, 0)
+    assert rejects.to_dict()["ignored_keys"] == {
+        "category": 2,
+        "messages[].mood": 1,
+        "messages[] after the last answer": 1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,52 @@ def test_damaged_compression_is_one_reject(tmp_path: Path, suffix: str) -> None:
     assert rejects.by_reason == {"damaged compression": 1}
 
 
+def test_zstd_with_a_long_window_is_read(tmp_path: Path) -> None:
+    records = [{"text": f"story {i}"} for i in range(300)]
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    machine = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(machine.compress(jsonl(records)) + machine.flush())
+    docs, rejects = read("dolma", path)
+    assert [doc.text for doc in docs] == [record["text"] for record in records]
+    assert rejects.total == 0
+
+
+def test_a_skippable_frame_is_no_damage(tmp_path: Path) -> None:
+    """pzstd and some object stores begin files with one."""
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd" + PACK[".zst"](jsonl([{"text": "a"}])))
+    docs, rejects = read("dolma", path)
+    assert [doc.text for doc in docs] == ["a"]
+    assert rejects.total == 0
+
+
+def test_a_lost_file_counts_as_what_it_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    records = [{"text": rng.bytes(300).hex()} for _ in range(2000)]
+    for suffix in (".gz", ".zst"):
+        data = bytearray(PACK[suffix](jsonl(records)))
+        half = len(data) // 2
+        data[half:] = rng.bytes(len(data) - half)
+        path = tmp_path / f"x.jsonl{suffix}"
+        path.write_bytes(data)
+        docs, rejects = read("dolma", path)
+        assert len(docs) + rejects.total == pytest.approx(2000, rel=0.25)
+        assert rejects.total > 500
+        assert f"(about {rejects.by_reason['damaged compression']} records)" in capsys.readouterr().err
+        path.write_bytes(b"")
+        assert read("dolma", path)[1].by_reason == {"truncated file": 1}
+        path.write_bytes(b"no compression" * 10_000)
+        assert read("dolma", path)[1].by_reason == {"damaged compression": 140}
+
+
+def test_files_with_byte_order_marks_may_be_joined(tmp_path: Path) -> None:
+    marked = b"\xef\xbb\xbf" + jsonl([{"text": "a"}])
+    (tmp_path / "x.jsonl").write_bytes(marked + marked)
+    docs, rejects = read("dolma", tmp_path / "x.jsonl")
+    assert (len(docs), rejects.total) == (2, 0)
+
+
 def test_a_record_too_long_to_hold_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_RECORD_BYTES", 100)
     monkeypatch.setattr(opening, "PIECE_BYTES", 50)
@@ -186,6 +232,42 @@ def test_stories_from_json_lines_and_parquet(tmp_path: Path) -> None:
     assert rejects.by_reason == {"empty document": 1, "no 'text'": 1, "no column 'text'": 1, "damaged parquet file": 1}
 
 
+def test_a_bad_value_in_a_parquet_column_costs_its_row(tmp_path: Path) -> None:
+    broken = pa.array([b"One.", b"\xff\xfe", b"Three."], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": pa.array([b"Four.", b"\xff"], pa.binary())}), tmp_path / "b.parquet")
+    docs, rejects = read("tinystories", tmp_path)
+    assert [(doc.text, doc.id) for doc in docs] == [
+        ("One.", "a.parquet:1"),
+        ("Three.", "a.parquet:3"),
+        ("Four.", "b.parquet:1"),
+    ]
+    assert rejects.examples == {"invalid UTF-8": [f"{tmp_path / 'a.parquet'}:2", f"{tmp_path / 'b.parquet'}:2"]}
+
+
+def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(100).hex() for _ in range(900)]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=300, use_dictionary=False)
+    at = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[at : at + 5000] = b"\xff" * 5000
+    path.write_bytes(data)
+    docs, rejects = read("tinystories", path)
+    assert [doc.text for doc in docs] == texts[:300] + texts[600:]
+    assert rejects.by_reason == {"damaged parquet file": 300}
+
+
+def test_a_parquet_file_without_one_text_column_counts_its_rows(tmp_path: Path) -> None:
+    columns = [pa.array(["a", "b", "c"]), pa.array(["d", "e", "f"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "text"]), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"story": ["a", "b"]}), tmp_path / "b.parquet")
+    docs, rejects = read("tinystories", tmp_path)
+    assert docs == []
+    assert rejects.by_reason == {"several columns 'text'": 3, "no column 'text'": 2}
+
+
 def test_real_tinystories(shared: Callable[[str], Path]) -> None:
     docs, rejects = read("tinystories", shared("tinystories/stories.jsonl"))
     assert (len(docs), rejects.total) == (1060, 0)
@@ -257,6 +339,50 @@ def test_broken_boundaries_are_counted(tmp_path: Path) -> None:
     assert rejects.by_reason == {"boundaries outside the shard": 2, "broken boundaries": 1}
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(rows)[:-10])
     assert read("pretokenized", path)[1].by_reason["truncated file"] == 1
+
+
+@pytest.mark.parametrize(("declared", "true"), [("uint16", "uint32"), ("uint32", "uint16")])
+def test_a_declared_type_that_contradicts_the_boundaries_is_named(tmp_path: Path, declared: str, true: str) -> None:
+    path = write_shard(tmp_path, "x", [[1, 2, 3], [4, 5, 6]] * 10, true)
+    with pytest.raises(DataError, match=rf"x\.npy: .* x\.csv\.gz ends at 60; set 'dtype' of the source to '{true}'"):
+        read("pretokenized", path, dtype=declared)
+    assert len(read("pretokenized", path, dtype=true)[0]) == 20
+    if true == "uint32":
+        (tmp_path / "x.csv.gz").unlink()
+        with pytest.raises(DataError, match=r"x\.npy: every second id is 0; set 'dtype' of the source to 'uint32'"):
+            read("pretokenized", path, dtype=declared)
+
+
+def test_tokens_that_no_document_holds_are_told(tmp_path: Path) -> None:
+    path = write_shard(tmp_path, "x", [[1, 2], [3]], "uint16")
+    path.write_bytes(path.read_bytes() + b"\x04\x00\x05\x00")
+    docs, rejects = read("pretokenized", path)
+    assert [doc.input_ids for doc in docs] == [[1, 2], [3]]
+    assert rejects.by_reason == {"tokens after the last boundary": 1}
+
+
+def test_an_unreadable_shard_counts_its_documents(tmp_path: Path) -> None:
+    path = write_shard(tmp_path, "x", [[1], [2], [3]], "uint16")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read("pretokenized", path)[1].by_reason == {"not a raw array of uint16": 3}
+
+
+def test_padding_is_left_out_and_lengths_are_compared(tmp_path: Path) -> None:
+    records = [
+        {"input_ids": [0, 5, 6, 0], "attention_mask": [0, 1, 1, 0], "length": 4, "labels": [5]},
+        {"input_ids": [5, 6], "attention_mask": [1]},
+        {"input_ids": [5, 6], "attention_mask": [0, 0]},
+        {"input_ids": [5, 6], "length": 3},
+    ]
+    (tmp_path / "x.jsonl").write_bytes(jsonl(records))
+    docs, rejects = read("pretokenized", tmp_path / "x.jsonl")
+    assert [doc.input_ids for doc in docs] == [[5, 6]]
+    assert rejects.by_reason == {
+        "'attention_mask' has another length than 'input_ids'": 1,
+        "empty document": 1,
+        "'length' is not the number of 'input_ids'": 1,
+    }
+    assert rejects.ignored == {"labels": 1}
 
 
 def test_shards_without_boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,17 @@ def test_a_server_is_read_to_the_end_though_connections_break(
     assert capsys.readouterr().err.count("connection lost at byte") == 3
 
 
+def test_a_signed_address_is_read_by_the_name_before_its_query(tmp_path: Path, serve: Callable[..., str]) -> None:
+    url = serve()
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES))
+    assert [doc.text for doc in read("dolma", f"{url}/x.jsonl.gz?signature=1.txt")[0]] == TEXTS
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet")
+    assert [doc.text for doc in read("tinystories", f"{url}/x.parquet?download=true")[0]] == TEXTS
+    (tmp_path / "x.npy").write_bytes(np.array([1, 2, 3, 4], dtype=np.uint16).tobytes())
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"0,3,a,s,1\r\n3,4,b,s,2\r\n"))
+    assert [doc.input_ids for doc in read("pretokenized", f"{url}/x.npy?download=true")[0]] == [[1, 2, 3], [4]]
+
+
 def test_a_server_that_stays_broken_is_named_with_the_byte(
     tmp_path: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

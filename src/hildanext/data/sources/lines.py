@@ -8,31 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from hildanext.data.documents import Rejects, parse_json
-from hildanext.data.sources.opening import read_bytes
+from hildanext.data.sources.opening import file_name, read_bytes
 from hildanext.errors import DataError
 from hildanext.progress import say
 
 # Records are held in memory, so longer ones are rejected; a file with such a record usually has another format.
 MAX_RECORD_BYTES = 64 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# The largest window of zstd (--long=31). Files with a window above 128 MB are refused otherwise.
+MAX_WINDOW_BYTES = 1 << 31
+# A file of which no record can be read counts as one record for this many bytes.
+TYPICAL_RECORD_BYTES = 1000
 
 
 class DamagedError(DataError):
-    """A truncated or damaged compressed file. `offset` is the approximate position in the compressed file, in bytes."""
+    """A truncated or damaged compressed file. `offset`: bytes of the compressed file that were read, of `size`."""
 
-    def __init__(self, reason: str, offset: int) -> None:
+    def __init__(self, reason: str, offset: int, size: int) -> None:
         super().__init__(reason)
-        self.offset = offset
+        self.offset, self.size = offset, size
 
 
 def read_pieces(path: str | Path) -> Iterator[bytes]:
     """Yield the bytes of a file in pieces, decompressed for .gz and .zst. Raises DamagedError for a damaged file."""
-    pieces, name = read_bytes(path), str(path)
+    pieces, name = read_bytes(path), file_name(str(path))
     if name.endswith(".gz"):
         return _decompressed(pieces, lambda: zlib.decompressobj(wbits=31), zlib.error)
     if name.endswith(".zst"):
         import zstandard
 
-        return _decompressed(pieces, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
+        def make() -> Any:
+            return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+
+        return _decompressed(pieces, make, zstandard.ZstdError)
     return pieces
 
 
@@ -42,33 +50,40 @@ def _decompressed(pieces: Iterator[bytes], make: Callable[[], Any], failure: typ
     begun = False
     offset = 0
     for piece in pieces:
-        offset += len(piece)
-        while piece:
+        done: list[bytes] = []
+        # A failing call returns nothing, so that slices keep what comes before the damage.
+        length = max(256, len(piece) // 64)
+        for start in range(0, len(piece), length):
+            rest = piece[start : start + length]
             try:
-                data = stream.decompress(piece)
+                while rest:
+                    done.append(stream.decompress(rest))
+                    begun, rest = True, b""
+                    if stream.eof:
+                        rest = stream.unused_data.lstrip(b"\0")  # gzip allows zeros as padding
+                        stream, begun = make(), False
             except failure:
-                raise DamagedError("damaged compression", offset) from None
-            begun = True
-            if data:
-                yield data
-            piece = b""
-            if stream.eof:
-                piece = stream.unused_data.lstrip(b"\0")  # gzip allows zeros as padding
-                stream, begun = make(), False
-    if begun:
-        raise DamagedError("truncated file", offset)
+                yield b"".join(done)
+                size = offset + len(piece) - start + sum(map(len, pieces))
+                raise DamagedError("damaged compression", offset, size) from None
+            offset += len(piece[start : start + length])
+        yield b"".join(done)
+    if begun or not offset:  # even compressed nothing has some bytes
+        raise DamagedError("truncated file", offset, offset)
 
 
 def read_records(path: str | Path, separator: bytes, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, bytes) for each record between separators.
 
-    A truncated or damaged file yields its complete records; then the damage is reported and one reject is counted.
+    A truncated or damaged file yields its complete records; then the damage is reported and the lost records are
+    counted.
     """
     rest = b""
-    number = 0
+    number = total = 0
     skipping = False
     try:
         for piece in read_pieces(path):
+            total += len(piece)
             *records, rest = (rest + piece).split(separator)
             for record in records:
                 number += 1
@@ -81,16 +96,29 @@ def read_records(path: str | Path, separator: bytes, rejects: Rejects) -> Iterat
                 skipping = True
                 rest = rest[-len(separator) :]
     except DamagedError as error:
-        report_damage(path, error, number, rejects)
+        report_damage(path, error, number, total - len(rest), total, rejects)
         return
     if rest and not skipping:
         yield number + 1, rest
 
 
-def report_damage(path: str | Path, error: DamagedError, number: int, rejects: Rejects) -> None:
-    """Report that a file is damaged after `number` records, and count one reject."""
-    say(f"{path}: {error} near byte {error.offset}, after record {number}; the rest of this file is not read")
-    rejects.add(str(error), path, number + 1)
+def report_damage(path: str | Path, error: DamagedError, number: int, used: int, total: int, rejects: Rejects) -> None:
+    """Report that a file is damaged after `number` records, and count those behind them by an estimate.
+
+    `total`: bytes of text before the damage, of which the records took `used`. Damaged compression may give senseless
+    text for a while before it fails.
+    """
+    lost = lost_records(number, used, total * error.size / error.offset if error.offset else error.size)
+    say(
+        f"{path}: {error} near byte {error.offset}, after record {number}; the rest of this file is not read (about "
+        f"{lost} records)"
+    )
+    rejects.add(str(error), path, number + 1, lost)
+
+
+def lost_records(number: int, read: int, size: float) -> int:
+    """Estimate the records in the rest of a file, at least 1, when its first `read` of `size` bytes held `number`."""
+    return max(1, round(number * (size - read) / read if number and read else size / TYPICAL_RECORD_BYTES))
 
 
 def read_json_lines(path: str | Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -101,8 +129,7 @@ def read_json_lines(path: str | Path, rejects: Rejects) -> Iterator[tuple[int, d
     for number, line in read_records(path, b"\n", rejects):
         if number <= rejects.after:
             continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removeprefix(BYTE_ORDER_MARK)  # files that Windows saved, also when several were joined
         if not line or line.isspace():
             continue
         try:

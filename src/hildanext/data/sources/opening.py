@@ -75,9 +75,14 @@ def list_files(path: str, suffixes: tuple[str, ...], without: str | None = None)
 Listing = tuple[File | None, list[tuple[str, File]]]
 
 
+def _is_glob(path: str) -> bool:
+    """Whether a path or URL has wildcards. A '?' in a web address begins its query."""
+    return glob.has_magic(path.partition("?")[0] if path.startswith(("http://", "https://")) else path)
+
+
 def _fixed_folder(path: str) -> str:
     """The folder of a glob, up to its first wildcard."""
-    return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] if glob.has_magic(path) else path
+    return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] if _is_glob(path) else path
 
 
 def _at_path(path: str) -> Listing:
@@ -102,7 +107,7 @@ def _at_url(url: str) -> Listing:
     sys.audit("hildanext.url", url)
     try:
         system, root = filesystem(url)
-        if glob.has_magic(url):
+        if _is_glob(url):
             listed = system.glob(root, detail=True)
         else:
             info = system.info(root)

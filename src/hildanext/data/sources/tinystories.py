@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from hildanext.data.documents import Document, Rejects, check_text
-from hildanext.data.sources.lines import read_json_lines, read_records
+from hildanext.data.sources.lines import lost_records, read_json_lines, read_records
 from hildanext.data.sources.opening import File, file_name, list_files, network_errors, open_file, read_bytes, reason
 from hildanext.data.synthetic import synthetic_stories
 from hildanext.errors import DataError, UnreachableError
@@ -41,9 +41,10 @@ def read_synthetic(count: int, seed: int) -> Iterator[tuple[int, Document]]:
 
 def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
     """Yield (number, story) from one file. A story's id is the file name and its line (parquet: its row)."""
-    if path.endswith(".txt"):
+    name = file_name(path)
+    if name.endswith(".txt"):
         stories = _from_text(path, rejects)
-    elif path.endswith(".parquet"):
+    elif name.endswith(".parquet"):
         stories = _from_parquet(path, rejects)
     else:
         stories = ((number, record.get("text")) for number, record in read_json_lines(path, rejects))
@@ -55,7 +56,7 @@ def read(path: str, rejects: Rejects) -> Iterator[tuple[int, Document]]:
             rejects.add(str(error), path, number)
             continue
         last = max(last + 1, number)  # numbers increase even if stories share a line
-        yield last, Document(id=f"{file_name(path)}:{number}", source="tinystories", text=text)
+        yield last, Document(id=f"{name}:{number}", source="tinystories", text=text)
 
 
 def _from_text(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
@@ -102,20 +103,41 @@ def _between_blank_lines(path: str, rejects: Rejects) -> Iterator[tuple[int, byt
 
 
 def _from_parquet(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
+    """Yield (row, value of 'text') from a parquet file. A damaged row group costs its rows, a bad value its own row."""
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
-    try:
-        with open_file(path) as opened, parquet.ParquetFile(opened) as file:
-            if "text" not in file.schema_arrow.names:
-                rejects.add("no column 'text'", path, 1)
-                return
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                for story in batch.column("text").to_pylist():
-                    number += 1
-                    yield number, story
-    except pyarrow.ArrowException:
-        rejects.add("damaged parquet file", path, number + 1)
-    except UnicodeDecodeError:
-        rejects.add("invalid UTF-8", path, number + 1)
+    with open_file(path) as opened:
+        try:
+            file = parquet.ParquetFile(opened)
+        except (pyarrow.ArrowException, OSError) as error:
+            _check_is_damage(error)
+            rejects.add("damaged parquet file", path, 1, lost_records(0, 0, opened.seek(0, 2)))
+            return
+        columns = file.schema_arrow.names.count("text")
+        if columns != 1:
+            reason = "several columns 'text'" if columns else "no column 'text'"
+            rejects.add(reason, path, 1, max(1, file.metadata.num_rows))
+            return
+        number = end = 0
+        for group in range(file.num_row_groups):
+            end += file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=["text"]):
+                    for value in batch.column("text"):
+                        number += 1
+                        try:
+                            story = value.as_py()
+                            yield number, story.decode() if isinstance(story, bytes) else story
+                        except UnicodeDecodeError:
+                            rejects.add("invalid UTF-8", path, number)
+            except (pyarrow.ArrowException, OSError) as error:
+                _check_is_damage(error)
+                rejects.add("damaged parquet file", path, number + 1, max(1, end - number))
+            number = end
+
+
+def _check_is_damage(error: Exception) -> None:
+    """Raise `error` again if it comes from the system. Arrow raises OSError for damaged files too, without a number."""
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        raise error

@@ -9,12 +9,13 @@ import torch
 from transformers import DynamicCache
 
 from hildanext.config import Config, ModelConfig
+from hildanext.data.tokenizer import token_ids
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.settings import Settings, check_request, resolve
 from hildanext.errors import NonFiniteLogitsError, UsageError
-from hildanext.model.backbone import max_positions
+from hildanext.model.backbone import max_positions, n_embeddings
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import base_of, load_causal_lm, locate, read_record
 from hildanext.model.prompts import encode_prompt, end_ids
@@ -45,6 +46,7 @@ class ArEngine:
         policy = choose_policy(base.device, base.dtype)
         self.model, self.tokenizer = load_causal_lm(base, policy, policy.compute)
         self.eos_token_ids = end_ids(self.tokenizer, self.model.generation_config.eos_token_id)
+        self.n_ids = token_ids(self.tokenizer)[-1] + 1
         self.model.eval()
         self.context = max_positions(self.model)
         self.device: str | None = str(self.model.device)
@@ -80,7 +82,7 @@ class ArEngine:
         hidden = self.model.base_model(
             input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True
         ).last_hidden_state
-        scores = self.model.get_output_embeddings()(hidden[0, -1]).float()[: len(self.tokenizer)]
+        scores = self.model.get_output_embeddings()(hidden[0, -1]).float()[: self.n_ids]
         confidence, token = scores.softmax(-1).max(-1)
         if confidence.isnan():
             raise NonFiniteLogitsError(f"AR base '{self.base}'")
@@ -93,6 +95,10 @@ class ArEngine:
         """
         settings, prompt_ids = request.settings, request.prompt_ids
         check_request(prompt_ids, settings, self.context)
+        if max(prompt_ids) >= n_embeddings(self.model):
+            raise UsageError(
+                f"'{self.base}' has no embedding for the token id {max(prompt_ids)} of the prompt; remove it"
+            )
         began = time.perf_counter()
         cache = DynamicCache(config=self.model.config)
         text = TextStream(self.decode_tokens, settings.stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from transformers import PreTrainedModel
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.drafter import GroupDrafter
@@ -16,12 +17,13 @@ from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
 from hildanext.decoding.settings import Kind, Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
-from hildanext.model.backbone import max_positions
+from hildanext.model.backbone import length_limit, max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import locate, read_record
 from hildanext.model.prompts import encode_prompt, end_ids
+from hildanext.progress import say
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
 MOST_ROWS = 256  # of a pass that verifies drafts: the bound of decode.rows
@@ -29,15 +31,33 @@ MOST_ROWS = 256  # of a pass that verifies drafts: the bound of decode.rows
 FRESH = [0.6, 0.5, 0.4] + [0.35] * 13
 
 
+def choose_context(asked: int | None, model: PreTrainedModel) -> int:
+    """Tokens of a slot: `engine.context`, by default as many as the model runs exactly, but no more than MOST_CONTEXT.
+
+    Raises UsageError when more tokens are asked for than the model runs exactly.
+    """
+    limit = length_limit(model)
+    if limit is None:
+        return asked or MOST_CONTEXT
+    name = model.config.model_type
+    if asked is not None and asked > limit.length:
+        raise UsageError(f"'engine.context': {asked} tokens, but {name} {limit.reason}; set at most {limit.length}")
+    usual = min(max_positions(model) or MOST_CONTEXT, MOST_CONTEXT)
+    if asked is None and limit.length < usual:
+        say(f"context: {limit.length} tokens instead of {usual}: {name} {limit.reason}")
+    return asked or min(limit.length, MOST_CONTEXT)
+
+
 class TransformersEngine:
     """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests.
 
-    Of the loaded model it keeps the tokenizer only, so that a runtime with weights of its own frees the model's.
+    It keeps a given model in `lm`, but not one that it loads itself: a runtime with weights of its own frees that.
     """
 
     name: EngineName = "transformers"
 
     def __init__(self, config: Config, reasons: dict[str, str], lm: DiffusionLM | None = None) -> None:
+        self.lm = lm
         if lm is None:
             lm = load_diffusion_lm(config.model)[0]
         self.reasons, self.tokenizer, self.trained_block = reasons, lm.tokenizer, lm.block_size
@@ -49,6 +69,7 @@ class TransformersEngine:
             lm.mask_token_id,
             end_ids(lm.tokenizer, lm.model.generation_config.eos_token_id),
             lm.convention == "shifted",
+            tuple(lm.holes),
             gated=lm.gated,
         )
         self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
@@ -56,14 +77,11 @@ class TransformersEngine:
         fresh = gate.get("fresh") or FRESH[: lm.block_size] if gate else []
         self.drafter = GroupDrafter(lm, fresh) if gate else None
         self.presets = read_presets(lm.modes)
-        limit = max_positions(lm.model)
-        context = config.engine.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
-        if limit is not None and context > limit:
-            raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
+        context = choose_context(config.engine.context, lm.model)
         settings = self.settings(config)
         widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
         self.runtime = open_runtime(config.engine, lm, widths)
-        del lm  # a runtime with weights of its own has no use for the model's
+        del lm
         return_freed_memory()
         scratch = 0 if self.kind == "blocks" else MOST_ROWS
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk, scratch)

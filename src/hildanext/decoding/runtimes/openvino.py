@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
+from hildanext.model.backbone import n_embeddings
 from hildanext.model.decoding_attention import EXTRAS
 from hildanext.model.gated_linear import find_gate
 
@@ -228,7 +229,7 @@ class OpenVinoRuntime:
         self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
         expected = self._expected_states(model)
         cast(Any, model).to(before)
-        table = model.get_input_embeddings().weight.detach()
+        table = cast(Tensor, model.get_input_embeddings().weight).detach()
         self.table = table.half() if weights == "int8" else table  # embeddings [V, H]; int8 is far coarser than fp16
         self.slots, self.room = 0, 0  # slots, and the tokens that each has memory for
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
@@ -293,7 +294,7 @@ class OpenVinoRuntime:
         """The model's own hidden states [12, H] of the probe tokens, in blocks of four, a gate open for the last one."""
         positions = torch.arange(12)[None]
         mask = additive(block_causal_mask(torch.zeros_like(positions), positions // 4), torch.float32)
-        ids = torch.tensor([_probe_ids(len(model.get_input_embeddings().weight))])
+        ids = torch.tensor([_probe_ids(n_embeddings(model))])
         gate = find_gate(model)
         if gate is not None:
             gate.rows = (positions >= 8)[..., None].float()
@@ -330,9 +331,9 @@ class OpenVinoRuntime:
             self._move(-(-needed // GROW) * GROW)
 
     def _move(self, room: int) -> None:
-        """Move the used part of every slot into new memory for `room` tokens. What is not used takes no real memory."""
+        """Move the used part of every slot into new memory for `room` tokens."""
         size = self.n_states * self.slots * self.n_kv * room * self.dim
-        # numpy's zeros, unlike torch's, are not written until they are used.
+        # numpy's zeros, unlike torch's, take no memory until they are used; with huge pages their neighbours do, too.
         zeros = torch.from_numpy(np.zeros(size, dtype=np.int16 if self.kind == torch.bfloat16 else np.float32))
         memory = zeros.view(self.kind).view(self.n_states, self.slots, self.n_kv, room, self.dim)
         for slot, used in enumerate(self.used):
