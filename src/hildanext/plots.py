@@ -72,6 +72,13 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         figure.suptitle(title)
 
 
+def calibration_label(preset: Any) -> str:
+    """The group of a measured setting in the plot of a calibration."""
+    if preset.tau_accept is not None:
+        return "drafts verified"
+    return "editing off" if preset.tau_edit is None else f"tau_edit {preset.tau_edit:g}"
+
+
 def draw_calibration(points: list[dict[str, Any]], chosen: dict[Any, dict[str, Any]], path: Path) -> None:
     """Plot quality against tokens per forward and tokens per second.
 
@@ -79,11 +86,10 @@ def draw_calibration(points: list[dict[str, Any]], chosen: dict[Any, dict[str, A
     """
     with _figure(path, (11, 5)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
-        edits = sorted({point["preset"].tau_edit for point in points}, key=lambda value: (value is not None, value))
+        labels = [calibration_label(point["preset"]) for point in points]
         for axis, speed in zip(panels, ("tokens_per_forward", "tokens_per_second"), strict=True):
-            for edit in edits:
-                matching = [point for point in points if point["preset"].tau_edit == edit]
-                label = "editing off" if edit is None else f"tau_edit {edit:g}"
+            for label in sorted(set(labels)):
+                matching = [point for point, own in zip(points, labels, strict=True) if own == label]
                 axis.plot(
                     [p[speed] for p in matching],
                     [p["quality"] for p in matching],

@@ -194,6 +194,16 @@ class CalibrateConfig(Section):
     edit_blocks: list[EditBlocks] = Field(
         default_factory=lambda: [0, 1, 2], min_length=1, description="Values of edit_blocks to try."
     )
+    tau_accept: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(
+        default_factory=lambda: [0.7, 0.5, 0.3, 0.2, 0.1],
+        min_length=1,
+        description="Values of tau_accept to try for Q_MODE and S_MODE of gated adapters.",
+    )
+    rows: list[Annotated[int, Field(ge=1, le=256)]] = Field(
+        default_factory=lambda: [6, 8, 12, 16],
+        min_length=1,
+        description="Values of decode.rows to try for gated adapters. The one with the most tokens per second is chosen.",
+    )
     q_loss: float = Field(
         0.05,
         ge=0.0,

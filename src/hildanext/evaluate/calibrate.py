@@ -1,8 +1,11 @@
-"""`calibrate`: choose the settings of S_MODE and Q_MODE on the user's prompts and write them into the checkpoint.
+"""`calibrate`: choose the settings of each mode on the user's prompts and write them into the checkpoint.
 
 Quality is the text's mean log-likelihood under the AR base, speed is tokens per forward. Unlike seconds, both are
 reproducible. The two thresholds are swept on a grid. Then, for each mode's best setting so far, the sweep varies
 correction passes, block size and the number of finished blocks that stay editable, one after the other.
+
+A gated adapter verifies its drafts: the number of rows in a pass is chosen by tokens per second, since its cost depends
+on the machine, then `tau_accept` is swept. If the adapter learned to edit, blocks by thresholds are tried as well.
 """
 
 from __future__ import annotations
@@ -121,6 +124,43 @@ def sweep(
     return measured, {mode: choose(measured, loss[mode], options.least_variety) for mode in loss}
 
 
+def sweep_gated(
+    engine: TransformersEngine,
+    base: PreTrainedModel,
+    prompts: list[list[int]],
+    start: Settings,
+    options: CalibrateConfig,
+    edits: bool,
+) -> tuple[list[FrontierPoint], dict[Mode, FrontierPoint]]:
+    """All measured points of a gated adapter, and the point chosen for each mode. edits: it learned to edit blocks."""
+    points: list[FrontierPoint] = []
+    blocks = [(mask, edit) for mask in options.tau_mask for edit in options.tau_edit] if edits else []
+    total = len(options.rows) + len(options.tau_accept) + len(blocks)
+    with progress("calibrate", total, "settings") as advance:
+
+        def point(**changes: Any) -> FrontierPoint:
+            points.append(measure(engine, base, prompts, start._replace(**changes)))
+            advance(len(points), f"{points[-1].tokens_per_second:.0f} tokens/s")
+            return points[-1]
+
+        exact = max((point(rows=rows, tau_accept=1.0) for rows in options.rows), key=lambda p: p.tokens_per_second)
+        for tau_accept in options.tau_accept:
+            point(rows=exact.preset.rows, tau_accept=tau_accept)
+        for mask, edit in blocks:
+            point(tau_accept=None, tau_mask=mask, tau_edit=edit, block_size=engine.trained_block)
+    chosen: dict[Mode, FrontierPoint] = {"EXACT": exact}
+    losses: dict[Mode, float] = {"Q_MODE": options.q_loss, "S_MODE": options.s_loss}
+    for mode, loss in losses.items():
+        # The base's own text is the measure of quality and of variety.
+        good = [
+            p
+            for p in points
+            if p.quality >= exact.quality - loss and p.distinct_2 >= options.least_variety * exact.distinct_2
+        ]
+        chosen[mode] = max(good, key=lambda p: (p.tokens_per_second, p.quality))
+    return points, chosen
+
+
 def calibrate(config: Config, prompts_file: str | None, base_name: str | None, out: Path) -> dict[str, Any]:
     """Sweep the settings, plot them, write both modes into the checkpoint's generation_config.json; return the report.
 
@@ -138,8 +178,12 @@ def calibrate(config: Config, prompts_file: str | None, base_name: str | None, o
         tokenizer = loaded.lm.tokenizer
         prompts = read_prompts(Path(prompts_file), tokenizer) if prompts_file else held_out_prompts(config, tokenizer)
         prompts = prompts[: config.calibrate.prompts]
-        start = resolve(seeded(config), loaded.block_size)
-        points, chosen = sweep(engine, loaded.base, prompts, start, config.calibrate)
+        start = resolve(seeded(config), loaded.block_size, kind=engine.kind)
+        if loaded.lm.gated:
+            edits = loaded.lm.record["gate"].get("edits", False)
+            points, chosen = sweep_gated(engine, loaded.base, prompts, start, config.calibrate, edits)
+        else:
+            points, chosen = sweep(engine, loaded.base, prompts, start, config.calibrate)
     finally:
         engine.close()
     path = folder / "generation_config.json"
@@ -171,14 +215,15 @@ def _flat(point: FrontierPoint) -> dict[str, Any]:
 def summary(chosen: dict[Mode, FrontierPoint], files: dict[str, str]) -> str:
     """A table of the two modes and the paths of the files written."""
     lines = [
-        f"{'':8}{'tau_mask':>10}{'tau_edit':>10}{'post':>6}{'block':>7}{'editable':>10}"
+        f"{'':8}{'tau_accept':>12}{'rows':>6}{'tau_mask':>10}{'tau_edit':>10}{'post':>6}{'block':>7}{'editable':>10}"
         f"{'nats/token':>12}{'TPF':>7}{'tokens/s':>10}"
     ]
     for mode, point in chosen.items():
         preset = point.preset
         edit = "off" if preset.tau_edit is None else f"{preset.tau_edit:g}"
+        accept = ("-", "-") if preset.tau_accept is None else (f"{preset.tau_accept:g}", f"{preset.rows}")
         lines.append(
-            f"{mode:8}{preset.tau_mask:10g}{edit:>10}{preset.max_post_steps:6d}{preset.block_size or 0:7d}"
+            f"{mode:8}{accept[0]:>12}{accept[1]:>6}{preset.tau_mask:10g}{edit:>10}{preset.max_post_steps:6d}{preset.block_size or 0:7d}"
             f"{preset.edit_blocks:10d}"
             f"{point.quality:12.3f}{point.tokens_per_forward:7.2f}{point.tokens_per_second:10.1f}"
         )

@@ -82,6 +82,10 @@ def runs(config: Config, models: Models, name: str, data: Any) -> dict[str, dict
         prompts = [ids[:-1] for ids in token_pieces(data, tokenizer, options.prompt_tokens + 1, options.limit)]
         return {name: {way.name: partial(stories.evaluate, config, models, prompts, way) for way in all_ways}}
     if name == infilling.NAME:
+        if models.lm.gated:
+            raise UsageError(
+                "the task 'infilling': a gated model writes from left to right and fills no gaps; leave it out"
+            )
         texts = token_pieces(data, tokenizer, options.infill_tokens, options.limit)
         # Infilling does not use the decode block size, so each mode runs once, under its name without "/SIZE".
         by_mode = {way.name.partition("/")[0]: way for way in reversed(all_ways)}
@@ -94,7 +98,7 @@ def runs(config: Config, models: Models, name: str, data: Any) -> dict[str, dict
     return {
         task.task_name: {
             way.name: partial(harness.evaluate, config, models, task, way, block)
-            for way, block in harness.ways_of(task, all_ways, bounds)
+            for way, block in harness.ways_of(task, all_ways, bounds, models.lm.gated)
         }
         for task in data
     }

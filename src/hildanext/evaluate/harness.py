@@ -272,14 +272,16 @@ def _load(manager: TaskManager, name: str, known: str, data: str | None) -> list
     return tasks
 
 
-def ways_of(task: Task, ways: list[Way], sizes: list[int]) -> list[tuple[Way, int | None]]:
+def ways_of(task: Task, ways: list[Way], sizes: list[int], gated: bool = False) -> list[tuple[Way, int | None]]:
     """The ways to run a task, each with the block size of its likelihood bound (None: no bound).
 
     Generation tasks run in every way. Likelihood tasks run on the AR base, exactly at block size 1, and with the bound
-    at each of `sizes`.
+    at each of `sizes`. A gated model has its base's likelihood, exactly: they run on the AR base and EXACT.
     """
     if task.OUTPUT_TYPE == "generate_until":
         return [(way, None) for way in ways]
+    if gated:
+        return [(way, None) for way in ways if way.name in ("ar", "exact")]
     careful = next(way.settings for way in ways if way.settings is not None)
     bounds = [(Way(f"bound, block {size}", careful._replace(block_size=size)), size) for size in sizes]
     return [(ways[0], None), (Way("exact, block 1", careful), None), *bounds]
@@ -296,7 +298,7 @@ def evaluate(config: Config, models: Models, task: Task, way: Way, block_size: i
         # Replaces the harness's own default budget.
         task.set_config(key="generation_kwargs", value={"max_gen_toks": options.answer_tokens}, update=True)
     lm: Any
-    if way.settings is None and task.OUTPUT_TYPE != "generate_until":
+    if (way.settings is None or models.lm.gated) and task.OUTPUT_TYPE != "generate_until":
         lm = HFLM(
             pretrained=models.base,
             tokenizer=models.lm.tokenizer,

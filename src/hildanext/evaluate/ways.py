@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.config import Config, DecodeConfig, Mode
+from hildanext.config.decoding import MODES
 from hildanext.decoding.engines.protocol import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.settings import Settings, resolve
@@ -72,8 +73,16 @@ def seeded(config: Config) -> DecodeConfig:
 
 
 def ways(config: Config, models: Models) -> list[Way]:
-    """The AR base, then Q_MODE and S_MODE with editing on and off, at each of `evaluate.block_sizes`."""
+    """The AR base, then Q_MODE and S_MODE with editing on and off, at each of `evaluate.block_sizes`.
+
+    A gated model: the AR base, EXACT, Q_MODE and S_MODE.
+    """
     found = [Way("ar", None)]
+    if models.lm.gated:
+        for mode in MODES:
+            decode = seeded(config).model_copy(update={"mode": mode})
+            found.append(Way(mode.lower(), resolve(decode, models.lm.block_size or 1, models.engine.presets, "gated")))
+        return found
     trained = models.lm.block_size
     assert trained is not None
     sizes: list[int | None] = [*config.evaluate.block_sizes] if config.evaluate.block_sizes else [None]

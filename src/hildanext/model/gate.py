@@ -85,6 +85,18 @@ def as_base(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def gate_open(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the gate is open for every row, as in training: `group_forward` needs it."""
+    gate = find_gate(model)
+    assert gate is not None
+    before, gate.rows = gate.rows, "all"
+    try:
+        yield
+    finally:
+        gate.rows = before
+
+
 @torch.no_grad()
 def clean_forward(model: PreTrainedModel, batch: Batch) -> Clean:
     """x_0 once through the base, causal within each document."""

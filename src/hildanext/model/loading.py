@@ -201,7 +201,7 @@ def _adapt(
         set_adapter(lm, values_of(lm.model, loaded, config.base))
     else:
         if lora.gate:
-            lm.record["gate"] = {"causal": lora.causal_groups, "draft_head": lora.draft_head}
+            lm.record["gate"] = {"causal": lora.causal_groups, "draft_head": lora.draft_head, "edits": False}
         base = str(Path(config.base).resolve()) if Path(config.base).exists() else config.base
         part = {"base": base, "revision": config.revision, "fingerprint": fingerprint_weights(config), "seed": seed}
         lm.record["adapter"] = part

@@ -47,7 +47,7 @@ def make_app(
     """
     meters = Meters()
     worker = Worker(config, open_engine, meters)
-    base = BaseWorker(config, partial(open_base, threads=engines.n_threads()))
+    base = BaseWorker(config, partial(open_base, threads=engines.n_threads()), worker)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -20,17 +20,31 @@ from hildanext.server.native import facts, submit
 from hildanext.server.worker import DeadlineError, NoBase, Ticket, Worker
 
 
-class BaseWorker:
-    """The worker of the AR base. The first request creates it; after a failure the next request tries again."""
+# Settings of a gated checkpoint that give its base's own text, one token a pass.
+TOKEN_BY_TOKEN = {"mode": "EXACT", "tau_accept": 1.0, "rows": 1, "lookup": None, "temperature": 0.0}
 
-    def __init__(self, config: Config, open_base: Callable[[Config], Engine]) -> None:
-        self.config, self.open_base = config, open_base
+
+class BaseWorker:
+    """The worker of the AR base. The first request creates it; after a failure the next request tries again.
+
+    A gated checkpoint contains its base: its own worker, `served`, answers.
+    """
+
+    def __init__(self, config: Config, open_base: Callable[[Config], Engine], served: Worker) -> None:
+        self.config, self.open_base, self.served = config, open_base, served
         self.worker: Worker | None = None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the served model contains its base."""
+        return self.served.engine is not None and self.served.engine.has_base
 
     @property
     def state(self) -> str:
         if not self.config.server.base:
             return "off"
+        if self.is_served:
+            return self.served.state
         if self.worker is None:
             return "not loaded"
         return "failed" if self.worker.failure is not None else self.worker.state
@@ -42,6 +56,8 @@ class BaseWorker:
         """
         if not self.config.server.base:
             raise NoBase("server.base is false; set it to true and restart the server")
+        if self.is_served:
+            return self.served
         if self.worker is None or self.worker.failure is not None:
             # Separate meters: /metrics describes the served model only.
             self.worker = Worker(self.config, self.open_base, Meters())
@@ -68,6 +84,8 @@ def base_routes(config: Config, base: BaseWorker) -> APIRouter:
         worker = await base.opened(body.deadline_s)
         left = min(body.deadline_s or most, most) - (time.monotonic() - began)
         decode = body.decode_config(config.decode)
+        if worker is base.served:
+            decode = decode.model_copy(update=TOKEN_BY_TOKEN)
         return worker, await submit(worker, config, body.text, decode, left, wants_steps=body.stream)
 
     @router.post(

@@ -8,14 +8,17 @@ from typing import Any
 
 from hildanext.config import Config
 from hildanext.data.corpus import PARTS, Use
-from hildanext.data.rows import open_rows
+from hildanext.data.rows import Rows, open_rows
+from hildanext.diffusion.objective import Weights
 from hildanext.diffusion.schedule import sft_point, total_steps, wsd_point
 from hildanext.errors import UsageError
 from hildanext.model.backbone import check_length
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.gate import gate_open
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.progress import say
 from hildanext.training.denoising import DenoisingTask, Recipe
-from hildanext.training.gated import GatedTask, GroupRecipe
+from hildanext.training.gated import GatedModule, GatedTask, GroupRecipe, evaluate_drafts
 from hildanext.training.held_out import evaluate_denoising
 from hildanext.training.run import Opened, open_row_source, open_run, run_job
 from hildanext.training.teacher import Teacher
@@ -35,6 +38,7 @@ def _train(
                 f"no held-out rows in '{held_out}': no evaluation, and no best checkpoints are kept (raise data.eval_share)"
             )
         if config.lora.gate:
+            lm.record["gate"]["edits"] = lm.record["gate"]["edits"] or config.noise.edit_share > 0
             groups = GroupRecipe(config.noise, recipe.t_min, recipe.t_max, config.lora.causal_groups)
             gated = GatedTask(config, lm, opened.accelerator, groups, rows, eval_rows, job.eval_block)
             return run_job(config, opened, job, gated)
@@ -51,8 +55,22 @@ def evaluate_checkpoint(config: Config, folder: Path, split: str) -> dict[str, A
     rows = open_rows(config, split, lm.tokenizer)
     if rows is None or lm.block_size is None:
         return {"eval": f"the split '{split}' has no rows; not evaluated"}
+    if lm.gated:
+        return _evaluate_gated(config, lm, rows)
     result = evaluate_denoising(lm, rows, lm.block_size, config.train.eval_rows, config.train.micro_batch)
     return {"eval_loss": result.loss, "eval_accuracy": result.accuracy}
+
+
+def _evaluate_gated(config: Config, lm: DiffusionLM, rows: Rows) -> dict[str, Any]:
+    """Held-out loss, accuracy and accepted run of a gated checkpoint."""
+    assert lm.block_size is not None
+    causal = lm.record["gate"]["causal"]
+    recipe = GroupRecipe(config.noise, config.noise.t_min, config.noise.t_max, causal)
+    module = GatedModule(lm, Weights(), 0.0, causal)
+    train = config.train
+    with gate_open(lm.model):
+        found = evaluate_drafts(lm, module, rows, lm.block_size, train.eval_rows, train.micro_batch, recipe)
+    return {"eval_loss": found.loss, "eval_accuracy": found.accuracy, "eval_run": found.run}
 
 
 def convert_wsd(config: Config, name: str = "convert", resume: bool = False) -> dict[str, Any]:

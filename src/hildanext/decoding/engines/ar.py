@@ -34,6 +34,7 @@ class ArEngine:
     """Greedy decoding of one request at a time with transformers' own cache. A block is one token."""
 
     name = "ar"
+    has_base = False
     trained_block: int | None = 1
     slots = 1
     mask_token_id: int | None = None

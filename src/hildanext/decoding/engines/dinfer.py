@@ -61,6 +61,7 @@ class DInferEngine:
     """One dInfer server group per process. Its workers keep the sampling parameters that they were started with."""
 
     name: EngineName = "dinfer"
+    has_base = False
     trained_block: int | None = DEFAULT_BLOCK
     device: str | None = "cuda"
     dtype: str | None = None  # chosen by dInfer

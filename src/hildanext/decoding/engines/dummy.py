@@ -16,6 +16,7 @@ class DummyEngine:
     """Its tokens are bytes."""
 
     name: EngineName = "dummy"
+    has_base = False
     trained_block: int | None = None
     device: str | None = None
     dtype: str | None = None

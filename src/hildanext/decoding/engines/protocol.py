@@ -61,6 +61,7 @@ class Engine(Protocol):
     policy: dict[str, object] | None  # `Policy.as_dict`; None: the engine decides by itself
     mask_token_id: int | None  # the mask token in the tokens of a Step
     eos_token_ids: tuple[int, ...]  # any of them ends a completion
+    has_base: bool  # it also gives its base's own text token by token: EXACT with one row
     context: int | None  # most tokens of prompt and completion together; None: no limit
 
     @staticmethod

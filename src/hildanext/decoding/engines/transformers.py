@@ -73,6 +73,7 @@ class TransformersEngine:
             gated=lm.gated,
         )
         self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
+        self.has_base = self.kind == "gated"
         gate = lm.record.get("gate")
         fresh = gate.get("fresh") or FRESH[: lm.block_size] if gate else []
         self.drafter = GroupDrafter(lm, fresh) if gate else None
@@ -223,7 +224,7 @@ class TransformersEngine:
             finish_reason=sequence.finish_reason,
             engine=self.name,
             engine_reasons=self.reasons,
-            mode=settings.mode,
+            mode="AR" if settings.tau_accept is not None and settings.rows == 1 else settings.mode,
             tau_mask=settings.tau_mask,
             tau_edit=settings.tau_edit,
             stats=sequence.stats(),
