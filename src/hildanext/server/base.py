@@ -19,7 +19,6 @@ from hildanext.server.meters import Meters
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import DeadlineError, NoBase, Ticket, Worker
 
-
 # Settings of a gated checkpoint that give its base's own text, one token a pass.
 TOKEN_BY_TOKEN = {"mode": "EXACT", "tau_accept": 1.0, "rows": 1, "lookup": None, "temperature": 0.0}
 
