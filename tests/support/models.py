@@ -13,9 +13,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hildanext.config import Config, Convention, parse_config
+from hildanext.config import Config, Convention, LoraConfig, parse_config
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
+from hildanext.model.lora import trained_parameters
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 
 CHATML = (
@@ -113,5 +114,22 @@ def write_converted(folder: Path, context: int, **sections: Any) -> Config:
     model = {"base": str(folder / "base"), "device": "cpu", "dtype": "float32"}
     lm, _ = load_diffusion_lm(parse_config({"model": model}).model)
     lm.block_size = 4
+    save_diffusion_lm(lm, folder / "model")
+    return parse_config({"model": model | {"base": str(folder / "model")}} | sections)
+
+
+def write_gated(folder: Path, context: int = 64, **sections: Any) -> Config:
+    """A configuration whose model is a tiny gated checkpoint in `folder`: random weights and factors, groups of 3."""
+    tokenizer = story_tokenizer(400)
+    tiny_llama(tokenizer, hidden=32, layers=2, context=context, seed=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = {"base": str(folder / "base"), "device": "cpu", "dtype": "float32"}
+    lora = LoraConfig(rank=2, gate=True, draft_head=8)
+    lm, _ = load_diffusion_lm(parse_config({"model": model}).model, training=True, lora=lora)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained_parameters(lm.model).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    lm.block_size = 3
     save_diffusion_lm(lm, folder / "model")
     return parse_config({"model": model | {"base": str(folder / "model")}} | sections)

@@ -25,7 +25,7 @@ from hildanext.model.adapter_file import Adapter
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import Batch
 from hildanext.model.draft_head import DraftHead, find_draft_head
-from hildanext.model.gated_linear import Gate, GatedLinear, find_gate
+from hildanext.model.gated_linear import BaseHead, Gate, GatedLinear, find_gate
 from hildanext.model.lora import AdaptedEmbedding, find_targets, linear_layers
 from hildanext.model.low_rank import LowRank
 from hildanext.model.policy import compute_dtype
@@ -195,6 +195,7 @@ def open_gate(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> No
     weight = weight_matrix(model.get_input_embeddings())
     row = weight[adapter.mask_token_id]
     weight[adapter.mask_token_id] = (row.float() + adapter.row.to(row.device)).to(row.dtype)
+    model.set_output_embeddings(BaseHead(model.get_output_embeddings(), adapter.mask_token_id))
     if adapter.draft_head:
         width, hidden = adapter.draft_head["down.weight"].shape[0], weight.shape[1]
         head = DraftHead(hidden, width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +47,27 @@ class GatedLinear(nn.Module):
         if low_rank.scaling != 1.0:  # decoding has it in B already
             change = low_rank.scaling * change
         return result + change.to(result.dtype)
+
+
+class BaseHead(nn.Module):
+    """The output head of a gated model. It never predicts the mask token, which the base's vocabulary does not have."""
+
+    def __init__(self, base: nn.Module, mask_token_id: int) -> None:
+        super().__init__()
+        self.base, self.mask_token_id = base, mask_token_id
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [V, H]."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V], -inf at the mask token."""
+        logits: Tensor = self.base(hidden)
+        logits[..., self.mask_token_id] = -torch.inf
+        return logits
 
 
 def find_gate(model: nn.Module) -> Gate | None:

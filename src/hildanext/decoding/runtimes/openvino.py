@@ -24,7 +24,7 @@ from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
 from hildanext.model.backbone import n_embeddings
 from hildanext.model.decoding_attention import EXTRAS
-from hildanext.model.gated_linear import find_gate
+from hildanext.model.gated_linear import BaseHead, find_gate
 
 GROW = 128  # a slot's memory grows in steps of this many tokens
 GROUP = 128  # with int8 weights, this many activations share an int8 scale
@@ -217,7 +217,12 @@ class OpenVinoRuntime:
         before = model.dtype
         model.float()  # the exporter needs a single dtype; bf16 to fp32 and back is exact
         body = self._export(model)
-        head = self._convert(model.get_output_embeddings(), (torch.zeros(1, self.hidden),))
+        projection = model.get_output_embeddings()
+        if isinstance(
+            projection, BaseHead
+        ):  # the rule leaves the mask token out as well, without an operation in the graph
+            projection = projection.base
+        head = self._convert(projection, (torch.zeros(1, self.hidden),))
         head.reshape([-1, self.hidden])
         for graph in (body, head):
             simplify(graph, weights)
