@@ -5,6 +5,7 @@ The default address is loopback. Any other address requires API keys, which are 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import socket
@@ -51,6 +52,8 @@ def open_engine(config: Config) -> engines.Engine:
     engine = engines.open_engine(config)
     engines.say_passed_over(engine)
     say(f"{engine.name} engine ready, {config.model.base}")
+    # Collecting the objects of all libraries takes half a second, in which no request is answered, and finds nothing.
+    gc.freeze()
     return engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -53,6 +54,7 @@ class TransformersEngine:
             raise UsageError(f"'engine.context': {context} tokens, but the model has positions for {limit}")
         self.runtime = open_runtime(config.engine, lm, self.settings(config).block_size)
         del lm
+        gc.collect()
         return_freed_memory()
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
         self.context: int | None = context
