@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -70,6 +71,7 @@ class TransformersEngine:
         context = choose_context(config.engine.context, lm.model)
         self.runtime = open_runtime(config.engine, lm, self.settings(config).block_size)
         del lm
+        gc.collect()
         return_freed_memory()
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk)
         self.context: int | None = context
