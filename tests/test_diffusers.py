@@ -112,7 +112,7 @@ def theirs(lm, prompt, new, tau_mask, tau_edit, post):
 def test_the_same_tokens_as_diffusers(lm, tau_mask, tau_edit, post):
     generator = torch.Generator().manual_seed(1)
     edits_matter = 0
-    for length in range(1, 51):  # on and off block borders
+    for length in (*range(1, 18), *range(18, 51, 5)):  # on and off block borders
         prompt = torch.randint(1, VOCAB - 1, (length,), generator=generator).tolist()
         got = ours(lm, prompt, 2 * BLOCK, tau_mask, tau_edit, post)
         assert got == theirs(lm, prompt, 2 * BLOCK, tau_mask, tau_edit, post), f"prompt of {length} tokens"

@@ -213,9 +213,9 @@ def test_a_model_that_changes_when_it_is_saved_does_not_train(
     assert not (tmp_path / "runs").exists()
 
 
-def test_shapes_that_the_configuration_does_not_describe_are_seen_before_training(base: Path) -> None:
+def test_shapes_that_the_configuration_does_not_describe_are_seen_before_training(base: Path, tmp_path: Path) -> None:
     config, lm = ModelConfig(base=str(base), device="cpu", dtype="float32"), load(base)
-    check_loadable(lm, config)
+    check_loadable(lm, config, tmp_path)
     lm.model.config.intermediate_size = 96
     with pytest.raises(ModelError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' would have the shape .*96"):
-        check_loadable(lm, config)
+        check_loadable(lm, config, tmp_path)

@@ -43,7 +43,7 @@ def write(folder: Path, tokenizer: PreTrainedTokenizerFast, n_rows: int, **chang
 def converted(config: ModelConfig, folder: Path) -> DiffusionLM:
     """The base, saved as a checkpoint and loaded again."""
     lm, _ = load_diffusion_lm(config)
-    check_loadable(lm, config)
+    check_loadable(lm, config, folder)
     lm.block_size = 4
     save_diffusion_lm(lm, folder)
     return load_diffusion_lm(config.model_copy(update={"base": str(folder)}))[0]
@@ -61,7 +61,7 @@ def test_ids_without_a_token_are_never_written(tmp_path: Path) -> None:
     never = logits.isneginf().all(0).nonzero()[:, 0].tolist()
     assert set(never) == gap | set(range(n + 100, n_embeddings(lm.model)))
     engine = TransformersEngine(parse_config({"engine": {"runtime": "eager"}}), {}, lm)
-    drawn = engine.settings(parse_config({"decode": {"max_new_tokens": 32, "temperature": 20.0}}))
+    drawn = engine.settings(parse_config({"decode": {"max_new_tokens": 32}}))._replace(temperature=20.0)
     written = [engine.generate(Request([5, 6], drawn._replace(seed=seed))).token_ids for seed in range(2)]
     assert not {i for ids in written for i in ids} & gap
     assert len({i for ids in written for i in ids}) > 20

@@ -16,6 +16,7 @@ from hildanext.decoding.engines import Engine, Event, Request, open_engine
 from hildanext.decoding.engines.dummy import NOTICE, DummyEngine
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.errors import ModelError
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.server import meters, openai
 from hildanext.server.app import make_app
@@ -260,13 +261,13 @@ def test_without_a_seed_each_answer_draws_one_and_tells_it(converted: Config) ->
 
 
 def test_nan_logits_are_500_with_a_sentence_and_the_others_are_answered(converted: Config) -> None:
-    engine = open_engine(converted)
-    assert isinstance(engine, TransformersEngine)
+    lm, _ = load_diffusion_lm(converted.model)
+    engine = TransformersEngine(converted, {}, lm)
     (poison,) = engine.encode("x")[-1:]
-    head = engine.lm.model.get_output_embeddings()
+    head = lm.model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())  # no longer tied to the embedding
     with torch.no_grad():
-        engine.lm.model.get_input_embeddings().weight[poison] = torch.nan
+        lm.model.get_input_embeddings().weight[poison] = torch.nan
     with serving.client(converted, engine) as client:
         for _ in range(2):
             answer = client.post("/generate", json={"prompt": "x"})

@@ -141,10 +141,10 @@ def test_an_unseeded_answer_tells_its_seed_and_the_seed_repeats_it(piped):
     code, out, err = piped("the cat\n/reset\nthe cat\n", *warm)
     assert code == 0
     seeds = re.findall(r", seed (\d+)\]", "\n".join(err))
-    first, second = out.splitlines()
-    assert (len(set(seeds)), first == second) == (2, False)
+    assert len(set(seeds)) == 2
     _, again, _ = piped("the cat\n", *warm, "--set", f"decode.seed={seeds[1]}")
-    assert again == second + "\n"
+    assert out.endswith(again)
+    assert out != 2 * again
     _, _, greedy = piped("the cat\n")
     assert "seed" not in greedy[-1]
 

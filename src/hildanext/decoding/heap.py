@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 
 
 def return_freed_memory() -> None:
-    """Collect garbage and return free pages of all heaps to the system. Without glibc only collect."""
-    gc.collect()
+    """Return free pages of all heaps to the system. Without glibc do nothing. Other threads run meanwhile."""
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):  # musl has none

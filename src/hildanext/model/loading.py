@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,12 +265,26 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor] 
     write_json(path, stored)
 
 
-def check_loadable(lm: DiffusionLM, config: ModelConfig) -> None:
+@contextlib.contextmanager
+def _folder_in(place: Path) -> Iterator[str]:
+    """A temporary folder in `place`, which is removed as well if it did not exist."""
+    is_new = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=place) as folder:
+            yield folder
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # another process put something there
+                place.rmdir()
+
+
+def check_loadable(lm: DiffusionLM, config: ModelConfig, place: Path) -> None:
     """Save a model that is to be trained, without weights, and read it back as a checkpoint is read.
 
-    config: what `lm` was loaded from. Raises ModelError if that fails or gives another tokenizer or other shapes.
+    config: what `lm` was loaded from. place: a folder for the temporary files; it need not exist. Raises ModelError if that fails or gives another tokenizer or other shapes.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with _folder_in(place) as folder:
         source = config.model_copy(update={"base": folder, "revision": None})
         try:
             save_diffusion_lm(lm, Path(folder), {})

@@ -5,6 +5,7 @@ The default address is loopback. Any other address requires API keys, which are 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import socket
@@ -54,6 +55,8 @@ def open_engine(config: Config) -> engines.Engine:
     engine = engines.open_engine(config, stand_in=True)
     engines.say_passed_over(engine)
     say(f"{engine.name} engine ready, {config.model.base}")
+    # Collecting the objects of all libraries takes half a second, in which no request is answered, and finds nothing.
+    gc.freeze()
     return engine
 
 

@@ -67,7 +67,8 @@ def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
         if resume:
             say(f"{run.path}: no checkpoint yet; starting from the beginning")
         lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
-        check_loadable(lm, config.model)
+        if accelerator.is_main_process:  # the only one that writes; if it fails, the launcher ends the others
+            check_loadable(lm, config.model, run.path.parent)
         return Opened(run, lm, policy, accelerator, None)
     path, saved, problems = found
     for problem in problems:

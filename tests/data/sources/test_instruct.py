@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hildanext.data.documents import Rejects
@@ -23,6 +23,7 @@ PAIR = {"question": "q", "answer": "a"}
     st.integers(1, 40),
     st.sampled_from([None, 2]),
 )
+@settings(max_examples=40, deadline=None)
 def test_json_arrays_are_read_as_json_would(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, str]], piece: int, indent: int | None
 ) -> None:

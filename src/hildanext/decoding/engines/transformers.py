@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -83,6 +84,7 @@ class TransformersEngine:
         widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
         self.runtime = open_runtime(config.engine, lm, widths)
         del lm
+        gc.collect()
         return_freed_memory()
         scratch = 0 if self.kind == "blocks" else MOST_ROWS
         self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk, scratch)
