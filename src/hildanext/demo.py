@@ -1,14 +1,13 @@
 """`demo`: trains, converts, tunes and compares a tiny model on synthetic stories, offline, in minutes on a laptop CPU.
 
-A tiny AR model is trained from scratch as the base, converted on the WSD schedule and tuned on instructions; each training
-ends with a merge of its best checkpoints. Then the base, Q_MODE and S_MODE write stories, and a checker accepts or rejects
-each story. All printed numbers are measured in the run.
+A tiny AR model is trained from scratch as the base. A gated adapter converts it on the WSD schedule, which ends with a
+merge of the best checkpoints. Then the base, EXACT and S_MODE write stories; those of EXACT are compared with the base's
+token by token, and a checker accepts or rejects each story. All printed numbers are measured in the run.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import random
 import shutil
 import time
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hildanext.config import Config, load_config
+from hildanext.config import Config, Mode, load_config
 from hildanext.data.prepare import prepare_data
 from hildanext.data.rows import open_rows
 from hildanext.data.synthetic import Slots, check, draw_slots, instruction, synthetic_instructions
@@ -28,10 +27,8 @@ from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.events import Step
-from hildanext.decoding.settings import Settings, resolve
+from hildanext.decoding.settings import Settings
 from hildanext.errors import UsageError
-from hildanext.evaluate.ar_likelihood import ar_likelihood
-from hildanext.evaluate.elbo import elbo
 from hildanext.files import atomic_open, write_json, writing
 from hildanext.model.ar_generate import ar_complete
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -43,34 +40,36 @@ from hildanext.provenance import git_revision, versions
 from hildanext.terminal.cells import CellTracker, as_line
 from hildanext.training.ar_base import train_ar
 from hildanext.training.checkpoint import list_checkpoints
-from hildanext.training.convert import convert_wsd, sft
+from hildanext.training.convert import convert_wsd
 from hildanext.training.merge import best_checkpoints, merge
 
 READY = Path(__file__).parent / "configs" / "demo.json"
 N_INSTRUCTIONS = 6000
-AR_STEPS, AR_ROWS, AR_LR = 1200, 6, 6e-3
+AR_STEPS, AR_ROWS, AR_LR = 900, 6, 6e-3
 HIDDEN, LAYERS = 128, 3
-N_PROMPTS, N_ELBO_ROWS = 100, 40
-WANT_QUALITY, WANT_TPF = 0.9, 2.5
+N_PROMPTS = 100
+WANT_EXACT, WANT_TPF = 1.0, 3.0
+MODES = ("ar", "exact", "s_mode")
 
 
 class Story(NamedTuple):
     """A story and what it cost."""
 
     text: str
-    tokens: int
+    token_ids: list[int]
     forwards: int
     seconds: float
 
 
 class Totals(NamedTuple):
-    """Totals over the stories of one mode, and the first story."""
+    """The stories of one mode."""
 
+    stories: list[Story]
     accepted: int
-    tokens: int
-    forwards: int
-    seconds: float
-    sample: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(story.token_ids) for story in self.stories)
 
 
 def _with_base(config: Config, base: Path | str) -> Config:
@@ -122,104 +121,94 @@ def tell(engine: TransformersEngine, subjects: list[Slots], write: Callable[[lis
     for slots in subjects:
         stories.append(write(engine.encode([{"role": "user", "content": instruction(slots)}])))
         accepted += not check(stories[-1].text, slots.name, slots.thing)
-    return Totals(
-        accepted,
-        tokens=sum(story.tokens for story in stories),
-        forwards=sum(story.forwards for story in stories),
-        seconds=sum(story.seconds for story in stories),
-        sample=next((story.text for story in stories if story.text), ""),
-    )
+    return Totals(stories, accepted)
 
 
 def base_story(engine: TransformersEngine, base: PreTrainedModel, budget: int, ids: list[int]) -> Story:
     """A story by the AR base, with transformers' own greedy `generate`."""
     done = ar_complete(base, engine.tokenizer, ids, budget)
-    return Story(done.text, len(done.token_ids), len(done.token_ids), done.seconds)
+    return Story(done.text, done.token_ids, len(done.token_ids), done.seconds)
 
 
-def block_story(engine: TransformersEngine, settings: Settings, ids: list[int]) -> Story:
-    """A story by the diffusion model."""
+def drafted_story(engine: TransformersEngine, settings: Settings, ids: list[int]) -> Story:
+    """A story by the converted model."""
     done = engine.generate(Request(ids, settings))
-    return Story(done.text, len(done.token_ids), done.stats.forwards, done.stats.seconds)
+    return Story(done.text, done.token_ids, done.stats.forwards, done.stats.seconds)
 
 
-def show_passes(engine: TransformersEngine, settings: Settings, slots: Slots, blocks: int = 3) -> str:
-    """The first blocks of one answer, one line per pass: `_` is a mask, [word] a new draft, {word} a new edit."""
+def show_passes(engine: TransformersEngine, settings: Settings, slots: Slots, passes: int = 8) -> str:
+    """The first passes of one answer, a line each: [word] is an accepted draft, {word} corrects one, others are the base's."""
     request = Request(engine.encode([{"role": "user", "content": instruction(slots)}]), settings)
-    last = len(request.prompt_ids) // settings.block_size + blocks
     tracker = CellTracker(engine, request)
-    steps = [event for event in engine.stream(request) if isinstance(event, Step) and event.block < last]
-    return "\n".join("  " + as_line(step, tracker.cells(step)) for step in steps)
+    steps = [event for event in engine.stream(request) if isinstance(event, Step)]
+    lines = [as_line(step, tracker.cells(step)).partition(":")[2] for step in steps[:passes]]
+    return "\n".join(f"  pass {number}:{line}" for number, line in enumerate(lines, start=1))
 
 
 def measure(config: Config, base: PreTrainedModel, lm: DiffusionLM) -> tuple[dict[str, Any], str]:
-    """Measure the AR base and three decode settings on the same prompts: report entries, and one decode as text."""
+    """Measure the AR base, EXACT and S_MODE on the same prompts: report entries, and the passes of one answer as text."""
     engine = TransformersEngine(config, {}, lm)
-    assert lm.block_size is not None
-    rows = open_rows(config, "eval", lm.tokenizer)
-    assert rows is not None
-    exact = ar_likelihood(base, rows, N_ELBO_ROWS, config.train.micro_batch)
-    bound = elbo(lm, rows, lm.block_size, N_ELBO_ROWS, config.train.micro_batch)
+    budget = config.decode.max_new_tokens
+    of_mode: dict[str, Mode] = {"exact": "EXACT", "s_mode": "S_MODE"}
     modes = {
-        "q_mode": resolve(config.decode.model_copy(update={"mode": "Q_MODE"}), lm.block_size),
-        "s_mode": resolve(config.decode.model_copy(update={"mode": "S_MODE"}), lm.block_size),
-        "s_mode_no_edit": resolve(config.decode.model_copy(update={"mode": "S_MODE", "tau_edit": None}), lm.block_size),
+        name: engine.settings(config.model_copy(update={"decode": config.decode.model_copy(update={"mode": mode})}))
+        for name, mode in of_mode.items()
     }
     subjects = prompts(seed=99)
-    report = {}
-    with progress("stories", len(modes) + 1, "modes") as advance:
-        totals = {"ar": tell(engine, subjects, partial(base_story, engine, base, config.decode.max_new_tokens))}
+    with progress("stories", len(MODES), "modes") as advance:
+        totals = {"ar": tell(engine, subjects, partial(base_story, engine, base, budget))}
         for done, (name, settings) in enumerate(modes.items(), start=1):
             advance(done, name)
-            totals[name] = tell(engine, subjects, partial(block_story, engine, settings))
-        advance(len(modes) + 1)
+            totals[name] = tell(engine, subjects, partial(drafted_story, engine, settings))
+        advance(len(MODES))
+    report = {}
     for name, total in totals.items():
-        likelihood = exact if name == "ar" else bound
+        pairs = zip(total.stories, totals["ar"].stories, strict=True)
         report[name] = {
             "accept_rate": total.accepted / len(subjects),
-            "bits_per_token": likelihood.nats / likelihood.tokens / math.log(2),
-            "tokens_per_forward": total.tokens / total.forwards,
-            "tokens_per_second": total.tokens / total.seconds,
-            "sample": total.sample,
+            "same_text": sum(story.token_ids == own.token_ids for story, own in pairs) / len(subjects),
+            "tokens_per_forward": total.tokens / sum(story.forwards for story in total.stories),
+            "tokens_per_second": total.tokens / sum(story.seconds for story in total.stories),
+            "sample": next((story.text for story in total.stories if story.text), ""),
         }
-    return report, show_passes(engine, modes["s_mode"], subjects[0])
+    return report, show_passes(engine, modes["exact"], subjects[0])
 
 
 def verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The demo's three claims with the measured numbers."""
-    ar, q, s, plain = (report[name] for name in ("ar", "q_mode", "s_mode", "s_mode_no_edit"))
-    quality = q["accept_rate"] / ar["accept_rate"] if ar["accept_rate"] else 0.0
+    exact, s = report["exact"], report["s_mode"]
     return {
-        "Q_MODE keeps the AR base's stories": {
-            "measured": f"{quality:.2f} of {ar['accept_rate']:.2f} accepted",
-            "wanted": f">= {WANT_QUALITY}",
-            "ok": quality >= WANT_QUALITY,
+        "EXACT writes the AR base's stories, token for token": {
+            "measured": f"{exact['same_text']:.2f} of them",
+            "wanted": f"{WANT_EXACT:g}",
+            "ok": exact["same_text"] >= WANT_EXACT,
         },
-        "S_MODE drafts in parallel": {
-            "measured": f"{s['tokens_per_forward']:.2f} tokens per forward",
+        "EXACT needs fewer passes than tokens": {
+            "measured": f"{exact['tokens_per_forward']:.2f} tokens per forward",
             "wanted": f">= {WANT_TPF}",
-            "ok": s["tokens_per_forward"] >= WANT_TPF,
+            "ok": exact["tokens_per_forward"] >= WANT_TPF,
         },
-        "editing beats no editing at the S thresholds": {
-            "measured": f"{s['accept_rate']:.2f} against {plain['accept_rate']:.2f} accepted",
+        "S_MODE trades the exact text for still fewer": {
+            "measured": f"{s['tokens_per_forward']:.2f} tokens per forward, {s['accept_rate']:.2f} accepted",
             "wanted": "more",
-            "ok": s["accept_rate"] > plain["accept_rate"],
+            "ok": s["tokens_per_forward"] > exact["tokens_per_forward"],
         },
     }
 
 
 def summary(report: dict[str, Any], passes: str) -> str:
     """The text that the demo prints at its end."""
-    lines = ["", "One decode, pass by pass (S_MODE; _ masked, [drafted], {edited}):", passes, "", "One story of each:"]
-    lines += [f"  {name}: {report[name]['sample']}" for name in ("ar", "q_mode", "s_mode", "s_mode_no_edit")]
-    lines += ["", f"{'':16}{'accepted':>10}{'bits/token':>12}{'tokens/forward':>16}{'tokens/s':>10}"]
-    for name in ("ar", "q_mode", "s_mode", "s_mode_no_edit"):
+    lines = ["", "One answer, pass by pass (EXACT; [accepted draft], {correction}, the base's own word):", passes]
+    lines += ["", "One story of each:"]
+    lines += [f"  {name}: {report[name]['sample']}" for name in MODES]
+    lines += ["", f"{'':10}{'accepted':>10}{'same text':>12}{'tokens/forward':>16}{'tokens/s':>10}"]
+    for name in MODES:
         row = report[name]
         lines.append(
-            f"{name:16}{row['accept_rate']:10.2f}{row['bits_per_token']:12.3f}"
+            f"{name:10}{row['accept_rate']:10.2f}{row['same_text']:12.2f}"
             f"{row['tokens_per_forward']:16.2f}{row['tokens_per_second']:10.0f}"
         )
-    lines += ["(bits/token: exact for AR, an upper bound for the diffusion model)", ""]
+    lines.append("")
     for claim, found in report["verdicts"].items():
         lines.append(f"{'ok    ' if found['ok'] else 'MISSED'} {claim}: {found['measured']} (wanted {found['wanted']})")
     lines += [
@@ -255,25 +244,22 @@ def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     # The models are so small that a second thread gains little, and on a busy machine they would wait for each other.
     torch.set_num_threads(1)
     began = time.perf_counter()
-    say("1/4  train a tiny AR model from scratch")
+    say("1/3  train a tiny AR model from scratch")
     base = make_base(config, folder)
-    say("2/4  convert it: block size up, stable, down (WSD)")
+    say("2/3  convert it: a gated adapter, groups of 1 to 8 masks (WSD)")
     convert_wsd(config)
     converted = _merged(folder / "convert", 2)
-    say("3/4  tune it on instructions")
-    sft(_with_base(config, converted))
-    tuned = _merged(folder / "sft", 3)
-    say("4/4  write stories: AR base, Q_MODE, S_MODE")
-    final = _with_base(config, tuned)
+    say("3/3  write stories: AR base, EXACT, S_MODE")
+    final = _with_base(config, converted)
     lm, _ = load_diffusion_lm(final.model)
     base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
     report, passes = measure(final, base, lm)
     report |= {
         "verdicts": verdicts(report),
         "seconds": time.perf_counter() - began,
-        "checkpoint": str(tuned),
+        "checkpoint": str(converted),
         "report": str(folder / "report.json"),
-        "curves": [str(folder / name / "curves.png") for name in ("convert", "sft")],
+        "curves": [str(folder / "convert" / "curves.png")],
         "seed": config.train.seed,
         "config": config.model_dump(mode="json"),
         "versions": versions(),

@@ -93,7 +93,7 @@ def by_hand(base: Path, lm: DiffusionLM, batch: Batch, groups: Groups, row: int,
         if not groups.wanted[row, query]:
             continue
         h, label = hidden[n + j - 1], int(batch.input_ids[row, anchor + j + 1])
-        if not groups.edited[row, query]:
+        if not groups.plain[row, query]:
             e = embedding[batch.input_ids[row, anchor + j]]
             unit = torch.cat([h / h.square().mean().add(1e-16).sqrt(), e / e.square().mean().add(1e-16).sqrt()])
             h = h + weights["draft_head.up.weight"] @ F.silu(weights["draft_head.down.weight"] @ unit)
@@ -111,11 +111,11 @@ def test_a_packed_row_equals_separate_forwards_of_each_group(
 ):
     config, lm = material(tmp_path, base), gated_lm(base, causal_groups=causal)
     batch = two_rows(config, lm)
-    noise = NoiseConfig(anchors=4, offset_keep=0.8, edit_share=edit_share, corrupt_rate=0.5)
+    noise = NoiseConfig(anchors=4, offset_keep=0.8, edit_share=edit_share, corrupt_rate=0.5, plain_share=0.4)
     groups = draw_groups(lm, batch, K, GroupRecipe(noise, 0.2, 0.9, causal), seed=2)
     n_rows = int(groups.wanted.sum())
     assert n_rows > 8
-    assert bool(groups.edited.any()) == (edit_share == 1.0)
+    assert bool(groups.plain.any())
     module = GatedModule(lm, WEIGHTS, 0.0, causal)
     found = module(batch, groups, n_rows).loss.total
     weights = trained_parameters(lm.model)
@@ -182,7 +182,7 @@ def test_training_learns_and_a_checkpoint_loads_again(base: Path, tmp_path: Path
     lm, _ = load_diffusion_lm(
         config.model.model_copy(update={"base": result["checkpoint"]}), training=True, lora=config.lora
     )
-    assert lm.record["gate"] | {"fresh": None} == {"causal": False, "draft_head": 8, "fresh": None}
+    assert lm.record["gate"] | {"fresh": None} == {"causal": False, "draft_head": 8, "edits": False, "fresh": None}
     assert len(lm.record["gate"]["fresh"]) == K
     assert lm.block_size == K
     save_diffusion_lm(lm, tmp_path / "again")

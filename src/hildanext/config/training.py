@@ -52,6 +52,13 @@ class NoiseConfig(Section):
         description="Probability that a group continues after each of its rows; below 1, far offsets are trained less. "
         "Applies to gated adapters.",
     )
+    plain_share: float = Field(
+        0.25,
+        ge=0.0,
+        le=1.0,
+        description="Share of the groups that predict without the draft head. Decoding takes its candidates from such "
+        "predictions. Applies to gated adapters with lora.draft_head.",
+    )
     edit_share: float = Field(
         0.0,
         ge=0.0,

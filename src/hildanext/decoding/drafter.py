@@ -9,9 +9,7 @@ from hildanext.decoding.rule import COLDEST, keep_likely
 from hildanext.decoding.settings import Settings
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
-from hildanext.model.draft_head import find_draft_head
-
-CANDIDATES = 16  # a row's likeliest tokens, which the draft head ranks again
+from hildanext.model.draft_head import CANDIDATES, find_draft_head
 
 
 class GroupDrafter:

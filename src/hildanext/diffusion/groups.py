@@ -30,7 +30,7 @@ class Groups(NamedTuple):
     wanted: Tensor  # bool: the label is allowed and in the anchor's document
     masked: Tensor  # bool: the group hides the label's token (M2T)
     corrupted: Tensor  # bool: the group holds a wrong token in its place (T2T)
-    edited: Tensor  # bool: the row belongs to an edit group
+    plain: Tensor  # bool: the row predicts without the draft head: in edit groups, and in a share of the mask groups
     t: Tensor  # float32: noise level of the group; 1 in mask groups
 
     @property
@@ -89,9 +89,22 @@ def place_groups(
         wanted=padded(wanted, False),
         masked=padded(torch.ones_like(wanted), True),
         corrupted=torch.zeros(width, dtype=torch.bool),
-        edited=torch.zeros(width, dtype=torch.bool),
+        plain=torch.zeros(width, dtype=torch.bool),
         t=torch.ones(width),
     )
+
+
+def without_draft_head(groups: Groups, share: float, generator: torch.Generator) -> Groups:
+    """Let a share of one row's groups predict without the draft head.
+
+    Decoding takes a row's candidates from these predictions, and only ranks them with the draft head.
+    """
+    n = int(groups.group.max()) + 1 if len(groups.group) else 0
+    chosen = torch.rand(n, generator=generator) < share
+    used = groups.group >= 0
+    plain = groups.plain.clone()
+    plain[used] |= chosen[groups.group[used]]
+    return groups._replace(plain=plain)
 
 
 def edit_groups(
@@ -129,7 +142,7 @@ def edit_groups(
         noisy_ids=torch.where(inside, noisy.noisy_ids, mask_token_id),
         masked=~follows | noisy.masked.roll(-1),
         corrupted=follows & noisy.corrupted.roll(-1),
-        edited=used,
+        plain=used,
         t=t,
     )
 

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# A row's likeliest tokens without the draft head, which it ranks again: the head's product with these costs next to nothing.
+CANDIDATES = 128
+
 
 class DraftHead(nn.Module):
     """Conditions each draft on the token before it: h + U silu(D [h ; e]), with rows h and e scaled to unit mean square.

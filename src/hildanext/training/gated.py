@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from hildanext.config import Config, NoiseConfig
 from hildanext.data.rows import Rows, RowSource
-from hildanext.diffusion.groups import Groups, draw_anchors, draw_sizes, edit_groups, place_groups
+from hildanext.diffusion.groups import Groups, draw_anchors, draw_sizes, edit_groups, place_groups, without_draft_head
 from hildanext.diffusion.noise import sample_generator
 from hildanext.diffusion.objective import Counts, Loss, Predicted, Soft, Target, Weights, denoising_loss, predict
 from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
+from hildanext.model.draft_head import CANDIDATES
 from hildanext.model.gate import clean_forward, draft_states, group_forward
 from hildanext.training.held_out import EVAL_SEED
 from hildanext.training.parallel import sync_gradients
 from hildanext.training.trainer import Sums, TrainingStep, backward
+
+EVAL_CHUNK = 128  # group rows whose logits an evaluation holds at once
 
 
 class GroupRecipe(NamedTuple):
@@ -43,6 +46,7 @@ class Drafted(NamedTuple):
     counts: Counts
     predicted: Predicted  # at the wanted group rows
     base: Tensor  # [S] int64: the base's own choice for each label
+    drafts: Tensor  # [S] int64: the draft that decoding would make; the labels in training, where nobody asks
 
 
 def draw_groups(lm: DiffusionLM, batch: Batch, k: int, recipe: GroupRecipe, seed: int) -> Groups:
@@ -58,6 +62,7 @@ def draw_groups(lm: DiffusionLM, batch: Batch, k: int, recipe: GroupRecipe, seed
         groups = place_groups(
             *(input_ids, doc_ids, position_ids, allowed, anchors, sizes), noise.anchors * k, lm.mask_token_id
         )
+        groups = without_draft_head(groups, noise.plain_share, generator)
         if torch.rand((), generator=generator) < noise.edit_share:
             levels = recipe.t_min + (recipe.t_max - recipe.t_min) * torch.rand(len(anchors), generator=generator)
             groups = edit_groups(
@@ -87,9 +92,8 @@ class GatedModule(nn.Module):
         # 1. clean rows through the base, without gradient
         clean = clean_forward(self.lm.model, batch)
         # 2. mask, 3. forward of the groups
-        hidden = draft_states(
-            self.lm.model, batch, groups, group_forward(self.lm.model, batch, groups, clean, self.causal)
-        )[wanted]
+        plain = group_forward(self.lm.model, batch, groups, clean, self.causal)
+        hidden = draft_states(self.lm.model, batch, groups, plain)[wanted]
         # 4. loss: the clean row before a label holds the base's distribution of it
         row, _ = wanted.nonzero(as_tuple=True)
         base_hidden = clean.hidden[row, groups.labels_at[wanted] - 1]
@@ -99,8 +103,21 @@ class GatedModule(nn.Module):
             soft = Soft(base_hidden, self.base_logits, torch.full(labels.shape, self.distill, device=labels.device))
         target = Target(labels, groups.t[wanted], groups.masked[wanted], groups.corrupted[wanted])
         found = denoising_loss(hidden, self.lm.head, target, n_rows, self.weights, mask_token_id=mask_id, soft=soft)
-        base = predict(base_hidden, self.lm.head, labels, mask_id).best if not self.training else labels
-        return Drafted(*found, base)
+        if self.training:
+            return Drafted(*found, labels, labels)
+        base = predict(base_hidden, self.lm.head, labels, mask_id).best
+        return Drafted(*found, base, self.drafts(plain[wanted], hidden))
+
+    @torch.no_grad()
+    def drafts(self, plain: Tensor, hidden: Tensor) -> Tensor:
+        """The best ids [S] as decoding finds them: of each row's likeliest candidates without the draft head."""
+        best = []
+        for own, headed in zip(plain.split(EVAL_CHUNK), hidden.split(EVAL_CHUNK), strict=True):
+            scores = self.lm.decodable_logits(own)
+            candidates = scores.topk(min(CANDIDATES, scores.shape[1]), dim=-1).indices
+            ranked = self.lm.decodable_logits(headed).gather(1, candidates)
+            best.append(candidates.gather(1, ranked.argmax(-1, keepdim=True))[:, 0])
+        return torch.cat(best)
 
     @torch.no_grad()
     def base_logits(self, hidden: Tensor) -> Tensor:
@@ -205,7 +222,9 @@ def evaluate_drafts(
     was_training = lm.model.training
     lm.model.eval()
     module.eval()
-    fixed = recipe._replace(noise=recipe.noise.model_copy(update={"offset_keep": 1.0, "edit_share": 0.0}))
+    fixed = recipe._replace(
+        noise=recipe.noise.model_copy(update={"offset_keep": 1.0, "edit_share": 0.0, "plain_share": 0.0})
+    )
     ce, hits, seen, reached, n_groups = 0.0, torch.zeros(k), torch.zeros(k), torch.zeros(k), 0
     n_rows = min(n_rows, len(rows))
     for start in range(0, n_rows, batch_rows):
@@ -214,7 +233,7 @@ def evaluate_drafts(
         groups = draw_groups(lm, batch, k, fixed, EVAL_SEED)
         found: Drafted = module(batch, groups, 1)
         right = torch.zeros_like(groups.wanted)
-        right[groups.wanted] = found.predicted.best == found.base
+        right[groups.wanted] = found.drafts == found.base
         ce += float(found.predicted.ce.sum())
         offset = groups.offsets[groups.wanted] - 1
         hits.index_add_(0, offset.cpu(), right[groups.wanted].float().cpu())

@@ -121,8 +121,11 @@ def _check_same(first: Path, other: Path) -> None:
         if a.get(key) != b.get(key):
             raise CheckpointError(f"{other}: {key} is {b.get(key)}, but {a.get(key)} in {first}; they cannot be merged")
     gates = [config["hilda"].get("gate") for config in (a, b)]
-    if gates[0] != gates[1]:
-        raise CheckpointError(f"{other}: hilda.gate is {gates[1]}, but {gates[0]} in {first}; they cannot be merged")
+    layouts = [None if gate is None else {key: gate[key] for key in ("causal", "draft_head")} for gate in gates]
+    if layouts[0] != layouts[1]:
+        raise CheckpointError(
+            f"{other}: hilda.gate is {layouts[1]}, but {layouts[0]} in {first}; they cannot be merged"
+        )
     bases = [config["hilda"].get("adapter") for config in (a, b)]
     if all(bases) and (bases[0]["fingerprint"], bases[0]["seed"]) != (bases[1]["fingerprint"], bases[1]["seed"]):
         raise CheckpointError(

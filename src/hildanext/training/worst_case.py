@@ -94,6 +94,9 @@ class WorstGroups(NamedTuple):
 
     batch: Batch
     groups: Groups
+    labels: Tensor  # [S] int64
+    places: tuple[Tensor, Tensor]  # row and group row of the S supervised ones
+    label_columns: Tensor  # [S] int64: columns of the labels
     mask_bytes: int
 
 
@@ -109,13 +112,16 @@ def worst_groups(
     positions, docs = torch.arange(length), torch.zeros(length, dtype=torch.int64)
     ids, allowed = positions % shape.get_text_config().vocab_size, torch.ones(length, dtype=torch.bool)
     anchors = torch.arange(n) * max(length - k - 1, 1) // n
-    row = place_groups(ids, docs, positions, allowed, anchors, torch.full((n,), k), n * k, 0)
-    groups = Groups(*(tensor.expand(n_rows, -1).contiguous().to(device) for tensor in row))
+    placed = place_groups(ids, docs, positions, allowed, anchors, torch.full((n,), k), n * k, 0)
+    groups = Groups(*(tensor.expand(n_rows, -1).contiguous().to(device) for tensor in placed))
     ids, docs, positions, allowed = (
         x.expand(n_rows, -1).contiguous().to(device) for x in (ids, docs, positions, allowed)
     )
     mask_bytes = n_rows * policy.compute.itemsize * (length * length + n * k * (length + n * k))
-    return WorstGroups(Batch(list(range(n_rows)), ids, docs, positions, allowed), groups, mask_bytes)
+    row, column = groups.wanted.nonzero(as_tuple=True)
+    labels, columns = groups.labels[row, column], groups.labels_at[row, column]
+    batch = Batch(list(range(n_rows)), ids, docs, positions, allowed)
+    return WorstGroups(batch, groups, labels, (row, column), columns, mask_bytes)
 
 
 def attention_kind(config: Config, policy: Policy) -> Kind:
@@ -187,12 +193,12 @@ def _group_loss(model: PreTrainedModel, rows: WorstGroups, config: Config) -> Te
     batch, groups = rows.batch, rows.groups
     clean = clean_forward(model, batch)
     states = draft_states(model, batch, groups, group_forward(model, batch, groups, clean, config.lora.causal_groups))
-    hidden, labels = states[groups.wanted], groups.labels[groups.wanted]
+    hidden, labels = states[rows.places], rows.labels
     ones, head = torch.ones(len(labels), device=hidden.device), cast(nn.Module, model.get_output_embeddings())
     soft = None
     if config.loss.distill:
-        row, _ = groups.wanted.nonzero(as_tuple=True)
-        soft = objective.Soft(clean.hidden[row, groups.labels_at[groups.wanted] - 1], lambda h: head(h).float(), ones)
+        taught = clean.hidden[rows.places[0], rows.label_columns - 1]
+        soft = objective.Soft(taught, lambda h: head(h).float(), ones)
     target = objective.Target(labels, ones, ones.bool(), ~ones.bool())
     loss, _, _ = objective.denoising_loss(
         hidden, head, target, len(labels), objective.Weights(), mask_token_id=0, soft=soft
