@@ -14,12 +14,13 @@ from hildanext import cli
 from hildanext.config import Config, load_config, parse_config, schema
 from hildanext.data.prepare import prepare_data
 from hildanext.data.tokenize import tokenize_data
-from hildanext.diffusion.schedule import total_steps, wsd_point
+from hildanext.diffusion.schedule import sft_point, total_steps, wsd_point
 from hildanext.errors import ConfigError
 from hildanext.model.pretrained import load_tokenizer
+from hildanext.model.self_answers import write_answers
 from hildanext.model.tiny import story_tokenizer, tiny_llama
 from hildanext.training import trainer
-from hildanext.training.convert import convert_wsd
+from hildanext.training.convert import convert_wsd, sft
 from hildanext.training.run_folder import RunFolder
 
 FOLDER = Path(cli.__file__).parent / "configs"
@@ -50,6 +51,9 @@ def write_sources(config: Config) -> None:
     for source in config.data.sources:
         assert source.path is not None
         path = Path(source.path)
+        if source.kind == "self":
+            path.write_text("".join(f"What is {n} plus one?\n" for n in range(60)))
+            continue
         if source.kind == "dolma":
             path.mkdir(parents=True)
             path = path / "part.jsonl"
@@ -67,6 +71,8 @@ def small(path: Path, folder: Path) -> Config:
     raw["model"] |= {"base": str(folder / "base"), "device": "cpu", "dtype": "float32"}
     for source in raw["data"]["sources"]:
         source["path"] = str(folder / source["path"])
+        source |= {"max_new_tokens": 8, "temperature": 2.0}  # a random model repeats its likeliest answer
+    raw["lora"]["base"] = "native"
     raw["data"] |= {"seq_len": 64, "workers": 1}
     raw["train"]["rows_per_step"] = 2 * raw["train"]["micro_batch"]
     return parse_config(raw)
@@ -93,19 +99,25 @@ def test_two_steps_and_a_resume(tmp_path: Path, path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     write_sources(config)
+    write_answers(config)
     prepare_data(config)
     tokenize_data(config, load_tokenizer(config.model))
-    first = convert_wsd(config)
+    is_tuning = all(source.into == ["sft"] for source in config.data.sources)
+    train, block = (sft, config.sft.block_size) if is_tuning else (convert_wsd, config.wsd.final_block)
+    first = train(config)
     assert (first["steps"], first["finished"]) == (2, False)
-    second = convert_wsd(config, resume=True)
+    second = train(config, resume=True)
     assert second["steps"] == 4
-    metrics = RunFolder(tmp_path / "runs" / "convert").read_metrics()
+    metrics = RunFolder(Path(second["run"])).read_metrics()
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     points = [wsd_point(step, config.wsd, config.train, config.data.seq_len) for step in range(4)]
+    if is_tuning:
+        assert block is not None
+        points = [sft_point(step, config.sft, config.train.lr_final_ratio, block) for step in range(4)]
     assert [(row["block_size"], row["lr"]) for row in metrics] == [(point.block_size, point.lr) for point in points]
     stored = json.loads((Path(second["checkpoint"]) / "config.json").read_text())
     assert stored["architectures"] == [type(model).__name__]
-    assert stored["block_size"] == config.wsd.final_block
+    assert stored["block_size"] == block
     assert stored["hilda"]["convention"] == config.model.convention
 
 

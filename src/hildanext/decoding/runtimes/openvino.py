@@ -7,18 +7,17 @@ graph reads the cached keys and values of a slot in place and returns those of t
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import openvino as ov
 import torch
-from openvino import opset15 as ops
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hildanext.decoding.runtimes.openvino_graph import Weights, simplify
 from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
@@ -33,7 +32,6 @@ FREE, HEAD = -1, 0  # keys of graphs, beside the widths of fixed ones
 LEAST_COSINE = 0.8  # mean cosine of hidden states with the model's: bf16 reaches 0.99, int8 0.95, a wrong graph about 0
 KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
 
-Weights = Literal["native", "int8"]
 Parts = tuple[Tensor, Tensor]  # cached [B, H, K, D] and new [B, H, W, D]
 
 
@@ -93,107 +91,6 @@ class Exported(nn.Module):
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
         return hidden, *cache.new
-
-
-def simplify(graph: ov.Model, weights: Weights) -> None:
-    """Merge the linear layers that read the same tensor into one, in place. `weights` "int8": store them as int8.
-
-    Each layer costs about 30 microseconds besides its multiplication. A transformer block has seven and needs four.
-    """
-    for op in graph.get_ordered_ops():
-        # Scalars converted in the graph prevent OpenVINO from fusing the rotary position embedding.
-        if (
-            op.get_type_name() in ("Convert", "ConvertLike")
-            and op.input_value(0).get_node().get_type_name() == "Constant"
-        ):
-            value = op.input_value(0).get_node().get_data()
-            if value.size == 1:
-                op.output(0).replace(ops.constant(value.astype(np.float32)).output(0))
-    groups: dict[tuple[str, int], list[ov.Node]] = defaultdict(list)
-    for op in graph.get_ordered_ops():
-        if op.get_type_name() == "MatMul" and op.input_value(1).get_node().get_type_name() == "Constant":
-            source = op.input_value(0)
-            groups[source.get_node().get_friendly_name(), source.get_index()].append(op)
-    for group in groups.values():
-        changes = {op: change for op in group if (change := low_rank_change(op))}
-        layers = [op for op in group if op not in changes]
-        weights_in = [*layers, *changes]  # the A of every change stands behind the layers' own rows
-        parts = [matrix(op) for op in weights_in]
-        sizes = [len(part) for part in parts]
-        joined = ops.matmul(group[0].input_value(0), weight_node(np.concatenate(parts), weights), False, True)
-        if changes:
-            joined = gated(joined, layers, list(changes.values()), sizes)
-        outputs = split(joined, sizes[: len(layers)])
-        for op, output in zip(layers, outputs, strict=True):
-            op.output(0).replace(output)
-    graph.validate_nodes_and_infer_types()
-
-
-class Change(NamedTuple):
-    """A low-rank change in a graph: A x, times the gate, times B, added to a layer's output."""
-
-    gate: ov.Output
-    up: ov.Node  # the product with B
-    add: ov.Node
-    layer: str  # name of the layer's product
-
-
-def low_rank_change(op: ov.Node) -> Change | None:
-    """The change whose A is the weight of `op`; None for any other product."""
-    path = [op]
-    for kind in ("Multiply", "MatMul", "Add"):
-        readers = list(path[-1].output(0).get_target_inputs())
-        if len(readers) != 1 or readers[0].get_node().get_type_name() != kind:
-            return None
-        path.append(readers[0].get_node())
-    _, scale, up, add = path
-    gate = next(scale.input_value(i) for i in (0, 1) if scale.input_value(i).get_node() != op)
-    layer = next(add.input_value(i).get_node() for i in (0, 1) if add.input_value(i).get_node() != up)
-    while layer.get_type_name() != "MatMul":  # an Add of the bias
-        layer = layer.input_value(0).get_node()
-    return Change(gate, up, add, layer.get_friendly_name())
-
-
-def matrix(op: ov.Node) -> np.ndarray:
-    """The constant weight of a product, [out, in]."""
-    value = op.input_value(1).get_node().get_data()
-    return value if op.get_attributes()["transpose_b"] else value.T
-
-
-def gated(joined: ov.Node, layers: list[ov.Node], changes: list[Change], sizes: list[int]) -> ov.Node:
-    """The layers' joined output with their changes added: one product with all B, each in its layer's rows.
-
-    joined [..., sum(sizes)]: the layers' outputs, then the A x of the changes.
-    """
-    n_out, ranks = sum(sizes[: len(layers)]), sizes[len(layers) :]
-    plain, low = split(joined, [n_out, sum(ranks)])
-    spread = np.zeros((n_out, sum(ranks)), dtype=np.float32)
-    names = [layer.get_friendly_name() for layer in layers]
-    column = 0
-    for change, rank in zip(changes, ranks, strict=True):
-        index = names.index(change.layer)
-        first = sum(sizes[:index])
-        spread[first : first + sizes[index], column : column + rank] = matrix(change.up)
-        column += rank
-        other = next(i for i in (0, 1) if change.add.input_value(i).get_node() != change.up)
-        change.add.output(0).replace(change.add.input_value(other))
-    return ops.add(plain, ops.matmul(ops.multiply(low, changes[0].gate), ops.constant(spread), False, True))
-
-
-def split(joined: ov.Node | ov.Output, sizes: list[int]) -> list[ov.Output]:
-    if len(sizes) == 1:
-        return [joined.output(0)]
-    parts = ops.variadic_split(joined, ops.constant(np.int64(-1)), ops.constant(np.array(sizes, dtype=np.int64)))
-    return [parts.output(index) for index in range(len(sizes))]
-
-
-def weight_node(weight: np.ndarray, weights: Weights) -> ov.Node:
-    """A weight [out, in] as a graph node: unchanged, or symmetric int8, rounded to nearest, with a scale per row."""
-    if weights == "native":
-        return ops.constant(weight)
-    scale = np.maximum(np.abs(weight).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
-    small = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
-    return ops.multiply(ops.convert(ops.constant(small), ov.Type.f32), ops.constant(scale))
 
 
 class OpenVinoRuntime:
