@@ -94,7 +94,7 @@ def openvino():
     opened = []
 
     def make(lm, weights="native"):
-        opened.append(OpenVinoRuntime(lm, BLOCK, weights))
+        opened.append(OpenVinoRuntime(lm, (BLOCK, 2 * BLOCK), weights))
         return opened[-1]
 
     yield make
@@ -249,7 +249,7 @@ def test_compiled_gives_the_same_tokens_and_compiles_nothing_after_the_warm_up(
     assert warm == 4
     assert [done.token_ids for done in found.generate_batch(wanted)] == expected
     assert counters["stats"]["unique_graphs"] == warm
-    assert max(differences(EagerRuntime(model()), CompiledRuntime(model(), BLOCK))) < 1e-4
+    assert max(differences(EagerRuntime(model()), CompiledRuntime(model(), (BLOCK, 2 * BLOCK)))) < 1e-4
 
 
 def test_compile_that_cannot_work_is_one_line(monkeypatch, tiny_tokenizer):
@@ -272,7 +272,7 @@ def test_cuda_graphs_give_the_same_tokens(tiny_tokenizer):
     from hildanext.decoding.runtimes.cudagraphs import CudaGraphRuntime
 
     lm = model().cuda()
-    assert max(differences(EagerRuntime(lm), CudaGraphRuntime(lm, BLOCK))) < 1e-4
+    assert max(differences(EagerRuntime(lm), CudaGraphRuntime(lm, (BLOCK, 2 * BLOCK)))) < 1e-4
 
 
 @given(length=st.integers(1, 5000), context=st.integers(1, 6000))

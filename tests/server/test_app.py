@@ -103,7 +103,7 @@ def test_every_setting_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     body |= {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25, "stop": ["end"]}
     with serving.client(config) as client:
         client.post("/generate", json=body)
-    assert seen[-1].settings == ("S_MODE", 0.25, 0.75, 16, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",))
+    assert seen[-1].settings == ("S_MODE", 0.25, 0.75, 16, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",), None, 8, None)
 
 
 def test_bad_bodies_get_422_and_one_line(client: TestClient, subtests: pytest.Subtests) -> None:

@@ -153,7 +153,7 @@ def test_an_unseeded_answer_tells_its_seed_and_the_seed_repeats_it(piped):
     ("line", "message"),
     [
         ("/nothing", "unknown command '/nothing'; /help lists the commands"),
-        ("/mode fast", "chat: 'decode.mode': must be 'S_MODE' or 'Q_MODE', got 'FAST'"),
+        ("/mode fast", "chat: 'decode.mode': must be 'EXACT', 'S_MODE' or 'Q_MODE', got 'FAST'"),
         ("/tau", "usage: /tau MASK [EDIT|off], for example /tau 0.7 0.5"),
         ("/tau high", "usage: /tau MASK [EDIT|off], for example /tau 0.7 0.5"),
         ("/tau 1.5", "chat: 'decode.tau_mask': must be between 0 and 1, got 1.5"),

@@ -65,6 +65,9 @@ def low_rank_change(op: ov.Node) -> Change | None:
         path.append(readers[0].get_node())
     _, scale, up, add = path
     gate = next(scale.input_value(i) for i in (0, 1) if scale.input_value(i).get_node() != op)
+    has_weight = up.input_value(1).get_node().get_type_name() == "Constant"
+    if gate.get_node().get_type_name() != "Parameter" or not has_weight:
+        return None
     layer = next(add.input_value(i).get_node() for i in (0, 1) if add.input_value(i).get_node() != up)
     while layer.get_type_name() != "MatMul":  # an Add of the bias
         layer = layer.input_value(0).get_node()
