@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import machine
+from results import machine, spread
 
 from hildanext.config import Config, load_config
 from hildanext.data.prepare import prepare_data
@@ -225,14 +225,8 @@ def known() -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
-def mean(runs: list[dict[str, Any]], of: Any, digits: int) -> str:
-    values = [of(run) for run in runs]
-    middle = f"{statistics.mean(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def speed(runs: list[dict[str, Any]], rows: int, kind: str) -> str:
-    return mean(runs, lambda run: run["tokens_per_forward"][str(rows)][kind], 2)
+    return spread([run["tokens_per_forward"][str(rows)][kind] for run in runs], 2)
 
 
 def per_ms(run: dict[str, Any]) -> float:
@@ -271,10 +265,10 @@ def write_page(results: list[dict[str, Any]]) -> None:
         for name, runs in sorted(rows, key=lambda row: -statistics.mean(run["run"] for run in row[1])):
             accuracy = " ".join(f"{value:.2f}" for value in runs[0]["accuracy"])
             speeds = [f"{speed(runs, rows, 'stories')}, {speed(runs, rows, 'instructions')}" for rows in (FEW, FULL)]
-            gain = mean(runs, per_ms, 2) if all(run["pass_ms"] for run in runs) else ""
+            gain = spread([per_ms(run) for run in runs], 2) if all(run["pass_ms"] for run in runs) else ""
             page.append(
-                f"| {name} | {mean(runs, lambda run: run['run'], 2)} | {accuracy} | {' | '.join(speeds)} | {gain} "
-                f"| {mean(runs, lambda run: run['megabytes'], 1)} | {mean(runs, lambda run: run['minutes'], 0)} |"
+                f"| {name} | {spread([run['run'] for run in runs], 2)} | {accuracy} | {' | '.join(speeds)} | {gain} "
+                f"| {spread([run['megabytes'] for run in runs], 1)} | {spread([run['minutes'] for run in runs], 0)} |"
             )
     machines = sorted({f"{result['machine']['cpu']} ({result['machine']['capability']})" for result in results})
     page += ["", f"Machines: {'; '.join(machines)}."]

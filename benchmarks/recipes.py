@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import machine
+from results import machine, spread
 
 from hildanext.config import load_config
 from hildanext.data.prepare import prepare_data
@@ -201,7 +201,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
             dtypes = ["bf16" if run["machine"]["bf16"] else "none" for run in runs]
             seeds = ", ".join(str(run["seed"]) for run in runs)
             page.append(
-                f"| {name} | {spread(runs, 'accuracy', 3)} | {spread(runs, 'loss', 2)} | {seeds} "
+                f"| {name} | {spread([run['accuracy'] for run in runs], 3)} | {spread([run['loss'] for run in runs], 2)} | {seeds} "
                 f"| {', '.join(dict.fromkeys(dtypes))} |"
             )
     machines = sorted({f"{result['machine']['cpu']} ({result['machine']['capability']})" for result in results})
@@ -211,13 +211,6 @@ def write_page(results: list[dict[str, Any]]) -> None:
         "run are in [recipes.json](recipes.json).",
     ]
     PAGE.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
-
-
-def spread(runs: list[dict[str, Any]], key: str, digits: int) -> str:
-    """Mean of a value over runs, with its range if there are several."""
-    values = [run[key] for run in runs]
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,9 @@ def keep(file: Path, part: str, found: dict[str, Any] | None, where: dict[str, A
         results[part] = found | {"machine": where}
         write_json(file, results)
     return results
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The mean of a value over runs, with its range if there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -18,6 +18,8 @@ Threshold = Literal["preset"]
 MOST_POST_STEPS = 256
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PostSteps = Annotated[int, Field(ge=0, le=MOST_POST_STEPS)]
+MOST_ROWS = 256  # of a pass that verifies drafts
+PassRows = Annotated[int, Field(ge=1, le=MOST_ROWS)]
 EditBlocks = Annotated[int, Field(ge=0, le=64)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 TopK = Annotated[int, Field(ge=1)]
@@ -41,7 +43,7 @@ class DecodeConfig(Section):
         "the base's likeliest token's. 1 keeps the base's text exactly, null edits blocks instead of verifying drafts, "
         "'preset' takes the mode's value. Applies to gated adapters.",
     )
-    rows: Annotated[int, Field(ge=1, le=256)] | Threshold = Field(
+    rows: PassRows | Threshold = Field(
         "preset",
         description="Number of tokens and masks in a pass that verifies drafts. More rows give more tokens per pass, and "
         "slower passes. 'preset' takes the mode's value.",
@@ -199,7 +201,7 @@ class CalibrateConfig(Section):
         min_length=1,
         description="Values of tau_accept to try for Q_MODE and S_MODE of gated adapters.",
     )
-    rows: list[Annotated[int, Field(ge=1, le=256)]] = Field(
+    rows: list[PassRows] = Field(
         default_factory=lambda: [6, 8, 12, 16],
         min_length=1,
         description="Values of decode.rows to try for gated adapters. The one with the most tokens per second is chosen.",

@@ -22,7 +22,7 @@ from torch import Tensor
 from hildanext.decoding.events import Finished, Stats, Step
 from hildanext.decoding.lookup import Lookup
 from hildanext.decoding.plan import Plan, plan_rows
-from hildanext.decoding.rule import choose, decodable_scores, verify_step
+from hildanext.decoding.rule import choose, decodable_scores, gumbel_noise, tokens_before, verify_step
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.sequence import CachedText, Span, Vocabulary
 from hildanext.decoding.settings import Settings
@@ -188,13 +188,10 @@ class ExactSequence:
     def _choices(self, logits: Tensor, drafts: list[int]) -> tuple[list[int], list[float]]:
         """The base's choice at each clean row, and p(draft) / max p of each draft at the row before it."""
         settings, vocabulary, end = self.settings, self.vocabulary, len(self.tokens)
-        noise = self._noise(range(end, end + len(logits)))
-        seen = None
+        positions = range(end, end + len(logits))
+        noise, seen = self._noise(positions), None
         if settings.repetition_penalty != 1.0:
-            seen = torch.zeros(len(logits), vocabulary.size, dtype=torch.bool)
-            for row in range(len(logits)):
-                seen[row, torch.tensor(self.tokens + drafts[:row])] = True
-            seen = seen.to(logits.device)
+            seen = tokens_before(self.tokens + drafts, positions, vocabulary.size).to(logits.device)
         scores = decodable_scores(logits, vocabulary.mask_token_id, vocabulary.size, settings, seen, vocabulary.holes)
         ids, best = choose(scores, settings, None if noise is None else noise.to(logits.device))
         if not bool(best.isfinite().all()):
@@ -212,9 +209,7 @@ class ExactSequence:
         for position in positions:
             if position not in self.noise:
                 generator = sample_generator(self.settings.seed, position, "decode")
-                drawn = torch.empty(self.vocabulary.size).exponential_(generator=generator)
-                # A draw of 0 would be infinite noise, which no logit outweighs.
-                self.noise[position] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
+                self.noise[position] = gumbel_noise((self.vocabulary.size,), generator)
         return torch.stack([self.noise[position] for position in positions])
 
     def _append(self, new: list[int]) -> int:
@@ -287,11 +282,6 @@ class ExactSequence:
             tried_by_offset=self.tried,
             right_by_offset=self.right,
         )
-
-    def fail(self) -> None:
-        """The sequence ends with an error. Nothing in its slot may be used again."""
-        self.finish_reason = "error"
-        self.preempt()
 
     def preempt(self) -> None:
         """The sequence lost its slot: its whole text must be cached again. Text and drafts are kept."""

@@ -126,6 +126,21 @@ def decodable_scores(
     return scores
 
 
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Finite Gumbel noise, float32."""
+    drawn = torch.empty(shape).exponential_(generator=generator)
+    # A draw of 0 would be infinite noise, which no logit outweighs.
+    return drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
+
+
+def tokens_before(tokens: list[int], positions: Sequence[int], vocab_size: int) -> Tensor:
+    """[n, vocab_size] bool: the tokens that occur in a text before each of n positions."""
+    seen = torch.zeros(len(positions), vocab_size, dtype=torch.bool)
+    for row, position in enumerate(positions):
+        seen[row, torch.tensor(tokens[:position], dtype=torch.long)] = True
+    return seen
+
+
 class Choice(NamedTuple):
     """The token of each of n rows."""
 

@@ -158,7 +158,8 @@ class Scheduler:
                 else:
                     events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
             except ModelError as error:  # this sequence fails alone
-                sequence.fail()
+                sequence.finish_reason = "error"
+                sequence.preempt()  # nothing in its slot may be used again
                 self.runtime.erase(slot)  # a masked key still counts if it is NaN: 0 * NaN = NaN
                 events.append((sequence, error))
         return events

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hildanext.decoding.events import Finished, Stats, Step
-from hildanext.decoding.rule import edit_step
+from hildanext.decoding.rule import edit_step, gumbel_noise, tokens_before
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings, most_passes
 from hildanext.diffusion.noise import sample_generator
@@ -175,19 +175,14 @@ class Sequence:
         for block in range(self.window // size, self.block + 1):
             if block not in self.noise:
                 generator = sample_generator(self.settings.seed, block, "decode")
-                drawn = torch.empty(size, self.vocabulary.size).exponential_(generator=generator)
-                # A draw of 0 would be infinite noise, which no logit outweighs.
-                self.noise[block] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
+                self.noise[block] = gumbel_noise((size, self.vocabulary.size), generator)
         return torch.stack([self.noise[p // size][p % size] for p in wanted])
 
     def penalized_tokens(self, wanted: list[int]) -> Tensor | None:
         """[P, V] bool: the tokens that occur before each wanted position; None without a repetition penalty."""
         if self.settings.repetition_penalty == 1.0:
             return None
-        seen = torch.zeros(len(wanted), self.vocabulary.size, dtype=torch.bool)
-        for row, position in enumerate(wanted):
-            seen[row, torch.tensor(self.tokens[:position], dtype=torch.long)] = True
-        return seen
+        return tokens_before(self.tokens, wanted, self.vocabulary.size)
 
     def finish_prefill_chunk(self, span: Span, hidden: Tensor) -> None:
         """Account for a forward without wanted positions. hidden [n, H]: the hidden states of the span."""
@@ -314,11 +309,6 @@ class Sequence:
             self.prefix_tokens,
             self.settings.used_seed,
         )
-
-    def fail(self) -> None:
-        """The sequence ends with an error. Nothing in its slot may be used again."""
-        self.finish_reason = "error"
-        self.preempt()
 
     def preempt(self) -> None:
         """The sequence lost its slot: its whole text must be cached again. Text and passes are kept."""

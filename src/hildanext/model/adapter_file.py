@@ -127,8 +127,14 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> 
             )
         weight.copy_(weight.float() + change)
     weight = _parameter(model, adapter.embedding, adapter_name)
-    row = weight[adapter.mask_token_id]
-    weight[adapter.mask_token_id] = (row.float() + adapter.row.to(row.device)).to(row.dtype)
+    add_mask_row(weight, adapter)
+
+
+@torch.no_grad()
+def add_mask_row(embedding: Tensor, adapter: Adapter) -> None:
+    """Add the change of the mask token's row to an embedding [V, H] in place, computed in float32."""
+    row = embedding[adapter.mask_token_id]
+    embedding[adapter.mask_token_id] = (row.float() + adapter.row.to(row.device)).to(row.dtype)
 
 
 def _parameter(model: PreTrainedModel, name: str, adapter_name: str) -> nn.Parameter:

@@ -21,7 +21,7 @@ from hildanext.config import LoraConfig
 from hildanext.diffusion.groups import Groups, group_mask
 from hildanext.diffusion.masks import additive, document_mask
 from hildanext.errors import ModelError
-from hildanext.model.adapter_file import Adapter
+from hildanext.model.adapter_file import Adapter, add_mask_row
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import Batch
 from hildanext.model.draft_head import DraftHead, find_draft_head
@@ -193,8 +193,7 @@ def open_gate(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> No
         low_rank.B.copy_(adapter.scaling * b)
         model.set_submodule(name, GatedLinear(base, low_rank, gate).requires_grad_(False))
     weight = weight_matrix(model.get_input_embeddings())
-    row = weight[adapter.mask_token_id]
-    weight[adapter.mask_token_id] = (row.float() + adapter.row.to(row.device)).to(row.dtype)
+    add_mask_row(weight, adapter)
     model.set_output_embeddings(BaseHead(model.get_output_embeddings(), adapter.mask_token_id))
     if adapter.draft_head:
         width, hidden = adapter.draft_head["down.weight"].shape[0], weight.shape[1]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hildanext.model.backbone import weight_matrix
 from hildanext.model.low_rank import LowRank, low_rank_product
 
 
@@ -28,9 +29,7 @@ class GatedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen matrix, without the change."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return weight_matrix(self.base)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, W, n_in] -> [B, W, n_out]."""
@@ -59,9 +58,7 @@ class BaseHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix [V, H]."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return weight_matrix(self.base)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], -inf at the mask token."""

@@ -282,7 +282,8 @@ def _folder_in(place: Path) -> Iterator[str]:
 def check_loadable(lm: DiffusionLM, config: ModelConfig, place: Path) -> None:
     """Save a model that is to be trained, without weights, and read it back as a checkpoint is read.
 
-    config: what `lm` was loaded from. place: a folder for the temporary files; it need not exist. Raises ModelError if that fails or gives another tokenizer or other shapes.
+    config: what `lm` was loaded from. place: a folder for the temporary files; it need not exist. Raises ModelError
+    if that fails or gives another tokenizer or other shapes.
     """
     with _folder_in(place) as folder:
         source = config.model_copy(update={"base": folder, "revision": None})

@@ -118,6 +118,23 @@ def noise_rows(lm: DiffusionLM, batch: Batch, block_size: int, recipe: Recipe, c
     return Noisy(*(torch.stack(field).to(lm.device) for field in zip(*noised, strict=True)))
 
 
+def logged(total: dict[str, float]) -> dict[str, float]:
+    """What the log keeps of a step. total: its `Loss` and `Counts`, summed over turns, micro-batches and processes."""
+    return {
+        "loss": total["total"],
+        "m2t": total["m2t"],
+        "t2t": total["t2t"],
+        "m2t_ce": total["masked_ce"] / max(total["masked"], 1),
+        "masked_accuracy": total["masked_correct"] / max(total["masked"], 1),
+        "edit_accuracy": total["corrupted_correct"] / max(total["corrupted"], 1),
+    }
+
+
+def log_line(row: dict[str, float]) -> str:
+    """The metrics of a step in a few words."""
+    return f"loss {row['m2t_ce']:.3f} acc {row['masked_accuracy']:.3f}"
+
+
 class DenoisingTask:
     """The `Task` of a trainer whose rows are text. Its noise depends on (seed, global sample index) alone."""
 
@@ -212,18 +229,11 @@ class DenoisingTask:
         return draws.to(masked.device) * masked[..., None] * std
 
     def metrics(self, total: dict[str, float]) -> dict[str, float]:
-        """What the log keeps of a step. total: its `Loss` and `Counts`, summed over turns, micro-batches and processes."""
-        return {
-            "loss": total["total"],
-            "m2t": total["m2t"],
-            "t2t": total["t2t"],
-            "m2t_ce": total["masked_ce"] / max(total["masked"], 1),
-            "masked_accuracy": total["masked_correct"] / max(total["masked"], 1),
-            "edit_accuracy": total["corrupted_correct"] / max(total["corrupted"], 1),
-        }
+        """What the log keeps of a step, see `logged`."""
+        return logged(total)
 
     def line(self, row: dict[str, float]) -> str:
-        return f"loss {row['m2t_ce']:.3f} acc {row['masked_accuracy']:.3f}"
+        return log_line(row)
 
     def evaluate(self, step: int, batch_rows: int) -> dict[str, float]:
         """Held-out loss and accuracy after `step` steps at the decoding block; empty without held-out rows."""

@@ -23,6 +23,7 @@ from hildanext.errors import NonFiniteLossError
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
 from hildanext.model.draft_head import CANDIDATES
 from hildanext.model.gate import clean_forward, draft_states, group_forward
+from hildanext.training.denoising import log_line, logged
 from hildanext.training.held_out import EVAL_SEED
 from hildanext.training.parallel import sync_gradients
 from hildanext.training.trainer import Sums, TrainingStep, backward
@@ -168,19 +169,11 @@ class GatedTask:
             sums.add(name, value)
 
     def metrics(self, total: dict[str, float]) -> dict[str, float]:
-        """What the log keeps of a step. total: its `Loss` and `Counts`, summed over micro-batches and processes."""
-        return {
-            "loss": total["total"],
-            "m2t": total["m2t"],
-            "t2t": total["t2t"],
-            "m2t_ce": total["masked_ce"] / max(total["masked"], 1),
-            "masked_accuracy": total["masked_correct"] / max(total["masked"], 1),
-            "edit_accuracy": total["corrupted_correct"] / max(total["corrupted"], 1),
-            "group_rows": total["masked"] + total["corrupted"],
-        }
+        """What the log keeps of a step: that of `convert-wsd` without a gate, and the number of supervised rows."""
+        return logged(total) | {"group_rows": total["masked"] + total["corrupted"]}
 
     def line(self, row: dict[str, float]) -> str:
-        return f"loss {row['m2t_ce']:.3f} acc {row['masked_accuracy']:.3f}"
+        return log_line(row)
 
     def evaluate(self, step: int, batch_rows: int) -> dict[str, float]:
         """Held-out loss, accuracy and accepted run after `step` steps; empty without held-out rows."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import PreTrainedModel
 
-from hildanext.config import Config, EngineName
+from hildanext.config import MOST_ROWS, Config, EngineName
 from hildanext.decoding.drafter import GroupDrafter
 from hildanext.decoding.engines.protocol import Completion, Event, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
@@ -27,7 +27,6 @@ from hildanext.model.prompts import encode_prompt, end_ids
 from hildanext.progress import say
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
-MOST_ROWS = 256  # of a pass that verifies drafts: the bound of decode.rows
 # The chance that the draft of row 1 ... k of a new group is right, until a checkpoint's own are measured.
 FRESH = [0.6, 0.5, 0.4] + [0.35] * 13
 
@@ -97,9 +96,9 @@ class TransformersEngine:
     @staticmethod
     def can_serve(config: Config) -> str | None:
         record = read_record(config.model)
-        if record is None and config.decode.mode == "EXACT":
-            return None
         if record is None:
+            if config.decode.mode == "EXACT":
+                return None
             return f"'{config.model.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first"
         if "adapter" in record:
             try:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hildanext.decoding.runtimes.openvino_graph import Weights, simplify
-from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch
+from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch, within
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
 from hildanext.model.backbone import n_embeddings
@@ -294,10 +294,10 @@ class OpenVinoRuntime:
         n, width = batch.ids.shape
         real = torch.arange(width) < torch.tensor(batch.widths)[:, None]  # [B, W]
         cached = (torch.arange(self.room) < starts[:, None])[:, None].expand(n, width, self.room)
-        columns = starts[:, None] + torch.arange(width)
-        new = columns[:, None] < batch.visible[..., None]
+        columns = (starts[:, None] + torch.arange(width))[:, None]
+        new = columns < batch.visible[..., None]
         if batch.own is not None:
-            new |= (columns[:, None] >= batch.own[..., :1]) & (columns[:, None] < batch.own[..., 1:])
+            new |= within(columns, batch.own)
         new &= real[:, None]
         new = new | ~real[..., None]  # padding attends to all new tokens: an empty row would give nan
         visible = torch.cat([new, cached], -1).repeat(1, self.groups, 1)[:, None]

@@ -54,7 +54,7 @@ class ForwardBatch(NamedTuple):
 
 
 def within(keys: Tensor, own: Tensor) -> Tensor:
-    """keys [K], own [B, W, 2] -> [B, W, K] bool: whether a key's column is in [first, end)."""
+    """keys [K] or [B, 1, K], own [B, W, 2] -> [B, W, K] bool: whether a key's column is in [first, end)."""
     return (keys >= own[..., :1]) & (keys < own[..., 1:])
 
 
