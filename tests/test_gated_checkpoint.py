@@ -111,6 +111,23 @@ def test_the_server_answers_as_the_base_without_a_second_copy(gated: Config, tru
             assert base["stats"]["forwards"] == len(truth(prompt))
 
 
+def test_the_server_says_how_many_drafts_the_base_accepted(gated: Config):
+    with serving.client(gated) as client:
+        health = client.get("/health").json()
+        assert (health["modes"], health["mode"]) == (["EXACT", "Q_MODE", "S_MODE"], "EXACT")
+        stats = [
+            client.post("/generate", json={"prompt": prompt, "max_new_tokens": 16}).json()["stats"]
+            for prompt in PROMPTS
+        ]
+        metrics = client.get("/metrics").text
+    tried = [sum(counts) for counts in zip(*(one["tried_by_offset"] for one in stats), strict=True)]
+    right = [sum(counts) for counts in zip(*(one["right_by_offset"] for one in stats), strict=True)]
+    assert sum(tried) > 0
+    for row, (n, n_right) in enumerate(zip(tried, right, strict=True)):
+        assert f'hildanext_drafts_verified_total{{result="accepted",row="{row}"}} {n_right:.1f}' in metrics
+        assert f'hildanext_drafts_verified_total{{result="rejected",row="{row}"}} {n - n_right:.1f}' in metrics
+
+
 def test_calibrate_writes_three_modes_and_the_checkpoint_uses_them(gated: Config, tmp_path: Path, capsys: Any):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Tell a story\nHello there\n", encoding="utf-8")

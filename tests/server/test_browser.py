@@ -21,6 +21,7 @@ from hildanext.jobs import watcher
 from hildanext.jobs.store import ENDED
 from hildanext.server.command import open_jobs
 from support import serving, waiting
+from support.models import write_gated
 from support.training import material
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -142,6 +143,31 @@ def test_a_generation_is_shown_as_it_happens_and_is_what_the_api_says(visit: Any
     assert "transformers engine, eager · Q_MODE · τ mask 0.02, τ edit 0" in about
     assert "dinfer: dInfer is not installed" in about
     here.look("generated")
+
+
+def test_a_gated_checkpoint_shows_what_the_base_accepted(visit: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """EXACT is the default, and every token of the finished text keeps its colour."""
+    config = write_gated(tmp_path_factory.mktemp("gated"), engine={"runtime": "eager"})
+    with serving.running(config) as (url, _):
+        here = visit(url)
+        expect(here.page.get_by_role("radio", name="EXACT")).to_be_checked()
+        here.ask(max_new_tokens="24")
+        here.page.click("#generate")
+        canvas = here.finished()
+        answer = httpx2.post(f"{url}/generate", json={"prompt": PROMPT, "max_new_tokens": 24, "trace": True}).json()
+        n_tokens = len(answer["token_ids"])
+        assert text_of(canvas) == answer["text"]
+        for kind in ("drafted", "edited"):
+            assert canvas.locator(f".tok.{kind}").count() == sum(len(step[kind]) for step in answer["trace"])
+        assert canvas.locator(".tok").count() == n_tokens
+        stats = answer["stats"]
+        figures = dict(
+            zip(canvas.locator("dt").all_text_contents(), canvas.locator("dd").all_text_contents(), strict=True)
+        )
+        accepted = stats["accepted"] / stats["forwards"]
+        assert float(figures["accepted a forward"]) == pytest.approx(accepted, rel=0.01)
+        assert "EXACT · τ accept 1, 8 rows" in canvas.locator(".more").text_content()
+        here.look("exact")
 
 
 def states(trace: list[dict[str, Any]], n_prompt: int, k: int) -> dict[int, tuple[str | None, str]]:

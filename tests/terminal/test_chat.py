@@ -381,6 +381,25 @@ def test_a_live_answer_ends_as_its_plain_text_and_cannot_steer_the_terminal(engi
     assert screen(out) == ["one two three four five six", "seven eight nine", "", "ten [31meleven twelve end"]
 
 
+def test_verified_text_keeps_its_colours(engine: TransformersEngine, config: Config):
+    """Accepted drafts, a correction and the base's own word; a stop string leaves other text, which stays plain."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=10, color_system="standard")
+    settings = engine.settings(config)._replace(tau_accept=1.0)
+    the, cat, saw, a = engine.tokenizer("the cat saw a")["input_ids"]
+    with LiveAnswer(console, CellTracker(engine, Request([the], settings)), BLOCK, trace=False) as shown:
+        for step, text in (
+            (Step(0, 0, [cat, saw], [0], [1], [0.95, None], 1.0, 1), " cat saw"),
+            (Step(1, 0, [a], [], [], [None], 1.0, 3), " a"),
+            (Step(2, 0, [cat, saw], [0, 1], [], [0.95, 0.95], 1.0, 4), " cat"),
+        ):
+            shown.show(step)
+            shown.show(Finished(step.step, step.tokens, text))
+        paragraph = shown.paragraph
+    assert paragraph.plain == " cat saw a cat"
+    styles = [(paragraph.plain[span.start : span.end].strip(), span.style) for span in paragraph.spans]
+    assert [(word, style) for word, style in styles if style] == [("cat", "bold green"), ("saw", "bold magenta")]
+
+
 def screen(out: str) -> list[str]:
     """What a terminal would show, of the few sequences that rich writes: colours, line erased, cursor up."""
     lines, row, column = [""], 0, 0

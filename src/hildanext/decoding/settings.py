@@ -26,6 +26,11 @@ class Preset(NamedTuple):
 # What a model can do: "blocks" denoises and edits blocks, "gated" also verifies drafts with its base, "base" is not
 # converted and can only verify drafts.
 Kind = Literal["blocks", "gated", "base"]
+MODES_OF: dict[Kind, tuple[Mode, ...]] = {  # the first is the default
+    "blocks": ("Q_MODE", "S_MODE"),
+    "gated": ("EXACT", "Q_MODE", "S_MODE"),
+    "base": ("EXACT",),
+}
 
 # Defaults for checkpoints without calibration: the thresholds that SGLang and diffusers document.
 PRESETS: dict[Mode, Preset] = {"S_MODE": Preset(0.5, 0.0), "Q_MODE": Preset(0.7, 0.5)}
@@ -98,7 +103,7 @@ def resolve(
 
     If the configuration samples without a seed, every call draws a new one, below 2**32.
     """
-    mode: Mode = config.mode or ("Q_MODE" if kind == "blocks" else "EXACT")
+    mode: Mode = config.mode or MODES_OF[kind][0]
     known = (PRESETS if kind == "blocks" else VERIFYING) | (presets or {})
     if mode not in known:
         raise UsageError(

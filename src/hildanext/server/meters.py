@@ -48,6 +48,12 @@ class Meters:
             buckets=(1, 3, 10, 30, 100, 300, 1000, 3000, 10000),
             registry=registry,
         )
+        self.verified = Counter(
+            "hildanext_drafts_verified",
+            "Drafts that the base verified after right ones, by the row of the group (0: a lookup) and the result",
+            ["row", "result"],
+            registry=registry,
+        )
         self.errors = Counter("hildanext_errors", "Requests that ended with an error", ["kind"], registry=registry)
         self.jobs = Gauge("hildanext_jobs", "Jobs in each state", ["state"], registry=registry)
 
@@ -57,6 +63,9 @@ class Meters:
         if stats.forwards:  # the dummy engine has none
             self.per_forward.observe(stats.tokens_per_forward)
             self.per_second.observe(stats.tokens_per_second)
+        for row, (tried, right) in enumerate(zip(stats.tried_by_offset, stats.right_by_offset, strict=True)):
+            self.verified.labels(str(row), "accepted").inc(right)
+            self.verified.labels(str(row), "rejected").inc(tried - right)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -82,6 +82,8 @@ def _add_views(
             "engine": engine.name if engine else None,
             "engine_reasons": engine.reasons if engine else {},
             "model": config.model.base,
+            "modes": engine.modes if engine else None,
+            "mode": engine.settings(config).mode if engine else None,
             "block_size": engine.settings(config).block_size if engine else None,
             "device": engine.device if engine else None,
             "dtype": engine.dtype if engine else None,

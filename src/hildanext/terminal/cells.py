@@ -35,6 +35,7 @@ class CellTracker:
         self.engine = engine
         self.n_prompt = len(request.prompt_ids)
         self.limit = self.n_prompt + request.settings.max_new_tokens
+        self.verifies = request.settings.tau_accept is not None  # drafts; each pass then shows what it added
         self.edited: dict[int, int] = {}  # position -> passes since its last edit
 
     def cells(self, step: Step) -> list[Cell]:

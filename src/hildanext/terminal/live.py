@@ -73,12 +73,15 @@ class PlainAnswer:
 
 
 class LiveAnswer:
-    """Prints final paragraphs; below them, redraws the unfinished paragraph and the current block in place."""
+    """Prints final paragraphs; below them, redraws the unfinished paragraph and the current block in place.
+
+    Where drafts are verified, the text keeps its colours: accepted drafts, corrections and the base's own words.
+    """
 
     def __init__(self, console: Console, tracker: CellTracker, block_size: int, *, trace: bool) -> None:
         self.console, self.tracker, self.trace = console, tracker, trace
         self.upcoming = [Cell(0, "", "mask", 1.0)] * block_size
-        self.paragraph, self.cells = "", self.upcoming
+        self.paragraph, self.cells = Text(), self.upcoming
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.drawn = 0.0
 
@@ -88,9 +91,9 @@ class LiveAnswer:
 
     def show(self, event: Step | Finished) -> None:
         if isinstance(event, Finished):
-            *final, self.paragraph = (self.paragraph + printable(event.text)).split("\n")
+            *final, self.paragraph = (self.paragraph + self._final(event.text)).split("\n", allow_blank=True)
             for paragraph in final:
-                self.console.print(Text(paragraph))
+                self.console.print(paragraph)
             self.cells = self.upcoming
         else:
             self.cells = self.tracker.cells(event)
@@ -99,9 +102,14 @@ class LiveAnswer:
         if time.monotonic() - self.drawn >= REDRAW_S:
             self._draw()
 
+    def _final(self, text: str) -> Text:
+        """Text that became certain, in the colours of the pass that verified it if it is exactly that pass's."""
+        coloured = draw_cells(self.cells)
+        return coloured if self.tracker.verifies and coloured.plain == printable(text) else Text(printable(text))
+
     def _draw(self) -> None:
         """Redraw the end of the unprinted text, as many lines as the window has."""
-        text = Text(self.paragraph) + draw_cells(self.cells)
+        text = self.paragraph + draw_cells(self.cells)
         lines = text.wrap(self.console, self.console.width)[-max(1, self.console.height - 2) :]
         self.live.update(Text("\n").join(lines), refresh=True)
         self.drawn = time.monotonic()
@@ -110,4 +118,4 @@ class LiveAnswer:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.live.stop()
-        self.console.print(Text(self.paragraph))
+        self.console.print(self.paragraph)

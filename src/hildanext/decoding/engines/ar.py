@@ -13,7 +13,7 @@ from hildanext.data.tokenizer import token_ids
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.heap import return_freed_memory
-from hildanext.decoding.settings import Settings, check_request, resolve
+from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
 from hildanext.errors import NonFiniteLogitsError, UsageError
 from hildanext.model.backbone import max_positions, n_embeddings
 from hildanext.model.policy import choose_policy
@@ -34,6 +34,7 @@ class ArEngine:
     """Greedy decoding of one request at a time with transformers' own cache. A block is one token."""
 
     name = "ar"
+    modes = MODES_OF["blocks"]
     has_base = False
     trained_block: int | None = 1
     slots = 1

@@ -20,7 +20,7 @@ import torch
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished
-from hildanext.decoding.settings import Settings, check_request, resolve
+from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
 from hildanext.errors import ModelError
 from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
 from hildanext.model.prompts import encode_prompt, end_ids
@@ -61,6 +61,7 @@ class DInferEngine:
     """One dInfer server group per process. Its workers keep the sampling parameters that they were started with."""
 
     name: EngineName = "dinfer"
+    modes = MODES_OF["blocks"]
     has_base = False
     trained_block: int | None = DEFAULT_BLOCK
     device: str | None = "cuda"

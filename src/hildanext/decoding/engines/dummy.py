@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished
-from hildanext.decoding.settings import Settings, check_request, resolve
+from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
 
 NOTICE = "[dummy engine, no model ran] "
 
@@ -16,6 +16,7 @@ class DummyEngine:
     """Its tokens are bytes."""
 
     name: EngineName = "dummy"
+    modes = MODES_OF["blocks"]
     has_base = False
     trained_block: int | None = None
     device: str | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from hildanext.config import Config
+from hildanext.config import Config, Mode
 from hildanext.decoding.events import Finished, Stats, Step
 from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
@@ -61,6 +61,7 @@ class Engine(Protocol):
     policy: dict[str, object] | None  # `Policy.as_dict`; None: the engine decides by itself
     mask_token_id: int | None  # the mask token in the tokens of a Step
     eos_token_ids: tuple[int, ...]  # any of them ends a completion
+    modes: tuple[Mode, ...]  # that its model can decode in; the first is the default
     has_base: bool  # it also gives its base's own text token by token: EXACT with one row
     context: int | None  # most tokens of prompt and completion together; None: no limit
 

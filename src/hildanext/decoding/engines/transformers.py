@@ -16,7 +16,7 @@ from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
-from hildanext.decoding.settings import Kind, Settings, check_request, read_presets, resolve
+from hildanext.decoding.settings import MODES_OF, Kind, Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import length_limit, max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -73,6 +73,7 @@ class TransformersEngine:
             gated=lm.gated,
         )
         self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
+        self.modes = MODES_OF[self.kind]
         self.has_base = self.kind == "gated"
         gate = lm.record.get("gate")
         fresh = gate.get("fresh") or FRESH[: lm.block_size] if gate else []

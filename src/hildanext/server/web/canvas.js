@@ -10,6 +10,9 @@ const PLAY_MS = 140;
 const tint = (confidence) => (confidence === null ? "" : `c${Math.min(9, Math.floor(confidence * 10))}`);
 const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.1 ? 1 : 0)} %`;
 
+/** What a pass did to a token, in words. In a trace that verifies drafts, a draft is shown when it is accepted. */
+const WORDS = { drafted: "accepted draft", edited: "correction" };
+
 /** A piece of text with visible white space. */
 const readable = (piece) =>
   piece === null ? "mask" : piece === "" ? "∅" : piece.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ | $/g, "·");
@@ -161,13 +164,13 @@ export class Canvas {
     if (position >= this.trace.end) names.push("cut");
     if (position === this.chosen) names.push("chosen");
     // Alternating classes restart the animation when two passes in a row edit the same token.
-    if (state === "edited") names.push(this.k % 2 ? "odd" : "even");
+    if (state === "edited" && !this.trace.verifies) names.push(this.k % 2 ? "odd" : "even");
     const wanted = names.filter(Boolean).join(" ");
     if (node.className !== wanted) node.className = wanted;
     const text = piece ?? "";
     if (node.textContent !== text) node.textContent = text;
     const sure = cell.confidence === null ? "" : `, ${percent(cell.confidence)}`;
-    const label = `${readable(piece)}${state === "kept" || state === "masked" ? "" : `, ${state}`}${sure}`;
+    const label = `${readable(piece)}${state === "kept" || state === "masked" ? "" : `, ${this.#word(state)}`}${sure}`;
     if (node.title !== label) {
       node.title = label;
       node.setAttribute("aria-label", label);
@@ -192,7 +195,8 @@ export class Canvas {
     this.slider.max = n;
     this.slider.value = this.k;
     const name = this.unit;
-    const what = step === null ? "before the first pass" : `${step.drafted.length} drafted, ${step.edited.length} edited`;
+    const [drafted, edited] = this.trace.verifies ? ["accepted", "corrected"] : ["drafted", "edited"];
+    const what = step === null ? "before the first pass" : `${step.drafted.length} ${drafted}, ${step.edited.length} ${edited}`;
     this.where.textContent = `${name} ${this.k} of ${n}`;
     this.slider.setAttribute("aria-valuetext", `${name} ${this.k} of ${n}: ${what}`);
     this.slider.title = what;
@@ -250,8 +254,8 @@ export class Canvas {
             "li",
             { class: row.index < this.k ? "" : "quiet" },
             h("button", { type: "button", class: "link", onclick: () => this.go(row.index + 1) }, `${this.unit} ${row.index + 1}`),
-            h("span", { class: `what ${row.what}` }, row.what),
-            row.what === "edited" ? h("del", {}, readable(row.before)) : null,
+            h("span", { class: `what ${row.what}` }, this.#word(row.what)),
+            row.what === "edited" && !this.trace.verifies ? h("del", {}, readable(row.before)) : null,
             h("b", {}, readable(row.piece)),
             h("span", { class: "meter", role: "img", "aria-label": `confidence ${percent(row.confidence)}` }, h("i", { class: `fill ${tint(row.confidence)}` })),
             h("span", { class: "number" }, percent(row.confidence)),
@@ -259,6 +263,10 @@ export class Canvas {
         ),
       ),
     );
+  }
+
+  #word(state) {
+    return this.trace.verifies ? (WORDS[state] ?? state) : state;
   }
 
   #place() {
@@ -282,7 +290,7 @@ export class Canvas {
       [number(stats.tokens_per_forward), "tokens per forward"],
       [number(stats.forwards), "forwards"],
       [number(done.token_ids.length), "tokens"],
-      ...(done.mode === "AR" ? [] : [[number(stats.drafts), "drafts"], [number(stats.edits), "edits"]]),
+      ...this.#made(done),
       [duration(stats.seconds), "time"],
       ...(stats.seed === null ? [] : [[String(stats.seed), "seed"]]),
     ];
@@ -297,15 +305,24 @@ export class Canvas {
     if (!this.trace.steps.length) this.body.textContent = done.text; // the engine reports no passes
   }
 
+  /** Figures of the tokens' making: drafts and edits, or how often drafts were accepted, by their row in the group. */
+  #made({ mode, stats }) {
+    if (mode === "AR") return [];
+    if (!this.trace.verifies) return [[number(stats.drafts), "drafts"], [number(stats.edits), "edits"]];
+    const shares = stats.tried_by_offset.map((tried, row) => [tried && percent(stats.right_by_offset[row] / tried), row ? `right in row ${row}` : "right, lookup"]);
+    return [[number(stats.accepted / stats.forwards), "accepted a forward"], ...shares.filter(([share]) => share)];
+  }
+
   #about(done) {
-    const edits = this.trace.edits();
+    const edits = this.trace.verifies ? [] : this.trace.edits();
     const reasons = Object.entries(done.engine_reasons);
     const copy = h("button", { type: "button", class: "link" }, "Copy the text");
     copy.addEventListener("click", async () => {
       await navigator.clipboard?.writeText(done.text);
       copy.textContent = "Copied";
     });
-    const thresholds = done.mode === "AR" ? "greedy" : `τ mask ${number(done.tau_mask)}, τ edit ${done.tau_edit === null ? "off" : number(done.tau_edit)}`;
+    const verifies = this.trace.verifies && `τ accept ${number(this.trace.settings.tau_accept)}, ${this.trace.settings.rows} rows`;
+    const thresholds = done.mode === "AR" ? "greedy" : verifies || `τ mask ${number(done.tau_mask)}, τ edit ${done.tau_edit === null ? "off" : number(done.tau_edit)}`;
     const parts = [
       h("p", { class: "engine" }, h("b", {}, done.engine), ` engine${done.runtime ? `, ${done.runtime}` : ""} · ${done.mode} · ${thresholds} · `, copy),
       reasons.length || done.ignored.length

@@ -19,10 +19,21 @@ const SETTINGS = [
 ];
 const BASE = ["prompt", "messages", "max_new_tokens", "stop", "deadline_s"]; // fields of POST /generate/base
 
+let modes = ["Q_MODE", "S_MODE"]; // of the served model; the first is its default
 let running = null; // AbortController of the running requests
 let focused = null; // canvas that the arrow keys control
 
 const chosen = (name) => document.querySelector(`#ask [name="${name}"]:checked`).value;
+
+/** Offer the modes of the served model. `health`: the answer of GET /health. */
+export function offerModes(health) {
+  if (!health.modes || String(health.modes) === String(modes)) return;
+  modes = health.modes;
+  for (const radio of document.querySelectorAll('#ask [name="mode"]')) {
+    radio.closest("label").hidden = !modes.includes(radio.value);
+    radio.checked = radio.value === health.mode;
+  }
+}
 
 function buildSettings() {
   $("settings").append(
@@ -115,15 +126,14 @@ const generate = () =>
     await run(canvas, "/generate", { ...asked, mode: chosen("mode") }, signal);
   });
 
-/** Run the AR base and both modes in turn, so that none slows another. Each mode uses its own thresholds. */
+/** Run the AR base, the default mode and the fastest one in turn, so that none slows another, each with its own thresholds. */
 const compare = () =>
   during(async (asked, signal) => {
     const { tau_mask, tau_edit, ...shared } = asked;
     const base = Object.fromEntries(Object.entries(shared).filter(([key]) => BASE.includes(key)));
     const parts = [
       ["AR base", "/generate/base", base],
-      ["Q_MODE", "/generate", { ...shared, mode: "Q_MODE" }],
-      ["S_MODE", "/generate", { ...shared, mode: "S_MODE" }],
+      ...[modes[0], modes.at(-1)].map((mode) => [mode, "/generate", { ...shared, mode }]),
     ].map(([title, path, ask]) => [new Canvas(title, { compact: true }), path, ask]);
     show(parts.map(([canvas]) => canvas));
     for (const [canvas] of parts) canvas.begin($("prompt").value, "messages" in asked);

@@ -27,6 +27,11 @@ export class Trace {
     }
   }
 
+  /** Whether the passes verify drafts: a token then stays what it was, an accepted draft, a correction or the base's own. */
+  get verifies() {
+    return (this.settings?.tau_accept ?? null) !== null;
+  }
+
   /** First position after the completion; tokens from there on were cut off. */
   get end() {
     return this.done ? this.promptTokens + this.done.token_ids.length : Infinity;
@@ -34,13 +39,13 @@ export class Trace {
 
   /**
    * The text after the first `k` passes: [{position, piece (null: masked), state, confidence, block}].
-   * state: masked, drafted or edited (by pass k), kept; `wasEdited`: by any pass up to k.
+   * state: masked, drafted or edited (by pass k, or by any pass that verifies), kept; `wasEdited`: by any pass up to k.
    */
   at(k) {
     const cells = new Map();
     for (let index = 0; index < k; index++) {
       const step = this.steps[index];
-      const fresh = index === k - 1;
+      const fresh = index === k - 1 || this.verifies;
       step.tokens.forEach((token, place) => {
         const position = step.start + place;
         if (position < this.promptTokens) return;
