@@ -74,8 +74,8 @@ export class Canvas {
   push(event, data) {
     this.trace.push(event, data);
     if (event === "step" || event === "token") {
-      this.state.textContent = `block ${data.block + 1} · pass ${data.step + 1}`;
-      if (event === "token") this.state.textContent = `token ${this.trace.steps.length}`;
+      const inBlocks = this.trace.blockSize > 1;
+      this.state.textContent = inBlocks ? `block ${data.block + 1} · pass ${data.step + 1}` : `${this.unit} ${this.trace.steps.length}`;
     }
     if (event === "done") this.#finished(data);
     this.#drawSoon();
@@ -276,7 +276,7 @@ export class Canvas {
 
   /** The name of one step of the trace: a pass, or a token of the AR base. */
   get unit() {
-    return this.trace.blockSize > 1 ? "pass" : "token";
+    return this.trace.isByToken ? "token" : "pass";
   }
 
   #finished(done) {

@@ -158,7 +158,7 @@ function welcome() {
       "article",
       { class: "card canvas welcome" },
       h("p", { class: "canvas-text" }, ...legend("Tokens", "kept"), ...legend(" are drafted", "drafted c9"), ...legend(" in parallel", "drafted c5"), ...legend(" and edited", "edited"), ...legend(" later", "edited"), ...legend("", "masked"), ...legend("", "masked"), ...legend("", "masked")),
-      h("p", { class: "quiet" }, "A block of masked tokens is filled in a few passes. Green marks a draft: the stronger the colour, the higher the confidence. Amber marks an edit. After the answer, step through the passes, or click a token to see its history."),
+      h("p", { class: "quiet" }, "A block of masked tokens is filled in a few passes. Green marks a draft: the stronger the colour, the higher the confidence. Amber marks an edit. In EXACT mode, green marks drafts that the base accepted, amber its corrections. After the answer, step through the passes, or click a token to see its history."),
     ),
   );
 }

@@ -4,7 +4,8 @@ export class Trace {
   constructor() {
     this.steps = []; // {block, step, start, tokens, pieces, drafted, edited, confidence, mask_ratio}
     this.promptTokens = 0;
-    this.blockSize = 1;
+    this.blockSize = 1; // 1: no blocks to show
+    this.isByToken = false; // the AR base's text
     this.done = null; // the completion
     this.shown = null; // position -> its token's part of the final text
   }
@@ -13,11 +14,12 @@ export class Trace {
   push(event, data) {
     if (event === "start") {
       this.promptTokens = data.prompt_tokens;
-      this.blockSize = data.settings.block_size;
       this.settings = data.settings;
+      this.blockSize = this.verifies ? 1 : data.settings.block_size;
     } else if (event === "step") {
       this.steps.push(data);
     } else if (event === "token") {
+      this.isByToken = true;
       const start = this.promptTokens + this.steps.length;
       const pass = { block: start, step: 0, start, tokens: [data.token], pieces: [data.text], drafted: [0], edited: [] };
       this.steps.push({ ...pass, confidence: [data.confidence], mask_ratio: 1 });
@@ -29,7 +31,7 @@ export class Trace {
 
   /** Whether the passes verify drafts: a token then stays what it was, an accepted draft, a correction or the base's own. */
   get verifies() {
-    return (this.settings?.tau_accept ?? null) !== null;
+    return !this.isByToken && (this.settings?.tau_accept ?? null) !== null;
   }
 
   /** First position after the completion; tokens from there on were cut off. */
