@@ -197,15 +197,32 @@ def test_out_of_memory_later_stops_all_processes(bench: Bench) -> None:
     assert [step for step, _ in list_checkpoints(bench.run("late") / "checkpoints")] == [2]
 
 
-def test_two_processes_train_an_adapter_as_one_does(bench: Bench, tmp_path: Path) -> None:
+GATED = {"rank": 4, "gate": True, "draft_head": 8}
+
+
+@pytest.mark.parametrize(("lora", "sharding"), [({"rank": 4}, "none"), (GATED, "none"), (GATED, "fsdp2")])
+def test_two_processes_train_an_adapter_as_one_does(
+    bench: Bench, tmp_path: Path, lora: dict[str, Any], sharding: str
+) -> None:
     raw = bench.config.model_dump(mode="json")
-    raw |= {"lora": {"rank": 4}, "wsd": raw["wsd"] | {"warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}}
+    raw["wsd"] |= {"warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}
+    if lora is GATED:
+        raw["noise"] = {"anchors": 4, "edit_share": 0.3}
+        raw["wsd"] |= {"start_block": 2, "peak_block": 3, "final_block": 3}
+    raw["lora"], raw["paths"] = lora, raw["paths"] | {"runs": str(tmp_path / "runs")}
     adapted = Bench(parse_config(raw), tmp_path / "config.json", bench.script)
     adapted.file.write_text(json.dumps(raw))
     convert_wsd(adapted.config, "adapter-one")
-    done = adapted.two("adapter-two")
+    done = adapted.two("adapter-two", "--set", f"train.sharding={sharding}")
     assert done.returncode == 0, done.stderr
     assert_the_same(adapted.run("adapter-two"), adapted.run("adapter-one"), steps=3)
+    one, two = (
+        load_file(adapted.run(f"adapter-{n}") / "checkpoints" / "step-3" / "adapter_model.safetensors")
+        for n in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -58,12 +58,21 @@ def raw(base, **sections):
     return found
 
 
+GATED = {"rank": 8, "gate": True, "draft_head": 64}
+GROUPS = {"start_block": 1, "peak_block": 4, "final_block": 4}
 CASES = {
     "all weights": {},
     "bf16": {"model": {"dtype": "bfloat16"}},
     "checkpointing and Adafactor": {"train": {"gradient_checkpointing": True, "optimizer": "adafactor"}},
     "8-bit AdamW": {"train": {"gradient_checkpointing": True, "optimizer": "adamw8bit", "micro_batch": 1}},
     "an adapter": {"lora": {"rank": 8}},
+    "a gated adapter": {"lora": GATED, "wsd": GROUPS, "noise": {"anchors": 64}},
+    "a gated adapter, checkpointing": {
+        "lora": GATED,
+        "wsd": GROUPS,
+        "noise": {"anchors": 32},
+        "train": {"gradient_checkpointing": True},
+    },
     "preferences": {"lora": {"rank": 8}, "dpo": {"block_size": 16}, "train": {"rows_per_step": 4, "micro_batch": 4}},
 }
 

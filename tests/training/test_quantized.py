@@ -54,9 +54,28 @@ def test_the_adapter_is_served_with_the_base_as_it_is(tmp_path: Path, tiny_base:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantized_run_resumes(tmp_path: Path, tiny_base: Path, kind: str):
+def test_a_gated_adapter_learns_beside_a_quantized_base(tmp_path: Path, tiny_base: Path, kind: str):
+    """Its clean rows are the quantized base's own, and what it trained is served with the base as it is."""
+    lora = {"rank": 4, "base": kind, "gate": True, "draft_head": 8}
+    wsd = {"start_block": 2, "peak_block": 3, "final_block": 3}
+    config = material(tmp_path, tiny_base, lora=lora, noise={"anchors": 8}, wsd=wsd, train={"lr": 0.02})
+    done = convert_wsd(config)
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "convert" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["m2t_ce"] < rows[0]["m2t_ce"]
+    stored = json.loads((Path(done["checkpoint"]) / "config.json").read_text())
+    assert "quantization_config" not in stored
+    lm, _ = load_diffusion_lm(config.model.model_copy(update={"base": done["checkpoint"]}))
+    assert lm.gated
+    assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("kind", "gate"), [("int8", False), ("nf4", False), ("nf4", True)])
+def test_a_quantized_run_resumes(tmp_path: Path, tiny_base: Path, kind: str, gate: bool):
     """Steps 3 and 4 of a run of four, and of one that was loaded again after step 2."""
-    config = material(tmp_path, tiny_base, lora={"rank": 4, "base": kind}, train={"keep_last": 3})
+    lora = {"rank": 4, "base": kind, "gate": gate}
+    wsd = {"start_block": 2, "peak_block": 3, "final_block": 3} if gate else {}
+    config = material(tmp_path, tiny_base, lora=lora, wsd=wsd, train={"keep_last": 3})
     convert_wsd(config)
     run = tmp_path / "runs" / "convert"
     expected = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
