@@ -13,10 +13,8 @@ repeated, and docs/benchmarks/gated.md is generated from them.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import runpy
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -26,7 +24,6 @@ from results import machine, spread
 
 from hildanext.config import Config, load_config
 from hildanext.data.prepare import prepare_data
-from hildanext.data.sources.self_answers import written_file
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
@@ -135,11 +132,7 @@ def prepare(config: Config, out: Path, text: str) -> None:
     for name, prompts in (("prompts", first), ("wide", list(make["take"]("wide", 2400)))):
         (out / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     if text == "greedy":
-        for source, stored in zip(config.data.sources, ("answers", "wide-answers"), strict=True):
-            file = written_file(config.paths.data, source)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(gzip.decompress((RECIPE / f"{stored}.jsonl.gz").read_bytes()))
-            shutil.copyfile(RECIPE / f"{stored}.json", file.with_suffix(".json"))
+        runpy.run_path(str(RECIPE / "ship.py"))["place_answers"](config)
     write_answers(config)
     prepare_data(config)
     tokenize_data(config, load_tokenizer(config.model))

@@ -1,123 +1,166 @@
-"""Compares the shipped model with its base on prompts unseen in training: quality, variety, speed, effect of editing.
+"""Compares the shipped model with its base on prompts unseen in training: equal text, quality, variety, speed.
 
-    python recipes/hilda-smollm2-135m/prompts.py 48 --skip 5000 > heldout.txt
-    python benchmarks/shipped.py --prompts heldout.txt --out runs/shipped.json
+    python recipes/hilda-smollm2-135m/prompts.py 48 --skip 5000 > familiar.txt
+    python benchmarks/shipped.py --prompts familiar.txt --out runs/shipped/familiar.json
 
-Both sides decode greedily in the same `model.dtype`. Quality is the text's mean log-likelihood per token under the
-base. Speed is measured one request at a time: the base's `generate` and each mode answer the same prompt in turn, and
-the median of the ratios of tokens per second is reported. --sweep also measures the effect of editing: S_MODE against a
-sweep of thresholds with editing off, at equal tokens per forward.
+Text is decoded greedily in fp32. The truth is transformers' own `generate` on the base. Quality is the text's mean
+log-likelihood per token under the base. Each runtime and weight format also tells where the first token differs, and by
+how much the base prefers its own there. --speed: tokens per second of one request at a time; transformers' `generate`,
+the same runtime token by token and each mode answer the same prompt in turn, and medians of the ratios are reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from baselines import llama_cpp_rate
+from results import machine
 
-from hildanext.config import SHIPPED_MODEL, Config, load_config
-from hildanext.decoding.engines import Request
-from hildanext.decoding.settings import Settings, resolve
-from hildanext.evaluate.command import open_models
-from hildanext.evaluate.intervals import Scored, gain_at_equal_speed, ratio
+from hildanext.config import MODES, SHIPPED_MODEL, Config, load_config
+from hildanext.decoding.engines import Completion, Request
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.settings import Settings
+from hildanext.evaluate.intervals import ratio
 from hildanext.evaluate.judge import distinct_2, total_log_likelihood
-from hildanext.evaluate.ways import Models, Question, TimedAnswer, Way, complete
 from hildanext.files import write_json
 from hildanext.model.ar_generate import ar_complete
+from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.loading import CheckpointWithBase, load_with_base
 from hildanext.model.prompts import read_prompts
 from hildanext.provenance import git_revision, versions
 
-SWEEP = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)  # tau_mask values of the comparison curve, with editing off
-MODES = ("Q_MODE", "S_MODE")
+RUNTIMES = (("eager", "native"), ("openvino", "native"), ("openvino", "int8"))
+BY_TOKEN: dict[str, Any] = {"mode": "EXACT", "rows": 1, "lookup": None}
 
 
-def settings(config: Config, models: Models, mode: str, **changes: Any) -> Settings:
-    assert models.lm.block_size is not None
-    decode = config.decode.model_copy(update={"mode": mode, **changes})
-    return resolve(decode, models.lm.block_size, models.engine.presets)
+class Way(NamedTuple):
+    """Changes of the section `decode`, under the name that the report uses."""
+
+    name: str
+    decode: dict[str, Any]
 
 
-def ways(config: Config, models: Models) -> list[Way]:
-    found = [Way("AR", None)]
-    for mode in MODES:
-        found += [
-            Way(mode, settings(config, models, mode)),
-            Way(f"{mode}, editing off", settings(config, models, mode, tau_edit=None)),
-        ]
-    return found
-
-
-def sweep(config: Config, models: Models) -> list[Way]:
-    """S_MODE with editing off at the thresholds of SWEEP; block size and budget unchanged."""
+def ways(k: int) -> list[Way]:
+    everywhere = 1 + k + (k + 1) * k  # the last token, k drafts, and a group of k behind each of these
     return [
-        Way(f"editing off, tau_mask {tau}", settings(config, models, "S_MODE", tau_edit=None, tau_mask=tau))
-        for tau in SWEEP
+        *(Way(mode, {"mode": mode}) for mode in MODES),
+        Way("EXACT, a group behind every draft", {"mode": "EXACT", "rows": everywhere}),
+        Way("EXACT with lookups", {"mode": "EXACT", "lookup": 2}),
     ]
 
 
-def score(models: Models, prompts: list[list[int]], answers: list[TimedAnswer]) -> Scored:
-    log_p = [
-        total_log_likelihood(models.base, prompt, answer.token_ids)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    return Scored(log_p, [len(answer.token_ids) for answer in answers], [answer.forwards for answer in answers])
+def open_engine(config: Config, lm: DiffusionLM, runtime: str, weights: str, **decode: Any) -> TransformersEngine:
+    """An engine whose graph has the rows of these settings. Raises ModuleNotFoundError without OpenVINO."""
+    engine = config.engine.model_copy(update={"runtime": runtime, "weights": weights})
+    changes = {"engine": engine, "decode": config.decode.model_copy(update=decode)}
+    return TransformersEngine(config.model_copy(update=changes), {}, lm)
 
 
-def row(way: Way, answers: list[TimedAnswer], scored: Scored) -> dict[str, Any]:
-    quality = ratio(scored.log_p, scored.tokens, 1000, 0)
+def settings(config: Config, engine: TransformersEngine, decode: dict[str, Any], budget: int) -> Settings:
+    changes = {"decode": config.decode.model_copy(update=decode)}
+    return engine.settings(config.model_copy(update=changes))._replace(max_new_tokens=budget)
+
+
+def score(
+    loaded: CheckpointWithBase, prompts: list[list[int]], truth: list[list[int]], done: list[Completion]
+) -> dict[str, Any]:
+    """Figures of one way's answers beside the base's."""
+    texts = [completion.token_ids for completion in done]
+    log_p = [total_log_likelihood(loaded.base, prompt, ids) for prompt, ids in zip(prompts, texts, strict=True)]
+    tokens = [float(len(ids)) for ids in texts]
+    quality = ratio(log_p, tokens, 1000, 0)
+    forwards = [float(completion.stats.forwards) for completion in done]
+    speed = ratio(tokens, forwards, 1000, 0)
     return {
+        "equal": sum(text == base for text, base in zip(texts, truth, strict=True)),
+        "answers": len(done),
         "log_likelihood": quality.value,
         "interval": [quality.low, quality.high],
-        "distinct_2": distinct_2([answer.token_ids for answer in answers]),
-        "tokens_per_forward": sum(scored.tokens) / sum(scored.forwards),
-        "tokens_per_second_side_by_side": sum(scored.tokens) / sum(answer.seconds for answer in answers),
-        "edits": sum(answer.edits for answer in answers),
-        "ended": sum(answer.ended for answer in answers) / len(answers),
-        "settings": None if way.settings is None else way.settings._asdict(),
-        "samples": [answer.text for answer in answers[:6]],
+        "distinct_2": distinct_2(texts),
+        "tokens_per_forward": speed.value,
+        "tokens_per_forward_interval": [speed.low, speed.high],
+        "rows": sum(completion.stats.rows for completion in done) / sum(forwards),
+        "differences": [
+            gap
+            for prompt, base, text in zip(prompts, truth, texts, strict=True)
+            if (gap := first_difference(loaded, prompt, base, text)) is not None
+        ],
+        "samples": [completion.text for completion in done[:6]],
     }
 
 
-def speed(models: Models, modes: list[Way], prompts: list[list[int]], budget: int) -> dict[str, dict[str, Any]]:
-    """Ratio of each mode's tokens per second to the base's `generate`, one prompt at a time, alternating."""
+@torch.inference_mode()
+def first_difference(
+    loaded: CheckpointWithBase, prompt: list[int], base: list[int], text: list[int]
+) -> dict[str, Any] | None:
+    """Where a text leaves the base's, and the base's probabilities of both tokens there; None if they are equal."""
+    at = next((i for i, (a, b) in enumerate(zip(base, text, strict=False)) if a != b), None)
+    if at is None:
+        return None
+    logits = loaded.base(torch.tensor([prompt + base[:at]])).logits[0, -1].float()
+    p = logits.softmax(-1)
+    return {"token": at, "base": float(p[base[at]]), "other": float(p[text[at]])}
 
-    def base(prompt: list[int]) -> float:
-        done = ar_complete(models.base, models.lm.tokenizer, prompt, budget)
+
+def speeds(
+    rates: dict[str, Callable[[list[int]], float]], prompts: list[list[int]], against: tuple[str, ...]
+) -> dict[str, Any]:
+    """Median tokens per second of each, and the median of its ratio to each of `against` on the same prompt."""
+    for rate in rates.values():
+        rate(prompts[0])  # warm-up
+    found: dict[str, list[float]] = {name: [] for name in rates}
+    for number, prompt in enumerate(prompts):
+        order = list(rates) if number % 2 else list(rates)[::-1]
+        for name in order:
+            found[name].append(rates[name](prompt))
+    return {
+        name: {
+            "tokens_per_second": statistics.median(values),
+            **{
+                f"times {other}": statistics.median(a / b for a, b in zip(values, found[other], strict=True))
+                for other in against
+            },
+        }
+        for name, values in found.items()
+    }
+
+
+def measure_speed(
+    config: Config, loaded: CheckpointWithBase, prompts: list[list[int]], budget: int, weights: str
+) -> dict[str, Any]:
+    """One request at a time in OpenVINO, each side with a graph of its own rows."""
+    token_by_token = open_engine(config, loaded.lm, "openvino", weights, **BY_TOKEN)
+    modes = open_engine(config, loaded.lm, "openvino", weights)
+
+    def generate(prompt: list[int]) -> float:
+        done = ar_complete(loaded.base, loaded.base_tokenizer, prompt, budget)
         return len(done.token_ids) / done.seconds
 
-    def mode(way: Way, prompt: list[int]) -> float:
-        assert way.settings is not None
-        models.engine.scheduler.reset_prefix_cache()  # no prompt cache: the base has none either
-        request = Request(prompt, way.settings._replace(max_new_tokens=budget))
-        return models.engine.generate(request).stats.tokens_per_second
+    def by(engine: TransformersEngine, decode: dict[str, Any]) -> Callable[[list[int]], float]:
+        def rate(prompt: list[int]) -> float:
+            engine.scheduler.reset_prefix_cache()  # the base has no prompt cached either
+            done = engine.generate(Request(prompt, settings(config, engine, decode, budget)))
+            return done.stats.tokens_per_second
 
-    found = {}
-    for way in modes:
-        base(prompts[0])  # warm-up
-        mode(way, prompts[0])
-        pairs = []
-        for number, prompt in enumerate(prompts):
-            if number % 2:  # alternate which side goes first
-                mode_rate = mode(way, prompt)
-                pairs.append((base(prompt), mode_rate))
-            else:
-                pairs.append((base(prompt), mode(way, prompt)))
-        ratios = sorted(mode_rate / base_rate for base_rate, mode_rate in pairs)
-        found[way.name] = {
-            "parent_tokens_per_second": statistics.median(base_rate for base_rate, _ in pairs),
-            "tokens_per_second": statistics.median(mode_rate for _, mode_rate in pairs),
-            "median_ratio": statistics.median(ratios),
-            "quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else None,
-            "pairs": len(pairs),
-        }
+        return rate
+
+    rates = {"generate": generate, "token by token": by(token_by_token, BY_TOKEN)}
+    rates |= {mode: by(modes, {"mode": mode}) for mode in MODES}
+    try:
+        found = speeds(rates, prompts, ("generate", "token by token"))
+    finally:
+        token_by_token.close()
+        modes.close()
+    rates_of_llama = [rate for rate in (llama_cpp_rate(prompts[0], budget) for _ in range(2)) if rate]
+    if rates_of_llama:
+        found["llama.cpp, the base's Q4_1 file"] = {"tokens_per_second": statistics.median(rates_of_llama)}
     return found
 
 
@@ -126,43 +169,50 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--model", default=SHIPPED_MODEL)
     parser.add_argument("--out", type=Path, default=Path("runs/shipped.json"))
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=16, help="number of prompts for the speed measurement")
-    parser.add_argument("--sweep", action="store_true", help="also measure a sweep of thresholds with editing off")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--speed", type=int, default=0, metavar="N", help="measure speed on the first N prompts, too")
+    parser.add_argument("--only-eager", action="store_true", help="leave OpenVINO out")
     parser.add_argument("--set", action="append", default=[], help="override a key of the configuration")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    config = load_config(None, [f"model.base={json.dumps(args.model)}", *args.set])
-    models, about = open_models(config, None)
-    prompts = read_prompts(args.prompts, models.lm.tokenizer)
-    all_ways, curve = ways(config, models), sweep(config, models) if args.sweep else []
-    rows, scores = {}, {}
-    for way in [*all_ways, *curve]:
-        answers = complete(models, way, [Question(prompt, args.tokens) for prompt in prompts], "held-out prompts")
-        scores[way.name] = score(models, prompts, answers)
-        rows[way.name] = row(way, answers, scores[way.name])
-        figures = {key: round(value, 3) for key, value in rows[way.name].items() if isinstance(value, float)}
-        print(f"{way.name}: {figures}", file=sys.stderr, flush=True)
-    speeds = speed(models, [way for way in all_ways if way.name in MODES], prompts[: args.pairs], args.tokens)
-    models.engine.close()
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    report = {**about, "machine": machine | {"threads": torch.get_num_threads()}, "prompts": len(prompts), "rows": rows}
-    report["speed"] = speeds
-    for name, found in speeds.items():
-        print(f"{name}: {found['median_ratio']:.2f} times the base's tokens per second ({found['pairs']} pairs)")
-    if curve:
-        gain = gain_at_equal_speed(scores["S_MODE"], [scores[way.name] for way in curve], 1000, 0)
-        report["editing_gain_at_equal_tokens_per_forward"] = None if math.isnan(gain.value) else gain._asdict()
-        if math.isnan(gain.value):
-            print("editing: no comparison, because S_MODE's tokens per forward lie outside the sweep's")
-        else:
-            print(
-                f"editing: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] nats per token "
-                "at equal tokens per forward"
+    config = load_config(None, [f"model.base={json.dumps(args.model)}", 'model.dtype="float32"', *args.set])
+    loaded = load_with_base(config.model)
+    prompts = read_prompts(args.prompts, loaded.lm.tokenizer)
+    truth = [ar_complete(loaded.base, loaded.base_tokenizer, prompt, args.tokens).token_ids for prompt in prompts]
+    tokens = [float(len(ids)) for ids in truth]
+    log_p = [total_log_likelihood(loaded.base, prompt, ids) for prompt, ids in zip(prompts, truth, strict=True)]
+    report: dict[str, Any] = {
+        "model": args.model,
+        "machine": machine(),
+        "prompts": len(prompts),
+        "tokens": args.tokens,
+        "base": {"log_likelihood": sum(log_p) / sum(tokens), "distinct_2": distinct_2(truth)},
+        "ways": {},
+    }
+    for runtime, weights in RUNTIMES[:1] if args.only_eager else RUNTIMES:
+        engine = open_engine(config, loaded.lm, runtime, weights)
+        for way in ways(loaded.block_size) if runtime == "eager" else [Way("EXACT", {"mode": "EXACT"})]:
+            wanted = settings(config, engine, way.decode, args.tokens)
+            engine.scheduler.reset_prefix_cache()
+            found = score(
+                loaded, prompts, truth, engine.generate_batch([Request(prompt, wanted) for prompt in prompts])
             )
+            name = way.name if runtime == "eager" else f"{way.name}, {runtime} {weights}"
+            report["ways"][name] = found | {"settings": wanted._asdict()}
+            said = f"{found['equal']} of {found['answers']} equal, {found['tokens_per_forward']:.2f} tokens a forward"
+            print(f"{name}: {said}, {found['log_likelihood']:.3f} nats", file=sys.stderr, flush=True)
+        engine.close()
+    if args.speed:
+        report["speed"] = {
+            weights: measure_speed(config, loaded, prompts[: args.speed], args.tokens, weights)
+            for weights in ("native", "int8")
+        }
+        for weights, found in report["speed"].items():
+            for name, rate in found.items():
+                print(f"{weights}, {name}: {rate}", file=sys.stderr, flush=True)
     write_json(args.out, report | {"versions": versions(), "git": git_revision()})
 
 

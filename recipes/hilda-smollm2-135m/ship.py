@@ -1,63 +1,181 @@
-"""Copy a merged and calibrated adapter into the package, with the records of the runs that made it.
+"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in two parts, calibration, the package's folder.
 
-python recipes/hilda-smollm2-135m/ship.py --merged runs/merged --runs runs/convert runs/sft
+    python recipes/hilda-smollm2-135m/ship.py        # or: make ship
+
+Everything is kept in runs/ship. A killed run continues where it was: answers by batch, training from its last
+checkpoint; a finished part is not repeated. The base's stored answers beside this file are used; without them they are
+written anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gzip
 import json
+import os
+import runpy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hildanext.config import SHIPPED_MODEL
+from hildanext.config import SHIPPED_MODEL, Config, load_config
+from hildanext.data.prepare import prepare_data
+from hildanext.data.sources.self_answers import written_file
+from hildanext.data.tokenize import tokenize_data
+from hildanext.evaluate.calibrate import calibrate
 from hildanext.files import write_json
-from hildanext.model.pretrained import MODELS
+from hildanext.model.pretrained import MODELS, load_tokenizer
+from hildanext.model.self_answers import write_answers
+from hildanext.progress import say
+from hildanext.training.convert import sft
+from hildanext.training.merge import merge
 from hildanext.training.run_folder import RunFolder
 
-KEPT = (
-    "model",
-    "data",
-    "noise",
-    "loss",
-    "lora",
-    "train",
-)  # sections of a run's configuration to keep, besides the command's own
-CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy")
+RECIPE = Path(__file__).parent
+# Files of prompts: (world, count, prompts of this world that are left out before).
+PROMPTS = {
+    "prompts": [("first", 1344, 0), ("first", 3000, 1700)],
+    "wide": [("wide", 2400, 0)],
+    "work": [("work", 900, 0)],
+    "sampled": [("first", 1200, 6000), ("wide", 1200, 4000), ("work", 400, 2000)],
+}
+CALIBRATION = ("wide", 48, 2400)
+# Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
+PARTS: dict[str, dict[str, Any]] = {
+    "first": {"sources": 2, "train.seed": 0, "sft.steps": 900, "sft.lr_decay_share": 0.0},
+    "last": {
+        "sources": 4,
+        "train.seed": 1,
+        "sft.steps": 400,
+        "sft.lr_decay_share": 0.9,
+        "train.lr_final_ratio": 0.03,
+    },
+}
+CURVE = ("step", "tokens_seen", "group_rows", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Relative paths of the configuration are those of `folder`: the base's answers are stored under such a path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def part_config(part: str) -> Config:
+    """The configuration of one part of the training, with its own data folder."""
+    changes = {"paths.data": f"data-{part}", "paths.runs": "runs"} | PARTS[part]
+    n_sources = changes.pop("sources")
+    config = load_config(RECIPE / "config.json", [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"sources": config.data.sources[:n_sources]})}
+    )
+
+
+def write_prompts() -> None:
+    take = runpy.run_path(str(RECIPE / "prompts.py"))["take"]
+    for name, parts in PROMPTS.items():
+        lines = [prompt for world, count, skip in parts for prompt in take(world, count, skip=skip)]
+        Path(f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    world, count, skip = CALIBRATION
+    Path("calibration.txt").write_text("\n".join(take(world, count, skip=skip)) + "\n", encoding="utf-8")
+
+
+def place_answers(config: Config) -> None:
+    """Put the base's stored answers where its sources look for them, by the name of their prompts' file."""
+    for source in config.data.sources:
+        file = written_file(config.paths.data, source)
+        stored = RECIPE / f"{file.stem.rpartition('-')[0]}-answers.jsonl.gz"
+        if stored.exists() and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(gzip.decompress(stored.read_bytes()))
+            shutil.copyfile(
+                stored.with_name(stored.name.removesuffix(".jsonl.gz") + ".json"), file.with_suffix(".json")
+            )
+
+
+def prepare(config: Config) -> None:
+    """Prepare the rows of one part, once."""
+    ready = Path(config.paths.data) / "ready"
+    if ready.exists():
+        return
+    place_answers(config)
+    write_answers(config)
+    prepare_data(config)
+    tokenize_data(config, load_tokenizer(config.model))
+    ready.touch()
+
+
+def train() -> str:
+    """Train the parts in turn. Returns the last checkpoint."""
+    base = None
+    for part in PARTS:
+        config = part_config(part)
+        prepare(config)
+        if base is not None:
+            config = config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
+        done = sft(config, part, resume=RunFolder(Path("runs") / part).record.is_file())
+        if not done["finished"]:
+            raise SystemExit(f"stopped after step {done['steps']} of part '{part}'; run the same command to continue")
+        base = done["checkpoint"]
+    assert base is not None
+    return base
 
 
 def record(run: RunFolder) -> dict[str, Any]:
-    """A run's command, configuration, versions and size, and its held-out curve."""
+    """A run's configuration, versions and size, and its held-out curve."""
     about = json.loads(run.record.read_text(encoding="utf-8"))
-    config, command = about["config"], about["command"]
-    rows = run.read_metrics()
-    own = "wsd" if command == "convert-wsd" else command
+    config, rows = about["config"], run.read_metrics()
     return {
-        "command": command,
+        "command": about["command"],
         "seed": about["seed"],
-        "config": {key: config[key] for key in (*KEPT, own)},
+        "config": {key: config[key] for key in ("model", "data", "noise", "loss", "lora", "train", "sft")},
         "versions": about["versions"],
         "git": about["git"],
         "steps": rows[-1]["step"],
         "tokens": rows[-1]["tokens_seen"],
+        "group_rows": sum(row["group_rows"] for row in rows),
         "curve": [{key: row[key] for key in CURVE} for row in rows if "eval_loss" in row],
     }
 
 
+def put_into(package: Path, merged: Path) -> None:
+    """Copy the model and the record of its training into the package, except for its card, which people write."""
+    package.mkdir(parents=True, exist_ok=True)
+    for path in sorted(merged.iterdir()):
+        if path.is_file() and path.name != "README.md":
+            shutil.copyfile(path, package / path.name)
+    write_json(package / "training.json", {"runs": [record(RunFolder(Path("runs") / part)) for part in PARTS]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--merged", type=Path, required=True, help="folder written by merge-topk and calibrated")
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="the training runs behind it, in order")
-    parser.add_argument("--out", type=Path, default=MODELS / SHIPPED_MODEL)
+    parser.add_argument("--out", type=Path, default=Path("runs/ship"), help="folder of everything that is made")
+    parser.add_argument("--package", type=Path, default=MODELS / SHIPPED_MODEL, help="folder of the finished model")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(args.merged.iterdir()):
-        if path.is_file():
-            shutil.copyfile(path, args.out / path.name)
-    write_json(args.out / "training.json", {"runs": [record(RunFolder(run)) for run in args.runs]})
-    size = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"{args.out}: {size / 1e6:.1f} MB; update its README.md next")
+    package = args.package.resolve()
+    with inside(args.out):
+        write_prompts()
+        checkpoint, merged = train(), Path("merged")
+        if not merged.exists():
+            merge([Path(checkpoint)], merged, half=True)
+        changes = [
+            f'model.base="{merged}"',
+            'model.dtype="float32"',
+            "decode.max_new_tokens=96",
+            "calibrate.prompts=48",
+        ]
+        calibrate(load_config(None, changes), "calibration.txt", None, Path("calibration"))
+        put_into(package, merged)
+    say(
+        f"{package}: {sum(path.stat().st_size for path in package.iterdir()) / 1e6:.1f} MB; measure it with make bench-shipped"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hildanext.evaluate.intervals import Scored, Z, gain_at_equal_speed, mean, pass_at_k, ratio, share
+from hildanext.evaluate.intervals import Z, mean, pass_at_k, ratio, share
 
 
 @given(n=st.integers(1, 9), data=st.data())
@@ -67,41 +64,3 @@ def test_a_ratio_weighs_items_by_their_size_and_is_seeded() -> None:
     assert found.value == 2.5
     assert found == ratio([1.0, 9.0], [1.0, 3.0], 200, seed=0)
     assert (found.low, found.high) == (1.0, 3.0)
-
-
-def by_hand(one, curve, prompts):
-    """The same with plain loops: the two points of the curve around, and the line between them."""
-
-    def point(scored):
-        log_p, tokens, forwards = (sum(part[i] for i in prompts) for part in scored)
-        return tokens / forwards, log_p / tokens
-
-    speed, quality = point(one)
-    points = sorted(point(scored) for scored in curve)
-    for (a, low), (b, high) in itertools.pairwise(points):
-        if a <= speed <= b:
-            return quality - (low + (high - low) * (speed - a) / (b - a))
-    return math.nan
-
-
-def test_a_gain_at_equal_speed_is_read_between_the_points_of_the_curve():
-    rng = random.Random(0)
-    n = 20
-
-    def scored(speed, quality):
-        tokens = [rng.randint(20, 40) for _ in range(n)]
-        return Scored(
-            [t * (quality + rng.gauss(0, 0.1)) for t in tokens],
-            tokens,
-            [t / (speed + rng.gauss(0, 0.02)) for t in tokens],
-        )
-
-    curve = [scored(speed, -0.5 * speed) for speed in (3, 1, 2)]  # in no order
-    one = scored(1.5, -0.5)  # the curve has -0.75 there
-    found = gain_at_equal_speed(one, curve, 200, 0)
-    assert found.value == pytest.approx(by_hand(one, curve, range(n)))
-    drawn = np.random.default_rng(0).integers(0, n, (200, n))
-    gains = [by_hand(one, curve, some) for some in drawn]
-    assert [found.low, found.high] == pytest.approx(list(np.percentile(gains, [2.5, 97.5])))
-    assert found.low < 0.25 < found.high
-    assert math.isnan(gain_at_equal_speed(scored(4, -0.5), curve, 200, 0).value)

@@ -55,47 +55,6 @@ def mean(values: Sequence[float], resamples: int, seed: int) -> Figure:
     return ratio(values, [1.0] * len(values), resamples, seed)
 
 
-class Scored(NamedTuple):
-    """Totals of the answers to a list of prompts, one value per prompt."""
-
-    log_p: Sequence[float]  # nats
-    tokens: Sequence[float]
-    forwards: Sequence[float]
-
-
-def gain_at_equal_speed(candidate: Scored, curve: Sequence[Scored], resamples: int, seed: int) -> Figure:
-    """Log-likelihood per token of `candidate` minus that of the curve at the same tokens per forward, in nats.
-
-    The curve is interpolated linearly between its points. The percentile bootstrap resamples prompts, the same ones for
-    the candidate and every point of the curve. nan if the candidate's speed lies outside the curve.
-    """
-
-    def points(rows: Sequence[Scored], drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens per forward, log-likelihood per token), each [rows, draws]."""
-        log_p, tokens, forwards = (np.asarray(part, dtype=float)[:, drawn].sum(-1) for part in zip(*rows, strict=True))
-        return tokens / forwards, log_p / tokens
-
-    n = len(candidate.log_p)
-    whole = np.arange(n)[None]
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    found = []
-    for indices in (whole, drawn):
-        (speed,), (quality,) = points([candidate], indices)
-        speeds, qualities = points(curve, indices)
-        order = speeds.argsort(0)
-        speeds, qualities = np.take_along_axis(speeds, order, 0), np.take_along_axis(qualities, order, 0)
-        reference = [
-            np.interp(x, xs, ys, left=np.nan, right=np.nan)
-            for x, xs, ys in zip(speed, speeds.T, qualities.T, strict=True)
-        ]
-        found.append(quality - np.array(reference))
-    value = float(found[0][0])
-    if math.isnan(value):
-        return plain(value, n)
-    low, high = np.nanpercentile(found[1], [2.5, 97.5])
-    return Figure(value, float(low), float(high), n, "bootstrap")
-
-
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate of the probability that one of k samples is right, from c = `right` of n samples.
 
