@@ -50,3 +50,8 @@ class Stats:
     rows: int = 0  # tokens and masks of all passes
     tried_by_offset: list[int] = field(default_factory=list)  # verified after right drafts: of lookups, rows 1 ... k
     right_by_offset: list[int] = field(default_factory=list)
+
+    @property
+    def changes(self) -> str:
+        """What the passes did, in words: edits, or how many of the verified drafts were accepted."""
+        return f"{self.accepted} of {self.drafts} drafts accepted" if self.rows else f"{self.edits} edits"

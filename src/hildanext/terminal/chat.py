@@ -184,7 +184,7 @@ class Chat:
         cut = " (decode.max_new_tokens)" if done.finish_reason == "length" else ""
         self.tell(
             f"[{len(done.token_ids)} tokens{cut}, {stats.tokens_per_forward:.2f} per forward, "
-            f"{stats.tokens_per_second:.1f} tokens/s, {stats.edits} edits, "
+            f"{stats.tokens_per_second:.1f} tokens/s, {stats.changes}, "
             f"{stats.prefix_tokens} of {len(request.prompt_ids)} prompt tokens from the cache"
             f"{'' if stats.seed is None else f', seed {stats.seed}'}]"
         )

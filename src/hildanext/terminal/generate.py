@@ -59,7 +59,7 @@ def _cost(completion: Completion) -> str:
     stats = completion.stats
     return (
         f"{completion.mode}: {len(completion.token_ids)} tokens, {stats.forwards} forwards, "
-        f"{stats.tokens_per_forward:.2f} tokens per forward, {stats.edits} edits"
+        f"{stats.tokens_per_forward:.2f} tokens per forward, {stats.changes}"
         f"{'' if stats.seed is None else f', seed {stats.seed}'}"
     )
 
@@ -69,7 +69,8 @@ def _draw(engine: Engine, request: Request, prompt: str, completion: Completion,
         say(f"{path} not drawn: the {engine.name} engine reports no passes")
         return
     tracker = CellTracker(engine, request)
-    draw(Decode(prompt, [(step, tracker.cells(step)) for step in steps], _cost(completion)), path)
+    passes = [(step, tracker.cells(step)) for step in steps]
+    draw(Decode(prompt, passes, _cost(completion), tracker.verifies), path)
 
 
 def _consume(engine: Engine, request: Request, stream_text: bool) -> tuple[Completion, list[Step]]:

@@ -53,6 +53,7 @@ class Decode(NamedTuple):
     prompt: str
     passes: list[tuple[Step, list[Cell]]]
     cost: str
+    verifies: bool = False  # each pass shows what it added: accepted drafts, a correction, the base's own word
 
 
 def check_format(path: str | Path) -> None:
@@ -107,13 +108,18 @@ def heading(decode: Decode, width: float) -> list[Box]:
     """Return the boxes of the prompt and, below it, of the colour legend."""
     lines = textwrap.wrap(" ".join(decode.prompt.split()), int((width - 2 * MARGIN) / CHAR), max_lines=3)
     boxes = [Box(MARGIN, MARGIN + i * ROW, 0, line, BRIGHT) for i, line in enumerate(lines)]
+    low, sure = (BRIGHT, mix(DRAFT_LOW, DRAFT_HIGH, 0.1)), (BRIGHT, DRAFT_HIGH)
+    legend: list[tuple[str, Color, Color | None]] = [("masked", DIM, FAINT), ("drafted: unsure", *low), ("sure", *sure)]
+    legend += [("edited", BRIGHT, EDIT)]
+    if decode.verifies:
+        legend = [
+            ("accepted draft: unsure", *low),
+            ("sure", *sure),
+            ("correction", BRIGHT, EDIT),
+            ("base's word", INK, None),
+        ]
     y, x = MARGIN + len(lines) * ROW, float(MARGIN)
-    for name, ink, fill in (
-        ("masked", DIM, FAINT),
-        ("drafted: unsure", BRIGHT, mix(DRAFT_LOW, DRAFT_HIGH, 0.1)),
-        ("sure", BRIGHT, DRAFT_HIGH),
-        ("edited", BRIGHT, EDIT),
-    ):
+    for name, ink, fill in legend:
         boxes.append(Box(x, y, len(name) * CHAR + 2 * PAD, name, ink, fill))
         x += len(name) * CHAR + 2 * PAD + 8
     return boxes
@@ -151,7 +157,11 @@ def _columns(block: list[tuple[Step, list[Cell]]]) -> list[float]:
 
 
 def frames(decode: Decode) -> Iterator[Drawing]:
-    """Draw one frame per pass, with masks as wide as their later words, and a last frame without colours."""
+    """Draw one frame per pass, with masks as wide as their later words, and a last frame without colours.
+
+    A pass that verifies drafts keeps its colours.
+    """
+    settled = (lambda cell: cell) if decode.verifies else _plain
     width = COLUMNS * CHAR + 2 * MARGIN
     top = heading(decode, width)
     first = top[-1].y + 1.7 * ROW
@@ -160,12 +170,12 @@ def frames(decode: Decode) -> Iterator[Drawing]:
     written: dict[int, Cell] = {}
     for number, (step, cells) in enumerate(decode.passes, start=1):
         # Positions before the pass's first position are final.
-        written = {position: _plain(cell) for position, cell in written.items() if position < step.start}
+        written = {position: settled(cell) for position, cell in written.items() if position < step.start}
         written |= {cell.position: cell for cell in cells if cell.kind not in ("cut", "prompt")}
         shown = [cell._replace(text=texts[cell.position]) if cell.kind == "mask" else cell for cell in written.values()]
         n_masks = sum(cell.kind == "mask" for cell in shown)
         pages.append((*_page(shown, first), f"pass {number:3}   {len(shown) - n_masks:3} tokens"))
-    pages.append((*_page([_plain(cell) for cell in written.values()], first), decode.cost))
+    pages.append((*_page([settled(cell) for cell in written.values()], first), decode.cost))
     foot = first + max(n_lines for _, n_lines, _ in pages) * ROW + ROW / 2
     for boxes, _, line in pages:
         yield Drawing(width, foot + ROW + MARGIN, [top, boxes, [Box(MARGIN, foot, 0, line, DIM)]])
