@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from baselines import llama_cpp_rate
-from results import machine
+from results import load, machine
 
 from hildanext.config import MODES, SHIPPED_MODEL, Config, load_config
 from hildanext.decoding.engines import Completion, Request
@@ -66,6 +66,17 @@ def open_engine(config: Config, lm: DiffusionLM, runtime: str, weights: str, **d
 def settings(config: Config, engine: TransformersEngine, decode: dict[str, Any], budget: int) -> Settings:
     changes = {"decode": config.decode.model_copy(update=decode)}
     return engine.settings(config.model_copy(update=changes))._replace(max_new_tokens=budget)
+
+
+def text_of_base(loaded: CheckpointWithBase, prompts: list[list[int]], budget: int, file: Path) -> list[list[int]]:
+    """The base's greedy tokens by transformers' own `generate`, one prompt at a time; kept in `file` as they come."""
+    asked = {"base": loaded.base_config.base, "prompts": prompts, "budget": budget}
+    stored = load(file)
+    found: list[list[int]] = stored["texts"] if stored.get("asked") == asked else []
+    for prompt in prompts[len(found) :]:
+        found.append(ar_complete(loaded.base, loaded.base_tokenizer, prompt, budget).token_ids)
+        write_json(file, {"asked": asked, "texts": found})
+    return found
 
 
 def score(
@@ -181,7 +192,8 @@ def main() -> None:
     config = load_config(None, [f"model.base={json.dumps(args.model)}", 'model.dtype="float32"', *args.set])
     loaded = load_with_base(config.model)
     prompts = read_prompts(args.prompts, loaded.lm.tokenizer)
-    truth = [ar_complete(loaded.base, loaded.base_tokenizer, prompt, args.tokens).token_ids for prompt in prompts]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    truth = text_of_base(loaded, prompts, args.tokens, args.out.with_suffix(".base.json"))
     tokens = [float(len(ids)) for ids in truth]
     log_p = [total_log_likelihood(loaded.base, prompt, ids) for prompt, ids in zip(prompts, truth, strict=True)]
     report: dict[str, Any] = {
