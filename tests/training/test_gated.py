@@ -17,6 +17,7 @@ from hildanext.data.rows import Rows
 from hildanext.diffusion.groups import Groups
 from hildanext.diffusion.objective import Weights
 from hildanext.model.diffusion_lm import Batch, DiffusionLM, make_batch
+from hildanext.model.draft_head import DraftHead
 from hildanext.model.gate import clean_forward
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.lora import trained_parameters
@@ -88,7 +89,7 @@ def by_hand(base: Path, lm: DiffusionLM, batch: Batch, groups: Groups, row: int,
     first = int(batch.position_ids[row, columns[0]])
     positions = torch.arange(first, first + width)[None]
     hidden = model.model(inputs_embeds=embeds[None], attention_mask=mask, position_ids=positions).last_hidden_state[0]
-    total = torch.zeros((), dtype=torch.double)
+    total, state = torch.zeros((), dtype=torch.double), torch.zeros(HEAD, dtype=torch.double)
     for j, query in enumerate(queries.tolist(), start=1):
         if not groups.wanted[row, query]:
             continue
@@ -96,7 +97,9 @@ def by_hand(base: Path, lm: DiffusionLM, batch: Batch, groups: Groups, row: int,
         if not groups.plain[row, query]:
             e = embedding[batch.input_ids[row, anchor + j]]
             unit = torch.cat([h / h.square().mean().add(1e-16).sqrt(), e / e.square().mean().add(1e-16).sqrt()])
-            h = h + weights["draft_head.up.weight"] @ F.silu(weights["draft_head.down.weight"] @ unit)
+            read = weights["draft_head.down.weight"] @ unit
+            state = F.silu(read + weights["draft_head.recur.weight"] @ state)
+            h = h + weights["draft_head.up.weight"] @ state
         ce = -F.log_softmax(lm.head.weight @ h, -1)[label]
         if groups.masked[row, query]:
             total = total + ce / groups.t[row, query]
@@ -192,3 +195,21 @@ def test_training_learns_and_a_checkpoint_loads_again(base: Path, tmp_path: Path
     for name, value in trained_parameters(lm.model).items():
         assert torch.equal(value, trained_parameters(again.model)[name]), name
     assert any(value.abs().max() > 0 for name, value in trained_parameters(lm.model).items() if name.endswith("B"))
+
+
+def test_the_draft_head_reads_a_group_row_by_row():
+    """States of all rows at once against a plain loop over each group; decoding makes the same steps."""
+    head = DraftHead(6, 5).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        hidden, before = torch.randn(2, 2, 7, 6, generator=generator, dtype=torch.double)
+        offsets = torch.tensor([[1, 2, 3, 1, 1, 2, 1], [1, 1, 2, 3, 4, 1, 1]])
+        found = head.changed(hidden, head.states(head.read(hidden, before), offsets))
+        for row in range(2):
+            state = None
+            for column in range(7):
+                state = None if offsets[row, column] == 1 else state
+                expected, state = head.step(hidden[row, column], before[row, column], state)
+                torch.testing.assert_close(found[row, column], expected, rtol=1e-12, atol=1e-12)

@@ -33,12 +33,12 @@ class GroupDrafter:
         scores = logits[:, : self.vocab_size].float()
         scores[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
         top, ids = scores.topk(min(CANDIDATES, scores.shape[1]), dim=-1)
-        tokens, chances = [], []
+        tokens, chances, state = [], [], None
         for row in range(len(hidden)):
             ranked = top[row]
             if self.draft_head is not None:
-                changed = self.draft_head(hidden[row : row + 1], self.embedding[before][None])
-                ranked = (self.head[ids[row]].to(changed.dtype) @ changed[0]).float()
+                changed, state = self.draft_head.step(hidden[row], self.embedding[before], state)
+                ranked = (self.head[ids[row]].to(changed.dtype) @ changed).float()
             probabilities = ranked.softmax(-1)
             if noise is None:
                 best = int(ranked.argmax())

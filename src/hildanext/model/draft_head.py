@@ -11,21 +11,46 @@ CANDIDATES = 128
 
 
 class DraftHead(nn.Module):
-    """Conditions each draft on the token before it: h + U silu(D [h ; e]), with rows h and e scaled to unit mean square.
+    """Conditions each draft on the tokens before it. Row j of a group has the state s_j and predicts with h_j + U s_j:
 
-    Rows of a group do not know each other's choice, nor the base's own next word; this map tells them. U begins at zero.
+        s_j = silu(D [h_j ; e_j] + R s_(j-1)),    s_0 = 0
+
+    e_j is the base's embedding of the token before the label; h and e are scaled to unit mean square. Rows of a group do
+    not know each other's choice, nor the base's own next word; this recurrence tells them (a recurrent drafter as in arXiv
+    2403.09919, beside rows that see the text). U and R begin at zero.
     """
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(2 * hidden, width, bias=False), nn.Linear(width, hidden, bias=False)
-        nn.init.zeros_(self.up.weight)
+        self.recur = nn.Linear(width, width, bias=False)
+        for zero in (self.up, self.recur):
+            nn.init.zeros_(zero.weight)
 
-    def forward(self, hidden: Tensor, before: Tensor) -> Tensor:
-        """hidden [n, H]: of group rows; before [n, H]: base embeddings of the tokens before their labels -> [n, H]."""
+    def read(self, hidden: Tensor, before: Tensor) -> Tensor:
+        """D [h ; e]: hidden [..., H] of group rows; before [..., H]: embeddings of the tokens before their labels."""
         size = hidden.shape[-1:]
         scaled = torch.cat([F.rms_norm(hidden, size), F.rms_norm(before.to(hidden.dtype), size)], -1)
-        change: Tensor = self.up(F.silu(self.down(scaled.to(self.down.weight.dtype))))
+        read: Tensor = self.down(scaled.to(self.down.weight.dtype))
+        return read
+
+    def states(self, read: Tensor, offsets: Tensor) -> Tensor:
+        """The states s [B, Q, W] of all rows, group after group, row after row. read [B, Q, W]; offsets [B, Q], from 1."""
+        state = F.silu(read)
+        for j in range(2, int(offsets.max()) + 1):
+            before = F.pad(state, (0, 0, 1, 0))[:, :-1]  # of the row before, which has offset j - 1
+            state = torch.where((offsets == j)[..., None], F.silu(read + self.recur(before)), state)
+        return state
+
+    def step(self, hidden: Tensor, before: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One row [H]: what it predicts with, and its state [W], after the state of the row before."""
+        read = self.read(hidden, before)
+        state = F.silu(read if state is None else read + self.recur(state))
+        return self.changed(hidden, state), state
+
+    def changed(self, hidden: Tensor, state: Tensor) -> Tensor:
+        """h + U s."""
+        change: Tensor = self.up(state)
         return hidden + change.to(hidden.dtype)
 
 

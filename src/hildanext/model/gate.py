@@ -129,13 +129,14 @@ def group_forward(model: PreTrainedModel, batch: Batch, groups: Groups, clean: C
 
 
 def draft_states(model: PreTrainedModel, batch: Batch, groups: Groups, hidden: Tensor) -> Tensor:
-    """The states that predict the labels: with the draft head, given the token before the label, except for `plain` rows."""
+    """The states that predict the labels: with the draft head, given the tokens before the label, except for `plain` rows."""
     head = find_draft_head(model)
     if head is None:
         return hidden
     columns = (groups.anchors + groups.offsets).clamp(max=batch.input_ids.shape[1] - 1)
     before = model.get_input_embeddings()(batch.input_ids.gather(1, columns))
-    return torch.where(groups.plain[:, :, None], hidden, head(hidden, before))
+    changed = head.changed(hidden, head.states(head.read(hidden, before), groups.offsets))
+    return torch.where(groups.plain[:, :, None], hidden, changed)
 
 
 def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed: int) -> list[str]:
