@@ -39,14 +39,13 @@ PROMPTS = {
     "prompts": [("first", 1344, 0), ("first", 3000, 1700)],
     "wide": [("wide", 2400, 0)],
     "work": [("work", 900, 0)],
-    "sampled": [("first", 1200, 6000), ("wide", 1200, 4000), ("work", 400, 2000)],
 }
 CALIBRATION = ("wide", 48, 2400)
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
 PARTS: dict[str, dict[str, Any]] = {
     "first": {"sources": 2, "train.seed": 0, "sft.steps": 900, "sft.lr_decay_share": 0.0},
     "last": {
-        "sources": 4,
+        "sources": 3,
         "train.seed": 1,
         "sft.steps": 400,
         "sft.lr_decay_share": 0.9,
@@ -102,6 +101,7 @@ def place_answers(config: Config) -> None:
 
 def prepare(config: Config) -> None:
     """Prepare the rows of one part, once."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"seed": 0})})  # of the stored answers
     ready = Path(config.paths.data) / "ready"
     if ready.exists():
         return
