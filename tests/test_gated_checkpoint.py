@@ -128,6 +128,23 @@ def test_the_server_says_how_many_drafts_the_base_accepted(gated: Config):
         assert f'hildanext_drafts_verified_total{{result="rejected",row="{row}"}} {n - n_right:.1f}' in metrics
 
 
+def test_a_request_chooses_what_is_accepted(gated: Config, truth: Any):
+    with serving.client(gated) as client:
+
+        def ask(**changes: Any) -> Any:
+            return client.post("/generate", json={"prompt": PROMPTS[0], "max_new_tokens": 16} | changes)
+
+        assert ask(lookup=2).json()["token_ids"] == truth(PROMPTS[0])
+        loose = ask(mode="S_MODE", tau_accept=0.001).json()
+        assert loose["stats"]["accepted"] > ask().json()["stats"]["accepted"]
+        assert ask(mode="Q_MODE", tau_accept=None).json()["stats"]["rows"] == 0  # blocks are edited
+        assert ask(tau_accept=0).status_code == ask(lookup=1).status_code == 422
+        name = client.get("/v1/models").json()["data"][0]["id"]
+        chat = {"model": name, "prompt": PROMPTS[0], "max_tokens": 16, "lookup": 2}
+        answer = client.post("/v1/completions", json=chat).json()
+        assert (answer["hildanext"]["mode"], answer["usage"]["completion_tokens"]) == ("EXACT", len(truth(PROMPTS[0])))
+
+
 def test_calibrate_writes_three_modes_and_the_checkpoint_uses_them(gated: Config, tmp_path: Path, capsys: Any):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Tell a story\nHello there\n", encoding="utf-8")

@@ -20,6 +20,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PostSteps = Annotated[int, Field(ge=0, le=MOST_POST_STEPS)]
 MOST_ROWS = 256  # of a pass that verifies drafts
 PassRows = Annotated[int, Field(ge=1, le=MOST_ROWS)]
+TauAccept = Annotated[float, Field(gt=0.0, le=1.0)]
+Lookup = Annotated[int, Field(ge=2, le=4)]
 EditBlocks = Annotated[int, Field(ge=0, le=64)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 TopK = Annotated[int, Field(ge=1)]
@@ -48,7 +50,7 @@ class DecodeConfig(Section):
         description="Number of tokens and masks in a pass that verifies drafts. More rows give more tokens per pass, and "
         "slower passes. 'preset' takes the mode's value.",
     )
-    lookup: Annotated[int, Field(ge=2, le=4)] | None = Field(
+    lookup: Lookup | None = Field(
         None,
         description="Also draft what followed the same last words earlier in the text; the value is the smallest number of "
         "equal tokens. Applies where drafts are verified. null looks nothing up.",
@@ -196,7 +198,7 @@ class CalibrateConfig(Section):
     edit_blocks: list[EditBlocks] = Field(
         default_factory=lambda: [0, 1, 2], min_length=1, description="Values of edit_blocks to try."
     )
-    tau_accept: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(
+    tau_accept: list[TauAccept] = Field(
         default_factory=lambda: [0.7, 0.5, 0.3, 0.2, 0.1],
         min_length=1,
         description="Values of tau_accept to try for Q_MODE and S_MODE of gated adapters.",

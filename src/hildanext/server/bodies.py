@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from hildanext.config import DecodeConfig, Mode, changed_settings
-from hildanext.config.decoding import RepetitionPenalty, Seed, Share, Temperature, TopK, TopP
+from hildanext.config.decoding import Lookup, RepetitionPenalty, Seed, Share, TauAccept, Temperature, TopK, TopP
 
 
 def _whole(text: str) -> str:
@@ -20,6 +20,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+NULL_MEANS_OFF = ("tau_edit", "tau_accept", "lookup")  # settings whose null is a value of its own
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
@@ -59,7 +60,7 @@ class BaseBody(Body):
             for name, value in self
             if name in DecodeConfig.model_fields
             and name in self.model_fields_set
-            and (value is not None or name == "tau_edit")
+            and (value is not None or name in NULL_MEANS_OFF)
         }
         return base.model_copy(update=changed_settings(given))
 
@@ -70,6 +71,10 @@ class GenerateBody(BaseBody):
     mode: Mode | None = None
     tau_mask: Share | None = None
     tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
+    tau_accept: TauAccept | None = Field(
+        None, description="Gated checkpoints; null edits blocks instead; omitted: the preset's value."
+    )
+    lookup: Lookup | None = Field(None, description="Also draft from the text so far; null turns it off.")
     temperature: Temperature | None = None
     top_k: TopK | None = None
     top_p: TopP | None = None

@@ -14,12 +14,12 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
 from hildanext.config import Config, DecodeConfig, Mode, changed_settings
-from hildanext.config.decoding import RepetitionPenalty, Seed, Share, Temperature, TopK, TopP
+from hildanext.config.decoding import Lookup, RepetitionPenalty, Seed, Share, TauAccept, Temperature, TopK, TopP
 from hildanext.decoding.engines import Completion, Event
 from hildanext.decoding.events import Finished
 from hildanext.errors import ContextError, HildaError
 from hildanext.server.answers import completed, sse, status_of, streamed, streams, together, unless_gone, with_retry
-from hildanext.server.bodies import Body, Stop, Text
+from hildanext.server.bodies import NULL_MEANS_OFF, Body, Stop, Text
 from hildanext.server.native import facts, submit
 from hildanext.server.worker import Ticket, Worker
 
@@ -98,6 +98,10 @@ class OpenAIBody(Body):
     mode: Mode | None = None
     tau_mask: Share | None = None
     tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
+    tau_accept: TauAccept | None = Field(
+        None, description="Gated checkpoints; null edits blocks instead; omitted: the preset's value."
+    )
+    lookup: Lookup | None = Field(None, description="Also draft from the text so far; null turns it off.")
     top_k: TopK | None = None
     repetition_penalty: RepetitionPenalty | None = None
     # Not supported: only the value that turns the feature off is accepted.
@@ -108,8 +112,7 @@ class OpenAIBody(Body):
     def decode_config(self, base: DecodeConfig, max_new_tokens: int | None) -> DecodeConfig:
         names = ("temperature", "top_p", "seed", "mode", "tau_mask", "top_k", "repetition_penalty")
         given: dict[str, Any] = {name: value for name, value in self if name in names and value is not None}
-        if "tau_edit" in self.model_fields_set:
-            given["tau_edit"] = self.tau_edit
+        given |= {name: getattr(self, name) for name in NULL_MEANS_OFF if name in self.model_fields_set}
         if max_new_tokens is not None:
             given["max_new_tokens"] = max_new_tokens
         if self.stop is not None:
