@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
-from hildanext.decoding.engines import Completion, Event, is_dummy_chosen
+from hildanext.decoding.engines import Completion, Engine, Event, is_dummy_chosen
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import UsageError
 from hildanext.jobs.watcher import Jobs
@@ -76,19 +76,10 @@ def _add_views(
     @router.get("/health", responses=problems(401, 403))
     async def health() -> dict[str, Any]:
         """The engine, the reasons why other engines were passed over, and the current load."""
-        engine = worker.engine
         return {
             "status": status(),
-            "engine": engine.name if engine else None,
-            "engine_reasons": engine.reasons if engine else {},
             "model": config.model.base,
-            "modes": engine.modes if engine else None,
-            "mode": engine.settings(config).mode if engine else None,
-            "block_size": engine.settings(config).block_size if engine else None,
-            "device": engine.device if engine else None,
-            "dtype": engine.dtype if engine else None,
-            "policy": engine.policy if engine else None,
-            "slots": engine.slots if engine else None,
+            **_of_engine(worker.engine, config),
             "running": len(worker.accepted) - worker.n_queued,
             "queue": worker.n_queued,
             "queue_limit": config.server.queue,
@@ -118,6 +109,22 @@ def _add_views(
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _of_engine(engine: Engine | None, config: Config) -> dict[str, Any]:
+    """What /health says of the engine; nulls while it loads."""
+    settings = engine.settings(config) if engine else None
+    return {
+        "engine": engine.name if engine else None,
+        "engine_reasons": engine.reasons if engine else {},
+        "modes": engine.modes if engine else None,
+        "mode": settings.mode if settings else None,
+        "block_size": settings.block_size if settings else None,
+        "device": engine.device if engine else None,
+        "dtype": engine.dtype if engine else None,
+        "policy": engine.policy if engine else None,
+        "slots": engine.slots if engine else None,
+    }
 
 
 def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
