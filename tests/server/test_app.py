@@ -39,6 +39,8 @@ def test_health_of_the_dummy_says_so(client: TestClient) -> None:
         "engine": "dummy",
         "engine_reasons": {"dinfer": "not here"},
         "model": "smollm2-135m",
+        "modes": ["Q_MODE", "S_MODE"],
+        "mode": "Q_MODE",
         "block_size": 32,
         "device": None,
         "dtype": None,
