@@ -32,10 +32,10 @@ SEQ_LEN = 24
 LENGTHS = [7, 12, 5, 24, 1, 9, 16, 3, 20, 8, 13, 10]
 
 
-def write_base(folder: Path) -> None:
+def write_base(folder: Path, context: int = 64) -> None:
     """A tiny random Llama with its tokenizer, large enough weights for its outputs to differ."""
     tokenizer = story_tokenizer(300)
-    model = tiny_llama(tokenizer, hidden=32, layers=2, context=64, seed=3)
+    model = tiny_llama(tokenizer, hidden=32, layers=2, context=context, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
