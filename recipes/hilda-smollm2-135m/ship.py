@@ -17,6 +17,7 @@ import os
 import runpy
 import shutil
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "train.lr_final_ratio": 0.03,
     },
 }
-CURVE = ("step", "tokens_seen", "group_rows", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")
+CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")
 
 
 @contextlib.contextmanager
@@ -132,6 +133,7 @@ def record(run: RunFolder) -> dict[str, Any]:
     """A run's configuration, versions and size, and its held-out curve."""
     about = json.loads(run.record.read_text(encoding="utf-8"))
     config, rows = about["config"], run.read_metrics()
+    trained = [*accumulate(int(row["group_rows"]) for row in rows)]
     return {
         "command": about["command"],
         "seed": about["seed"],
@@ -140,8 +142,12 @@ def record(run: RunFolder) -> dict[str, Any]:
         "git": about["git"],
         "steps": rows[-1]["step"],
         "tokens": rows[-1]["tokens_seen"],
-        "group_rows": sum(row["group_rows"] for row in rows),
-        "curve": [{key: row[key] for key in CURVE} for row in rows if "eval_loss" in row],
+        "group_rows": trained[-1],
+        "curve": [
+            {"group_rows": n} | {key: row[key] for key in CURVE}
+            for n, row in zip(trained, rows, strict=True)
+            if "eval_loss" in row
+        ],
     }
 
 
