@@ -28,6 +28,7 @@ import torch
 from kills import kills
 from plain import plain_loss, write_rows
 from results import keep, machine
+from train_gated import gated
 from train_memory import SIDES, budget, memory, memory_side
 from train_page import write_page
 from transformers import PreTrainedTokenizerBase, Qwen3Config
@@ -93,7 +94,7 @@ def plain_side(config: Config, rows: Rows) -> Callable[[int], float]:
     def step(number: int) -> float:
         batch = task.fetch([number])
         noisy = noise_rows(lm, batch, BLOCK, recipe, config.noise.corrupt_rate, config.train.seed)
-        n_tokens, _ = task.counts([batch])
+        n_tokens, _ = task.counts([batch], BLOCK)
         with torch.autocast(lm.device.type, dtype=policy.compute, enabled=policy.compute != torch.float32):
             loss = plain_loss(lm, config, batch, noisy, BLOCK, n_tokens, policy.compute)
         loss.backward()
@@ -204,6 +205,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any] | None]] = 
     "kills": lambda args, folder: kills(args.kills, folder),
     "scaling": scaling,
     "speed": speed,
+    "gated": lambda args, folder: gated(args, folder, config_for),
     "memory": memory,
     "gpu": gpu,
 }

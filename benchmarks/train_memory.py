@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from train_gated import KINDS
 from transformers import Qwen3Config
 
 from hildanext.config import Config, apply_overrides, parse_config
@@ -34,6 +35,8 @@ SIDES: dict[str, dict[str, Any]] = {
     "ours, checkpointing and 8-bit AdamW": {"train": SMALL | {"optimizer": "adamw8bit"}},
     "ours, checkpointing and Adafactor": {"train": SMALL | {"optimizer": "adafactor"}},
     "ours, LoRA of rank 16": {"lora": {"rank": 16}},
+    "ours, LoRA of rank 16, blocks of 4": KINDS["adapter"],
+    "ours, gated, groups of 4": KINDS["gated"],
 }
 
 

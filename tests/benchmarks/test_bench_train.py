@@ -41,7 +41,7 @@ def test_a_part_is_written_when_it_ends_and_a_skipped_one_leaves_what_was_measur
     assert {"capability", "versions", "date", "gpu"} <= set(kept["kills"]["machine"])
     page = (tmp_path / "train.md").read_text()
     assert "| 20 kills, identical weights | 20 kills, identical | met |" in page
-    assert page.count("| not measured |") == 8
+    assert page.count("| not measured |") == 10
     assert 'Not measured yet: `make bench-train ARGS="--only gpu"`' in page
     # As on a machine without a GPU.
     kept["gpu"] = {"device": "H100", "tokens_per_second": 1.0, "mfu": 0.3, "flex_over_dense": 2.5, "budget": {}}
@@ -73,7 +73,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(bench, monkeypatch, cap
 
     monkeypatch.setattr(train.subprocess, "run", one)
     assert train.every_part() == 1
-    assert ran == ["budget", "kills", "scaling", "speed", "memory", "gpu"]
+    assert ran == ["budget", "kills", "scaling", "speed", "gated", "memory", "gpu"]
     assert capsys.readouterr().err == "failed: kills, speed\n"
 
 
