@@ -182,6 +182,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/shipped.json"))
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--speed", type=int, default=0, metavar="N", help="measure speed on the first N prompts, too")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="these ways, such as EXACT (default: all)")
     parser.add_argument("--only-eager", action="store_true", help="leave OpenVINO out")
     parser.add_argument("--set", action="append", default=[], help="override a key of the configuration")
     return parser.parse_args()
@@ -206,7 +207,8 @@ def main() -> None:
     }
     for runtime, weights in RUNTIMES[:1] if args.only_eager else RUNTIMES:
         engine = open_engine(config, loaded.lm, runtime, weights)
-        for way in ways(loaded.block_size) if runtime == "eager" else [Way("EXACT", {"mode": "EXACT"})]:
+        every = ways(loaded.block_size) if runtime == "eager" else [Way("EXACT", {"mode": "EXACT"})]
+        for way in [way for way in every if args.only is None or way.name in args.only]:
             wanted = settings(config, engine, way.decode, args.tokens)
             engine.scheduler.reset_prefix_cache()
             found = score(
@@ -216,6 +218,7 @@ def main() -> None:
             report["ways"][name] = found | {"settings": wanted._asdict()}
             said = f"{found['equal']} of {found['answers']} equal, {found['tokens_per_forward']:.2f} tokens a forward"
             print(f"{name}: {said}, {found['log_likelihood']:.3f} nats", file=sys.stderr, flush=True)
+            write_json(args.out, report)
         engine.close()
     if args.speed:
         report["speed"] = {

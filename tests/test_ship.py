@@ -42,7 +42,6 @@ def ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "RECIPE", recipe)
     counts = {name: [(world, 12, skip) for world, _, skip in parts] for name, parts in module.PROMPTS.items()}
     monkeypatch.setattr(module, "PROMPTS", counts)
-    monkeypatch.setattr(module, "CALIBRATION", ("wide", 2, 100))
     short = {name: part | {"sft.steps": 2} for name, part in module.PARTS.items()}
     monkeypatch.setattr(module, "PARTS", short)
     where = ["ship.py", "--out", str(tmp_path / "out"), "--package", str(tmp_path / "package")]

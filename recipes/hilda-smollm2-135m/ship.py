@@ -1,4 +1,4 @@
-"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in two parts, calibration, the package's folder.
+"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in two parts, the package's folder.
 
     python recipes/hilda-smollm2-135m/ship.py        # or: make ship
 
@@ -25,7 +25,7 @@ from hildanext.config import SHIPPED_MODEL, Config, load_config
 from hildanext.data.prepare import prepare_data
 from hildanext.data.sources.self_answers import written_file
 from hildanext.data.tokenize import tokenize_data
-from hildanext.evaluate.calibrate import calibrate
+from hildanext.decoding.settings import Preset
 from hildanext.files import write_json
 from hildanext.model.pretrained import MODELS, load_tokenizer
 from hildanext.model.self_answers import write_answers
@@ -41,15 +41,20 @@ PROMPTS = {
     "wide": [("wide", 2400, 0)],
     "work": [("work", 900, 0)],
 }
-CALIBRATION = ("wide", 48, 2400)
+# Rows of a pass and tau_accept, chosen on 24 prompts ("wide" after the first 2,400); docs/LOG.md has the sweep.
+PRESETS = {
+    "EXACT": Preset(0.7, 0.5, tau_accept=1.0, rows=8),
+    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.5, rows=8),
+    "S_MODE": Preset(0.5, 0.0, tau_accept=0.5, rows=12),
+}
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
 PARTS: dict[str, dict[str, Any]] = {
-    "first": {"sources": 2, "train.seed": 0, "sft.steps": 900, "sft.lr_decay_share": 0.0},
+    "first": {"sources": 2, "train.seed": 0, "sft.steps": 800, "sft.lr_decay_share": 0.0},
     "last": {
         "sources": 3,
         "train.seed": 1,
-        "sft.steps": 400,
-        "sft.lr_decay_share": 0.9,
+        "sft.steps": 700,
+        "sft.lr_decay_share": 0.6,
         "train.lr_final_ratio": 0.03,
     },
 }
@@ -83,8 +88,6 @@ def write_prompts() -> None:
     for name, parts in PROMPTS.items():
         lines = [prompt for world, count, skip in parts for prompt in take(world, count, skip=skip)]
         Path(f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    world, count, skip = CALIBRATION
-    Path("calibration.txt").write_text("\n".join(take(world, count, skip=skip)) + "\n", encoding="utf-8")
 
 
 def place_answers(config: Config) -> None:
@@ -171,13 +174,8 @@ def main() -> None:
         checkpoint, merged = train(), Path("merged")
         if not merged.exists():
             merge([Path(checkpoint)], merged, half=True)
-        changes = [
-            f'model.base="{merged}"',
-            'model.dtype="float32"',
-            "decode.max_new_tokens=96",
-            "calibrate.prompts=48",
-        ]
-        calibrate(load_config(None, changes), "calibration.txt", None, Path("calibration"))
+        modes = {mode: preset._asdict() for mode, preset in PRESETS.items()}
+        write_json(merged / "generation_config.json", {"hilda": modes})
         put_into(package, merged)
     say(
         f"{package}: {sum(path.stat().st_size for path in package.iterdir()) / 1e6:.1f} MB; measure it with make bench-shipped"

@@ -128,7 +128,11 @@ def heading(decode: Decode, width: float) -> list[Box]:
 def stepped(decode: Decode) -> Drawing:
     """Draw one row per pass, grouped by block, with each position in its own column."""
     blocks = [list(group) for _, group in groupby(decode.passes, key=lambda row: row[0].block)]
-    width = max(640.0, *(MARGIN + GUTTER + sum(w + 4 for w in _columns(block)) + MARGIN for block in blocks))
+    width = max(
+        640.0,
+        len(decode.cost) * CHAR + 2 * MARGIN,
+        *(MARGIN + GUTTER + sum(w + 4 for w in _columns(block)) + MARGIN for block in blocks),
+    )
     rows = [heading(decode, width)]
     y = rows[0][-1].y + 1.6 * ROW
     for block in blocks:
@@ -162,7 +166,7 @@ def frames(decode: Decode) -> Iterator[Drawing]:
     A pass that verifies drafts keeps its colours.
     """
     settled = (lambda cell: cell) if decode.verifies else _plain
-    width = COLUMNS * CHAR + 2 * MARGIN
+    width = max(COLUMNS, len(decode.cost)) * CHAR + 2 * MARGIN
     top = heading(decode, width)
     first = top[-1].y + 1.7 * ROW
     texts = {cell.position: cell.text for _, cells in decode.passes for cell in cells}  # the final texts
