@@ -41,11 +41,11 @@ PROMPTS = {
     "wide": [("wide", 2400, 0)],
     "work": [("work", 900, 0)],
 }
-# Rows of a pass and tau_accept, chosen on 24 prompts ("wide" after the first 2,400); docs/LOG.md has the sweep.
+# Rows of a pass and tau_accept; docs/LOG.md and the model's card say how they were chosen.
 PRESETS = {
     "EXACT": Preset(0.7, 0.5, tau_accept=1.0, rows=8),
-    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.5, rows=8),
-    "S_MODE": Preset(0.5, 0.0, tau_accept=0.5, rows=12),
+    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.9, rows=12),
+    "S_MODE": Preset(0.5, 0.0, tau_accept=0.6, rows=16),
 }
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
 PARTS: dict[str, dict[str, Any]] = {
