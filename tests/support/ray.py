@@ -28,6 +28,7 @@ class Submitted:
         self.message = "Job has not started yet."
         self.code: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
+        self.told = False  # to stop
 
     def run(self) -> None:
         self.process = subprocess.Popen(
@@ -120,5 +121,7 @@ class StandIn:
         job = self._known()[submission_id]
         if job.status is JobStatus.PENDING:
             job.status = JobStatus.STOPPED
-        job.signal(signal.SIGTERM)
+        if not job.told:  # Ray's supervisor of a job sends SIGTERM once, however often it is asked
+            job.told = True
+            job.signal(signal.SIGTERM)
         return True
