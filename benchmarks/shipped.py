@@ -35,9 +35,9 @@ from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import CheckpointWithBase, load_with_base
 from hildanext.model.prompts import read_prompts
 from hildanext.provenance import git_revision, versions
+from hildanext.server.base import TOKEN_BY_TOKEN
 
 RUNTIMES = (("eager", "native"), ("openvino", "native"), ("openvino", "int8"))
-BY_TOKEN: dict[str, Any] = {"mode": "EXACT", "rows": 1, "lookup": None}
 
 
 class Way(NamedTuple):
@@ -147,7 +147,7 @@ def measure_speed(
     config: Config, loaded: CheckpointWithBase, prompts: list[list[int]], budget: int, weights: str
 ) -> dict[str, Any]:
     """One request at a time in OpenVINO, each side with a graph of its own rows."""
-    token_by_token = open_engine(config, loaded.lm, "openvino", weights, **BY_TOKEN)
+    token_by_token = open_engine(config, loaded.lm, "openvino", weights, **TOKEN_BY_TOKEN)
     modes = open_engine(config, loaded.lm, "openvino", weights)
 
     def generate(prompt: list[int]) -> float:
@@ -162,7 +162,7 @@ def measure_speed(
 
         return rate
 
-    rates = {"generate": generate, "token by token": by(token_by_token, BY_TOKEN)}
+    rates = {"generate": generate, "token by token": by(token_by_token, TOKEN_BY_TOKEN)}
     rates |= {mode: by(modes, {"mode": mode}) for mode in MODES}
     try:
         found = speeds(rates, prompts, ("generate", "token by token"))

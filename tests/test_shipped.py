@@ -49,10 +49,7 @@ def test_its_training_is_on_record():
         assert parse_config(run["config"]).lora.rank == json.loads((FOLDER / "adapter_config.json").read_text())["r"]
     for run in runs:  # losses compare where the held-out rows are the same
         alike = [other for other in runs if other["config"]["data"] == run["config"]["data"]]
-        assert (
-            alike[-1]["curve"][-1]["eval_run"]
-            >= max(point["eval_run"] for one in alike for point in one["curve"]) - 0.02
-        )
+        assert alike[-1]["curve"][-1]["eval_loss"] == min(point["eval_loss"] for one in alike for point in one["curve"])
 
 
 def test_the_card_says_what_it_is():
@@ -75,7 +72,7 @@ def test_its_recipe_makes_such_a_model(tmp_path, monkeypatch):
     ship = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / SHIPPED_MODEL / "ship.py"))
     config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
-    ship["write_prompts"]()
+    ship["write_prompts"](tmp_path)
     for part in ship["PARTS"]:
         made = ship["part_config"](part)
         assert (made.model.base, made.model.convention) == (
@@ -131,7 +128,10 @@ def test_serve_answers_with_it_and_no_network(no_network):
     with serving.client(config) as client:
         health = client.get("/health").json()
         assert (health["status"], health["model"]) == ("ok", SHIPPED_MODEL)
-        answer = client.post("/generate", json={"prompt": "Tell me a short story about a shy fox."})
+        asked = [{"role": "user", "content": "Tell me a short story about a shy fox."}]
+        answer = client.post(
+            "/generate", json={"messages": asked}
+        )  # as plain text the base ends at once, and so does EXACT
     assert answer.status_code == 200
     assert len(answer.json()["token_ids"]) == 16
 

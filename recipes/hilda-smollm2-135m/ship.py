@@ -83,11 +83,11 @@ def part_config(part: str) -> Config:
     )
 
 
-def write_prompts() -> None:
+def write_prompts(folder: Path) -> None:
     take = runpy.run_path(str(RECIPE / "prompts.py"))["take"]
     for name, parts in PROMPTS.items():
         lines = [prompt for world, count, skip in parts for prompt in take(world, count, skip=skip)]
-        Path(f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def place_answers(config: Config) -> None:
@@ -170,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     package = args.package.resolve()
     with inside(args.out):
-        write_prompts()
+        write_prompts(Path())
         checkpoint, merged = train(), Path("merged")
         if not merged.exists():
             merge([Path(checkpoint)], merged, half=True)

@@ -20,8 +20,8 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-NULL_MEANS_OFF = ("tau_edit", "tau_accept", "lookup")  # settings whose null is a value of its own
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+NULL_MEANS_OFF = ("tau_edit", "tau_accept", "lookup")  # settings whose null is a value, and not "omitted"
 
 
 class Body(BaseModel):

@@ -103,7 +103,7 @@ class LiveAnswer:
             self._draw()
 
     def _final(self, text: str) -> Text:
-        """Text that became certain, in the colours of the pass that verified it if it is exactly that pass's."""
+        """Text that became certain: coloured if the last pass verified drafts and added exactly this text, else plain."""
         coloured = draw_cells(self.cells)
         return coloured if self.tracker.verifies and coloured.plain == printable(text) else Text(printable(text))
 

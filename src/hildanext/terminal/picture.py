@@ -109,15 +109,12 @@ def heading(decode: Decode, width: float) -> list[Box]:
     lines = textwrap.wrap(" ".join(decode.prompt.split()), int((width - 2 * MARGIN) / CHAR), max_lines=3)
     boxes = [Box(MARGIN, MARGIN + i * ROW, 0, line, BRIGHT) for i, line in enumerate(lines)]
     low, sure = (BRIGHT, mix(DRAFT_LOW, DRAFT_HIGH, 0.1)), (BRIGHT, DRAFT_HIGH)
-    legend: list[tuple[str, Color, Color | None]] = [("masked", DIM, FAINT), ("drafted: unsure", *low), ("sure", *sure)]
-    legend += [("edited", BRIGHT, EDIT)]
+    legend: list[tuple[str, Color, Color | None]]
     if decode.verifies:
-        legend = [
-            ("accepted draft: unsure", *low),
-            ("sure", *sure),
-            ("correction", BRIGHT, EDIT),
-            ("base's word", INK, None),
-        ]
+        legend = [("accepted draft: unsure", *low), ("sure", *sure)]
+        legend += [("correction", BRIGHT, EDIT), ("base's word", INK, None)]
+    else:
+        legend = [("masked", DIM, FAINT), ("drafted: unsure", *low), ("sure", *sure), ("edited", BRIGHT, EDIT)]
     y, x = MARGIN + len(lines) * ROW, float(MARGIN)
     for name, ink, fill in legend:
         boxes.append(Box(x, y, len(name) * CHAR + 2 * PAD, name, ink, fill))

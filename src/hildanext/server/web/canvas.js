@@ -321,8 +321,9 @@ export class Canvas {
       await navigator.clipboard?.writeText(done.text);
       copy.textContent = "Copied";
     });
-    const verifies = this.trace.verifies && `τ accept ${number(this.trace.settings.tau_accept)}, ${this.trace.settings.rows} rows`;
-    const thresholds = done.mode === "AR" ? "greedy" : verifies || `τ mask ${number(done.tau_mask)}, τ edit ${done.tau_edit === null ? "off" : number(done.tau_edit)}`;
+    const { tau_accept, rows } = this.trace.settings;
+    const verified = `τ accept ${number(tau_accept)}, ${rows} rows`;
+    const thresholds = done.mode === "AR" ? "greedy" : this.trace.verifies ? verified : `τ mask ${number(done.tau_mask)}, τ edit ${done.tau_edit === null ? "off" : number(done.tau_edit)}`;
     const parts = [
       h("p", { class: "engine" }, h("b", {}, done.engine), ` engine${done.runtime ? `, ${done.runtime}` : ""} · ${done.mode} · ${thresholds} · `, copy),
       reasons.length || done.ignored.length

@@ -47,7 +47,7 @@ export class Trace {
     const cells = new Map();
     for (let index = 0; index < k; index++) {
       const step = this.steps[index];
-      const fresh = index === k - 1 || this.verifies;
+      const coloured = index === k - 1 || this.verifies;
       step.tokens.forEach((token, place) => {
         const position = step.start + place;
         if (position < this.promptTokens) return;
@@ -62,7 +62,7 @@ export class Trace {
           silent: step.pieces[place] === "", // a special token, which adds no text
           block: Math.floor(position / this.blockSize),
           confidence: drafted || edited ? step.confidence[place] : before?.confidence ?? null,
-          state: masked ? "masked" : fresh && edited ? "edited" : fresh && drafted ? "drafted" : "kept",
+          state: masked ? "masked" : coloured && edited ? "edited" : coloured && drafted ? "drafted" : "kept",
           wasEdited: edited || Boolean(before?.wasEdited),
         });
       });
