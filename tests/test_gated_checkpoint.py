@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,10 @@ def test_calibrate_writes_three_modes_and_the_checkpoint_uses_them(gated: Config
     stored = json.loads((Path(gated.model.base) / "generation_config.json").read_text(encoding="utf-8"))["hilda"]
     assert set(stored) == {"EXACT", "Q_MODE", "S_MODE"}
     assert stored["EXACT"]["tau_accept"] == 1.0
-    assert {point["tau_accept"] for point in report["points"]} == {1.0, 0.5, 0.01}
+    tried = sorted((point["tau_accept"], point["rows"]) for point in report["points"])
+    assert tried == [*itertools.product([0.01, 0.5, 1.0], [2, 8])]
     fastest = max(report["points"], key=lambda point: point["tokens_per_second"])
-    assert stored["S_MODE"]["tau_accept"] == fastest["tau_accept"]
+    assert all(stored["S_MODE"][key] == fastest[key] for key in ("tau_accept", "rows"))
     asked = ["generate", "Hello", "--model", gated.model.base, "--raw", "--json", "--set", "decode.max_new_tokens=4"]
     assert main([*asked, "--set", "engine.runtime=eager"]) == 0
     assert json.loads(capsys.readouterr().out)["mode"] == "EXACT"

@@ -40,6 +40,9 @@ PROMPTS = {
     "prompts": [("first", 1344, 0), ("first", 3000, 1700)],
     "wide": [("wide", 2400, 0)],
     "work": [("work", 900, 0)],
+    "first-sampled": [("first", 1200, 6000)],
+    "wide-sampled": [("wide", 1200, 4000)],
+    "work-sampled": [("work", 400, 2000)],
 }
 # Rows of a pass and tau_accept; docs/LOG.md and the model's card say how they were chosen.
 PRESETS = {
@@ -47,6 +50,7 @@ PRESETS = {
     "Q_MODE": Preset(0.7, 0.5, tau_accept=0.9, rows=12),
     "S_MODE": Preset(0.5, 0.0, tau_accept=0.6, rows=16),
 }
+SIX_ROWS = {"sft.lr": 1.5e-3, "sft.block_size": 6, "noise.anchors": 48}
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
 PARTS: dict[str, dict[str, Any]] = {
     "first": {"sources": 2, "train.seed": 0, "sft.steps": 800, "sft.lr_decay_share": 0.0},
@@ -57,6 +61,15 @@ PARTS: dict[str, dict[str, Any]] = {
         "sft.lr_decay_share": 0.6,
         "train.lr_final_ratio": 0.03,
     },
+    "third": {"sources": 3, "train.seed": 2, "sft.steps": 450, "sft.lr_decay_share": 0.0} | SIX_ROWS,
+    "fourth": {
+        "sources": 6,
+        "train.seed": 3,
+        "sft.steps": 850,
+        "sft.lr_decay_share": 0.8,
+        "train.lr_final_ratio": 0.02,
+    }
+    | SIX_ROWS,
 }
 CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")
 

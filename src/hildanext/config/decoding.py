@@ -199,14 +199,14 @@ class CalibrateConfig(Section):
         default_factory=lambda: [0, 1, 2], min_length=1, description="Values of edit_blocks to try."
     )
     tau_accept: list[TauAccept] = Field(
-        default_factory=lambda: [0.7, 0.5, 0.3, 0.2, 0.1],
+        default_factory=lambda: [0.9, 0.7, 0.5, 0.3],
         min_length=1,
         description="Values of tau_accept to try for Q_MODE and S_MODE of gated adapters.",
     )
     rows: list[PassRows] = Field(
         default_factory=lambda: [6, 8, 12, 16],
         min_length=1,
-        description="Values of decode.rows to try for gated adapters. The one with the most tokens per second is chosen.",
+        description="Values of decode.rows to try for gated adapters, each with every tau_accept. Tokens per second decide.",
     )
     q_loss: float = Field(
         0.05,

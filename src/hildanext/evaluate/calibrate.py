@@ -4,8 +4,9 @@ Quality is the text's mean log-likelihood under the AR base, speed is tokens per
 reproducible. The two thresholds are swept on a grid. Then, for each mode's best setting so far, the sweep varies
 correction passes, block size and the number of finished blocks that stay editable, one after the other.
 
-A gated adapter verifies its drafts: the number of rows in a pass is chosen by tokens per second, since its cost depends
-on the machine, then `tau_accept` is swept. If the adapter learned to edit, blocks by thresholds are tried as well.
+A gated adapter verifies its drafts: the rows of a pass and `tau_accept` are swept on a grid, and tokens per second
+decide, since the cost of a row depends on the machine. If the adapter learned to edit, blocks by thresholds are tried as
+well.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def sweep_gated(
     """All measured points of a gated adapter, and the point chosen for each mode. edits: it learned to edit blocks."""
     points: list[FrontierPoint] = []
     blocks = [(mask, edit) for mask in options.tau_mask for edit in options.tau_edit] if edits else []
-    total = len(options.rows) + len(options.tau_accept) + len(blocks)
+    total = len(options.rows) * (1 + len(options.tau_accept)) + len(blocks)
     with progress("calibrate", total, "settings") as advance:
 
         def point(**changes: Any) -> FrontierPoint:
@@ -145,7 +146,8 @@ def sweep_gated(
 
         exact = max((point(rows=rows, tau_accept=1.0) for rows in options.rows), key=lambda p: p.tokens_per_second)
         for tau_accept in options.tau_accept:
-            point(rows=exact.preset.rows, tau_accept=tau_accept)
+            for rows in options.rows:
+                point(rows=rows, tau_accept=tau_accept)
         for mask, edit in blocks:
             point(tau_accept=None, tau_mask=mask, tau_edit=edit, block_size=engine.trained_block)
     chosen: dict[Mode, FrontierPoint] = {"EXACT": exact}
