@@ -23,6 +23,7 @@ from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.model.lora import trained_parameters
 from hildanext.training.convert import convert_wsd
 from hildanext.training.gated import GatedModule, GroupRecipe, draw_groups
+from hildanext.training.memory import checkpoint_activations
 from support.training import material, write_base
 
 K, RANK, HEAD = 3, 4, 8
@@ -120,7 +121,7 @@ def test_a_packed_row_equals_separate_forwards_of_each_group(
     assert n_rows > 8
     assert bool(groups.plain.any())
     module = GatedModule(lm, WEIGHTS, 0.0, causal)
-    found = module(batch, groups, n_rows).loss.total
+    found = module(batch, groups, K, n_rows).loss.total
     weights = trained_parameters(lm.model)
     own = torch.autograd.grad(found, list(weights.values()), allow_unused=True)
     expected = torch.zeros((), dtype=torch.double)
@@ -161,12 +162,12 @@ def test_the_bases_distribution_as_the_target(base: Path, tmp_path: Path):
     groups = draw_groups(lm, batch, K, GroupRecipe(NoiseConfig(anchors=4), 0.2, 0.9, False), seed=2)
     n_rows = int(groups.wanted.sum())
     weights = trained_parameters(lm.model)
-    value = GatedModule(lm, Weights(), 1.0, False)(batch, groups, n_rows).loss.total
+    value = GatedModule(lm, Weights(), 1.0, False)(batch, groups, K, n_rows).loss.total
     own = torch.autograd.grad(value, list(weights.values()))
     clean = clean_forward(lm.model, batch)
     from hildanext.model.gate import draft_states, group_forward
 
-    hidden = draft_states(lm.model, batch, groups, group_forward(lm.model, batch, groups, clean, False))
+    hidden = draft_states(lm.model, batch, groups, K, group_forward(lm.model, batch, groups, clean, False))
     total = torch.zeros((), dtype=torch.double)
     for row, query in groups.wanted.nonzero().tolist():
         q = lm.decodable_logits(clean.hidden[row, int(groups.labels_at[row, query]) - 1][None])[0].double().softmax(-1)
@@ -176,6 +177,30 @@ def test_the_bases_distribution_as_the_target(base: Path, tmp_path: Path):
     assert value.item() == pytest.approx(total.item(), rel=1e-5)
     for one, other in zip(own, torch.autograd.grad(total, list(weights.values())), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputed_activations_give_the_same_gradients(base: Path, tmp_path: Path):
+    config, lm = material(tmp_path, base), gated_lm(base)
+    batch = two_rows(config, lm)
+    groups = draw_groups(lm, batch, K, GroupRecipe(NoiseConfig(anchors=4), 0.2, 0.9, False), seed=2)
+    weights = [*trained_parameters(lm.model).values()]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(GatedModule(lm, Weights(), 0.0, False)(batch, groups, K, 8).loss.total, weights)
+
+    lm.model.train()
+    plain = gradients()
+    runs = 0
+
+    def counted(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    lm.model.base_model.layers[0].self_attn.register_forward_hook(counted)
+    checkpoint_activations(lm.model)
+    for one, other in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert runs == 3  # clean rows, groups, and the groups again in the backward
 
 
 def test_training_learns_and_a_checkpoint_loads_again(base: Path, tmp_path: Path):
@@ -206,7 +231,7 @@ def test_the_draft_head_reads_a_group_row_by_row():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         hidden, before = torch.randn(2, 2, 7, 6, generator=generator, dtype=torch.double)
         offsets = torch.tensor([[1, 2, 3, 1, 1, 2, 1], [1, 1, 2, 3, 4, 1, 1]])
-        found = head.changed(hidden, head.states(head.read(hidden, before), offsets))
+        found = head.changed(hidden, head.states(head.read(hidden, before), offsets, 4))
         for row in range(2):
             state = None
             for column in range(7):

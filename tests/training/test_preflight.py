@@ -70,7 +70,7 @@ CASES = {
     "a gated adapter, checkpointing": {
         "lora": GATED,
         "wsd": GROUPS,
-        "noise": {"anchors": 32},
+        "noise": {"anchors": 64},
         "train": {"gradient_checkpointing": True},
     },
     "preferences": {"lora": {"rank": 8}, "dpo": {"block_size": 16}, "train": {"rows_per_step": 4, "micro_batch": 4}},
@@ -249,6 +249,18 @@ def test_preferences_cost_two_answers_in_every_draw(small):
     ).weights  # fmt: skip
     with pytest.raises(ConfigError, match=r"'lora.rank': dpo trains an adapter"):
         preflight(parse_config(raw(small)), "dpo", None, None, False)
+
+
+def test_groups_of_a_gated_adapter_cost_memory_and_fewer_anchors_are_suggested(small):
+    def found(anchors):
+        sections = {"lora": GATED, "wsd": GROUPS, "noise": {"anchors": anchors}}
+        return preflight(parse_config(raw(small, **sections)), "convert-wsd", None, 0.001, False)
+
+    few, many = found(8), found(16)
+    assert many["policy"]["training_attention"] == "groups"
+    assert 1.3 < many["peak"]["activations"] / few["peak"]["activations"] < 2.1
+    by_change = {tuple(change["set"].items()): change["total"] for change in many["changes"]}
+    assert by_change[(("noise.anchors", 8),)] == pytest.approx(few["peak"]["total"], rel=0.02)
 
 
 def test_live_bytes_counts_what_is_held_once():

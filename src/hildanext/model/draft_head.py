@@ -34,10 +34,10 @@ class DraftHead(nn.Module):
         read: Tensor = self.down(scaled.to(self.down.weight.dtype))
         return read
 
-    def states(self, read: Tensor, offsets: Tensor) -> Tensor:
-        """The states s [B, Q, W] of all rows, group after group, row after row. read [B, Q, W]; offsets [B, Q], from 1."""
+    def states(self, read: Tensor, offsets: Tensor, k: int) -> Tensor:
+        """The states s [B, Q, W] of all rows, group after group, row after row. read [B, Q, W]; offsets [B, Q], from 1 to k."""
         state = F.silu(read)
-        for j in range(2, int(offsets.max()) + 1):
+        for j in range(2, k + 1):
             before = F.pad(state, (0, 0, 1, 0))[:, :-1]  # of the row before, which has offset j - 1
             state = torch.where((offsets == j)[..., None], F.silu(read + self.recur(before)), state)
         return state

@@ -128,14 +128,17 @@ def group_forward(model: PreTrainedModel, batch: Batch, groups: Groups, clean: C
     return hidden
 
 
-def draft_states(model: PreTrainedModel, batch: Batch, groups: Groups, hidden: Tensor) -> Tensor:
-    """The states that predict the labels: with the draft head, given the tokens before the label, except for `plain` rows."""
+def draft_states(model: PreTrainedModel, batch: Batch, groups: Groups, k: int, hidden: Tensor) -> Tensor:
+    """The states that predict the labels: with the draft head, given the tokens before the label, except for `plain` rows.
+
+    hidden [B, Q, H]: of groups of at most k rows.
+    """
     head = find_draft_head(model)
     if head is None:
         return hidden
     columns = (groups.anchors + groups.offsets).clamp(max=batch.input_ids.shape[1] - 1)
     before = model.get_input_embeddings()(batch.input_ids.gather(1, columns))
-    changed = head.changed(hidden, head.states(head.read(hidden, before), groups.offsets))
+    changed = head.changed(hidden, head.states(head.read(hidden, before), groups.offsets, k))
     return torch.where(groups.plain[:, :, None], hidden, changed)
 
 

@@ -87,14 +87,14 @@ class GatedModule(nn.Module):
         super().__init__()
         self.lm, self.weights, self.distill, self.causal = lm, weights, distill, causal
 
-    def forward(self, batch: Batch, groups: Groups, n_rows: int) -> Drafted:
-        """The loss over the wanted group rows. n_rows: wanted rows of the whole effective batch."""
+    def forward(self, batch: Batch, groups: Groups, k: int, n_rows: int) -> Drafted:
+        """The loss over the wanted rows of groups of at most k. n_rows: wanted rows of the whole effective batch."""
         wanted, mask_id = groups.wanted, self.lm.mask_token_id
         # 1. clean rows through the base, without gradient
         clean = clean_forward(self.lm.model, batch)
         # 2. mask, 3. forward of the groups
         plain = group_forward(self.lm.model, batch, groups, clean, self.causal)
-        hidden = draft_states(self.lm.model, batch, groups, plain)[wanted]
+        hidden = draft_states(self.lm.model, batch, groups, k, plain)[wanted]
         # 4. loss: the clean row before a label holds the base's distribution of it
         row, _ = wanted.nonzero(as_tuple=True)
         base_hidden = clean.hidden[row, groups.labels_at[wanted] - 1]
@@ -163,7 +163,7 @@ class GatedTask:
         groups = self.draw(batch, step.point.block_size)
         with sync_gradients(self.accelerator, self.module, sync):
             with self.accelerator.autocast():
-                found: Drafted = self.module(batch, groups, step.n_items)
+                found: Drafted = self.module(batch, groups, step.point.block_size, step.n_items)
             backward(self.accelerator, found.loss.total, step, self.rows.describe(batch.samples), "groups")
         for name, value in (found.loss._asdict() | found.counts._asdict()).items():
             sums.add(name, value)
@@ -224,7 +224,7 @@ def evaluate_drafts(
         indices = list(range(start, min(start + batch_rows, n_rows)))
         batch = make_batch(lm, indices, rows.batch(indices))
         groups = draw_groups(lm, batch, k, fixed, EVAL_SEED)
-        found: Drafted = module(batch, groups, 1)
+        found: Drafted = module(batch, groups, k, 1)
         right = torch.zeros_like(groups.wanted)
         right[groups.wanted] = found.drafts == found.base
         ce += float(found.predicted.ce.sum())

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hildanext.config import Config
 from hildanext.errors import HildaError
+from hildanext.model.gated_linear import find_gate
 
 
 class MemoryShortError(HildaError):
@@ -59,6 +61,8 @@ def peak_memory_mb(device: torch.device) -> float:
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Enable activation checkpointing: store each layer's input only and recompute the rest in the backward pass.
 
+    A gated model's groups read the clean rows' keys through a cache, which the recomputation reads again.
+
     On a CPU the C library keeps the memory that a layer frees and fragments it with smaller tensors. Free memory is
     therefore returned to the system before each layer.
     """
@@ -66,6 +70,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     trim = trimmer()
     if trim is not None and model.device.type in ("cpu", "meta"):  # meta: a prediction, see footprint.py
         options["context_fn"] = lambda: (freed_memory_returned(trim), freed_memory_returned(trim))  # forward, recompute
+    if find_gate(model) is not None:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._can_checkpoint_with_cache = True  # else transformers leaves the cache out
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(options)
     else:  # the name in older versions of transformers, such as the last one for Python 3.10

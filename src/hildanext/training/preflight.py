@@ -86,6 +86,8 @@ def possible_changes(config: Config) -> list[Change]:
     if config.lora.base == "native":
         settings = {"lora.base": "nf4"} | ({"lora.rank": 16} if config.lora.rank is None else {})
         found.append(Change(settings, "needs the extra 'quant'; frozen weights in 4 bits"))
+    if config.lora.gate and config.noise.anchors > 1:
+        found.append(Change({"noise.anchors": config.noise.anchors // 2}, "half as many groups in a row"))
     if config.data.seq_len >= 256:
         found.append(Change({"data.seq_len": config.data.seq_len // 2}, "shorter rows; needs tokenize again"))
     return found
@@ -132,11 +134,14 @@ def preflight(
         raise ConfigError("'lora.rank': dpo trains an adapter; set a rank")
     policy, shape = policy_of(config.model, card), shape_of(config.model)
     peak = predict(config, command, policy, shape)
+    shown = policy.as_dict() | {"optimizer": config.train.optimizer}
+    if config.lora.gate:
+        shown["training_attention"] = "groups"
     available = available_memory(policy, card) if memory_gb is None else round(memory_gb * GB)
     report: dict[str, Any] = {
         "command": command,
         "model": config.model.base,
-        "policy": policy.as_dict() | {"optimizer": config.train.optimizer},
+        "policy": shown,
         "peak": {**peak._asdict(), "total": peak.total},
         "memory": available,
         "fits": None if available is None else peak.total <= available,

@@ -94,6 +94,7 @@ class WorstGroups(NamedTuple):
 
     batch: Batch
     groups: Groups
+    k: int  # rows in a group
     labels: Tensor  # [S] int64
     places: tuple[Tensor, Tensor]  # row and group row of the S supervised ones
     label_columns: Tensor  # [S] int64: columns of the labels
@@ -121,7 +122,7 @@ def worst_groups(
     row, column = groups.wanted.nonzero(as_tuple=True)
     labels, columns = groups.labels[row, column], groups.labels_at[row, column]
     batch = Batch(list(range(n_rows)), ids, docs, positions, allowed)
-    return WorstGroups(batch, groups, labels, (row, column), columns, mask_bytes)
+    return WorstGroups(batch, groups, k, labels, (row, column), columns, mask_bytes)
 
 
 def attention_kind(config: Config, policy: Policy) -> Kind:
@@ -192,7 +193,8 @@ def forward_backward(
 def _group_loss(model: PreTrainedModel, rows: WorstGroups, config: Config) -> Tensor:
     batch, groups = rows.batch, rows.groups
     clean = clean_forward(model, batch)
-    states = draft_states(model, batch, groups, group_forward(model, batch, groups, clean, config.lora.causal_groups))
+    own = group_forward(model, batch, groups, clean, config.lora.causal_groups)
+    states = draft_states(model, batch, groups, rows.k, own)
     hidden, labels = states[rows.places], rows.labels
     ones, head = torch.ones(len(labels), device=hidden.device), cast(nn.Module, model.get_output_embeddings())
     soft = None
