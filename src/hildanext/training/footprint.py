@@ -49,7 +49,7 @@ LOADED = 50_000_000  # bytes of libraries that the first step loads
 # adapter (see `lora.one_matrix`), small tensors lie between large ones and the share is larger.
 FRAGMENTS, FRAGMENTS_LORA = 0.29, 0.6
 # With checkpointing, free memory is returned before each layer (`memory.freed_memory_returned`), so the share refers to
-# the activations of one layer. An adapter's gradients lie between them.
+# the activations of one layer. The gradients of an adapter on every row lie between them.
 FRAGMENTS_OF_LAYER, FRAGMENTS_OF_LAYER_LORA = 0.4, 2.0
 # Memory outside tensors on a GPU: bytes of the CUDA context and cuBLAS workspaces, and the caching allocator's share of
 # the activations. Assumed, not measured.
@@ -86,7 +86,8 @@ def predict(config: Config, command: Command, policy: Policy, shape: PreTrainedC
         activations = tensor_bytes(config.model_copy(update={"train": train}), command, policy, shape).activations
         if trimmer() is not None:
             layers: int = shape.get_text_config().num_hidden_layers
-            share = min(share, (FRAGMENTS_OF_LAYER if is_full else FRAGMENTS_OF_LAYER_LORA) / layers)
+            of_layer = FRAGMENTS_OF_LAYER if is_full or config.lora.gate else FRAGMENTS_OF_LAYER_LORA
+            share = min(share, of_layer / layers)
     process = psutil.Process().memory_info().rss + LOADED
     return peak._replace(process=process, allocator=round(share * activations))
 
