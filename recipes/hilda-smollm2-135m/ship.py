@@ -1,4 +1,4 @@
-"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in two parts, the package's folder.
+"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in four parts, the package's folder.
 
     python recipes/hilda-smollm2-135m/ship.py        # or: make ship
 
@@ -41,8 +41,8 @@ PROMPTS = {
     "wide": [("wide", 2400, 0)],
     "work": [("work", 900, 0)],
     "first-sampled": [("first", 1200, 6000)],
-    "wide-sampled": [("wide", 1200, 4000)],
-    "work-sampled": [("work", 400, 2000)],
+    "wide-sampled": [("wide", 600, 4000)],
+    "work-sampled": [("work", 200, 2000)],
 }
 # Rows of a pass and tau_accept; docs/LOG.md and the model's card say how they were chosen.
 PRESETS = {
@@ -54,7 +54,7 @@ SIX_ROWS = {"sft.lr": 1.5e-3, "sft.block_size": 6, "noise.anchors": 48}
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
 PARTS: dict[str, dict[str, Any]] = {
     "first": {"sources": 2, "train.seed": 0, "sft.steps": 800, "sft.lr_decay_share": 0.0},
-    "last": {
+    "second": {
         "sources": 3,
         "train.seed": 1,
         "sft.steps": 700,
@@ -65,8 +65,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "fourth": {
         "sources": 6,
         "train.seed": 3,
-        "sft.steps": 850,
-        "sft.lr_decay_share": 0.8,
+        "sft.steps": 780,
+        "sft.lr_decay_share": 1.0,
         "train.lr_final_ratio": 0.02,
     }
     | SIX_ROWS,
