@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from torch.jit._recursive import concrete_type_store
 
 from hildanext.config import parse_config
 from hildanext.decoding import runtimes
@@ -106,6 +107,17 @@ def test_openvino_computes_what_eager_does(openvino):
     lm, exported = model(), model()
     assert max(differences(EagerRuntime(lm), openvino(exported))) < 1e-4
     assert exported.config._attn_implementation == "sdpa"  # the model is left as it was
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_openvino_keeps_no_traces_but_those_of_others(openvino):
+    """torch keeps every traced module; ours are dropped, unless that would take the methods of another one."""
+    openvino(model())
+    assert not concrete_type_store.type_store
+    other = torch.jit.script(torch.nn.Linear(2, 3))
+    openvino(model())
+    assert other(torch.zeros(1, 2)).shape == (1, 3)
+    concrete_type_store.type_store.clear()
 
 
 def test_openvino_in_bf16_is_as_near_to_the_truth_as_eager_in_bf16(openvino):

@@ -14,6 +14,7 @@ import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor, nn
+from torch.jit._recursive import concrete_type_store
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -114,11 +115,12 @@ class OpenVinoRuntime:
         before = model.dtype
         model.float()  # the exporter needs a single dtype; bf16 to fp32 and back is exact
         body = self._export(model)
-        projection = model.get_output_embeddings()
-        if isinstance(
-            projection, BaseHead
-        ):  # the rule leaves the mask token out as well, without an operation in the graph
-            projection = projection.base
+        projection, self.probe = model.get_output_embeddings(), _probe_ids(n_embeddings(model))
+        if isinstance(projection, BaseHead):
+            self.probe[8:] = [projection.mask_token_id] * 4  # the adapter knows masked rows only
+            projection = (
+                projection.base
+            )  # the rule leaves the mask token out as well, without an operation in the graph
         head = self._convert(projection, (torch.zeros(1, self.hidden),))
         head.reshape([-1, self.hidden])
         for graph in (body, head):
@@ -132,7 +134,8 @@ class OpenVinoRuntime:
         expected = self._expected_states(model)
         cast(Any, model).to(before)
         table = cast(Tensor, model.get_input_embeddings().weight).detach()
-        self.table = table.half() if weights == "int8" else table  # embeddings [V, H]; int8 is far coarser than fp16
+        # Embeddings [V, H]. int8 is far coarser than 16 bits.
+        self.table = table.half() if weights == "int8" and table.dtype == torch.float32 else table
         self.slots, self.room = 0, 0  # slots, and the tokens that each has memory for
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
         self.used: list[int] = []  # for each slot, the tokens from which on its memory was never written
@@ -153,12 +156,16 @@ class OpenVinoRuntime:
     def _convert(self, module: nn.Module, example: tuple[Tensor, ...]) -> ov.Model:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the tracer warns about Python numbers
+            is_first = not concrete_type_store.type_store
             try:
                 return ov.convert_model(module, example_input=example)
             except RuntimeError as error:
                 lines = str(error).splitlines()
                 reason = lines[lines.index("Exception:") + 1] if "Exception:" in lines else lines[0]
                 raise ModelError(f"OpenVINO cannot export {self.title}: {reason}") from error
+            finally:
+                if is_first:
+                    forget_traces()
 
     def _export(self, model: PreTrainedModel) -> ov.Model:
         width, n_cached = 4, 8
@@ -196,7 +203,7 @@ class OpenVinoRuntime:
         """The model's own hidden states [12, H] of the probe tokens, in blocks of four, a gate open for the last one."""
         positions = torch.arange(12)[None]
         mask = additive(block_causal_mask(torch.zeros_like(positions), positions // 4), torch.float32)
-        ids = torch.tensor([_probe_ids(n_embeddings(model))])
+        ids = torch.tensor([self.probe])
         gate = find_gate(model)
         if gate is not None:
             gate.rows = (positions >= 8)[..., None].float()
@@ -209,7 +216,7 @@ class OpenVinoRuntime:
     def _check(self, expected: Tensor) -> None:
         """Raise ModelError unless the graphs reproduce the model: an export can drop an operation without an error."""
         self.allocate(1, 12)
-        found, ids = [], _probe_ids(len(self.table))
+        found, ids = [], self.probe
         for start, n in ((0, 8), (8, 4)):
             visible = [(p // 4 + 1) * 4 for p in range(start, start + n)]
             rows = GroupRows(list(range(start, start + n)), [(0, 0)] * n, [start == 8] * n)
@@ -333,6 +340,16 @@ class OpenVinoRuntime:
         self.memory, self.room = torch.empty(0), 0
         self.bound.clear()
         self.outputs.clear()
+
+
+def forget_traces() -> None:
+    """Free what torch.jit.trace keeps until the process ends: 4 to 7 MB for each layer, mostly Python call stacks.
+
+    Other modules compiled by torch.jit in this process would lose their methods, so call it only where there are none.
+    """
+    torch._C._jit_clear_class_registry()
+    concrete_type_store.type_store.clear()
+    concrete_type_store.methods_compiled.clear()
 
 
 def _probe_ids(n_embeddings: int) -> list[int]:

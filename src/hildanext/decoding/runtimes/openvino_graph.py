@@ -39,7 +39,7 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
         sizes = [len(part) for part in parts]
         joined = ops.matmul(group[0].input_value(0), weight_node(np.concatenate(parts), weights), False, True)
         if changes:
-            joined = gated(joined, layers, list(changes.values()), sizes)
+            joined = gated(joined, layers, list(changes.values()), sizes, weights)
         outputs = split(joined, sizes[: len(layers)])
         for op, output in zip(layers, outputs, strict=True):
             op.output(0).replace(output)
@@ -80,7 +80,7 @@ def matrix(op: ov.Node) -> np.ndarray:
     return value if op.get_attributes()["transpose_b"] else value.T
 
 
-def gated(joined: ov.Node, layers: list[ov.Node], changes: list[Change], sizes: list[int]) -> ov.Node:
+def gated(joined: ov.Node, layers: list[ov.Node], changes: list[Change], sizes: list[int], weights: Weights) -> ov.Node:
     """The layers' joined output with their changes added: one product with all B, each in its layer's rows.
 
     joined [..., sum(sizes)]: the layers' outputs, then the A x of the changes.
@@ -97,7 +97,8 @@ def gated(joined: ov.Node, layers: list[ov.Node], changes: list[Change], sizes: 
         column += rank
         other = next(i for i in (0, 1) if change.add.input_value(i).get_node() != change.up)
         change.add.output(0).replace(change.add.input_value(other))
-    return ops.add(plain, ops.matmul(ops.multiply(low, changes[0].gate), ops.constant(spread), False, True))
+    change = ops.matmul(ops.multiply(low, changes[0].gate), weight_node(spread, weights), False, True)
+    return ops.add(plain, change)
 
 
 def split(joined: ov.Node | ov.Output, sizes: list[int]) -> list[ov.Output]:
