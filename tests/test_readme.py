@@ -127,7 +127,7 @@ def test_the_readme_is_short():
 
 def test_the_quick_start_is_the_whole_way():
     commands = [arguments[0] for name, *arguments in typed(README) if name == "hildanext"]
-    assert commands == ["chat", "init", "prepare-data", "tokenize", "convert-wsd", "merge-topk", "generate"]
+    assert commands == ["chat", "init", "prepare-data", "tokenize", "sft", "generate"]
 
 
 def test_the_table_of_commands_is_complete():

@@ -29,10 +29,17 @@ class DraftHead(nn.Module):
 
     def read(self, hidden: Tensor, before: Tensor) -> Tensor:
         """D [h ; e]: hidden [..., H] of group rows; before [..., H]: embeddings of the tokens before their labels."""
-        size = hidden.shape[-1:]
-        scaled = torch.cat([F.rms_norm(hidden, size), F.rms_norm(before.to(hidden.dtype), size)], -1)
-        read: Tensor = self.down(scaled.to(self.down.weight.dtype))
-        return read
+        return self.read_hidden(hidden) + self.read_before(before)
+
+    def read_hidden(self, hidden: Tensor) -> Tensor:
+        """The part of D [h ; e] that h makes."""
+        weight = self.down.weight[:, : hidden.shape[-1]]
+        return F.linear(F.rms_norm(hidden, hidden.shape[-1:]).to(weight.dtype), weight)
+
+    def read_before(self, before: Tensor) -> Tensor:
+        """The part of D [h ; e] that e makes."""
+        weight = self.down.weight[:, before.shape[-1] :]
+        return F.linear(F.rms_norm(before, before.shape[-1:]).to(weight.dtype), weight)
 
     def states(self, read: Tensor, offsets: Tensor, k: int) -> Tensor:
         """The states s [B, Q, W] of all rows, group after group, row after row. read [B, Q, W]; offsets [B, Q], from 1 to k."""
@@ -42,11 +49,9 @@ class DraftHead(nn.Module):
             state = torch.where((offsets == j)[..., None], F.silu(read + self.recur(before)), state)
         return state
 
-    def step(self, hidden: Tensor, before: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One row [H]: what it predicts with, and its state [W], after the state of the row before."""
-        read = self.read(hidden, before)
-        state = F.silu(read if state is None else read + self.recur(state))
-        return self.changed(hidden, state), state
+    def step(self, read: Tensor, state: Tensor | None) -> Tensor:
+        """The state [W] of one row that read D [h ; e], after the state of the row before."""
+        return F.silu(read if state is None else read + self.recur(state))
 
     def changed(self, hidden: Tensor, state: Tensor) -> Tensor:
         """h + U s."""
