@@ -19,11 +19,13 @@ from hildanext.files import atomic_open
 from hildanext.model.pretrained import MODELS
 
 
-def points(record: Path) -> list[tuple[int, float]]:
-    """(mask rows trained, accepted run) of every evaluation, over all parts of the training."""
-    found, before = [], 0
+def points(record: Path) -> dict[int, list[tuple[int, float]]]:
+    """(mask rows trained, accepted run) of every evaluation, over all parts of the training, by the rows of a group."""
+    found: dict[int, list[tuple[int, float]]] = {}
+    before = 0
     for run in json.loads(record.read_text(encoding="utf-8"))["runs"]:
-        found += [(before + point["group_rows"], point["eval_run"]) for point in run["curve"]]
+        of_size = found.setdefault(run["config"]["sft"]["block_size"], [])
+        of_size += [(before + point["group_rows"], point["eval_run"]) for point in run["curve"]]
         before += run["group_rows"]
     return found
 
@@ -33,17 +35,18 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=MODELS / SHIPPED_MODEL / "training.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "accepted.png")
     args = parser.parse_args()
-    rows, accepted = zip(*points(args.record), strict=True)
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.plot([n / 1e6 for n in rows], accepted, marker="o", markersize=3)
-    axis.set(xlabel="mask rows trained, millions", ylabel="accepted drafts of 4", title=f"{SHIPPED_MODEL}, held out")
+    for k, curve in points(args.record).items():
+        rows, accepted = zip(*curve, strict=True)
+        axis.plot([n / 1e6 for n in rows], accepted, marker="o", markersize=3, label=f"of {k}")
+        print("\n".join(f"{n:>10,}  {run:.3f} of {k}" for n, run in curve))
+    axis.set(xlabel="mask rows trained, millions", ylabel="accepted drafts", title=f"{SHIPPED_MODEL}, held out")
+    axis.legend()
     axis.grid(alpha=0.3)
     with atomic_open(args.out, "wb") as file:
         figure.savefig(file, format="png", dpi=100)
-    for n, run in zip(rows, accepted, strict=True):
-        print(f"{n:>10,}  {run:.3f}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_every_part_and_again_after_a_kill(ship: Any, tmp_path: Path, monkeypatc
     train = ship.sft
 
     def killed(config: Any, part: str, resume: bool) -> Any:
-        if part == "fourth" and not resume:
+        if part == "fifth" and not resume:
             train(config, part, resume=False)
             raise KeyboardInterrupt
         return train(config, part, resume=resume)
@@ -67,7 +67,7 @@ def test_every_part_and_again_after_a_kill(ship: Any, tmp_path: Path, monkeypatc
     runs = json.loads((package / "training.json").read_text(encoding="utf-8"))["runs"]
     assert [run["steps"] for run in runs] == [2] * len(ship.PARTS)
     assert json.loads((package / "generation_config.json").read_text())["hilda"]["EXACT"]["tau_accept"] == 1.0
-    config = ship.part_config("fourth").model.model_copy(update={"base": str(package)})
+    config = ship.part_config("fifth").model.model_copy(update={"base": str(package)})
     lm, _ = load_diffusion_lm(config)
     assert lm.gated
     assert lm.record["tokens_trained"] == sum(run["tokens"] for run in runs)

@@ -1,4 +1,4 @@
-"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in four parts, the package's folder.
+"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in five parts, the package's folder.
 
     python recipes/hilda-smollm2-135m/ship.py        # or: make ship
 
@@ -47,8 +47,8 @@ PROMPTS = {
 # Rows of a pass and tau_accept; docs/LOG.md and the model's card say how they were chosen.
 PRESETS = {
     "EXACT": Preset(0.7, 0.5, tau_accept=1.0, rows=8),
-    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.9, rows=12),
-    "S_MODE": Preset(0.5, 0.0, tau_accept=0.6, rows=16),
+    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.95, rows=12),
+    "S_MODE": Preset(0.5, 0.0, tau_accept=0.8, rows=16),
 }
 SIX_ROWS = {"sft.lr": 1.5e-3, "sft.block_size": 6, "noise.anchors": 48}
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
@@ -70,6 +70,18 @@ PARTS: dict[str, dict[str, Any]] = {
         "train.lr_final_ratio": 0.02,
     }
     | SIX_ROWS,
+    # Passes of few rows have groups of fewer than six.
+    "fifth": SIX_ROWS
+    | {
+        "sources": 6,
+        "train.seed": 4,
+        "noise.anchors": 64,
+        "noise.offset_keep": 0.8,
+        "sft.steps": 130,
+        "sft.lr": 4e-4,
+        "sft.lr_decay_share": 1.0,
+        "train.lr_final_ratio": 0.02,
+    },
 }
 CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")
 

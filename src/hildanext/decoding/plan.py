@@ -4,7 +4,8 @@ A pass costs about the same for every number of rows up to a limit (docs/hardwar
 the rows that are worth most. Worth is counted in expected tokens:
 
     draft d_j              P(the first j drafts are right)
-    row i of a group       P(exactly the drafts before the group are right) * P(the group's first i drafts will be right)
+    row i of a group       P(exactly the drafts before the group are right)
+                           * (P(the group's first i drafts will be right) - the worth of the row that verifies draft i)
 
 Pure functions of numbers.
 """
@@ -14,6 +15,10 @@ from __future__ import annotations
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
+
+# The worth of a row of the next pass, in tokens. Without it, passes of long groups alternate with passes that verify them.
+ROW_WORTH = 0.1
+LEAST_WORTH = 1e-3  # the share of its gain that a row is worth at least: rows that are left are filled
 
 
 class Plan(NamedTuple):
@@ -30,7 +35,7 @@ def plan_rows(chances: list[float], fresh: list[float], rows: int) -> Plan:
     rows of a new group, as measured. Both in [0, 1].
     """
     reach = list(accumulate(chances, mul, initial=1.0))  # reach[j]: the first j drafts are right
-    gain = list(accumulate(fresh, mul))
+    gain = [max(right - ROW_WORTH, LEAST_WORTH * right) for right in accumulate(fresh, mul)]
     best, best_worth = Plan(0, [0]), -1.0
     for n_drafts in range(min(len(chances), max(rows - 1, 0)) + 1):
         stops = [reach[s] - reach[s + 1] for s in range(n_drafts)] + [reach[n_drafts]]
