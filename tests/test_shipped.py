@@ -145,9 +145,8 @@ def test_serve_answers_with_it_and_no_network(no_network):
         health = client.get("/health").json()
         assert (health["status"], health["model"]) == ("ok", SHIPPED_MODEL)
         asked = [{"role": "user", "content": "Tell me a short story about a shy fox."}]
-        answer = client.post(
-            "/generate", json={"messages": asked}
-        )  # as plain text the base ends at once, and so does EXACT
+        # As plain text the base ends at once, and so does EXACT.
+        answer = client.post("/generate", json={"messages": asked})
     assert answer.status_code == 200
     assert len(answer.json()["token_ids"]) == 16
 

@@ -50,6 +50,7 @@ PRESETS = {
     "Q_MODE": Preset(0.7, 0.5, tau_accept=0.95, rows=12),
     "S_MODE": Preset(0.5, 0.0, tau_accept=0.8, rows=16),
 }
+FALLING = {"sft.lr_decay_share": 1.0, "train.lr_final_ratio": 0.02}
 SIX_ROWS = {"sft.lr": 1.5e-3, "sft.block_size": 6, "noise.anchors": 48}
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
 PARTS: dict[str, dict[str, Any]] = {
@@ -61,26 +62,17 @@ PARTS: dict[str, dict[str, Any]] = {
         "sft.lr_decay_share": 0.6,
         "train.lr_final_ratio": 0.03,
     },
-    "third": {"sources": 3, "train.seed": 2, "sft.steps": 450, "sft.lr_decay_share": 0.0} | SIX_ROWS,
-    "fourth": {
-        "sources": 6,
-        "train.seed": 3,
-        "sft.steps": 780,
-        "sft.lr_decay_share": 1.0,
-        "train.lr_final_ratio": 0.02,
-    }
-    | SIX_ROWS,
-    # Passes of few rows have groups of fewer than six.
+    "third": SIX_ROWS | {"sources": 3, "train.seed": 2, "sft.steps": 450, "sft.lr_decay_share": 0.0},
+    "fourth": SIX_ROWS | FALLING | {"sources": 6, "train.seed": 3, "sft.steps": 780},
     "fifth": SIX_ROWS
+    | FALLING
     | {
         "sources": 6,
         "train.seed": 4,
         "noise.anchors": 64,
-        "noise.offset_keep": 0.8,
+        "noise.offset_keep": 0.8,  # groups of 1 to 6 rows, as passes of few rows have them
         "sft.steps": 130,
         "sft.lr": 4e-4,
-        "sft.lr_decay_share": 1.0,
-        "train.lr_final_ratio": 0.02,
     },
 }
 CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")

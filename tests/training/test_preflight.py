@@ -251,7 +251,10 @@ def test_preferences_cost_two_answers_in_every_draw(small):
         preflight(parse_config(raw(small)), "dpo", None, None, False)
 
 
-def test_groups_of_a_gated_adapter_cost_memory_and_fewer_anchors_are_suggested(small):
+def test_groups_of_a_gated_adapter_cost_memory_and_fewer_anchors_are_suggested(small, monkeypatch):
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=500_000_000))  # else it grows between predictions
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+
     def found(anchors):
         sections = {"lora": GATED, "wsd": GROUPS, "noise": {"anchors": anchors}}
         return preflight(parse_config(raw(small, **sections)), "convert-wsd", None, 0.001, False)
@@ -260,7 +263,7 @@ def test_groups_of_a_gated_adapter_cost_memory_and_fewer_anchors_are_suggested(s
     assert many["policy"]["training_attention"] == "groups"
     assert 1.3 < many["peak"]["activations"] / few["peak"]["activations"] < 2.1
     by_change = {tuple(change["set"].items()): change["total"] for change in many["changes"]}
-    assert by_change[(("noise.anchors", 8),)] == pytest.approx(few["peak"]["total"], rel=0.02)
+    assert by_change[(("noise.anchors", 8),)] == few["peak"]["total"]
 
 
 def test_live_bytes_counts_what_is_held_once():

@@ -6,8 +6,9 @@ graph reads the cached keys and values of a slot in place and returns those of t
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -118,9 +119,8 @@ class OpenVinoRuntime:
         projection, self.probe = model.get_output_embeddings(), _probe_ids(n_embeddings(model))
         if isinstance(projection, BaseHead):
             self.probe[8:] = [projection.mask_token_id] * 4  # the adapter knows masked rows only
-            projection = (
-                projection.base
-            )  # the rule leaves the mask token out as well, without an operation in the graph
+            # The rule leaves the mask token out as well, without an operation in the graph.
+            projection = projection.base
         head = self._convert(projection, (torch.zeros(1, self.hidden),))
         head.reshape([-1, self.hidden])
         for graph in (body, head):
@@ -154,18 +154,14 @@ class OpenVinoRuntime:
         return options
 
     def _convert(self, module: nn.Module, example: tuple[Tensor, ...]) -> ov.Model:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), traces_freed():
             warnings.simplefilter("ignore")  # the tracer warns about Python numbers
-            is_first = not concrete_type_store.type_store
             try:
                 return ov.convert_model(module, example_input=example)
             except RuntimeError as error:
                 lines = str(error).splitlines()
                 reason = lines[lines.index("Exception:") + 1] if "Exception:" in lines else lines[0]
                 raise ModelError(f"OpenVINO cannot export {self.title}: {reason}") from error
-            finally:
-                if is_first:
-                    forget_traces()
 
     def _export(self, model: PreTrainedModel) -> ov.Model:
         width, n_cached = 4, 8
@@ -342,14 +338,20 @@ class OpenVinoRuntime:
         self.outputs.clear()
 
 
-def forget_traces() -> None:
-    """Free what torch.jit.trace keeps until the process ends: 4 to 7 MB for each layer, mostly Python call stacks.
+@contextlib.contextmanager
+def traces_freed() -> Iterator[None]:
+    """On exit, free what torch.jit.trace would keep until the process ends: 4 to 7 MB for each layer, mostly call stacks.
 
-    Other modules compiled by torch.jit in this process would lose their methods, so call it only where there are none.
+    This takes the methods of every module that torch.jit has compiled, so nothing is freed if there was one before.
     """
-    torch._C._jit_clear_class_registry()
-    concrete_type_store.type_store.clear()
-    concrete_type_store.methods_compiled.clear()
+    is_first = not concrete_type_store.type_store
+    try:
+        yield
+    finally:
+        if is_first:
+            torch._C._jit_clear_class_registry()
+            concrete_type_store.type_store.clear()
+            concrete_type_store.methods_compiled.clear()
 
 
 def _probe_ids(n_embeddings: int) -> list[int]:
