@@ -252,8 +252,8 @@ def test_preferences_cost_two_answers_in_every_draw(small):
 
 
 def test_groups_of_a_gated_adapter_cost_memory_and_fewer_anchors_are_suggested(small, monkeypatch):
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=500_000_000))  # else it grows between predictions
-    monkeypatch.setattr(psutil, "Process", lambda: process)
+    # The process would grow between predictions.
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=400_000_000))
 
     def found(anchors):
         sections = {"lora": GATED, "wsd": GROUPS, "noise": {"anchors": anchors}}
