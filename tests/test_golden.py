@@ -26,14 +26,19 @@ def same(found: Any, recorded: Any) -> None:
     """Equal to the last digit on the kind of machine that recorded the numbers; other kernels round in another order."""
     if machine() == RECORDED["machine"]:
         assert found == recorded
-    elif isinstance(recorded, dict):
+    else:
+        nearly_same(found, recorded)
+
+
+def nearly_same(found: Any, recorded: Any) -> None:
+    if isinstance(recorded, dict):
         assert found.keys() == recorded.keys()
         for key, value in recorded.items():
-            same(found[key], value)
+            nearly_same(found[key], value)
     elif isinstance(recorded, list):
         assert len(found) == len(recorded)
         for one, other in zip(found, recorded, strict=True):
-            same(one, other)
+            nearly_same(one, other)
     else:
         assert found == (pytest.approx(recorded, rel=1e-3) if isinstance(recorded, float) else recorded)
 
@@ -61,7 +66,7 @@ def test_a_run_of_before_is_resumed(before: Path):
     result = convert_wsd(load_config("config.json"), "convert", resume=True)
     assert result["steps"] == 6
     recorded = json.loads((before / "metrics.json").read_text())  # all six steps of an undisturbed run
-    same(steps_of(result), recorded)
+    nearly_same(steps_of(result), recorded)  # its step 4 was computed on another kind of machine
 
 
 def test_an_adapter_of_before_loads(before: Path):

@@ -39,8 +39,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def machine() -> str:
-    """The kind of machine, on which rounding depends."""
-    return f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    """The kind of machine, on which rounding depends: libraries choose their kernels by the processor's model."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+        facts = {key.strip(): value.strip() for key, value in lines}
+        cpu = " ".join(facts.get(key, "") for key in ("vendor_id", "cpu family", "model", "stepping"))
+    return f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cpu}"
 
 
 def steps_of(result: dict[str, Any]) -> list[dict[str, Any]]:
