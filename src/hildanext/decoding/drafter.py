@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from hildanext.decoding.memory import TokenRows
 from hildanext.decoding.rule import COLDEST, keep_likely
 from hildanext.decoding.settings import Settings
 from hildanext.model.backbone import weight_matrix
@@ -17,11 +18,13 @@ from hildanext.model.draft_head import CANDIDATES, find_draft_head
 class GroupDrafter:
     """Ranks each row's likeliest tokens with the model's draft head, one row after the other."""
 
-    def __init__(self, lm: DiffusionLM, fresh: list[float]) -> None:
+    def __init__(self, lm: DiffusionLM, fresh: list[float], embedding: TokenRows | None = None) -> None:
+        """embedding: rows of the input embedding; by default the model's own."""
         model = lm.model
         self.fresh, self.mask_token_id, self.vocab_size = fresh, lm.mask_token_id, lm.vocab_size
-        self.embedding = weight_matrix(model.get_input_embeddings())
-        self.head = weight_matrix(model.get_output_embeddings())
+        table, head = (weight_matrix(part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+        self.embedding = embedding or TokenRows(table, int8=False)
+        self.head = self.embedding if head is table else TokenRows(head, self.embedding.int8)
         draft_head = find_draft_head(model)
         # In float32: a CPU multiplies a matrix with a single vector faster than in 16 bits.
         self.draft_head = None if draft_head is None else copy.deepcopy(draft_head).float()
@@ -40,11 +43,13 @@ class GroupDrafter:
         tokens, chances, state = [], [], None
         draft_head, hidden = self.draft_head, hidden.float()
         if draft_head is not None:  # what does not depend on the drafts, for all rows at once
-            read, candidates = draft_head.read_hidden(hidden), self.head[ids].float()
+            read, candidates = draft_head.read_hidden(hidden), self.head.rows(ids)
         for row in range(len(hidden)):
             ranked = top[row]
             if draft_head is not None:
-                state = draft_head.step(read[row] + draft_head.read_before(self.embedding[before].float()), state)
+                state = draft_head.step(
+                    read[row] + draft_head.read_before(self.embedding.rows(torch.tensor(before))), state
+                )
                 ranked = candidates[row] @ draft_head.changed(hidden[row], state)
             probabilities = ranked.softmax(-1)
             if noise is None:

@@ -21,7 +21,7 @@ from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
 
 STOP_S = 5.0
-REST_S = 3.0  # without a request, until the engine frees memory
+REST_S = 30.0  # without a request, until the engine frees memory, which may take some seconds
 RECENT = 32  # completions whose duration says how long the next ones will take
 State = Literal["loading", "ready", "failing", "stopping", "stopped"]
 
@@ -194,6 +194,7 @@ class Worker:
             engine = self.open_engine(self.config)
             settings = engine.settings(self.config)._replace(max_new_tokens=1)
             engine.generate(Request(engine.encode("Hello"), settings))  # ready means that it has answered once
+            engine.rest()
         except Exception as error:  # noqa: BLE001  (loading may fail in any way)
             self.failure = _failure(error)
             self.state = "stopped"

@@ -12,7 +12,7 @@ from hildanext.config import Config, ModelConfig
 from hildanext.data.tokenizer import token_ids
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished, Step
-from hildanext.decoding.heap import return_freed_memory
+from hildanext.decoding.memory import return_freed_memory
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
 from hildanext.errors import NonFiniteLogitsError, UsageError
 from hildanext.model.backbone import max_positions, n_embeddings

@@ -12,13 +12,13 @@ from hildanext.config import MOST_ROWS, Config, EngineName
 from hildanext.decoding.drafter import GroupDrafter
 from hildanext.decoding.engines.protocol import Completion, Event, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
-from hildanext.decoding.heap import return_freed_memory
+from hildanext.decoding.memory import TokenRows, return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
 from hildanext.decoding.settings import MODES_OF, Kind, Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
-from hildanext.model.backbone import length_limit, max_positions
+from hildanext.model.backbone import length_limit, max_positions, weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
@@ -77,17 +77,19 @@ class TransformersEngine:
         self.has_base = self.kind == "gated"
         gate = lm.record.get("gate")
         fresh = gate.get("fresh") or FRESH[: lm.block_size] if gate else []
-        self.drafter = GroupDrafter(lm, fresh) if gate else None
+        embedding = TokenRows(weight_matrix(lm.model.get_input_embeddings()), config.engine.weights == "int8")
+        self.drafter = GroupDrafter(lm, fresh, embedding) if gate else None
         self.presets = read_presets(lm.modes)
         context = choose_context(config.engine.context, lm.model)
         settings = self.settings(config)
         widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
-        self.runtime = open_runtime(config.engine, lm, widths)
-        del lm
+        self.runtime = open_runtime(config.engine, lm, widths, embedding)
+        del lm, embedding
         gc.collect()
         return_freed_memory()
         scratch = 0 if self.kind == "blocks" else MOST_ROWS
-        self.scheduler = Scheduler(self.runtime, config.engine.slots, context, config.engine.prefill_chunk, scratch)
+        chunk = config.engine.prefill_chunk or (128 if self.device == "cpu" else 512)
+        self.scheduler = Scheduler(self.runtime, config.engine.slots, context, chunk, scratch)
         self.context: int | None = context
         self.mask_token_id: int | None = self.vocabulary.mask_token_id
         self.eos_token_ids = self.vocabulary.eos_token_ids

@@ -1,98 +1,39 @@
 """OpenVINO for CPUs (extra `cpu`): the model exported as an optimized graph.
 
-The exporter traces transformers' own forward, with an attention and a cache passed through their public interfaces. The
-graph reads the cached keys and values of a slot in place and returns those of the new tokens only.
+The graph reads the cached keys and values of a slot in place and returns those of the new tokens only.
 """
 
 from __future__ import annotations
 
-import contextlib
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor, nn
-from torch.jit._recursive import concrete_type_store
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
 
+from hildanext.decoding.memory import TokenRows, release_file_pages
+from hildanext.decoding.runtimes.openvino_export import Exported, split_attention, traces_freed
 from hildanext.decoding.runtimes.openvino_graph import Weights, simplify
 from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch, within
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
-from hildanext.model.backbone import n_embeddings
-from hildanext.model.decoding_attention import EXTRAS
+from hildanext.model.backbone import n_embeddings, weight_matrix
 from hildanext.model.gated_linear import BaseHead, find_gate
+from hildanext.progress import say
 
 GROW = 128  # a slot's memory grows in steps of this many tokens
 GROUP = 128  # with int8 weights, this many activations share an int8 scale
 SMALL_BYTES = 64 << 20  # of weights in fp32, up to which a graph more costs less memory than it is worth
+WIDE = 32  # tokens of a pass
 FREE, HEAD = -1, 0  # keys of graphs, beside the widths of fixed ones
 LEAST_COSINE = 0.8  # mean cosine of hidden states with the model's: bf16 reaches 0.99, int8 0.95, a wrong graph about 0
 KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
-
-Parts = tuple[Tensor, Tensor]  # cached [B, H, K, D] and new [B, H, W, D]
-
-
-def split_attention(
-    module: nn.Module, query: Tensor, key: Parts, value: Parts, mask: Tensor, scaling: float, **kwargs: object
-) -> tuple[Tensor, None]:
-    """Attention over cached and new keys without concatenating them, which would copy the cache in every forward.
-
-    query [B, Hq, W, D]; key, value: as returned by `SplitCache.update`. The G query heads that share a key head are
-    stacked along W, so that keys are not repeated. mask [B, 1, G W, W + K] is additive, with its rows repeated G
-    times and the new keys first. Returns [B, W, Hq, D]. Raises ModelError if the model needs an attention feature
-    that is missing here.
-    """
-    if needed := [name for name in EXTRAS if kwargs.get(name) is not None]:
-        raise ModelError(
-            f"{type(module).__name__} needs '{needed[0]}', which OpenVINO does not support here; use engine.runtime 'eager'"
-        )
-    (cached_keys, new_keys), (cached_values, new_values) = key, value
-    batch, n_heads, width, dim = query.shape
-    n_kv = new_keys.shape[1]
-    query = query.reshape(batch, n_kv, n_heads // n_kv * width, dim) * scaling
-    scores = torch.cat([query @ new_keys.transpose(2, 3), query @ cached_keys.transpose(2, 3)], -1)
-    weights = (scores + mask).softmax(-1)
-    output = weights[..., :width] @ new_values + weights[..., width:] @ cached_values
-    return output.reshape(batch, n_heads, width, dim).transpose(1, 2), None
-
-
-class SplitCache(Cache):
-    """Passes cached and new keys to the attention separately, and collects the new ones."""
-
-    def __init__(self, cached: Sequence[Tensor]) -> None:
-        super().__init__(layers=[])
-        self.cached = cached  # keys and values of each layer in turn
-        self.new: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Any:
-        self.new += [key_states, value_states]
-        return (self.cached[2 * layer_idx], key_states), (self.cached[2 * layer_idx + 1], value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-class Exported(nn.Module):
-    """A model's body with tensors as its only inputs and outputs, for the exporter."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.body, self.gate = model.base_model, find_gate(model)
-
-    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """rest: the gate [B, W, 1] of a gated model, then cached keys and values of each layer in turn."""
-        if self.gate is not None:
-            self.gate.rows, *rest = rest  # type: ignore[assignment]
-        cache = SplitCache(rest)
-        hidden = self.body(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        return hidden, *cache.new
 
 
 class OpenVinoRuntime:
@@ -105,7 +46,9 @@ class OpenVinoRuntime:
     torch_threads: int | None = 1  # torch threads wait by spinning and would take cores from OpenVINO
     resting_tokens: int | None = 1024
 
-    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...], weights: Weights) -> None:
+    def __init__(
+        self, model: PreTrainedModel, widths: tuple[int, ...], weights: Weights, embedding: TokenRows | None = None
+    ) -> None:
         self.weights, self.title = weights, type(model).__name__
         config = model.eval().config.get_text_config()
         self.n_states, self.n_kv, self.dim = kv_shape(model)
@@ -125,23 +68,34 @@ class OpenVinoRuntime:
         head.reshape([-1, self.hidden])
         for graph in (body, head):
             simplify(graph, weights)
-        is_small = sum(weight.nbytes for weight in model.parameters()) < SMALL_BYTES
-        self.compiled = {width: self._compile(body, 1, width) for width in widths[: 1 + is_small]}
-        self.compiled[FREE] = self._compile(body, -1, -1)
-        self.compiled[HEAD] = self.core.compile_model(head, "CPU", self._options())
+        size = sum(weight.nbytes for weight in model.parameters())
+        is_small = size < SMALL_BYTES
+        with tempfile.TemporaryDirectory() as folder:
+            self.folder = Path(folder)
+            if shutil.disk_usage(folder).free > size:
+                body, head = self._mapped(body, "body.xml"), self._mapped(head, "head.xml")
+            else:
+                say(
+                    f"no room in {folder.rpartition('/')[0]} for {size >> 20} MiB of weights: they stay in memory twice"
+                )
+            self.graph = body
+            self.compiled = {width: self._compile(1, width) for width in widths[: 1 + is_small]}
+            self.compiled[FREE] = self._compile(-1, -1)
+            self.compiled[HEAD] = self.core.compile_model(head, "CPU", self._options())
         self.requests = {key: graph.create_infer_request() for key, graph in self.compiled.items()}
         self.logits = torch.zeros(0, model.get_output_embeddings().weight.shape[0])
         expected = self._expected_states(model)
         cast(Any, model).to(before)
-        table = cast(Tensor, model.get_input_embeddings().weight).detach()
-        # Embeddings [V, H]. int8 is far coarser than 16 bits.
-        self.table = table.half() if weights == "int8" and table.dtype == torch.float32 else table
+        self.embedding = embedding or TokenRows(weight_matrix(model.get_input_embeddings()), weights == "int8")
         self.slots, self.room = 0, 0  # slots, and the tokens that each has memory for
         self.memory = torch.empty(0)  # keys and values [2 layers, slots, H, room, D]
         self.used: list[int] = []  # for each slot, the tokens from which on its memory was never written
+        self.was_wide = False  # whether the graph of free shapes ran more than WIDE tokens
+        self.packed: list[Tensor] = []  # at rest, for each slot [2 layers, H, used, D] in place of `memory`
         self.bound: dict[int, tuple[int, ...]] = {}  # for each request, the memory that its tensors refer to
         self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # for each request, hidden states and new keys and values
         self._check(expected)
+        release_file_pages(self.folder)
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -180,9 +134,14 @@ class OpenVinoRuntime:
         finally:
             model.set_attn_implementation(before)
 
-    def _compile(self, graph: ov.Model, batch: int, width: int) -> ov.CompiledModel:
-        """The graph compiled for B sequences of W tokens (-1: any) and any number of cached keys."""
-        graph = graph.clone()
+    def _mapped(self, graph: ov.Model, name: str) -> ov.Model:
+        """The same graph with its weights in a mapped file: a compiled graph keeps them, but reads its packed copy."""
+        ov.save_model(graph, self.folder / name, compress_to_fp16=False)
+        return self.core.read_model(self.folder / name)
+
+    def _compile(self, batch: int, width: int) -> ov.CompiledModel:
+        """The body compiled for B sequences of W tokens (-1: any) and any number of cached keys."""
+        graph = self.graph.clone()
         rows = self.groups * width if width > 0 else -1
         shapes = [[batch, width, self.hidden], [batch, width], [batch, 1, rows, -1]]
         shapes += [[batch, width, 1]] * (self.n_inputs - 3)
@@ -227,8 +186,8 @@ class OpenVinoRuntime:
         self.close()
 
     def allocate(self, slots: int, context: int) -> None:
-        self.slots, self.room, self.memory, self.used = slots, 0, torch.empty(0), [0] * slots
-        self._grow(1)
+        self.slots, self.used, self.packed = slots, [0] * slots, []
+        self._move(GROW)
 
     def _grow(self, needed: int) -> None:
         """Make room for `needed` tokens in every slot. They grow in steps with the text: the graph reads them whole."""
@@ -243,29 +202,42 @@ class OpenVinoRuntime:
         memory = zeros.view(self.kind).view(self.n_states, self.slots, self.n_kv, room, self.dim)
         for slot, used in enumerate(self.used):
             if used:
-                memory[:, slot, :, :used] = self.memory[:, slot, :, :used]
-        self.memory, self.room = memory, room
+                memory[:, slot, :, :used] = self.packed[slot] if self.packed else self.memory[:, slot, :, :used]
+        self.memory, self.room, self.packed = memory, room, []
         self.bound.clear()
 
     @torch.inference_mode()
     def rest(self, lengths: list[int]) -> None:
+        self._wake()
         self.used = [min(used, length) for used, length in zip(self.used, lengths, strict=True)]
-        self._move(-(-max([1, *self.used]) // GROW) * GROW)
+        # In the memory, a page between the used parts of two slots may be resident.
+        self.packed = [self.memory[:, slot, :, :used].clone() for slot, used in enumerate(self.used)]
+        self.memory, self.room = torch.empty(0), 0
         self.requests.clear()  # they refer to the old memory
+        self.bound.clear()
         self.outputs.clear()
         self.logits = torch.zeros(0, self.logits.shape[1])
+        if self.was_wide:  # a wide pass leaves memory in its graph that `release_memory` does not free
+            self.compiled[FREE], self.was_wide = self._compile(-1, -1), False
         for graph in self.compiled.values():
             graph.release_memory()  # of activations
         self.requests = {key: graph.create_infer_request() for key, graph in self.compiled.items()}
+        release_file_pages(self.folder)
+
+    def _wake(self) -> None:
+        """After `rest`: unpack the keys and values."""
+        self._grow(max([1, *self.used]))
 
     def body(self, batch: ForwardBatch) -> Tensor:
         starts = batch.starts
-        self._grow(max(batch.length, max(starts)))
+        self._grow(max(batch.length, *starts, *self.used))
         n, width = batch.ids.shape
-        request = self.requests[width if n == 1 and width in self.requests else FREE]
+        key = width if n == 1 and width in self.requests else FREE
+        self.was_wide |= key == FREE and n * width > WIDE
+        request = self.requests[key]
         hidden, new = self._bind(request, batch.slot, n, width)
         with torch.inference_mode():
-            embeds = nn.functional.embedding(batch.ids, self.table).float()
+            embeds = self.embedding.rows(batch.ids)
         mask = self._mask(batch, torch.tensor(starts))
         request.set_input_tensor(0, as_openvino(embeds))
         request.set_input_tensor(1, as_openvino(batch.positions))
@@ -319,39 +291,26 @@ class OpenVinoRuntime:
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
+        self._wake()
         self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
         self.used[target] = max(self.used[target], length)
 
     @torch.inference_mode()
     def swap(self, slot: int, other: int, length: int) -> None:
+        self._wake()
         for states in self.memory:
             states[[slot, other], :, :length] = states[[other, slot], :, :length]
         self.used[slot] = self.used[other] = max(self.used[slot], self.used[other])
 
     @torch.inference_mode()
     def erase(self, slot: int) -> None:
+        self._wake()
         self.memory[:, slot] = 0
 
     def close(self) -> None:
         self.memory, self.room = torch.empty(0), 0
         self.bound.clear()
         self.outputs.clear()
-
-
-@contextlib.contextmanager
-def traces_freed() -> Iterator[None]:
-    """On exit, free what torch.jit.trace would keep until the process ends: 4 to 7 MB for each layer, mostly call stacks.
-
-    This takes the methods of every module that torch.jit has compiled, so nothing is freed if there was one before.
-    """
-    is_first = not concrete_type_store.type_store
-    try:
-        yield
-    finally:
-        if is_first:
-            torch._C._jit_clear_class_registry()
-            concrete_type_store.type_store.clear()
-            concrete_type_store.methods_compiled.clear()
 
 
 def _probe_ids(n_embeddings: int) -> list[int]:
