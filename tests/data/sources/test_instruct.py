@@ -263,7 +263,7 @@ RECORDS: list[dict[str, Any]] = [
     {"messages": None, "prompt": "q", "response": "a"},
     {"messages": [{"role": "narrator", "content": "x"}]},
     {"prompt": "q", "response": None},
-    {"prompt": "q", "response": "a", "chosen": "b", "tools": '[{"name": "f"}]'},
+    {"prompt": "q", "chosen": "b", "tools": '[{"name": "f"}]'},
 ]
 
 
@@ -272,7 +272,9 @@ def test_tables_are_read_like_json_lines(tmp_path: Path, suffix: str) -> None:
     """Arrow gives every struct the fields of all, as nulls; these count as absent."""
     (tmp_path / "x.jsonl").write_bytes(jsonl(RECORDS))
     expected, refused = read("instruct", tmp_path / "x.jsonl")
-    table = pa.Table.from_pylist([dict.fromkeys((*RECORDS[0], *RECORDS[-1])) | record for record in RECORDS])
+    table = pa.Table.from_pylist(
+        [dict.fromkeys((*RECORDS[0], *RECORDS[4], *RECORDS[-1])) | record for record in RECORDS]
+    )
     path = tmp_path / f"x{suffix}"
     if suffix == ".parquet":
         pq.write_table(table, path, row_group_size=3)

@@ -325,7 +325,8 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path: Path, shape: str) -> No
     else:
         answers = [{"role": "assistant", "content": rng.bytes(1500).hex()} for _ in range(50_000)]
         table = pa.table({"messages": [[{"role": "user", "content": "q"}, answer] for answer in answers]})
-    pq.write_table(table, path, row_group_size=10**7)
+    # pyarrow ends a page of 1 MB after a multiple of `write_batch_size` rows, by default 1024: 500 MB of these texts.
+    pq.write_table(table, path, row_group_size=10**7, write_batch_size=8 if shape == "large" else None)
     assert pq.ParquetFile(path).num_row_groups == 1
     command = [sys.executable, "-c", GROWTH, "instruct" if shape == "messages" else "text", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

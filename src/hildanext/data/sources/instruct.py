@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-import pyarrow
+from typing import TYPE_CHECKING, Any
 
 from hildanext.data.documents import Document, Rejects, check_depth
-from hildanext.data.sources import json_records, tables
-from hildanext.data.sources.opening import File, file_name, list_files
+from hildanext.data.sources import json_records
+from hildanext.data.sources.opening import TABLES, File, file_name, is_table, list_files
 from hildanext.data.sources.shapes import CONTENT, KEYS, to_messages, to_tools
 from hildanext.errors import DataError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 LABELS = ("id", "source")  # of a record; any type that can be written
-SUFFIXES = (*json_records.SUFFIXES, *tables.SUFFIXES)
+SUFFIXES = (*json_records.SUFFIXES, *TABLES)
 
 
 def find(path: str) -> list[File]:
@@ -54,9 +55,11 @@ def read_records(path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str, A
 
     Columns that no shape knows are not read; they are counted as ignored in every row.
     """
-    if not tables.is_table(path):
+    if not is_table(path):
         yield from json_records.read_json(path, rejects)
         return
+    from hildanext.data.sources import tables  # imports pyarrow, which is slow
+
     ignored: list[str] = []
 
     def known_columns(schema: pyarrow.Schema) -> list[str]:

@@ -24,6 +24,7 @@ PIECE_BYTES = 1 << 18
 # Retries of an interrupted read, after 1, 2, 4 ... seconds.
 RETRIES = 5
 FIRST_WAIT_S = 1.0
+TABLES = (".parquet", ".arrow", ".feather", ".ipc")  # read by `tables`
 # Exceptions of fsspec's backends that are not OSErrors, by module. They share no base class.
 FOREIGN_ERRORS = {
     "aiohttp": ("ClientError",),
@@ -47,6 +48,11 @@ def is_url(path: str) -> bool:
 def file_name(path: str) -> str:
     """The last part of a path or URL."""
     return PurePosixPath(path.partition("?")[0]).name if is_url(path) else Path(path).name
+
+
+def is_table(path: str) -> bool:
+    """Whether a path or URL names a parquet or Arrow file."""
+    return file_name(path).endswith(TABLES)
 
 
 def list_files(path: str, suffixes: tuple[str, ...], without: str | None = None) -> list[File]:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import pyarrow
-from pyarrow import ipc, parquet
+from pyarrow import ipc, parquet, types
 
 from hildanext.data.documents import Rejects
 from hildanext.data.sources.lines import lost_records
 from hildanext.data.sources.opening import file_name, is_url, open_file
 from hildanext.errors import DataError
 
-SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 # Rows decoded at once. More are not faster, and a text of a long column can have megabytes.
 BATCH_ROWS = 32
 # Bytes of a column read at once. Without a buffer Arrow reads the column of a whole row group.
@@ -27,11 +26,6 @@ ARROW_MAGIC = b"ARROW1"  # of a file with a footer; a stream has none
 # The columns to read, of a file's schema. Raises DataError with the reason if the file has none.
 # A field of a struct is named by its path: 'meta.text'.
 Choose = Callable[[pyarrow.Schema], Sequence[str]]
-
-
-def is_table(path: str) -> bool:
-    """Whether a path or URL names a parquet or Arrow file."""
-    return file_name(path).endswith(SUFFIXES)
 
 
 def read_schema(path: str) -> pyarrow.Schema | None:
@@ -50,10 +44,55 @@ def read_rows(path: str, choose: Choose, rejects: Rejects) -> Iterator[tuple[int
     A struct is a dictionary, a list a list. Raises OSError or UnreachableError for a file that cannot be read.
     """
     with open_file(path) as file:
-        batches = _arrow_batches(path, file, choose, rejects) if _is_arrow(path) else None
-        for first, batch in batches or _parquet_batches(path, file, choose, rejects):
+        read_batches = _arrow_batches if _is_arrow(path) else _parquet_batches
+        for first, batch in read_batches(path, file, choose, rejects):
             yield from _rows(first, batch, path, rejects)
     pyarrow.default_memory_pool().release_unused()
+
+
+def paths(schema: pyarrow.Schema) -> list[str]:
+    """The columns of a schema; a struct's fields by their path."""
+    return [name for field in schema for name in _paths(field, "")]
+
+
+def _paths(field: pyarrow.Field, before: str) -> Iterator[str]:
+    if not types.is_struct(field.type):
+        yield before + field.name
+        return
+    for inner in field.type:
+        yield from _paths(inner, f"{before}{field.name}.")
+
+
+def part_of(schema: pyarrow.Schema, column: str) -> str:
+    """What to read of a table for `column`: its path up to the first list. Raises DataError for no or another column."""
+    parts = [column] if column in schema.names else column.split(".")
+    if schema.names.count(parts[0]) > 1:
+        raise DataError(f"several columns '{parts[0]}'")
+    if parts[0] not in schema.names:
+        raise DataError(f"no column '{column}'")
+    kind, read, in_list = schema.field(parts[0]).type, parts[:1], False
+    for part in parts[1:]:
+        if _is_list(kind) and part.isdecimal():
+            kind, in_list = kind.value_type, True
+        elif types.is_struct(kind) and kind.get_field_index(part) >= 0:
+            kind = kind.field(part).type
+            read += [] if in_list else [part]
+        else:
+            raise DataError(f"no column '{column}'")
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    if not (_is_text(value) or types.is_null(value)):
+        raise DataError(f"column '{column}' holds {kind}, not text")
+    return ".".join(read)
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether a type holds strings, or bytes that may be UTF-8."""
+    tests = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(test(kind) for test in (*tests, types.is_binary, types.is_large_binary, types.is_binary_view))
 
 
 def _rows(first: int, batch: pyarrow.RecordBatch, path: str, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:

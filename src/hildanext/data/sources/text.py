@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import pyarrow
-from pyarrow import types
-
 from hildanext.data.documents import Document, Rejects, check_text
-from hildanext.data.sources import json_records, tables
+from hildanext.data.sources import json_records
 from hildanext.data.sources.lines import MAX_RECORD_BYTES, DamagedError, read_pieces, read_records
-from hildanext.data.sources.opening import File, file_name, list_files
+from hildanext.data.sources.opening import TABLES, File, file_name, is_table, list_files
 from hildanext.errors import DataError, UsageError
 
 PLAIN = (".txt", ".txt.gz", ".txt.zst")
-SUFFIXES = (*PLAIN, *json_records.SUFFIXES, *tables.SUFFIXES)
+SUFFIXES = (*PLAIN, *json_records.SUFFIXES, *TABLES)
 SEPARATOR = b"<|endoftext|>"
 ASKED_RECORDS = 100  # JSON records that are searched for a column before a file is read
 MOST_NAMES = 40  # columns that a message lists
@@ -70,8 +67,10 @@ def _values(path: str, column: str, rejects: Rejects) -> Iterator[tuple[int, obj
     if file_name(path).endswith(PLAIN):
         yield from _from_plain(path, rejects)
         return
-    if tables.is_table(path):
-        records = tables.read_rows(path, lambda schema: [_part_of(schema, column)], rejects)
+    if is_table(path):
+        from hildanext.data.sources import tables  # imports pyarrow, which is slow
+
+        records = tables.read_rows(path, lambda schema: [tables.part_of(schema, column)], rejects)
     else:
         records = json_records.read_json(path, rejects)
     for number, record in records:
@@ -98,13 +97,15 @@ def _value_at(record: Mapping[str, Any], column: str) -> tuple[Any, bool | None]
 
 def _missing(path: str, column: str) -> str | None:
     """Why a file has no text at `column`, with the names it has; None if it has, or is damaged or empty."""
-    if tables.is_table(path):
+    if is_table(path):
+        from hildanext.data.sources import tables
+
         schema = tables.read_schema(path)
         try:
             if schema is not None:
-                _part_of(schema, column)
+                tables.part_of(schema, column)
         except DataError as error:
-            return f"{error}; the columns are {_listed(name for field in schema for name in _paths(field))}"
+            return f"{error}; the columns are {_listed(tables.paths(schema))}"
         return None
     records = [record for _, record in islice(json_records.read_json(path, Rejects()), ASKED_RECORDS)]
     found = {_value_at(record, column)[1] for record in records}
@@ -113,51 +114,10 @@ def _missing(path: str, column: str) -> str | None:
     return f"no '{column}' in its records; the keys are {_listed(name for record in records for name in record)}"
 
 
-def _listed(names: Iterator[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     """Names without repetition, the first ones of many."""
     found = list(dict.fromkeys(names))
     return ", ".join(found[:MOST_NAMES]) + (", ..." if len(found) > MOST_NAMES else "")
-
-
-def _paths(field: pyarrow.Field, before: str = "") -> Iterator[str]:
-    """The paths of a column: its fields if it is a struct."""
-    if not types.is_struct(field.type):
-        yield before + field.name
-        return
-    for inner in field.type:
-        yield from _paths(inner, f"{before}{field.name}.")
-
-
-def _part_of(schema: pyarrow.Schema, column: str) -> str:
-    """What to read of a table for `column`: its path up to the first list. Raises DataError for no or another column."""
-    parts = [column] if column in schema.names else column.split(".")
-    if schema.names.count(parts[0]) > 1:
-        raise DataError(f"several columns '{parts[0]}'")
-    if parts[0] not in schema.names:
-        raise DataError(f"no column '{column}'")
-    kind, read, in_list = schema.field(parts[0]).type, parts[:1], False
-    for part in parts[1:]:
-        if _is_list(kind) and part.isdecimal():
-            kind, in_list = kind.value_type, True
-        elif types.is_struct(kind) and kind.get_field_index(part) >= 0:
-            kind = kind.field(part).type
-            read += [] if in_list else [part]
-        else:
-            raise DataError(f"no column '{column}'")
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if not (_is_text(value) or types.is_null(value)):
-        raise DataError(f"column '{column}' holds {kind}, not text")
-    return ".".join(read)
-
-
-def _is_list(kind: pyarrow.DataType) -> bool:
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
-
-
-def _is_text(kind: pyarrow.DataType) -> bool:
-    """Whether a type holds strings, or bytes that may be UTF-8."""
-    tests = (types.is_string, types.is_large_string, types.is_string_view)
-    return any(test(kind) for test in (*tests, types.is_binary, types.is_large_binary, types.is_binary_view))
 
 
 def _from_plain(path: str, rejects: Rejects) -> Iterator[tuple[int, object]]:
