@@ -39,8 +39,8 @@ PACKAGES: dict[str, tuple[int, set[str]]] = {
 # The mathematics imports torch and nothing of ours.
 PURE = {"diffusion.noise", "diffusion.masks", "diffusion.objective"}
 PURE_IMPORTS = {"torch", "hashlib", "collections", "typing", "__future__"}
-# Where the environment, exits and broad exceptions may live; threads that must survive any error are there too.
-EDGE = {"cli", "environment", "jobs.watcher", "server.command", "server.guard", "server.worker"}
+# Where the environment, exits and broad exceptions may live; what must survive any error of others is there too.
+EDGE = {"cli", "environment", "jobs.watcher", "server.command", "server.guard", "server.worker", "training.trackers"}
 HEAVY = {"torch", "transformers", "numpy", "fastapi", "matplotlib", "pydantic"}
 
 

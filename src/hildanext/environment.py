@@ -23,6 +23,11 @@ UNREPORTED = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers asks a service to convert weights of other formats
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",  # dInfer loads vLLM
+    # What tools of train.trackers report beside the runs that they are given
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GRADIO_ANALYTICS_ENABLED": "False",  # trackio loads gradio
+    "DVC_NO_ANALYTICS": "1",
 }
 
 

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
 import pytest
 
 from hildanext.config import Config, parse_config
@@ -48,9 +51,9 @@ def confined(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     monkeypatch.setattr(sys, "audit", lambda event, *args: hook(event, args))
 
 
-def prepare(workspace: Path, path: str, config: Config) -> tuple[int, str]:
+def prepare(workspace: Path, path: str, config: Config, kind: str = "instruct") -> tuple[int, str]:
     """Exit code and stderr of prepare-data as a job over `path`, in a process of its own."""
-    job = job_config(config, {"data": {"sources": [{"kind": "instruct", "path": path}], "eval_share": 0}}, workspace)
+    job = job_config(config, {"data": {"sources": [{"kind": kind, "path": path}], "eval_share": 0}}, workspace)
     write_json("config.json", job.model_dump(mode="json"))
     write_json("reach.json", reach_of(config, workspace)._asdict())
     done = forked.run(["prepare-data", "--config", "config.json", "--confine", "reach.json"], workspace)
@@ -210,3 +213,28 @@ def test_runs_stay_in_their_folder(workspace: Path, outside: Path) -> None:
     for name, reason in (("link", "runs/link: is outside the workspace"), ("file", "runs/file is a file")):
         done = forked.run(["merge-topk", "--run", name, "--confine", "reach.json"], workspace)
         assert (done.returncode, reason in done.stderr) == (2, True), done.stderr
+
+
+def test_trackers_on_a_server_are_those_of_the_server(workspace: Path) -> None:
+    asked = {"train": {"trackers": ["tensorboard", "wandb"]}}
+    with pytest.raises(ConfigError, match=r"'config\.train\.trackers': a job may use only trackers .*, not 'wandb'"):
+        job_config(server(), asked, workspace)
+    job_config(server(), {"train": {"trackers": ["tensorboard"]}}, workspace)
+    assert reach_of(server(train={"trackers": ["tensorboard"]}), workspace).names == []
+    named = server(train={"trackers": ["wandb"]})
+    job_config(named, asked, workspace)
+    Hook(reach_of(named, workspace))("socket.getaddrinfo", ("example.org", 443))
+
+
+def test_tables_do_not_leave_the_workspace(workspace: Path, outside: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), outside / "secret.parquet")
+    feather.write_feather(pa.table({"text": ["a"]}), str(outside / "secret.feather"))
+    (workspace / "texts").mkdir()
+    for name in ("secret.parquet", "secret.feather"):
+        (workspace / "texts" / name).symlink_to(outside / name)
+        for path in ("texts", f"texts/*{Path(name).suffix}"):
+            code, line = prepare(workspace, path, server(), kind="text")
+            assert (code, f"texts/{name}: is outside the workspace" in line) == (2, True), line
+        (workspace / "texts" / name).unlink()
+        shutil.copy(outside / name, workspace / "texts" / name)
+        assert prepare(workspace, "texts", server(), kind="text")[0] == 0

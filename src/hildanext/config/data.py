@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hildanext.config.decoding import Temperature
 from hildanext.config.section import Section
@@ -13,16 +13,23 @@ from hildanext.config.section import Section
 class SourceConfig(Section):
     """One source of documents."""
 
-    kind: Literal["dolma", "pretokenized", "tinystories", "instruct", "self"] = Field(
-        description="Format of the source. 'dolma': .jsonl[.gz|.zst] files with 'text'; 'pretokenized': dolma token "
-        "shards or JSONL with 'input_ids'; 'tinystories': text, JSONL or parquet; 'instruct': chat messages, Alpaca "
-        "or GSM8K records; 'self': prompts that prepare-data lets the base model answer (results in data/self)."
+    kind: Literal["dolma", "text", "pretokenized", "tinystories", "instruct", "self"] = Field(
+        description="Format of the source. 'dolma': .jsonl[.gz|.zst] files with 'text'; 'text': a column of "
+        "parquet, Arrow, Feather or JSON files, or plain text files; 'pretokenized': dolma token shards or JSONL with "
+        "'input_ids'; 'tinystories': text, JSONL or parquet; 'instruct': chat messages, Alpaca or GSM8K records in JSON, "
+        "parquet or Arrow files; 'self': prompts that prepare-data lets the base model answer (results in data/self)."
     )
     path: str | None = Field(
         None,
         description="File, folder, glob pattern (** matches folders at any depth) or fsspec URL such as "
         "hf://datasets/..., s3:// or https://. Required except for 'tinystories', where null generates synthetic "
         "stories and 'hub' downloads the data set.",
+    )
+    column: str = Field(
+        "text",
+        min_length=1,
+        description="Column or key that holds the text, nested ones by path, for example 'meta.text' or 'pages.0.text' "
+        "(of the first page). Applies to 'text'.",
     )
     max_documents: int | None = Field(
         None, ge=1, description="Maximum number of documents read from this source. null reads all of them."
@@ -76,6 +83,12 @@ class SourceConfig(Section):
         if self.max_epochs > 1 and self.weight is None:
             raise ValueError("'max_epochs': values above 1 need a weight; set 'weight'")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_column(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave 'column' out for other kinds, so that records of runs and rows equal those from before it existed."""
+        fields: dict[str, Any] = dump(self)
+        return fields if self.kind == "text" else {key: value for key, value in fields.items() if key != "column"}
 
     @property
     def splits(self) -> list[Literal["train", "sft"]]:

@@ -167,8 +167,11 @@ class WsdConfig(Section):
         return self
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+
+
 class TrainConfig(Section):
-    """Batch, optimizer, memory, evaluations and checkpoints of all training commands."""
+    """Batch, optimizer, memory, evaluations, checkpoints and trackers of all training commands."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the row order, the noise and newly created weights.")
     rows_per_step: int = Field(
@@ -234,6 +237,11 @@ class TrainConfig(Section):
     keep_last: int = Field(2, ge=1, description="Number of most recent checkpoints to keep.")
     keep_best: int = Field(
         3, ge=0, description="Number of checkpoints with the lowest evaluation loss to keep in addition to keep_last."
+    )
+    trackers: list[Tracker] = Field(
+        [],
+        description="Tools that get the numbers of metrics.jsonl while the run trains, each of which needs its package. "
+        "'tensorboard' (extra 'track') writes into the run's folder; some of the others send to a server.",
     )
 
     @model_validator(mode="after")
@@ -302,7 +310,7 @@ class DpoConfig(Section):
 
     pairs: str | None = Field(
         None,
-        description="JSON or JSONL file, or a folder of them, with a prompt or conversation and the answers 'chosen' "
+        description="JSON, JSONL or parquet file, or a folder of them, with a prompt or conversation and the answers 'chosen' "
         "and 'rejected' in each record. Required by dpo.",
     )
     beta: float = Field(

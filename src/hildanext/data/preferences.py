@@ -41,7 +41,7 @@ class PreferencePair(NamedTuple):
 
 
 def read_pairs(path: str, rejects: Rejects) -> Iterator[ConversationPair]:
-    """Read pairs from JSON files.
+    """Read pairs from JSON files and tables.
 
     `chosen` and `rejected` are answers to a conversation, prompt or instruction of the same record, or whole
     conversations. Records that are not pairs are counted in `rejects`. Raises UsageError for a missing path.

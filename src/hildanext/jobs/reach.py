@@ -25,12 +25,13 @@ from hildanext.config.model import is_hub_name, is_packaged
 from hildanext.errors import ConfigError, UsageError
 
 REMOTE = "a job may open only URLs and hub models of the server's configuration"
+LOCAL_TRACKER = "tensorboard"  # writes files only; the others may send to a server
 HUB = "hub"  # the path of a tinystories source that is downloaded
 ADAPTER = "adapter_config.json"
 
 
 class Reach(NamedTuple):
-    """Files and folders that a job may open, as real paths, and the URLs and hub models that it may ask for."""
+    """Files and folders that a job may open, as real paths, and the URLs, hub models and trackers that it may ask for."""
 
     roots: list[str]
     names: list[str]
@@ -62,7 +63,9 @@ def reach_of(config: Config, workspace: Path) -> Reach:
     roots = {(home / path).resolve() for path in paths}
     # A pattern such as /*.jsonl must not open the whole disk.
     kept = [str(root) for root in sorted(roots) if root == home or not home.is_relative_to(root)]
-    return Reach(kept, sorted(name for name, is_remote in named.items() if is_remote), config.model.base)
+    remote = [name for name, is_remote in named.items() if is_remote]
+    remote += [f"tracker:{name}" for name in config.train.trackers if name != LOCAL_TRACKER]
+    return Reach(kept, sorted(remote), config.model.base)
 
 
 def _bases(name: str) -> Iterator[str]:
@@ -94,6 +97,11 @@ def check_names(server: Config, job: Config, reach: Reach) -> None:
             raise ConfigError(f"'config.{key}': {name} is outside the workspace")
         if is_remote and name not in reach.names:
             raise ConfigError(f"'config.{key}': {REMOTE}, not '{name}'")
+    for tracker in job.train.trackers:
+        if tracker != LOCAL_TRACKER and f"tracker:{tracker}" not in reach.names:
+            raise ConfigError(
+                f"'config.train.trackers': a job may use only trackers of the server's configuration, not '{tracker}'"
+            )
     if is_hub_name(job.model.base) and job.model.revision != server.model.revision:
         raise ConfigError("'config.model.revision': a job may use a hub model only at the server's revision")
 
@@ -173,4 +181,6 @@ class Hook:
     def _connected(self, event: str, args: tuple[Any, ...]) -> None:
         is_local = event == "socket.connect" and isinstance(args[1], (str, bytes))  # the path of a Unix socket
         if not is_local:
-            raise UsageError("the network is closed to this job: the server's configuration names no URL or hub model")
+            raise UsageError(
+                "the network is closed to this job: the server's configuration names no URL, hub model or tracker"
+            )

@@ -103,10 +103,10 @@ def read_asked(
 ) -> list[tuple[list[int], str]]:
     """Read prompts from a file: (token ids, text) of each, where the text of a conversation is its first user message.
 
-    In JSON files (arrays or JSON lines, also .gz and .zst) each record has "prompt" (plain text), "messages" that end
-    with a user message, or a format of instruction data, whose last answer is left out. In other files each line is a
-    user message, or plain text if the tokenizer has no chat template. Bad records are counted in `rejects`; without it,
-    the first raises DataError, which names file and line. Raises DataError for a file without prompts.
+    In JSON files (arrays or JSON lines, also .gz and .zst) and tables each record has "prompt" (plain text), "messages"
+    that end with a user message, or a format of instruction data, whose last answer is left out. In other files each line
+    is a user message, or plain text if the tokenizer has no chat template. Bad records are counted in `rejects`; without
+    it, the first raises DataError, which names file and line. Raises DataError for a file without prompts.
     """
     counted = Rejects() if rejects is None else rejects
     prompts = []

@@ -14,6 +14,7 @@ from hildanext.errors import ConfigError
 from hildanext.model.policy import DTYPES, Policy, choose_policy, native_dtype, policy_for
 from hildanext.progress import say
 from hildanext.training.footprint import Peak, measure, predict
+from hildanext.training.trackers import check_trackers
 from hildanext.training.worst_case import Command, shape_of
 
 GB = 1e9
@@ -132,6 +133,7 @@ def preflight(
         raise ConfigError("--measure: measures on this machine and cannot be combined with --card; leave one out")
     if command == "dpo" and config.lora.rank is None:
         raise ConfigError("'lora.rank': dpo trains an adapter; set a rank")
+    check_trackers(config.train)
     policy, shape = policy_of(config.model, card), shape_of(config.model)
     peak = predict(config, command, policy, shape)
     shown = policy.as_dict() | {"optimizer": config.train.optimizer}

@@ -20,6 +20,7 @@ from hildanext.progress import say
 from hildanext.training.checkpoint import newest_good
 from hildanext.training.parallel import start
 from hildanext.training.run_folder import RunFolder
+from hildanext.training.trackers import check_trackers, tracking
 from hildanext.training.trainer import State, Task, Trainer, TrainingJob, train
 
 
@@ -56,8 +57,9 @@ class Opened(NamedTuple):
 def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
     """Connect the processes, open the run's folder and load the model, or the newest complete checkpoint to resume.
 
-    Raises ModelError for a model whose checkpoints could not be loaded.
+    Raises ModelError for a model whose checkpoints could not be loaded, ConfigError for a tracker without its package.
     """
+    check_trackers(config.train)
     accelerator = start(choose_policy(config.model.device, config.model.dtype), config.train)
     run = RunFolder.open(config, name, command, resume)
     found = newest_good(run.checkpoints) if resume else None
@@ -91,7 +93,9 @@ def run_job(config: Config, opened: Opened, job: TrainingJob, task: Task) -> dic
     )
     trainer = Trainer(config, lm, policy, accelerator, job, task, run)
     say(trainer.attention)
-    if saved is None and accelerator.is_main_process:
-        run.begin(config, job.title)
-    state = State() if saved is None else trainer.restore(run.checkpoints / f"step-{saved['step']}", saved)
-    return train(trainer, state)
+    names = list(config.train.trackers) if accelerator.is_main_process else []
+    with tracking(names, config, job.title, run, 0 if saved is None else saved["step"]) as track:
+        if saved is None and accelerator.is_main_process:
+            run.begin(config, job.title)
+        state = State() if saved is None else trainer.restore(run.checkpoints / f"step-{saved['step']}", saved)
+        return train(trainer, state, track)

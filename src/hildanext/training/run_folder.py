@@ -1,4 +1,4 @@
-"""The folder of a training run: config.json (settings and versions), metrics.jsonl, curves.png, checkpoints/step-N."""
+"""The folder of a run: config.json (settings and versions), metrics.jsonl, curves.png, checkpoints/step-N, trackers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READ_BY = {
 
 # Keys of them that may change on resume: they do not affect the results, or (micro_batch to sharding) only their rounding.
 MAY_CHANGE_ON_RESUME = {
-    *(("train", key) for key in ("keep_last", "keep_best", "save_every")),
+    *(("train", key) for key in ("keep_last", "keep_best", "save_every", "trackers")),
     *(("train", key) for key in ("micro_batch", "gradient_checkpointing", "attention", "sharding")),
     ("paths", "runs"),
     ("data", "workers"),
@@ -67,6 +67,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.curves = path / "curves.png"
         self.record = path / "config.json"
+        self.trackers = path / "trackers.json"
 
     @classmethod
     def open(cls, config: Config, name: str, command: str, resume: bool) -> RunFolder:

@@ -46,6 +46,7 @@ from hildanext.training.memory import (
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.parallel import average_gradients, gathered, spread, whole, whole_weights
 from hildanext.training.run_folder import RunFolder
+from hildanext.training.trackers import Track
 
 
 class TrainingJob(NamedTuple):
@@ -322,10 +323,11 @@ class Trainer:
         return State(record["step"], record["tokens_seen"], {int(k): v for k, v in record["eval_losses"].items()})
 
 
-def train(trainer: Trainer, state: State) -> dict[str, Any]:
+def train(trainer: Trainer, state: State, track: Track) -> dict[str, Any]:
     """Run the job from `state` to its end or to a signal. Metrics, curves and checkpoints go to the run's folder.
 
-    Returns a summary: run, checkpoint, steps, finished, tokens_seen and the last held-out figures.
+    track: called with every line of the metrics. Returns a summary: run, checkpoint, steps, finished, tokens_seen and
+    the last held-out figures.
     """
     job, run, train_config = trainer.job, trainer.run, trainer.config.train
     if trainer.is_main:
@@ -359,6 +361,7 @@ def train(trainer: Trainer, state: State) -> dict[str, Any]:
             history.append(row)
             if trainer.is_main:
                 run.log(row)
+                track(row)
             if saves:
                 trainer.save(state)
                 if trainer.is_main:

@@ -3,16 +3,23 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from hildanext.data.documents import Rejects
-from hildanext.data.sources import instruct, opening
+from hildanext.data.preferences import read_pairs
+from hildanext.data.sources import json_records, opening
+from hildanext.model.prompts import read_asked
 from support.sources import jsonl, read
 
 PAIR = {"question": "q", "answer": "a"}
@@ -33,7 +40,7 @@ def test_json_arrays_are_read_as_json_would(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening, "PIECE_BYTES", piece)
         rejects = Rejects()
-        assert list(instruct.read_json_array(path, rejects)) == list(enumerate(expected, start=1))
+        assert list(json_records.read_json_array(path, rejects)) == list(enumerate(expected, start=1))
     assert rejects.total == 0
 
 
@@ -246,3 +253,72 @@ def test_real_gsm8k_answers_stay_as_published(shared: Callable[[str], Path]) -> 
         {"role": "user", "content": first["question"]},
         {"role": "assistant", "content": first["answer"]},
     ]
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"messages": [USER, {**REPLY, "reasoning_content": "r"}], "id": "a", "source": "s"},
+    {"messages": [SYSTEM, USER, {**REPLY, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}, REPLY]},
+    {"messages": [USER, {**REPLY, "tool_calls": [{"function": {"name": "g", "arguments": {"city": "Rome"}}}]}, REPLY]},
+    {"messages": [USER, {**REPLY, "weight": 0.0}]},
+    {"messages": None, "prompt": "q", "response": "a"},
+    {"messages": [{"role": "narrator", "content": "x"}]},
+    {"prompt": "q", "response": None},
+    {"prompt": "q", "chosen": "b", "tools": '[{"name": "f"}]'},
+]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_tables_are_read_like_json_lines(tmp_path: Path, suffix: str) -> None:
+    """Arrow gives every struct the fields of all, as nulls; these count as absent."""
+    (tmp_path / "x.jsonl").write_bytes(jsonl(RECORDS))
+    expected, refused = read("instruct", tmp_path / "x.jsonl")
+    table = pa.Table.from_pylist(
+        [dict.fromkeys((*RECORDS[0], *RECORDS[4], *RECORDS[-1])) | record for record in RECORDS]
+    )
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=3)
+    elif suffix == ".arrow":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        feather.write_feather(table, str(path))
+    docs, rejects = read("instruct", path)
+    assert len(docs) == 5
+    assert [(doc.messages, doc.tools, doc.source) for doc in docs] == [
+        (doc.messages, doc.tools, doc.source) for doc in expected
+    ]
+    assert docs[0].id == "a"
+    assert docs[-1].id == f"x{suffix}:8"
+    assert rejects.by_reason == refused.by_reason
+
+
+def test_columns_that_no_shape_knows_are_not_read(tmp_path: Path) -> None:
+    when = [datetime(2025, 1, 1), None]
+    table = pa.table({"question": ["q", "q"], "answer": ["a", "a"], "created": when, "id": [b"one", b"two"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    docs, rejects = read("instruct", tmp_path / "x.parquet")
+    assert (len(docs), rejects.total) == (2, 0)
+    assert rejects.ignored == {"created": 2}
+    pq.write_table(pa.table({"question": when, "answer": ["a", "a"]}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"text": ["a"] * 5}), tmp_path / "y.parquet")
+    docs, rejects = read("instruct", tmp_path)
+    assert docs == []
+    assert rejects.by_reason == {"a value of type datetime": 1, "unknown record shape": 6}
+
+
+def test_pairs_and_prompts_come_from_tables_too(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 3
+    pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_bytes(jsonl(pairs))
+    found = [
+        [pair.chosen.messages, pair.rejected.messages] for pair in read_pairs(str(tmp_path / "x.parquet"), Rejects())
+    ]
+    expected = [
+        [pair.chosen.messages, pair.rejected.messages] for pair in read_pairs(str(tmp_path / "x.jsonl"), Rejects())
+    ]
+    assert len(found) == 3
+    assert found == expected
+    asked = [read_asked(tmp_path / name, tiny_tokenizer) for name in ("x.parquet", "x.jsonl")]
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -38,6 +40,7 @@ class Broken(SimpleHTTPRequestHandler):
     """Serves a folder with ranges, as object stores do; the first `failures` answers with a body break off half-way."""
 
     failures = 0
+    ranges = True
     asked: list[str] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
@@ -46,14 +49,15 @@ class Broken(SimpleHTTPRequestHandler):
             self.send_error(404)
             return
         data = path.read_bytes()
-        wanted = self.headers.get("Range")
+        wanted = self.headers.get("Range") if self.ranges else None
         start, end = 0, len(data) - 1
         if wanted:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last or end), end)
         type(self).asked.append(f"{start}-{end}")
         self.send_response(206 if wanted else 200)
-        self.send_header("Accept-Ranges", "bytes")
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(end - start + 1))
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
@@ -65,7 +69,8 @@ class Broken(SimpleHTTPRequestHandler):
             self.wfile.flush()
             self.connection.close()
             return
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # a reader that wanted a part hangs up
+            self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -230,3 +235,35 @@ def partial_init(init: Callable[..., None], **more: Any) -> Callable[..., None]:
         init(self, *args, **{**kwargs, **more})
 
     return call
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_tables_are_read_to_the_end_though_connections_break(
+    tmp_path: Path,
+    serve: Callable[..., str],
+    suffix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(opening, "FIRST_WAIT_S", 0.0)
+    rng = np.random.default_rng(0)
+    table = pa.table({"text": [rng.bytes(400).hex() for _ in range(3000)]})
+    if suffix == ".parquet":
+        pq.write_table(table, tmp_path / "x.parquet", row_group_size=1000)
+    else:
+        pa.feather.write_feather(table, str(tmp_path / f"x{suffix}"), chunksize=500)
+    docs, rejects = read("text", f"{serve(failures=4)}/x{suffix}?signature=1")
+    assert [doc.text for doc in docs] == table["text"].to_pylist()
+    assert rejects.total == 0
+    assert capsys.readouterr().err.count("connection lost at byte") == 4
+    with pytest.raises(UnreachableError, match=r"cannot be (read past byte|opened)"):
+        read("text", f"{serve(failures=1000)}/x{suffix}")
+
+
+def test_a_server_without_ranges_cannot_send_a_table(
+    tmp_path: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"text": TEXTS * 5000}), tmp_path / "x.parquet", use_dictionary=False, compression="none")
+    monkeypatch.setattr(Broken, "ranges", False)
+    with pytest.raises(UnreachableError, match="sends only whole files; download it and give its local path"):
+        read("text", f"{serve()}/x.parquet")

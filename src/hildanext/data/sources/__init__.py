@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hildanext.config import SourceConfig
 from hildanext.data.documents import Document, Rejects
-from hildanext.data.sources import dolma, instruct, pretokenized, self_answers, tinystories
+from hildanext.data.sources import dolma, instruct, pretokenized, self_answers, text, tinystories
 from hildanext.data.sources.opening import File
 
 SYNTHETIC = "synthetic"  # the file name of synthetic stories, which have no file
@@ -22,6 +22,8 @@ def find_files(source: SourceConfig, data: str) -> list[File]:
         return [File(SYNTHETIC, SYNTHETIC_BYTES * source.documents)]
     if source.kind == "self":
         return self_answers.find(self_answers.written_file(data, source))
+    if source.kind == "text":
+        return text.find(source.path, source.column)
     kinds = {"dolma": dolma, "instruct": instruct, "pretokenized": pretokenized, "tinystories": tinystories}
     return kinds[source.kind].find(source.path)
 
@@ -41,4 +43,6 @@ def read_file(source: SourceConfig, path: str, seed: int, rejects: Rejects) -> I
         return instruct.read(path, rejects)
     if source.kind == "self":
         return self_answers.read(path, source.cut_repeats, rejects)
+    if source.kind == "text":
+        return text.read(path, source.column, rejects)
     return tinystories.read(path, rejects)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 import httpx2
@@ -23,6 +24,7 @@ PIECE_BYTES = 1 << 18
 # Retries of an interrupted read, after 1, 2, 4 ... seconds.
 RETRIES = 5
 FIRST_WAIT_S = 1.0
+TABLES = (".parquet", ".arrow", ".feather", ".ipc")  # read by `tables`
 # Exceptions of fsspec's backends that are not OSErrors, by module. They share no base class.
 FOREIGN_ERRORS = {
     "aiohttp": ("ClientError",),
@@ -46,6 +48,11 @@ def is_url(path: str) -> bool:
 def file_name(path: str) -> str:
     """The last part of a path or URL."""
     return PurePosixPath(path.partition("?")[0]).name if is_url(path) else Path(path).name
+
+
+def is_table(path: str) -> bool:
+    """Whether a path or URL names a parquet or Arrow file."""
+    return file_name(path).endswith(TABLES)
 
 
 def list_files(path: str, suffixes: tuple[str, ...], without: str | None = None) -> list[File]:
@@ -174,15 +181,67 @@ def file_exists(path: str) -> bool:
 
 
 def open_file(path: str | Path) -> IO[bytes]:
-    """Open a local path or a URL for reading bytes. Raises OSError, or UnreachableError for a URL."""
+    """Open a local path or a URL for reading bytes anywhere in it. Raises OSError, or UnreachableError for a URL."""
     if not is_url(str(path)):
         sys.audit("hildanext.path", path)
         return open(path, "rb")
-    system, root = filesystem(str(path))
-    try:
-        return system.open(root, "rb")
-    except network_errors() as error:
-        raise UnreachableError(f"{path}: cannot be opened ({reason(error)})") from None
+    return cast(IO[bytes], UrlFile(str(path)))
+
+
+class UrlFile(io.RawIOBase):
+    """A URL as a file in which one can seek. Interrupted reads are repeated, as `read_bytes` does."""
+
+    def __init__(self, url: str) -> None:
+        self.url, (self.system, self.root) = url, filesystem(url)
+        self.at, self.file = 0, cast(Any, None)
+        try:
+            self.size: int = self._opened().seek(0, os.SEEK_END)
+        except network_errors() as error:
+            raise UnreachableError(f"{url}: cannot be opened ({reason(error)})") from None
+        except ValueError:
+            raise self._is_whole() from None
+
+    def _opened(self) -> Any:
+        if self.file is None:
+            self.file = self.system.open(self.root, "rb")
+        return self.file
+
+    def _is_whole(self) -> UnreachableError:
+        return UnreachableError(f"{self.url}: the server sends only whole files; download it and give its local path")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        """All bytes asked for, unless the file ends. Raises UnreachableError after RETRIES failures in a row."""
+        failures = 0
+        while True:
+            try:
+                self._opened().seek(self.at)
+                data = bytes(self._opened().read(size))
+            except network_errors() as error:
+                failures, self.file = failures + 1, None
+                wait_to_retry(self.url, self.at, failures, error)
+            except ValueError:
+                raise self._is_whole() from None
+            else:
+                self.at += len(data)
+                return data
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        super().close()
 
 
 def read_bytes(path: str | Path) -> Iterator[bytes]:
@@ -211,10 +270,15 @@ def read_bytes(path: str | Path) -> Iterator[bytes]:
             raise UnreachableError(f"{path}: no such file") from None
         except network_errors() as error:
             failures += 1
-            if failures > RETRIES:
-                raise UnreachableError(f"{path}: cannot be read past byte {offset} ({reason(error)})") from None
-            say(f"{path}: connection lost at byte {offset} ({reason(error)}); retrying")
-            time.sleep(FIRST_WAIT_S * 2 ** (failures - 1))
+            wait_to_retry(path, offset, failures, error)
+
+
+def wait_to_retry(path: str | Path, offset: int, failures: int, error: BaseException) -> None:
+    """Report a lost connection and wait. Raises UnreachableError after RETRIES failures in a row."""
+    if failures > RETRIES:
+        raise UnreachableError(f"{path}: cannot be read past byte {offset} ({reason(error)})") from None
+    say(f"{path}: connection lost at byte {offset} ({reason(error)}); retrying")
+    time.sleep(FIRST_WAIT_S * 2 ** (failures - 1))
 
 
 def _skip(file: IO[bytes], offset: int) -> None:

@@ -24,6 +24,8 @@ SYSTEMS = ("system", "system_prompt")
 # Every key that holds content. Record-level REASONING and FOREIGN belong to no shape.
 PARTS = (*CONVERSATIONS, *QUESTIONS, *CONTEXTS, *ANSWERS, *SYSTEMS, *REASONING, *FOREIGN)
 CONTENT = (*PARTS, "history", "chosen", "rejected", "tools", "functions")
+# Every key that is looked at.
+KEYS = {*CONTENT, *TRAIN, "label", "id", "source"}
 LABELS = ("role", "from", "type")  # keys of turns whose values are no text
 
 
