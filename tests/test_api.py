@@ -103,6 +103,7 @@ def test_a_stream_yields_what_the_page_gets(model: hildanext.Model, folder: Path
         if name != "done":
             data.pop("pieces", None)
             assert json.loads(json.dumps(event._asdict())) == data
+    assert isinstance(events[-1], hildanext.Completion)
     assert events[-1].token_ids == named[-1][1]["token_ids"]
     assert "".join(event.text for event in events if isinstance(event, hildanext.Finished)) == events[-1].text
 

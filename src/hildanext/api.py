@@ -22,7 +22,7 @@ from hildanext.data.tokenizer import leading_ids
 from hildanext.decoding import engines
 from hildanext.decoding.engines import Engine, Event, Request, Steps, as_steps, open_engine
 from hildanext.decoding.engines.transformers import TransformersEngine
-from hildanext.decoding.events import Step
+from hildanext.decoding.events import Finished, Step
 from hildanext.errors import ContextError, HildaError, UsageError
 from hildanext.evaluate.likelihood import Pair, base_chain, bound
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -120,19 +120,20 @@ class Model:
             self._drop(*handles)
         return found if is_batch else found[0]
 
-    def stream(self, prompt: Prompt, *, raw: bool = False, **settings: Any) -> Iterator[Event]:
+    def stream(self, prompt: Prompt, *, raw: bool = False, **settings: Any) -> Iterator[Step | Finished | Completion]:
         """Yield what the page gets from POST /generate, as it happens: `Step`, `Finished` (a block) and the Completion.
 
         Arguments and errors as in `generate`. Closing the iterator early drops the request.
         """
-        requests = self._requests([prompt], raw, settings)
+        (request,) = self._requests([prompt], raw, settings)
 
-        def events() -> Iterator[Event]:
-            handles = self._submit(requests)
+        def events() -> Iterator[Step | Finished | Completion]:
+            (handle,) = self._submit([request])
             try:
-                yield from self._events(handles[0])
+                for event in self._events(handle):
+                    yield self._shown(prompt, request, event, None) if isinstance(event, engines.Completion) else event
             finally:
-                self._drop(*handles)
+                self._drop(handle)
 
         return events()
 
@@ -240,8 +241,8 @@ class Model:
                 steps.cancel(self._dropped.popleft())
             if not news:
                 for handle, event in steps.step():
-                    if handle in self._news:
-                        self._news[handle].append(event)
+                    if (waiting := self._news.get(handle)) is not None:  # not dropped by its reader
+                        waiting.append(event)
 
     def _finished(self, handle: Any, prompt: Prompt, request: Request, keeps_steps: bool) -> Completion:
         steps: list[Step] = []
@@ -249,9 +250,14 @@ class Model:
             if isinstance(event, Step) and keeps_steps:
                 steps.append(event)
             elif isinstance(event, engines.Completion):
-                asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                return shown_completion(self.engine, asked, request, event, steps if keeps_steps else None)
+                return self._shown(prompt, request, event, steps if keeps_steps else None)
         raise RuntimeError("a request's events ended without a completion")
+
+    def _shown(
+        self, prompt: Prompt, request: Request, done: engines.Completion, steps: list[Step] | None
+    ) -> Completion:
+        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return shown_completion(self.engine, asked, request, done, steps)
 
     def _pair(self, engine: TransformersEngine, text: str, prompt: Prompt, raw: bool) -> Pair:
         """Token ids of the prompt and of the text after it."""
