@@ -90,3 +90,15 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
     environment.prepare()
     assert (os.environ["RAY_USAGE_STATS_ENABLED"], os.environ["HF_HUB_DISABLE_TELEMETRY"]) == ("1", "1")
+
+
+def test_as_a_library_it_turns_reports_off_and_changes_nothing_else() -> None:
+    """In a process of its own: the first name that is taken from the package, before any other library is imported."""
+    names = [*environment.QUIET, *environment.UNREPORTED]
+    clean = {name: value for name, value in os.environ.items() if name not in names} | {"DO_NOT_TRACK": "0"}
+    script = "import hildanext, os, sys; before = {*os.environ}; hildanext.Step; "
+    script += (
+        "print(*sorted({*os.environ} - before), os.environ['DO_NOT_TRACK'], sys.modules.get('openvino_telemetry', 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [*sorted(set(environment.UNREPORTED) - {"DO_NOT_TRACK"}), "0", "None"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import hildanext
 from hildanext.cli import build_parser
 from hildanext.config import Config, apply_overrides, parse_config
+from hildanext.config.names import SECTION_OF
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -96,11 +99,27 @@ def test_every_configuration_in_a_code_block_is_valid(page: Path):
 
 
 @each_page
+def test_python_in_a_code_block_uses_names_that_exist(page: Path):
+    """Attributes of the package, and settings of `load`, `generate` and `stream` by their names."""
+    own = {"config", "raw", "steps"}
+    for block in fenced(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hildanext":
+                assert node.attr in hildanext.__all__
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "hildanext.load",
+                "model.generate",
+                "model.stream",
+            ):
+                assert {word.arg for word in node.keywords} - {None, *own} <= set(SECTION_OF), ast.unparse(node)
+
+
+@each_page
 def test_what_is_linked_and_named_exists(page: Path):
     text = prose(page)
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), target
-    folders = "benchmarks|configs|deploy|docs|recipes|src|tests|tools"
+    folders = "benchmarks|configs|deploy|docs|examples|recipes|src|tests|tools"
     for file in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         if "NAME" not in file and file != "deploy/api-keys":
             assert (ROOT / file).exists(), file

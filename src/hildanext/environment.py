@@ -32,12 +32,19 @@ UNREPORTED = {
 
 
 def prepare() -> None:
-    """Set the variables, and keep OpenVINO from its telemetry."""
-    for name, value in (QUIET | UNREPORTED).items():
+    """Set all variables, for a process that is a command of HildaNext."""
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    without_reports()
     # torch's threads wait for each other by spinning, which wastes cores on a busy machine. libgomp reads this at load.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def without_reports() -> None:
+    """Turn the libraries' reports off, and change nothing else. Enough where HildaNext is a library itself."""
+    for name, value in UNREPORTED.items():
+        os.environ.setdefault(name, value)
     without_openvino_telemetry()
 
 

@@ -238,7 +238,7 @@ def test_json_is_refused_and_so_is_a_model_without_a_chat_template(piped, folder
     code, out, err = piped("hello\n", "--model", str(tmp_path))
     assert (code, out) == (2, "")
     assert err[-1] == (
-        "hildanext chat: this model's tokenizer has no chat template; give a plain prompt (generate: --raw)"
+        "hildanext chat: this model's tokenizer has no chat template; give a plain prompt (generate: --raw, Python: raw=True)"
     )
 
 

@@ -40,6 +40,9 @@ VERIFYING: dict[Mode, Preset] = {
     "S_MODE": Preset(0.5, 0.0, tau_accept=0.2),
 }
 
+# The chance that the draft of row 1 ... k of a new group is right, until a checkpoint's own are measured.
+FRESH = [0.6, 0.5, 0.4] + [0.35] * 13
+
 
 def read_presets(modes: dict[str, Any]) -> dict[Mode, Preset]:
     """The presets that `calibrate` wrote into a checkpoint. Raises ModelError for unknown fields and invalid values."""

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hildanext.diffusion.masks import additive, document_mask
 from hildanext.diffusion.objective import predict
 from hildanext.evaluate.ar_likelihood import checked
 from hildanext.evaluate.elbo import row_bounds, standard_errors
 from hildanext.evaluate.noisy_streams import denoise
+from hildanext.model.backbone import body
 from hildanext.model.diffusion_lm import Batch, DiffusionLM
+from hildanext.model.policy import compute_dtype
 from hildanext.progress import progress
 
 TOKENS_PER_FORWARD = 1024
@@ -55,10 +58,37 @@ def chain(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> list[Score]
     (hidden,) = denoise(lm, batch, [counted], 1)
     labels = batch.input_ids[counted]
     predicted = predict(hidden, lm.decodable_logits, labels)
-    ce, right = checked(predicted.ce.double().cpu(), "likelihood, block 1"), (predicted.best == labels).cpu()
-    row = counted.nonzero(as_tuple=True)[0].cpu()
-    nats = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, row, ce)
-    wrong = torch.zeros(len(pairs), dtype=torch.long).index_add_(0, row, (~right).long())
+    ce = checked(predicted.ce.double(), "likelihood, block 1")
+    return _sums(ce, predicted.best == labels, counted.nonzero(as_tuple=True)[0], len(pairs))
+
+
+@torch.no_grad()
+def base_chain(lm: DiffusionLM, pairs: list[Pair], samples: list[int]) -> list[Score]:
+    """Exact scores of an AR model, or of the base of a gated one: the sum over i of log p(x_i | x_<i), in one forward.
+
+    The mask token, which the base does not have, has probability 0. Raises NonFiniteLogitsError.
+    """
+    batch, counted = pack_pairs(lm, pairs, samples)
+    embeds = lm.embedding(batch.input_ids)
+    causal = additive(document_mask(batch.doc_ids).tril(), compute_dtype(embeds))
+    hidden = body(lm.model, inputs_embeds=embeds, attention_mask=causal, position_ids=batch.position_ids)
+    row, column = counted.nonzero(as_tuple=True)
+
+    def logits(states: Tensor) -> Tensor:
+        found: Tensor = lm.head(states).float()
+        found[:, lm.mask_token_id] = -torch.inf
+        return found
+
+    labels = batch.input_ids[counted]
+    predicted = predict(hidden[row, column - 1], logits, labels)
+    return _sums(checked(predicted.ce.double(), "likelihood of the base"), predicted.best == labels, row, len(pairs))
+
+
+def _sums(ce: Tensor, right: Tensor, row: Tensor, n_rows: int) -> list[Score]:
+    """Exact scores from the losses [S] of counted tokens, whether each is the likeliest [S], and their rows [S]."""
+    ce, right, row = ce.cpu(), right.cpu(), row.cpu()
+    nats = torch.zeros(n_rows, dtype=torch.float64).index_add_(0, row, ce)
+    wrong = torch.zeros(n_rows, dtype=torch.long).index_add_(0, row, (~right).long())
     return [Score(-n, 0.0, w == 0) for n, w in zip(nats.tolist(), wrong.tolist(), strict=True)]
 
 

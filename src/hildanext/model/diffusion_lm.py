@@ -172,6 +172,13 @@ def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(set(token_ids(tokenizer)) - special_ids(tokenizer))
 
 
+def first_mask_row(known: Tensor, seed: int) -> Tensor:
+    """The embedding [H] of a new mask token: the mean of the known tokens' rows [n, H] plus small noise."""
+    mean, std = known.mean(0), known.std(0)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
+    return mean + 0.02 * std * noise
+
+
 @torch.no_grad()
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> int:
     """Return the id of the tokenizer's mask token; add the special token `<|mask|>` if there is no such token.
@@ -196,7 +203,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     n_rows, n_needed, is_tied = len(embedding), max(mask_id + 1, n_ids), head is embedding
     if not is_new and n_needed <= n_rows:
         return mask_id
-    mean, std, head_mean = embedding[:n_ids].mean(0), embedding[:n_ids].std(0), head[:n_ids].mean(0)
+    mean, row, head_mean = embedding[:n_ids].mean(0), first_mask_row(embedding[:n_ids], seed), head[:n_ids].mean(0)
     if n_needed > n_rows:
         model.resize_token_embeddings(n_needed, mean_resizing=False)
         embedding, head = weight_matrix(model.get_input_embeddings()), weight_matrix(model.get_output_embeddings())
@@ -204,8 +211,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
         if not is_tied:
             head[n_rows:] = head_mean
     if is_new:
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
-        embedding[mask_id] = mean + 0.02 * std * noise
+        embedding[mask_id] = row
         if not is_tied:
             head[mask_id] = head_mean
     return mask_id

@@ -8,6 +8,7 @@ row holds that token. Nothing else of the base changes: embedding and head are i
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -178,8 +179,18 @@ def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int,
 def open_gate(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> None:
     """Put a trained gated adapter beside a model's weights, for decoding. The base's weights stay as they are.
 
-    Only the mask token's embedding row is changed in place. Raises ModelError, which names `adapter_name`, when the model
-    lacks a module or its shape differs.
+    Only the mask token's embedding row is changed in place. Raises ModelError as `insert_gated` does.
+    """
+    insert_gated(model, adapter, adapter_name)
+    add_mask_row(weight_matrix(model.get_input_embeddings()), adapter)
+    model.set_output_embeddings(BaseHead(model.get_output_embeddings(), adapter.mask_token_id))
+
+
+@torch.no_grad()
+def insert_gated(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> Gate:
+    """Replace the adapted linear layers by gated ones around them, gate closed, and add the draft head.
+
+    Raises ModelError, which names `adapter_name`, when the model lacks a module or its shape differs.
     """
     gate = Gate()
     gate.rows = None
@@ -195,12 +206,57 @@ def open_gate(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> No
         low_rank = LowRank(a.shape[0], a.shape[1], b.shape[0], scaling=1.0).to(base.weight)
         low_rank.A.copy_(a)
         low_rank.B.copy_(adapter.scaling * b)
-        model.set_submodule(name, GatedLinear(base, low_rank, gate).requires_grad_(False))
-    weight = weight_matrix(model.get_input_embeddings())
-    add_mask_row(weight, adapter)
-    model.set_output_embeddings(BaseHead(model.get_output_embeddings(), adapter.mask_token_id))
+        gated = GatedLinear(base, low_rank, gate)
+        low_rank.requires_grad_(False)
+        model.set_submodule(name, gated)
     if adapter.draft_head:
-        width, hidden = adapter.draft_head["down.weight"].shape[0], weight.shape[1]
+        width, hidden = adapter.draft_head["down.weight"].shape[0], adapter.draft_head["up.weight"].shape[0]
         head = DraftHead(hidden, width)
         head.load_state_dict(adapter.draft_head)
         model.draft_head = head.to(model.device).requires_grad_(False)
+    return gate
+
+
+class MaskRow(nn.Module):
+    """An embedding without a row for the mask token. Where the gate is open, that token gets `row` [H]."""
+
+    def __init__(self, base: nn.Module, row: Tensor, mask_token_id: int, gate: Gate) -> None:
+        super().__init__()
+        self.base, self.mask_token_id, self.gate = base, mask_token_id, gate
+        # No parameter: transformers takes a model's dtype from its first one.
+        self.row = row.to(weight_matrix(base))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [V, H]."""
+        return weight_matrix(self.base)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, W] int64 -> [B, W, H]."""
+        rows = self.gate.rows
+        if not isinstance(rows, Tensor):
+            embeds: Tensor = self.base(ids)
+            return embeds
+        masked = (ids == self.mask_token_id) & (rows[..., 0] > 0)
+        embeds = self.base(ids.masked_fill(masked, 0))
+        return torch.where(masked[..., None], self.row, embeds)
+
+
+@torch.no_grad()
+def gated_view(model: PreTrainedModel, adapter: Adapter, mask_row: Tensor, adapter_name: str) -> PreTrainedModel:
+    """A second tree of modules around a model's own parameters and buffers, with a gated adapter. The model is unchanged.
+
+    mask_row [H]: the mask token's row before the adapter's change. Raises ModelError as `insert_gated` does.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    view = copy.deepcopy(
+        model, cast(Any, shared)
+    )  # deepcopy returns what the dictionary has: no tensor of it is copied
+    if view.config._attn_implementation.startswith("flash"):
+        view.set_attn_implementation("sdpa")  # flash attention takes no 4-D mask
+    gate, embedding = insert_gated(view, adapter, adapter_name), view.get_input_embeddings()
+    # Gemma multiplies its embeddings by a constant.
+    scale = cast(Tensor, embedding.embed_scale) if hasattr(embedding, "embed_scale") else torch.ones(())
+    row = (mask_row.float() + adapter.row.to(mask_row.device)) * torch.as_tensor(scale).to(mask_row.dtype).item()
+    view.set_input_embeddings(MaskRow(embedding, row, adapter.mask_token_id, gate))
+    return view.eval()

@@ -20,9 +20,9 @@ from hildanext.data.tokenizer import fingerprint, token_ids
 from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.files import write_json
 from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, add_adapter, read_adapter, write_adapter
-from hildanext.model.backbone import n_embeddings
-from hildanext.model.diffusion_lm import DiffusionLM, Injected, add_mask_token
-from hildanext.model.gate import inject_gated, open_gate
+from hildanext.model.backbone import n_embeddings, weight_matrix
+from hildanext.model.diffusion_lm import MASK_TOKEN, DiffusionLM, Injected, add_mask_token, first_mask_row
+from hildanext.model.gate import gated_view, inject_gated, open_gate
 from hildanext.model.lora import collect, inject, peft_settings, trained_parameters, values_of
 from hildanext.model.policy import Policy, choose_policy
 from hildanext.model.pretrained import (
@@ -162,6 +162,68 @@ def _checked_base(config: ModelConfig, part: dict[str, Any]) -> ModelConfig:
     return source
 
 
+def stored_adapter(config: ModelConfig) -> Adapter:
+    """The adapter in a checkpoint's files. Raises ModelError if one is missing, CheckpointError if it is damaged."""
+    weights, settings = find_file(config, WEIGHTS), find_file(config, SETTINGS)
+    if weights is None or settings is None:
+        raise ModelError(f"adapter '{config.base}': {WEIGHTS} or {SETTINGS} is missing")
+    return read_adapter(weights, settings)[0]
+
+
+class GatedAdapter(NamedTuple):
+    """A gated adapter without its base."""
+
+    name: str
+    adapter: Adapter
+    tokenizer: PreTrainedTokenizerBase
+    block_size: int  # rows of a group
+    record: dict[str, Any]  # the `hilda` section of its config.json
+    modes: dict[str, Any]  # the `hilda` section of its generation_config.json
+
+
+def load_gated_adapter(name: str) -> GatedAdapter:
+    """Read a gated adapter: 'hilda-smollm2-135m', a folder or a name on the hub. Its base is not looked for.
+
+    Raises UsageError for a model that does not exist or has no gated adapter, ModelError or CheckpointError for damaged
+    files.
+    """
+    config = ModelConfig(base=name)
+    stored = read_config_dict(config)
+    record = stored.get("hilda") or {}
+    if "gate" not in record or "adapter" not in record:
+        raise UsageError(f"'{name}' is no gated adapter; give the folder of one (made with lora.gate)")
+    modes = read_generation_config(config).get("hilda", {})
+    return GatedAdapter(name, stored_adapter(config), load_tokenizer(config), stored["block_size"], record, modes)
+
+
+@torch.no_grad()
+def beside(model: PreTrainedModel, found: GatedAdapter) -> DiffusionLM:
+    """A model that shares the parameters of `model`, a base that the caller keeps, and has a gated adapter.
+
+    Raises ModelError when the adapter does not fit the base, and for an architecture that the probe refuses.
+    """
+    adapter, tokenizer, embedding = found.adapter, found.tokenizer, weight_matrix(model.get_input_embeddings())
+    known = [i for token, i in tokenizer.get_vocab().items() if token != MASK_TOKEN]
+    if adapter.row.shape[0] != embedding.shape[1] or max(known) >= len(embedding):
+        raise ModelError(
+            f"adapter '{found.name}' was trained on an embedding of {max(known) + 1} tokens and width "
+            f"{adapter.row.shape[0]}; {type(model).__name__} has {len(embedding)} and {embedding.shape[1]}"
+        )
+    # A row of its own, as in `add_mask_token`, unless the base came with a mask token.
+    has_row = tokenizer.mask_token != MASK_TOKEN or hasattr(model.config, "hilda")
+    row = (
+        embedding[adapter.mask_token_id]
+        if has_row
+        else first_mask_row(embedding[: max(known) + 1], found.record["adapter"]["seed"])
+    )
+    with torch.random.fork_rng(devices=[]):  # new modules draw their first values, which the adapter's replace
+        view = gated_view(model, adapter, row, found.name)
+    probe(view)
+    lm = _assemble(view, tokenizer, adapter.mask_token_id, found.block_size, found.record)
+    lm.modes = found.modes
+    return lm
+
+
 def _adapt(
     lm: DiffusionLM,
     config: ModelConfig,
@@ -175,10 +237,7 @@ def _adapt(
     The adapter is `loaded` if given, else the one that `config.base` names (`part` given), else a new one.
     """
     if part is not None and loaded is None:
-        weights, settings = find_file(config, WEIGHTS), find_file(config, SETTINGS)
-        if weights is None or settings is None:
-            raise ModelError(f"adapter '{config.base}': {WEIGHTS} or {SETTINGS} is missing")
-        loaded, _ = read_adapter(weights, settings)
+        loaded = stored_adapter(config)
     if lora is None:
         assert loaded is not None
         apply = open_gate if "gate" in lm.record else add_adapter

@@ -41,7 +41,9 @@ def encode_prompt(
     if not prompt or not any(message.get("content") for message in prompt):
         raise UsageError("the prompt is empty; give a message with some text")
     if not tokenizer.chat_template:
-        raise UsageError("this model's tokenizer has no chat template; give a plain prompt (generate: --raw)")
+        raise UsageError(
+            "this model's tokenizer has no chat template; give a plain prompt (generate: --raw, Python: raw=True)"
+        )
     try:
         rendered = ChatTemplate(tokenizer, prompt, None, date).render(prompt=True)
     except DataError as error:

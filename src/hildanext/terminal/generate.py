@@ -51,11 +51,12 @@ def generate(
         say("the dummy engine answered: no model ran")
     stats = completion.stats
     if live:
-        say(f"[{completion.engine}, {_cost(completion)}, {stats.tokens_per_second:.1f} tokens/s]")
+        say(f"[{completion.engine}, {cost_line(completion)}, {stats.tokens_per_second:.1f} tokens/s]")
     return completion.as_dict() | {"stdout": "" if stream_text else completion.text}
 
 
-def _cost(completion: Completion) -> str:
+def cost_line(completion: Completion) -> str:
+    """The cost of a completion in words: its mode, tokens, forwards and drafts."""
     stats = completion.stats
     return (
         f"{completion.mode}: {len(completion.token_ids)} tokens, {stats.forwards} forwards, "
@@ -70,7 +71,7 @@ def _draw(engine: Engine, request: Request, prompt: str, completion: Completion,
         return
     tracker = CellTracker(engine, request)
     passes = [(step, tracker.cells(step)) for step in steps]
-    draw(Decode(prompt, passes, _cost(completion), tracker.verifies), path)
+    draw(Decode(prompt, passes, cost_line(completion), tracker.verifies), path)
 
 
 def _consume(engine: Engine, request: Request, stream_text: bool) -> tuple[Completion, list[Step]]:

@@ -14,9 +14,10 @@ from hildanext.decoding.engines.protocol import Completion, Event, Request, last
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.memory import TokenRows, return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
+from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
-from hildanext.decoding.settings import MODES_OF, Kind, Settings, check_request, read_presets, resolve
+from hildanext.decoding.settings import FRESH, MODES_OF, Kind, Settings, check_request, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import length_limit, max_positions, weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -27,8 +28,6 @@ from hildanext.model.prompts import encode_prompt, end_ids
 from hildanext.progress import say
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
-# The chance that the draft of row 1 ... k of a new group is right, until a checkpoint's own are measured.
-FRESH = [0.6, 0.5, 0.4] + [0.35] * 13
 
 
 def choose_context(asked: int | None, model: PreTrainedModel) -> int:
@@ -51,13 +50,13 @@ def choose_context(asked: int | None, model: PreTrainedModel) -> int:
 class TransformersEngine:
     """A scheduler and a runtime, used from one thread. Iterating a request's `stream` advances all requests.
 
-    It keeps a given model in `lm`, but not one that it loads itself: a runtime with weights of its own frees that.
+    It keeps a given model in `lm`, and one that it loads itself unless the runtime has weights of its own: then it is freed.
     """
 
     name: EngineName = "transformers"
 
     def __init__(self, config: Config, reasons: dict[str, str], lm: DiffusionLM | None = None) -> None:
-        self.lm = lm
+        given = lm
         if lm is None:
             lm = load_diffusion_lm(config.model)[0]
         self.reasons, self.tokenizer, self.trained_block = reasons, lm.tokenizer, lm.block_size
@@ -84,6 +83,7 @@ class TransformersEngine:
         settings = self.settings(config)
         widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
         self.runtime = open_runtime(config.engine, lm, widths, embedding)
+        self.lm = lm if isinstance(self.runtime, EagerRuntime) else given
         del lm, embedding
         gc.collect()
         return_freed_memory()
