@@ -18,9 +18,9 @@ MARK, ASCII_MARK = "\u2063", "\x1e"  # nobody types these: INVISIBLE SEPARATOR, 
 
 @contextlib.contextmanager
 def bracketed_paste() -> Iterator[Callable[[str], str]]:
-    """Yield `typed_line`. Within the block the terminal marks pasted text, if stderr is one that can."""
+    """Yield `typed_line`. Within the block the terminal encloses pasted text, if stderr is one that can."""
     terminal = Console(stderr=True)
-    if not terminal.is_terminal or terminal.is_dumb_terminal:
+    if not terminal.is_terminal or terminal.is_dumb_terminal or not _teach_readline():
         yield typed_line
         return
 
@@ -30,7 +30,6 @@ def bracketed_paste() -> Iterator[Callable[[str], str]]:
         finally:  # readline has turned it off, but a paste may also come before the next prompt
             _send(ASK)
 
-    _teach_readline()
     _send(ASK)
     try:
         yield read_line
@@ -38,18 +37,21 @@ def bracketed_paste() -> Iterator[Callable[[str], str]]:
         _send(ASK_NO_MORE)
 
 
-def _teach_readline() -> None:
-    """Make readline take pasted text into the line, behind a mark: it does not tell what was pasted."""
+def _teach_readline() -> bool:
+    """Make readline take pasted text into the line, behind a mark: it does not tell what was pasted. False: it cannot."""
     try:
         import readline
     except ImportError:  # `input` then returns the sequences
-        return
+        return True
+    if "libedit" in (readline.__doc__ or ""):
+        return False
     readline.parse_and_bind("set enable-bracketed-paste on")
     readline.parse_and_bind(r'"\e[200;1~": bracketed-paste-begin')
     try:
         readline.parse_and_bind(rf'"\e[200~": "{MARK}\e[200;1~"')
     except UnicodeEncodeError:  # the locale has no Unicode; C-v inserts the control character C-^
         readline.parse_and_bind(r'"\e[200~": "\C-v\C-^\e[200;1~"')
+    return True
 
 
 def _send(sequence: str) -> None:

@@ -100,7 +100,6 @@ async function generate(prompt, undo) {
   await during(prompt, async (asked, signal) => {
     const canvas = new Canvas("Answer");
     show([canvas]);
-    if (inChat) $("prompt").value = "";
     text = await run(canvas, "/generate", prompt, { ...asked, mode: chosen("mode") }, signal);
   });
   if (!inChat) return;
@@ -111,7 +110,8 @@ async function generate(prompt, undo) {
 /** Send what was typed. Without an answer it stays in the field. */
 const send = () => {
   const prompt = $("prompt").value;
-  return generate(prompt, () => ($("prompt").value ||= prompt));
+  if (isChat()) $("prompt").value = "";
+  generate(prompt, () => ($("prompt").value ||= prompt));
 };
 
 /** Answer the last message again, with the settings as they are now. */
