@@ -476,8 +476,8 @@ def test_health_shows_what_health_says(visit: Any, server: str) -> None:
     # The rest is folded, and a fold that was opened stays open when the figures change.
     folds = here.page.locator("#health details")
     assert not folds.locator("dl:visible, figure:visible").count()
-    folds.filter(has_text="About").locator("summary").click()
-    folds.filter(has_text="Load").locator("summary").click()
+    for title in ("About this server", "Load in the last"):
+        folds.locator("summary", has_text=title).click()
     facts = [one.text_content() for one in folds.locator(".facts div").all()]
     assert f"Model{health['model']}" in facts
     assert f"Block size{health['block_size']}" in facts

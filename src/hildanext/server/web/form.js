@@ -104,6 +104,7 @@ export class JobForm {
     const { schema, values, kinds, options } = form;
     this.sections = kinds[kind].sections.map((name) => this.#section(name, follow(schema.properties[name], schema.$defs), values[name], schema.$defs));
     this.options = kinds[kind].options.map((name) => new Field(name, options[name], null, {}, () => {}));
+    for (const field of this.options) field.input.placeholder = ""; // empty: the command's own default, in the hint
     this.root = h("div", { class: "job-form" }, this.options.map((field) => field.root), this.sections.map((section) => section.root));
   }
 
