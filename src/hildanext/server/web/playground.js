@@ -7,7 +7,6 @@ import { $, h, say } from "./dom.js";
 import { buildSettings, readSettings, showDefaults } from "./settings.js";
 
 const BASE = ["prompt", "messages", "max_new_tokens", "stop", "deadline_s"]; // fields of POST /generate/base
-
 const OWN = ["tau_mask", "tau_edit", "tau_accept"]; // settings of one mode, which Compare leaves to each
 
 let modes = ["Q_MODE", "S_MODE"]; // of the served model; the first is its default
