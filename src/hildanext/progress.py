@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 PLAIN_EVERY_S = 10.0
 
@@ -74,6 +82,20 @@ def progress(title: str, total: float | None, unit: str = "", start: float = 0) 
         say(f"{title}: {done:g}{of} {unit}, {speed:.1f}/s{left}{'  ' + note if note else ''}")
 
     yield advance
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show on stderr that the block runs: `title` with the elapsed time on a terminal, removed at the end, else a line."""
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        say(f"{title} ...")
+        yield
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(title, total=None)
+        yield
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import httpx2
 import pytest
 
 from hildanext.config import Config
+from hildanext.decoding.engines.dummy import NOTICE
 from hildanext.jobs import watcher
 from hildanext.jobs.store import ENDED
 from hildanext.server.command import open_jobs
@@ -78,7 +79,7 @@ class Visit:
         self.page.get_by_role("radio", name="Plain text").check()
         self.page.fill("#prompt", prompt)
         if settings:
-            self.page.locator(".settings").evaluate("it => it.open = true")
+            self.page.locator("#settings-fold").evaluate("it => it.open = true")
         for name, value in settings.items():
             self.page.fill(f"#settings [name={name}]", value)
 
@@ -139,6 +140,13 @@ def test_a_generation_is_shown_as_it_happens_and_is_what_the_api_says(visit: Any
     )
     assert figures["tokens"] == str(len(answer["token_ids"]))
     assert float(figures["tokens per forward"]) == pytest.approx(stats["tokens_per_forward"], rel=0.01)
+    # Blocks of 4 are numbered within the answer, which may begin within the prompt's last block.
+    n_prompt = prompt_tokens(server)
+    blocks = canvas.locator(".tok").evaluate_all(
+        "all => all.map(one => [Number(one.dataset.position), Number(one.parentNode.dataset.block)])"
+    )
+    assert blocks == [[position, position // 4 - n_prompt // 4 + 1] for position, _ in blocks]
+    assert blocks[0] == [n_prompt, 1]
     about = canvas.locator(".more").text_content()
     assert "transformers engine, eager · Q_MODE · τ mask 0.02, τ edit 0" in about
     assert "dinfer: dInfer is not installed" in about
@@ -164,6 +172,11 @@ def test_a_gated_checkpoint_shows_what_the_base_accepted(visit: Any, tmp_path_fa
         figures = dict(
             zip(canvas.locator("dt").all_text_contents(), canvas.locator("dd").all_text_contents(), strict=True)
         )
+        here.page.locator("#settings-fold").evaluate("it => it.open = true")
+        visible = [one.get_attribute("name") for one in here.page.locator("#settings input:visible").all()]
+        assert visible[:3] == ["tau_accept", "lookup", "max_new_tokens"]  # thresholds of editing have no effect here
+        here.page.fill("[name=tau_accept]", "off")
+        expect(here.page.locator("[name=tau_mask]")).to_be_visible()
         accepted = stats["accepted"] / stats["forwards"]
         assert float(figures["accepted a forward"]) == pytest.approx(accepted, rel=0.01)
         assert "EXACT · τ accept 1, 8 rows" in canvas.locator(".more").text_content()
@@ -193,9 +206,7 @@ def test_the_slider_steps_through_every_pass(visit: Any, server: str) -> None:
     trace = answer["trace"]
     assert any(step["edited"] for step in trace)
     assert len(trace) > 5
-    (n_prompt,) = (
-        json.loads(line[6:])["prompt_tokens"] for line in _stream(server).split("\n") if "prompt_tokens" in line
-    )
+    n_prompt = prompt_tokens(server)
     here = visit(server)
     here.ask(max_new_tokens="9", tau_mask="0.003", tau_edit="0")
     here.page.get_by_role("radio", name="S_MODE").check()
@@ -242,8 +253,121 @@ def test_the_slider_steps_through_every_pass(visit: Any, server: str) -> None:
     expect(canvas.locator("output")).to_have_text(f"pass {len(trace)} of {len(trace)}")
 
 
-def _stream(server: str) -> str:
-    return httpx2.post(f"{server}/generate", json={"prompt": PROMPT, "max_new_tokens": 1, "stream": True}).text
+def prompt_tokens(server: str) -> int:
+    """The number of tokens of PROMPT."""
+    body = {"prompt": PROMPT, "max_new_tokens": 1, "stream": True}
+    events = httpx2.post(f"{server}/generate", json=body).text.split("\n")
+    (start,) = (json.loads(line[6:]) for line in events if "prompt_tokens" in line)
+    return int(start["prompt_tokens"])
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[str]:
+    """A server that answers with NOTICE and the last message."""
+    with serving.running(serving.dummy({"max_new_tokens": 100})) as (url, _):
+        yield url
+
+
+def test_a_conversation_is_sent_with_its_history(visit: Any, echo: str) -> None:
+    here = visit(echo)
+    page, bodies = here.page, []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    page.locator("details", has=page.locator("#system")).evaluate("it => it.open = true")
+    page.fill("#system", "Be kind.")
+
+    def say(text: str) -> str:
+        page.fill("#prompt", text)
+        page.click("#generate")
+        return settled()
+
+    def settled() -> str:
+        expect(page.locator("#generate")).to_be_enabled()
+        return str(page.locator("#answers .tokens").text_content())
+
+    system = {"role": "system", "content": "Be kind."}
+
+    def talk(*said: str) -> list[dict[str, str]]:
+        roles = ("user", "assistant") * len(said)
+        return [system, *({"role": role, "content": text} for role, text in zip(roles, said, strict=False))]
+
+    assert say("<b>one</b>") == NOTICE + "<b>one</b>"
+    say("two")
+    first = ("<b>one</b>", NOTICE + "<b>one</b>")
+    assert bodies[-1]["messages"] == talk(*first, "two")
+    assert page.locator("#turns li p").all_text_contents() == [f"You: {first[0]}", f"Model: {first[1]}"]
+    assert page.input_value("#prompt") == ""
+    here.look("conversation")
+    # The last turn again, then edited.
+    page.get_by_role("button", name="Try again").click()
+    settled()
+    assert bodies[-1]["messages"] == talk(*first, "two")
+    page.get_by_role("button", name="Edit last").click()
+    assert page.input_value("#prompt") == "two"
+    say("three")
+    assert bodies[-1]["messages"] == talk(*first, "three")
+    # What is not sent changes nothing: an empty message, a field that is no number.
+    page.click("#generate")
+    expect(page.locator("#ask-problem")).to_have_text("The message is empty.")
+    page.locator("#settings-fold").evaluate("it => it.open = true")
+    page.fill("[name=tau_edit]", "much")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#ask-problem")).to_have_text("τ edit is not a number.")
+    page.fill("[name=tau_edit]", "")
+    # Plain text knows nothing of it, and the conversation goes on afterwards.
+    page.get_by_role("radio", name="Plain text").check()
+    say("alone")
+    assert (bodies[-1]["prompt"], "messages" in bodies[-1]) == ("alone", False)
+    assert not page.locator("#turns-card").is_visible()
+    page.get_by_role("radio", name="Chat").check()
+    assert page.locator("#turns li").count() == 2
+    say("four")
+    assert bodies[-1]["messages"] == talk(*first, "three", NOTICE + "three", "four")
+    page.get_by_role("button", name="Start over").click()
+    say("five")
+    assert bodies[-1]["messages"] == talk("five")
+
+
+def test_a_message_without_an_answer_stays_to_be_sent(visit: Any, echo: str) -> None:
+    here = visit(echo)
+    page = here.page
+    page.fill("#prompt", "one")
+    page.click("#generate")
+    expect(page.locator("#talk-actions")).to_be_visible()
+    page.route("**/generate", lambda route: route.fulfill(status=503, json={"detail": "it stops"}))
+    page.fill("#prompt", "two")
+    for button in ("#generate", "#again"):
+        page.click(button)
+        expect(page.locator("#answers .problem")).to_contain_text("it stops")
+        expect(page.locator("#generate")).to_be_enabled()
+        assert page.input_value("#prompt") == "two"
+        assert page.locator("#turns li").count() == 1
+    here.complaints.clear()  # the browser notes a 503 by itself
+
+
+def test_an_empty_field_shows_the_servers_value(visit: Any, server: str) -> None:
+    here = visit(server, phone=True)
+    page = here.page
+    page.locator("#settings-fold").evaluate("it => it.open = true")
+    found = httpx2.get(f"{server}/settings").json()
+    expect(page.locator("#fixed")).to_contain_text("blocks of 4 tokens")
+    expect(page.locator("#fixed")).to_contain_text("room for 64 tokens")
+    for mode in ("S_MODE", "Q_MODE"):
+        page.get_by_role("radio", name=mode).check()
+        values = found["modes"][mode] | {"deadline_s": found["deadline_s"]}
+        shown = {one.get_attribute("name"): one for one in page.locator("#settings input:visible").all()}
+        assert set(shown) <= set(values)
+        assert {"tau_mask", "tau_edit", "max_new_tokens", "temperature", "stop", "seed"} <= set(shown)
+        words = {"top_k": "all", "seed": "random", "stop": "none"}
+        for name, field in shown.items():
+            assert field.get_attribute("placeholder") == words.get(name, str(values[name]).removesuffix(".0")), name
+    here.look("settings")
+    here.ask(max_new_tokens="8")
+    expect(page.locator("#n-set")).to_have_text("1 changed")
+    page.click("#generate")
+    canvas = here.finished()
+    # Wide enough for a thumb.
+    slider, card = canvas.get_by_label("Denoising pass").bounding_box(), canvas.bounding_box()
+    assert slider["width"] > 0.85 * card["width"]
 
 
 @pytest.mark.slow
@@ -343,13 +467,20 @@ def test_a_server_with_keys_is_asked_with_one(visit: Any, served: Config) -> Non
 def test_health_shows_what_health_says(visit: Any, server: str) -> None:
     here = visit(server, "/#health")
     health = httpx2.get(f"{server}/health").json()
-    facts = here.page.locator("#health .facts").first
-    expect(facts).to_contain_text("transformers")
-    rows = [one.text_content() for one in facts.locator("div").all()]
-    assert "Statusok" in rows
-    assert f"Model{health['model']}" in rows
-    assert f"Block size{health['block_size']}" in rows
-    assert f"Slots0 of {health['slots']} in use" in rows
+    figures = here.page.locator("#health .figures")
+    expect(figures).to_contain_text("transformers")
+    rows = [one.text_content() for one in figures.locator("div").all()]
+    assert {"Enginetransformers", "ModeQ_MODE", f"Running0 of {health['slots']}"} <= set(rows)
+    assert f"Waiting0 of {health['queue_limit']}" in rows
+    assert here.page.locator("#health .pill").text_content() == "ok"
+    # The rest is folded, and a fold that was opened stays open when the figures change.
+    folds = here.page.locator("#health details")
+    assert not folds.locator("dl:visible, figure:visible").count()
+    for title in ("About this server", "Load in the last"):
+        folds.locator("summary", has_text=title).click()
+    facts = [one.text_content() for one in folds.locator(".facts div").all()]
+    assert f"Model{health['model']}" in facts
+    assert f"Block size{health['block_size']}" in facts
     assert "dinfer passed over" in here.page.locator(".reasons").text_content()
     # A rate is the difference of two looks: the tokens decoded between them.
     gauge = here.page.locator("[data-gauge='Tokens per forward'] b")
@@ -357,6 +488,7 @@ def test_health_shows_what_health_says(visit: Any, server: str) -> None:
     answer = httpx2.post(f"{server}/generate", json={"prompt": PROMPT, "max_new_tokens": 12}).json()
     expect(gauge).not_to_have_text("0")
     assert float(gauge.text_content()) == pytest.approx(answer["stats"]["tokens_per_forward"], rel=0.01)
+    assert folds.locator("figure:visible").count() == 6
     here.look("health")
 
 
@@ -375,7 +507,7 @@ def test_every_section_on_every_screen(visit: Any, server: str, phone: bool, dar
     here.page.locator(".tok:not(.silent)").first.evaluate("it => it.click()")
     here.look(f"{name}-playground")
     here.page.get_by_role("tab", name="Health").click()
-    expect(here.page.locator("#health .facts").first).to_be_visible()
+    expect(here.page.locator("#health .figures")).to_be_visible()
     here.look(f"{name}-health")
 
 
@@ -447,7 +579,8 @@ def test_a_job_is_started_watched_cancelled_and_resumed(workplace: str, visit: A
         page.fill(f"[name='{section}.{key}']", value)
     here.look("job-form")
     page.get_by_role("button", name="Start").click()
-    expect(page.locator("#job-pane .problem")).to_have_text("wsd.start_block must be at least 1.")
+    problem = "First block size (wsd.start_block) must be at least 1."
+    expect(page.locator("#job-pane .problem")).to_have_text(problem)
     page.fill("[name='wsd.start_block']", "1")  # as it was: not sent
     page.fill("[name='run']", "mine")
     page.get_by_role("button", name="Start").click()

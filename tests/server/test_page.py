@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from hildanext.config import parse_config
-from hildanext.jobs.kinds import KINDS, SECTIONS, TAKES
+from hildanext.config import parse_config, schema
+from hildanext.jobs.kinds import KINDS, SECTIONS, TAKES, Options
 from hildanext.server.command import open_jobs
 from support import serving
 from support.serving import dummy
@@ -77,6 +77,14 @@ def test_the_page_asks_nobody_else_and_runs_nothing_inline() -> None:
     linked = set(re.findall(r'"/web/([\w.]+)"', page))
     modules = {name: set(re.findall(r'from "\./([\w.]+)"', (WEB / name).read_text())) for name in FILES}
     assert linked | set().union(*modules.values()) | {"index.html"} == set(FILES)
+
+
+def test_plain_names_are_of_things_that_exist() -> None:
+    defs, sections = schema()["$defs"], schema()["properties"]
+    keys = {f"{name}.{key}" for name in SECTIONS for key in defs[sections[name]["$ref"].split("/")[-1]]["properties"]}
+    named = re.findall(r'^  "?([\w.-]+)"?: ', (WEB / "names.js").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) <= {*KINDS, *SECTIONS, *Options.model_fields, *keys}
+    assert {*KINDS, *SECTIONS, *Options.model_fields} <= set(named)
 
 
 def test_the_form_knows_kinds_options_sections_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

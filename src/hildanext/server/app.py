@@ -21,6 +21,7 @@ from hildanext.jobs.store import STATES
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import problem, problems, retry_after, status_of
 from hildanext.server.base import BaseWorker, base_routes
+from hildanext.server.defaults import defaults_routes
 from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
@@ -64,6 +65,7 @@ def make_app(
     app.state.worker = worker
     app.include_router(native_routes(config, worker, meters, jobs, lambda: base.state), responses=problems(422))
     app.include_router(base_routes(config, base), responses=problems(422))
+    app.include_router(defaults_routes(config, worker), responses=problems(422))
     app.include_router(page_routes())
     app.include_router(openai_routes(config, worker), responses={422: {"model": OpenAIProblem}})
     if jobs is not None:

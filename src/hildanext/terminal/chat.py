@@ -13,11 +13,12 @@ from hildanext.config import MODES, Config, changed_settings, parse_config
 from hildanext.decoding.engines import Completion, Engine, Event, Request, as_steps, open_engine, say_passed_over
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import HildaError, UsageError
-from hildanext.progress import say, stop_on_signals
+from hildanext.progress import say, stop_on_signals, waiting
 from hildanext.terminal.cells import CellTracker, as_line, write_trace
 from hildanext.terminal.console import NOT_UTF8, checked, input_lines
 from hildanext.terminal.dialogue import Dialogue
 from hildanext.terminal.live import LiveAnswer, PlainAnswer, draw_line
+from hildanext.terminal.paste import bracketed_paste
 
 HELP = """\
 /mode                     show the mode and its thresholds
@@ -32,7 +33,8 @@ HELP = """\
 /reset                    start a new conversation; the system message is kept
 /help                     show this help
 /quit                     leave (or press Ctrl-D)
-Ctrl-C stops an answer. To send a message that begins with '/', type a space before it."""
+Ctrl-C stops an answer. To send a message that begins with '/', type a space before it.
+Pasted text is one message, whatever lines it has, and never a command."""
 
 
 def chat(config: Config, system: str | None) -> None:
@@ -40,7 +42,8 @@ def chat(config: Config, system: str | None) -> None:
 
     Raises HildaError for a model that cannot chat and, if stdin is not a terminal, for any invalid line.
     """
-    engine = open_engine(config)
+    with waiting(f"loading {config.model.base}"):
+        engine = open_engine(config)
     try:
         say_passed_over(engine)
         engine.encode(
@@ -104,9 +107,14 @@ class Chat:
             return
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives `input` a history and editing keys)
+        with bracketed_paste() as read_line:
+            yield from self.typed(read_line)
+
+    def typed(self, read_line: Callable[[str], str]) -> Iterator[str]:
+        """Yield the lines that are typed on a terminal."""
         while True:
             try:
-                yield checked(input("> " if sys.stdout.isatty() else ""))
+                yield checked(read_line("> " if sys.stdout.isatty() else ""))
             except (UnicodeDecodeError, UsageError):
                 self.tell(NOT_UTF8)
             except EOFError:

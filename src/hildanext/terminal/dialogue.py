@@ -8,9 +8,10 @@ from pathlib import Path
 from hildanext.data.conversations import check_messages
 from hildanext.decoding.engines import Engine, Request
 from hildanext.decoding.settings import Settings, check_request, tokens_needed
-from hildanext.errors import DataError
+from hildanext.errors import DataError, UsageError
 from hildanext.files import atomic_open, write_json
 
+ANSWER = {"role": "assistant", "content": ""}  # training data needs an answer, a saved conversation does not
 ROOM = 0.75  # a conversation that no longer fits is cut to this share of the context
 
 
@@ -83,7 +84,9 @@ class Dialogue:
         self.messages.pop()
 
     def save(self, path: Path) -> None:
-        """Write the messages as JSON, or as Markdown for `.md`, atomically."""
+        """Write the messages as JSON, or as Markdown for `.md`, atomically. Raises UsageError if there are none."""
+        if not self.messages:
+            raise UsageError("the conversation is empty; there is nothing to save yet")
         if path.suffix == ".md":
             with atomic_open(path) as file:
                 file.write(
@@ -93,9 +96,10 @@ class Dialogue:
             write_json(path, self.messages)
 
     def load(self, path: Path) -> None:
-        """Load a conversation that `save` wrote as JSON. Raises DataError for any other file."""
+        """Load a conversation that `save` wrote as JSON, with or without an answer. Raises DataError for any other file."""
         try:
-            found = check_messages(json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            check_messages([*found, ANSWER] if isinstance(found, list) and found else found)
         except (json.JSONDecodeError, UnicodeDecodeError, DataError) as error:
             raise DataError(f"{path}: not a conversation saved as JSON by /save: {error}") from None
         self.messages = [{"role": message["role"], "content": message["content"]} for message in found]

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { $ } from "./dom.js";
 import { showHealth } from "./health.js";
 import { showJobs, startJobs } from "./jobs.js";
-import { offerModes, startPlayground } from "./playground.js";
+import { offer, startPlayground } from "./playground.js";
 
 const SECTIONS = ["playground", "jobs", "health"];
 const SERVED_MS = 5000;
@@ -36,7 +36,7 @@ async function served() {
   try {
     const health = await get("/health");
     dot.dataset.state = health.status;
-    offerModes(health);
+    await offer(health);
     // Show only the last two parts of a path.
     const short = health.model.split("/").slice(-2).join("/");
     name.textContent = health.status === "ok" ? short : `${short}: ${health.status}`;

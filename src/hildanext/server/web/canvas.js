@@ -75,7 +75,7 @@ export class Canvas {
     this.trace.push(event, data);
     if (event === "step" || event === "token") {
       const inBlocks = this.trace.blockSize > 1;
-      this.state.textContent = inBlocks ? `block ${data.block + 1} · pass ${data.step + 1}` : `${this.unit} ${this.trace.steps.length}`;
+      this.state.textContent = inBlocks ? `block ${this.trace.numberOf(data.block)} · pass ${data.step + 1}` : `${this.unit} ${this.trace.steps.length}`;
     }
     if (event === "done") this.#finished(data);
     this.#drawSoon();
@@ -177,13 +177,13 @@ export class Canvas {
     }
   }
 
-  #block(number) {
-    let node = this.blocks.get(number);
+  #block(block) {
+    let node = this.blocks.get(block);
     if (!node) {
-      node = h("span", { class: this.trace.blockSize > 1 ? "block" : "block plain", "data-block": number + 1 });
-      this.blocks.set(number, node);
+      node = h("span", { class: this.trace.blockSize > 1 ? "block" : "block plain", "data-block": this.trace.numberOf(block) });
+      this.blocks.set(block, node);
       // Blocks arrive in order, except earlier blocks that are edited again.
-      const next = [...this.blocks.keys()].filter((other) => other > number).sort((a, b) => a - b)[0];
+      const next = [...this.blocks.keys()].filter((other) => other > block).sort((a, b) => a - b)[0];
       this.body.insertBefore(node, next === undefined ? null : this.blocks.get(next));
     }
     return node;
@@ -249,6 +249,7 @@ export class Canvas {
         "ol",
         {},
         waited ? h("li", { class: "quiet" }, `masked for ${waited} pass${waited === 1 ? "" : "es"}`) : null,
+        this.trace.verifies && !shown.length ? h("li", { class: "quiet" }, "the base's own choice, not drafted") : null,
         shown.map((row) =>
           h(
             "li",
@@ -270,7 +271,7 @@ export class Canvas {
   }
 
   #place() {
-    const block = this.trace.blockSize > 1 ? `, block ${Math.floor(this.chosen / this.trace.blockSize) + 1}` : "";
+    const block = this.trace.blockSize > 1 ? `, block ${this.trace.numberOf(Math.floor(this.chosen / this.trace.blockSize))}` : "";
     return ` position ${this.chosen}${block}`;
   }
 

@@ -1,6 +1,7 @@
 // A form built from the configuration's JSON Schema. It sends only the keys that were changed.
 
 import { h } from "./dom.js";
+import { keyName, sectionName } from "./names.js";
 
 /** Resolve a schema's $ref. */
 const follow = (schema, defs) => (schema.$ref ? { ...defs[schema.$ref.split("/").pop()], ...schema, $ref: undefined } : schema);
@@ -51,7 +52,7 @@ class Field {
     this.root = h(
       "div",
       { class: "field" },
-      h("label", { for: id }, name.split(".").pop()),
+      h("div", { class: "row between" }, h("label", { for: id }, keyName(name)), h("code", {}, name)),
       this.input,
       h("p", { class: "hint", id: `${id}-hint` }, schema.description ?? "", this.problem),
     );
@@ -103,6 +104,7 @@ export class JobForm {
     const { schema, values, kinds, options } = form;
     this.sections = kinds[kind].sections.map((name) => this.#section(name, follow(schema.properties[name], schema.$defs), values[name], schema.$defs));
     this.options = kinds[kind].options.map((name) => new Field(name, options[name], null, {}, () => {}));
+    for (const field of this.options) field.input.placeholder = ""; // empty: the command's own default, in the hint
     this.root = h("div", { class: "job-form" }, this.options.map((field) => field.root), this.sections.map((section) => section.root));
   }
 
@@ -114,7 +116,7 @@ export class JobForm {
       badge.hidden = n === 0;
     };
     const fields = Object.entries(schema.properties).map(([key, part]) => new Field(`${name}.${key}`, part, values[key], defs, count));
-    const summary = h("summary", {}, h("b", {}, name), h("small", {}, schema.description ?? ""), badge);
+    const summary = h("summary", {}, h("b", {}, sectionName(name)), h("small", {}, schema.description ?? ""), badge);
     return { name, fields, root: h("details", { class: "section", "data-section": name }, summary, h("div", { class: "fields" }, fields.map((field) => field.root))) };
   }
 
@@ -126,7 +128,7 @@ export class JobForm {
         if (wrong) {
           section.root.open = true;
           field.input.focus();
-          throw new Error(`${field.name} ${wrong}.`);
+          throw new Error(`${keyName(field.name)} (${field.name}) ${wrong}.`);
         }
         if (changed) (config[section.name] ??= {})[field.name.split(".").pop()] = value;
       }
@@ -134,7 +136,7 @@ export class JobForm {
     const options = {};
     for (const field of this.options) {
       const { value, changed, wrong } = field.read();
-      if (wrong) throw new Error(`${field.name} ${wrong}.`);
+      if (wrong) throw new Error(`${keyName(field.name)} (${field.name}) ${wrong}.`);
       if (changed && value !== "") options[field.name] = value;
     }
     return { config, options };

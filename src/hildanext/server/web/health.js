@@ -35,73 +35,91 @@ const curves = CURVES.map(() => []);
 
 const BASES = { off: "off (server.base is false)", "not loaded": "not loaded; Compare loads it" };
 
-function facts(health) {
-  return [
-    ["Status", h("span", { class: "pill", "data-state": health.status }, health.status)],
-    ["Model", health.model],
-    ["Engine", health.engine ?? "–"],
-    ["Block size", health.block_size ?? "–"],
-    ["Device", [health.device, health.dtype].filter(Boolean).join(", ") || "–"],
-    ["Slots", `${health.running} of ${health.slots ?? "–"} in use`],
-    ["Queue", `${health.queue} of ${health.queue_limit}`],
-    ["AR base", BASES[health.base] ?? health.base],
-    ["Jobs", health.jobs ? health.jobs.trouble ?? health.jobs.backend : "off"],
-    ["Uptime", duration(health.uptime_s)],
-    ["Version", health.version],
-  ];
+// The section: a card of figures that is drawn at each poll, and folds that stay open or closed meanwhile.
+const figures = h("article", { class: "card" });
+const fold = (title) => {
+  const content = h("div", {});
+  return { content, root: h("details", { class: "card fold" }, h("summary", { class: "title" }, title), content) };
+};
+const load = fold(`Load in the last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes`);
+const about = fold("About this server");
+const totals = fold("Since the server started");
+
+const list = (rows, names) => h("dl", { class: names }, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+const now = (name) => number(curves[CURVES.findIndex(([title]) => title === name)].at(-1) ?? 0);
+
+function drawFigures(health) {
+  figures.replaceChildren(
+    h(
+      "header",
+      { class: "row between" },
+      h("h2", { class: "title" }, health.model.split("/").slice(-2).join("/")),
+      h("span", { class: "pill", "data-state": health.status }, health.status),
+    ),
+    list(
+      [
+        ["Engine", health.engine ?? "–"],
+        ["Mode", health.mode ?? "–"],
+        ["Running", `${health.running} of ${health.slots ?? "–"}`],
+        ["Waiting", `${health.queue} of ${health.queue_limit}`],
+        ["Tokens/s now", now("Throughput")],
+        ["Up for", duration(health.uptime_s)],
+      ],
+      "figures wide",
+    ),
+  );
 }
 
-function draw(health, metrics) {
+function drawAbout(health) {
   const reasons = Object.entries(health.engine_reasons);
-  const errors = [...metrics].filter(([name]) => name.startsWith("hildanext_errors_total{"));
-  const answers = [...metrics].filter(([name]) => name.startsWith("hildanext_requests_total{"));
-  const byStatus = new Map();
-  for (const [name, value] of answers) {
-    const status = /status="(\d+)"/.exec(name)[1];
-    byStatus.set(status, (byStatus.get(status) ?? 0) + value);
-  }
-  $("health").replaceChildren(
+  const facts = [
+    ["Model", health.model],
+    ["Modes", health.modes?.join(", ") ?? "–"],
+    ["Block size", health.block_size ?? "–"],
+    ["Device", [health.device, health.dtype].filter(Boolean).join(", ") || "–"],
+    ["Slots", health.slots ?? "–"],
+    ["AR base", BASES[health.base] ?? health.base],
+    ["Jobs", health.jobs ? health.jobs.trouble ?? health.jobs.backend : "off"],
+    ["Version", health.version],
+  ];
+  about.content.replaceChildren(
+    list(facts, "facts wide"),
+    reasons.length ? h("ul", { class: "reasons" }, reasons.map(([name, reason]) => h("li", {}, h("b", {}, name), ` passed over: ${reason}`))) : "",
+  );
+}
+
+function drawLoad() {
+  load.content.replaceChildren(
     h(
-      "article",
-      { class: "card" },
-      h("h2", { class: "title" }, "Server"),
-      h("dl", { class: "facts wide" }, facts(health).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      reasons.length ? h("ul", { class: "reasons" }, reasons.map(([name, reason]) => h("li", {}, h("b", {}, name), ` passed over: ${reason}`))) : null,
-    ),
-    h(
-      "article",
-      { class: "card" },
-      h("h2", { class: "title" }, "Load", h("small", {}, ` last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes, updated every ${EVERY_MS / 1000} seconds`)),
-      h(
-        "div",
-        { class: "gauges" },
-        CURVES.map(([name, unit], at) =>
-          h(
-            "figure",
-            { class: "gauge", "data-gauge": name },
-            h("figcaption", {}, name),
-            h("p", {}, h("b", {}, number(curves[at].at(-1) ?? 0)), h("small", {}, ` ${unit}`)),
-            sparkline(curves[at], { label: `${name}, ${unit}` }).root,
-          ),
+      "div",
+      { class: "gauges" },
+      CURVES.map(([name, unit], at) =>
+        h(
+          "figure",
+          { class: "gauge", "data-gauge": name },
+          h("figcaption", {}, name),
+          h("p", {}, h("b", {}, number(curves[at].at(-1) ?? 0)), h("small", {}, ` ${unit}`)),
+          sparkline(curves[at], { label: `${name}, ${unit}` }).root,
         ),
       ),
     ),
-    h(
-      "article",
-      { class: "card" },
-      h("h2", { class: "title" }, "Since the server started"),
-      h(
-        "dl",
-        { class: "facts wide" },
-        [
-          ["Tokens", number(metrics.get("hildanext_tokens_total"), 7)],
-          ["Forwards", number(metrics.get("hildanext_forwards_total"), 7)],
-          ...[...byStatus].sort().map(([status, value]) => [`Answers ${status}`, number(value, 7)]),
-          ...errors.map(([name, value]) => [/kind="(.*)"/.exec(name)[1], number(value, 7)]),
-        ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
-      ),
-    ),
   );
+}
+
+function drawTotals(metrics) {
+  const byStatus = new Map();
+  const rows = [
+    ["Tokens", number(metrics.get("hildanext_tokens_total"), 7)],
+    ["Forwards", number(metrics.get("hildanext_forwards_total"), 7)],
+  ];
+  const errors = [];
+  for (const [name, value] of metrics) {
+    const status = name.startsWith("hildanext_requests_total{") && /status="(\d+)"/.exec(name)[1];
+    if (status) byStatus.set(status, (byStatus.get(status) ?? 0) + value);
+    if (name.startsWith("hildanext_errors_total{")) errors.push([/kind="(.*)"/.exec(name)[1], number(value, 7)]);
+  }
+  const answers = [...byStatus].sort().map(([status, value]) => [`Answers ${status}`, number(value, 7)]);
+  totals.content.replaceChildren(list([...rows, ...answers, ...errors], "facts wide"));
 }
 
 async function poll() {
@@ -113,7 +131,11 @@ async function poll() {
       if (curves[at].length > KEPT) curves[at].shift();
     });
     last = { time, metrics };
-    draw(health, metrics);
+    drawFigures(health);
+    drawLoad();
+    drawAbout(health);
+    drawTotals(metrics);
+    if (!figures.isConnected) $("health").replaceChildren(figures, load.root, about.root, totals.root);
   } catch (error) {
     $("health").replaceChildren(h("article", { class: "card" }, h("p", { class: "problem", role: "alert" }, error.message)));
   }

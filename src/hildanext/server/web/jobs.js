@@ -4,6 +4,7 @@ import { get, post, request, stream } from "./api.js";
 import { Chart } from "./chart.js";
 import { $, duration, h, number, say } from "./dom.js";
 import { JobForm } from "./form.js";
+import { kindHelp, kindName } from "./names.js";
 
 const EVERY_MS = 2000;
 const ENDED = ["done", "failed", "cancelled", "interrupted"];
@@ -53,19 +54,19 @@ export async function refreshJobs() {
 function drawList() {
   const items = jobs.map((job) => {
     const pick = TRAINING.includes(job.kind)
-      ? h("input", { type: "checkbox", checked: picked.has(job.id), "aria-label": `Compare ${job.kind} ${job.id}`, onchange: (event) => pickRun(job.id, event.target.checked) })
+      ? h("input", { type: "checkbox", checked: picked.has(job.id), "aria-label": `Compare ${kindName(job.kind)} ${job.id}`, onchange: (event) => pickRun(job.id, event.target.checked) })
       : h("span", { class: "no-pick" });
     const link = h(
       "a",
       { href: `#jobs/${job.id}`, class: "job", "aria-current": job.id === open && pane === "job" ? "true" : null },
-      h("span", { class: "row between" }, h("b", {}, job.kind), pill(job.state)),
+      h("span", { class: "row between" }, h("b", {}, kindName(job.kind)), pill(job.state)),
       h("small", {}, `${job.request.options?.run ?? job.id} · ${when(job.created)} · ${took(job)}`),
     );
     return h("li", { "data-id": job.id }, pick, link);
   });
   const focus = document.activeElement?.closest?.("#job-list li")?.dataset.id;
   const tag = document.activeElement?.tagName.toLowerCase();
-  $("job-list").replaceChildren(...(items.length ? items : [h("li", { class: "quiet" }, "No jobs yet. A job runs one command: prepare data, tokenize, convert, tune, merge, benchmark or calibrate.")]));
+  $("job-list").replaceChildren(...(items.length ? items : [h("li", { class: "quiet" }, "No jobs yet. A job prepares text, trains a model or measures one, while the server goes on answering.")]));
   if (focus) $("job-list").querySelector(`[data-id="${focus}"] ${tag}`)?.focus();
 }
 
@@ -91,13 +92,15 @@ async function newJob() {
   leave("form");
   let parts = null;
   const kinds = Object.keys(form.kinds);
-  const select = h("select", { id: "job-kind" }, kinds.map((kind) => h("option", { selected: kind === "convert-wsd" }, kind)));
+  const select = h("select", { id: "job-kind", "aria-describedby": "job-kind-hint" }, kinds.map((kind) => h("option", { value: kind, selected: kind === "convert-wsd" }, kindName(kind))));
+  const help = h("p", { class: "hint", id: "job-kind-hint" });
   const holder = h("div", {});
   const problem = h("p", { class: "problem", role: "alert", hidden: true });
   const start = h("button", { type: "submit", class: "primary" }, "Start");
   const rebuild = () => {
     parts = new JobForm(form, select.value);
     holder.replaceChildren(parts.root);
+    help.replaceChildren(kindHelp(select.value), " ", h("code", {}, `hildanext ${select.value}`));
   };
   let key = newKey(); // kept until the server has answered, so that a retry creates no second job
   select.addEventListener("change", rebuild);
@@ -121,8 +124,8 @@ async function newJob() {
       "form",
       { class: "card", onsubmit: submit, novalidate: true },
       h("h2", { class: "title" }, "New job"),
-      h("p", { class: "quiet" }, "Fields that you do not change keep the server's configuration."),
-      h("div", { class: "field" }, h("label", { for: "job-kind" }, "kind"), select),
+      h("p", { class: "quiet" }, "Choose what to do and press Start. Fields that you do not change keep the server's configuration."),
+      h("div", { class: "field" }, h("label", { for: "job-kind" }, "What to do"), select, help),
       holder,
       problem,
       h("div", { class: "row actions" }, start),
@@ -235,7 +238,7 @@ function drawHead(job) {
   );
   const facts = [["Attempt", job.attempt], ["Run", job.run], ["Exit code", job.exit_code], ["Note", job.note]];
   head.title.replaceChildren(
-    h("div", { class: "row between" }, h("h2", { class: "title" }, job.kind, h("small", {}, ` ${job.id}`)), pill(job.cancel_requested && job.state === "running" ? "cancelling" : job.state)),
+    h("div", { class: "row between" }, h("h2", { class: "title" }, kindName(job.kind), h("small", {}, ` ${job.kind} · ${job.id}`)), pill(job.cancel_requested && job.state === "running" ? "cancelling" : job.state)),
     h(
       "dl",
       { class: "facts" },

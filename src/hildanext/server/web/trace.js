@@ -34,6 +34,11 @@ export class Trace {
     return !this.isByToken && (this.settings?.tau_accept ?? null) !== null;
   }
 
+  /** A block's number within the answer, from 1. The answer may begin within a block of the prompt's last tokens. */
+  numberOf(block) {
+    return block - Math.floor(this.promptTokens / this.blockSize) + 1;
+  }
+
   /** First position after the completion; tokens from there on were cut off. */
   get end() {
     return this.done ? this.promptTokens + this.done.token_ids.length : Infinity;
