@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hildanext.config import Config, EngineName
-from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.engines.protocol import (
+    AS_USUAL,
+    Completion,
+    Event,
+    Prompt,
+    Rendering,
+    Request,
+    Stats,
+    last_completion,
+)
 from hildanext.decoding.events import Finished
-from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
+from hildanext.decoding.settings import MODES_OF, Settings, check_ids, check_request, resolve
 
 NOTICE = "[dummy engine, no model ran] "
 
@@ -34,7 +43,9 @@ class DummyEngine:
     def can_serve(config: Config) -> str | None:
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, known: list[int] | None = None, rendering: Rendering = AS_USUAL) -> list[int]:
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+            return list(prompt)
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
         return list(text.encode())
 
@@ -44,12 +55,17 @@ class DummyEngine:
     def decode_tokens(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
+    def detokenize(self, token_ids: list[int]) -> str:
+        check_ids("tokens", token_ids, 256)
+        return self.decode_tokens(token_ids)
+
     def generate(self, request: Request) -> Completion:
         return last_completion(self.stream(request))
 
     def stream(self, request: Request) -> Iterator[Event]:
         settings = request.settings
         check_request(request.prompt_ids, settings, None)
+        check_ids("prompt", request.prompt_ids, 256)
         everything = list(NOTICE.encode()) + request.prompt_ids
         new = everything[: settings.max_new_tokens]
         text = self.decode_tokens(everything)  # not cut: a short answer must say so, too
