@@ -175,7 +175,7 @@ def test_bad_requests(client: openai.OpenAI) -> None:
         (
             {"max_tokens": 1000},
             None,
-            "max_tokens (1000), rounded up to whole blocks 1008, exceed the model's context of 64",
+            "max_tokens (1000), rounded up to whole blocks 1004, exceed the model's context of 64",
         ),
         ({"max_tokens": 1000, "stream": True}, None, "exceed the model's context of 64"),
         ({"prompt": "a " * 70}, None, "exceed the model's context of 64"),
@@ -242,11 +242,27 @@ def test_one_of_several_prompts_that_fails_takes_the_others_along(monkeypatch: p
             return submit(request)
 
         monkeypatch.setattr(engine, "submit", fail)
-        with pytest.raises(openai.BadRequestError, match="not this one"):
-            asking(url).completions.create(model=MODEL, prompt=["good", "bad", "good"], max_tokens=10**9)
+        names = lambda: {getattr(task.get_coro(), "__name__", "") for task in asyncio.all_tasks(worker.loop)}  # noqa: E731
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="not this one"):
+                asking(url).completions.create(
+                    model=MODEL, prompt=["good", "bad", "good"], max_tokens=10**9, stream=stream
+                )
+            until(worker, lambda: not worker.accepted)
+            until(worker, lambda: "completed" not in names())
+            until(worker, lambda: not engine.waiting)
+
+
+def test_a_client_that_leaves_a_stream_of_several_answers_frees_their_places() -> None:
+    with stepping() as (url, worker, engine):
+        stream = asking(url).completions.create(model=MODEL, prompt=["a", "b"], max_tokens=10**9, stream=True)
+        indices = set()
+        for chunk in stream:
+            indices.add(chunk.choices[0].index)
+            if indices == {0, 1}:
+                break
+        stream.close()
         until(worker, lambda: not worker.accepted)
-        names = lambda: {task.get_coro().__name__ for task in asyncio.all_tasks(worker.loop)}  # noqa: E731
-        until(worker, lambda: "completed" not in names())
         until(worker, lambda: not engine.waiting)
 
 

@@ -141,7 +141,7 @@ def test_n_answers_differ_by_their_seeds_and_stream_with_their_index(client: ope
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert texts_by_index(chunks) == truth
     found, again = answer.usage.to_dict(), chunks[-1].usage.to_dict()
-    assert found.pop("prompt_tokens_details") != again.pop("prompt_tokens_details")  # asked again, prompts are cached
+    del found["prompt_tokens_details"], again["prompt_tokens_details"]  # asked again, more may be cached
     assert found == again
     single = client.completions.create(model="model", prompt=prompts, max_tokens=1)
     assert found["prompt_tokens"] == single.usage.prompt_tokens  # a prompt counts once

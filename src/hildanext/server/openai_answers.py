@@ -159,8 +159,13 @@ class Form:
         return sse(self.head(chunk=True) | {"choices": [choice]} | more)
 
     def extension(self, done: list[Completion]) -> dict[str, Any]:
-        """What OpenAI's format has no place for: the engine, the mode, and the stats with the seed."""
-        return {"hildanext": [{"engine": item.engine, "mode": item.mode, "stats": asdict(item.stats)} for item in done]}
+        """What OpenAI's format has no place for: engine, mode, settings it ignored, and the stats with the seed."""
+        return {
+            "hildanext": [
+                {"engine": item.engine, "mode": item.mode, "ignored": item.ignored, "stats": asdict(item.stats)}
+                for item in done
+            ]
+        }
 
     def answer(self, done: list[Completion], prompt_lengths: list[int]) -> dict[str, Any]:
         return self.head(chunk=False) | {

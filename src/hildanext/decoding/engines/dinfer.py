@@ -36,6 +36,17 @@ from hildanext.model.prompts import decode_prompt, encode_prompt, end_ids
 
 # model_type in config.json -> (dInfer's model_type argument, the runtime whose worker loads that family)
 FAMILIES = {"llada2_moe": ("llada2", "sglang"), "llada": ("llada", "vllm"), "dllm": ("llada-moe", "vllm")}
+# Settings that its workers know nothing of.
+SAMPLING = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+)
 DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
 
 
@@ -184,6 +195,8 @@ class DInferEngine:
                 lines.append(f"{name} {asked:g}: the workers were started with {running:g} and cannot change it")
         if max(settings.temperature, self.started.temperature) > 0:
             lines.append(f"seed {settings.seed}: dInfer has no seed")
+        usual, asked_for = Settings._field_defaults, settings._asdict()
+        lines += [f"{name}: dInfer does not support it" for name in SAMPLING if asked_for[name] != usual[name]]
         return lines + self.not_passed
 
     def answer_of(self, output: list[int], prompt_ids: list[int]) -> list[int]:
