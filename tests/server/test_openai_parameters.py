@@ -261,7 +261,7 @@ def test_tokenize_and_detokenize(converted: Config, engine: Engine) -> None:
             ("/tokenize", {}, 422, "exactly one of 'prompt' and 'messages'"),
             ("/tokenize", {"prompt": "a", "messages": messages}, 422, "exactly one of"),
             ("/tokenize", {"prompt": "a", "model": "other"}, 404, "'other' is not served here"),
-            ("/detokenize", {"tokens": [99999]}, 400, "'tokens': the vocabulary has no token 99999"),
+            ("/detokenize", {"tokens": [99999]}, 400, "the vocabulary has no token 99999"),
             ("/detokenize", {"tokens": [-1]}, 422, "'tokens.0': "),
         ]:
             answer = client.post(path, json=body)

@@ -250,7 +250,8 @@ def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, Proposals]
     # Greedy rows share one call. Sampling and penalties depend on each sequence's settings and text.
     sizes = [len(item.span.wanted) for item in wanting]
     blocks = [item.sequence for item in wanting if isinstance(item.sequence, Sequence)]
-    parts, found = logits.split(sizes), {}
+    parts = logits.split(sizes)
+    found: dict[int, Proposals] = {}
     if len(blocks) == len(wanting) and blocks and all(sequence.is_greedy for sequence in blocks):
         ids, confidence = _propose(logits, blocks[0], wanting[0].span.wanted)
         proposed = dict(enumerate(zip(ids.split(sizes), confidence.split(sizes), strict=True)))

@@ -76,7 +76,7 @@ def decode_prompt(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> s
     names = tokenizer.convert_ids_to_tokens(token_ids)
     unknown = next((token for token, name in zip(token_ids, names, strict=True) if name is None), None)
     if unknown is not None:
-        raise UsageError(f"'tokens': the vocabulary has no token {unknown}; remove it")
+        raise UsageError(f"the vocabulary has no token {unknown}; remove it")
     return str(tokenizer.decode(token_ids))
 
 

@@ -20,7 +20,8 @@ from hildanext.server.native import Asked, facts, submit
 from hildanext.server.worker import DeadlineError, NoBase, Ticket, Worker
 
 # Settings of a gated checkpoint that give its base's own text, one token a pass.
-TOKEN_BY_TOKEN = {"mode": "EXACT", "tau_accept": 1.0, "rows": 1, "lookup": None, "temperature": 0.0}
+TOKEN_BY_TOKEN = {"mode": "EXACT", "tau_accept": 1.0, "rows": 1, "lookup": None, "temperature": 0.0, "logprobs": None}
+TOKEN_BY_TOKEN |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}}
 
 
 class BaseWorker:

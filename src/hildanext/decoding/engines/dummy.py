@@ -44,10 +44,12 @@ class DummyEngine:
         return None
 
     def encode(self, prompt: Prompt, known: list[int] | None = None, rendering: Rendering = AS_USUAL) -> list[int]:
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
-            return list(prompt)
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
-        return list(text.encode())
+        if isinstance(prompt, str):
+            return list(prompt.encode())
+        last = prompt[-1] if prompt else 0
+        if isinstance(last, dict):
+            return list(last["content"].encode())
+        return [token for token in prompt if isinstance(token, int)]
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 32)
