@@ -19,8 +19,12 @@ from support.serving import dummy
 pytest.importorskip("schemathesis")
 
 
-@pytest.mark.parametrize("key", [None, "right"])
-@pytest.mark.parametrize("examples", [2, pytest.param(20, marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("examples", "key"), [(2, None), pytest.param(20, None, marks=SLOW), pytest.param(20, "right", marks=SLOW)]
+)
 def test_the_document_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int, key: str | None) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(watcher, "command", lambda *_, **__: [sys.executable, "-c", "print('{}')"])

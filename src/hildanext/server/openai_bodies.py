@@ -180,7 +180,7 @@ class OpenAIBody(Tolerant):
     def decode_config(self, base: DecodeConfig) -> DecodeConfig:
         """The server's settings with those of the request."""
         names = (set(type(self).model_fields) & set(DecodeConfig.model_fields)) - {"stop", "logprobs", *NULL_MEANS_OFF}
-        given: dict[str, Any] = {name: value for name, value in self if name in names and value is not None}
+        given: dict[str, Any] = {name: value for name, value in self if name in names and not is_nothing(value)}
         given |= {name: getattr(self, name) for name in NULL_MEANS_OFF if name in self.model_fields_set}
         if self.seed == -1:
             del given["seed"]
