@@ -12,7 +12,7 @@ from support.clients import CHAT, PROMPT, TOO_LONG, WARM
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:Items .* on TypedDict class:UserWarning"),  # of its other providers
+    pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning"),  # of its other providers
     pytest.mark.filterwarnings("ignore:(?s)Pydantic serializer warnings:UserWarning"),
 ]
 

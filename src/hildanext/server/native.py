@@ -179,7 +179,7 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
             if isinstance(event, Step):
                 return sse(show(event), "step")
             if isinstance(event, Finished):
-                logprobs = event.logprobs and [asdict(item) for item in event.logprobs]
+                logprobs = None if event.logprobs is None else [asdict(item) for item in event.logprobs]
                 return sse(event._asdict() | {"logprobs": logprobs}, "block")
             request.state.facts = facts(config, body.text, event)
             return sse(event.as_dict(), "done")
