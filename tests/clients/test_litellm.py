@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,17 +16,22 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning"),  # of its other providers
     pytest.mark.filterwarnings("ignore:(?s)Pydantic serializer warnings:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Accessing the 'model_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:(?s)Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
 ]
 
 
 @pytest.fixture
-def litellm(offline: None) -> Any:
+def litellm(offline: None) -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
         found = pytest.importorskip("litellm", reason="litellm is not installed (make test-all installs it)")
     found.telemetry = False
     found.suppress_debug_info = True
-    return found
+    yield found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # its event loops are not closed: here, not in a later test
+        gc.collect()
 
 
 @pytest.fixture
