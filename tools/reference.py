@@ -83,8 +83,9 @@ def leaf_type(leaf: Node, definitions: dict[str, Node]) -> str:
             return "list of objects"
         item = type_of(leaf["items"], definitions)
         return f"list of ({item})" if len(leaves) > 1 else f"list of {item}"
-    if kind == "object":
-        return f"object of {type_of(leaf['additionalProperties'], definitions)}"
+    if kind == "object":  # of keys that match a pattern, or of any
+        values = next(iter(leaf.get("patternProperties", {}).values()), leaf["additionalProperties"])
+        return f"object of {type_of(values, definitions)}"
     return str(kind)
 
 

@@ -104,3 +104,21 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     text = page.read_text()
     assert "| 128 |" in text
     assert (page.parent / "serve_soak_tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_cost_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import serve_features
+
+    results, page = tmp_path / "results.json", tmp_path / "page" / "features.md"
+    sizes = ["--requests", "1", "--tokens", "8", "--rounds", "1", "--results", str(results), "--page", str(page)]
+    found = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "serve_features.py"), *sizes], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    rows = json.loads(results.read_text())["tiny"]["rows"]
+    assert [row["feature"] for row in rows] == ["none", *serve_features.FEATURES]
+    for row in rows:
+        assert min(row["first_ms"], row["rate"], row["forward_ms"], row["ratio"]) > 0
+        assert f"| {row['feature']} |" in page.read_text()

@@ -214,7 +214,8 @@ def test_answer_of_also_takes_an_output_that_kept_and_padded(dinfer: DInfer) -> 
 
 def test_dinfer_names_what_it_ignores(dinfer: DInfer) -> None:
     engine = dinfer.open(tau_mask=0.8)
-    asked = engine.settings(dinfer.config(tau_mask=0.6, tau_edit=0.5, edit_blocks=2, temperature=0.5, seed=3))
+    sampling = {"temperature": 0.5, "seed": 3, "min_p": 0.1, "logit_bias": {"1": 1.0}}
+    asked = engine.settings(dinfer.config(tau_mask=0.6, tau_edit=0.5, edit_blocks=2, **sampling))
     done = engine.generate(Request([50], asked))
     assert done.ignored == [
         "tau_edit 0.5: dInfer has no editing",
@@ -223,6 +224,8 @@ def test_dinfer_names_what_it_ignores(dinfer: DInfer) -> None:
         "tau_mask 0.6: the workers were started with 0.8 and cannot change it",
         "temperature 0.5: the workers were started with 0 and cannot change it",
         "seed 3: dInfer has no seed",
+        "min_p: dInfer does not support it",
+        "logit_bias: dInfer does not support it",
     ]
     assert (done.tau_mask, done.tau_edit) == (0.8, None)
     assert dinfer.serving.handle.started is not None

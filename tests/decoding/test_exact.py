@@ -19,6 +19,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -138,16 +140,33 @@ def decode(
     return sequences
 
 
-def generated(base: PreTrainedModel, prompt: list[int], n: int) -> list[int]:
+def generated(base: PreTrainedModel, prompt: list[int], n: int, *processors: LogitsProcessor) -> list[int]:
     out = base.generate(
         torch.tensor([prompt]),
         max_new_tokens=n,
         do_sample=False,
+        logits_processor=LogitsProcessorList(processors),
         suppress_tokens=[MASK],
         eos_token_id=EOS,
         pad_token_id=EOS,
     )
     return out[0, len(prompt) :].tolist()
+
+
+class Penalties(LogitsProcessor):
+    """OpenAI's penalties and bias, counted token by token in the completion."""
+
+    def __init__(self, n_prompt: int, presence: float, frequency: float, bias: dict[int, float]) -> None:
+        self.n_prompt, self.presence, self.frequency, self.bias = n_prompt, presence, frequency, bias
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        for token, bias in self.bias.items():
+            scores[0, token] += bias
+        new = input_ids[0, self.n_prompt :].tolist()
+        for token in set(new):
+            scores[0, token] -= self.presence + self.frequency * new.count(token)
+        return scores
 
 
 def random_prompt(rng: random.Random) -> list[int]:
@@ -177,6 +196,49 @@ def test_greedy_ids_are_those_of_the_base(family: str):
     assert accepted > 100
 
 
+def test_penalties_and_bias_give_the_bases_ids_whatever_is_drafted():
+    changed = 0
+    for seed in range(12):
+        rng, k = random.Random(seed), 1 + seed % 4
+        lm, base = gated(list(FAMILIES)[seed % len(FAMILIES)], seed, k)
+        prompt = random_prompt(rng)
+        presence, frequency = rng.choice([0.0, 0.6, -0.4]), rng.choice([0.3, -0.2, 2.0])
+        bias = {rng.randrange(MASK): rng.choice([0.5, -100.0]) for _ in range(3)}
+        truth = generated(base, prompt, 20, Penalties(len(prompt), presence, frequency, bias))
+        changed += truth != generated(base, prompt, 20)
+        asked = {"presence_penalty": presence, "frequency_penalty": frequency}
+        asked |= {"logit_bias": {str(token): value for token, value in bias.items()}}
+        oracle = Oracle(prompt + truth, k, rng.random(), seed)
+        for drafter in (oracle, GroupDrafter(lm, [0.5] * k)):
+            (sequence,) = decode(lm, [prompt], [drafter], rows=rng.randint(1, 20), lookup=2, **asked)
+            assert sequence.stream.token_ids == truth, seed
+    assert changed > 6
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_the_base():
+    """Also those of accepted drafts: log softmax of the whole text's logits, whatever temperature and penalties chose."""
+    for seed in range(6):
+        lm, base = gated("llama", seed, 3)
+        prompt = random_prompt(random.Random(seed))
+        asked = (
+            {"temperature": 0.9, "seed": seed, "presence_penalty": 0.5, "logprobs": 4} if seed % 2 else {"logprobs": 0}
+        )
+        (plain,) = decode(lm, [prompt], [None], rows=1, **asked)
+        truth = plain.stream.token_ids
+        (sequence,) = decode(lm, [prompt], [Oracle(prompt + truth, 3, 0.7, seed)], rows=12, **asked)
+        assert sequence.stream.token_ids == truth
+        logits = base(torch.tensor([prompt + truth])).logits[0, len(prompt) - 1 : -1]
+        logits[:, MASK] = -torch.inf
+        logp = logits.log_softmax(-1)
+        assert sequence.logprobs is not None
+        assert [item.token for item in sequence.logprobs] == truth
+        for row, item in zip(logp, sequence.logprobs, strict=True):
+            assert item.logprob == pytest.approx(float(row[item.token]), abs=1e-4)
+            best = row.topk(asked["logprobs"])
+            assert [value for _, value in item.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
 def test_a_skilled_draft_saves_passes():
     lm, base = gated("llama", 3, 4)
     prompt = [1, 2, 3, 4, 5]
@@ -189,7 +251,10 @@ def test_a_skilled_draft_saves_passes():
 
 def test_sampled_text_does_not_depend_on_the_drafts_and_repeats_with_its_seed():
     lm, _ = gated("qwen3", 5, 3)
-    prompt, sampling = [7, 8, 9], {"temperature": 0.8, "seed": 11, "top_p": 0.9}
+    prompt, sampling = (
+        [7, 8, 9],
+        {"temperature": 0.8, "seed": 11, "top_p": 0.9, "min_p": 0.02, "frequency_penalty": 0.4},
+    )
     (plain,) = decode(lm, [prompt], [None], rows=1, **sampling)
     truth = plain.stream.token_ids
     for skill in (0.0, 0.5, 1.0):

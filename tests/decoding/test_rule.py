@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from hildanext.config import DecodeConfig, changed_settings, parse_config
 from hildanext.config.decoding import BROUGHT_BY_MODE
-from hildanext.decoding.rule import edit_step, keep_likely, propose
+from hildanext.decoding.rule import counts_before, decodable_scores, edit_step, keep_likely, propose
 from hildanext.decoding.settings import Preset, Settings, check_request, read_presets, resolve
 from hildanext.errors import ConfigError, ModelError, UsageError
 
@@ -115,16 +115,19 @@ def test_the_same_noise_draws_the_same_token_and_no_temperature_is_the_argmax():
     scores=st.lists(st.integers(-30, 30), min_size=2, max_size=8),
     top_k=st.none() | st.integers(1, 9),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.03, 0.4, 1.0]),
 )
 @settings(max_examples=200, deadline=None)
-def test_top_k_and_top_p_are_those_of_transformers(scores, top_k, top_p):
+def test_the_filters_are_those_of_transformers(scores, top_k, top_p, min_p):
     row = torch.tensor([scores]).float() / 7
     expected = row.clone()
+    if min_p > 0:
+        expected = MinPLogitsWarper(min_p)(None, expected)
     if top_k is not None:
         expected = TopKLogitsWarper(min(top_k, len(scores)))(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    kept = keep_likely(row, top_k, top_p).isfinite()[0]
+    kept = keep_likely(row, make(top_k=top_k, top_p=top_p, min_p=min_p)).isfinite()[0]
     # Ties at the border may fall either way: the same number of tokens, with the same scores.
     assert sorted(row[0, kept].tolist()) == sorted(row[0, expected.isfinite()[0]].tolist())
 
@@ -140,31 +143,59 @@ def test_the_repetition_penalty_is_that_of_transformers():
     assert confidence.item() == pytest.approx(expected.softmax(-1).max().item())
 
 
+@given(
+    logits=st.lists(st.integers(-40, 40), min_size=6, max_size=6),
+    text=st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    presence=st.sampled_from([-2.0, 0.0, 0.5]),
+    frequency=st.sampled_from([-0.5, 0.0, 2.0]),
+    bias=st.dictionaries(st.integers(0, 4), st.sampled_from([-100.0, -1.5, 2.0, 100.0])),
+    start=st.integers(0, 9),
+)
+@settings(max_examples=200, deadline=None)
+def test_scores_are_openais_formula(logits, text, presence, frequency, bias, start):
+    """mu[j] -> mu[j] + bias[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, at every position of a text."""
+    changes = {"presence_penalty": presence, "frequency_penalty": frequency, "logit_bias": tuple(bias.items())}
+    positions = list(range(len(text) + 1))
+    rows = torch.tensor([logits]).float().div(8).expand(len(positions), 6)
+    counts = counts_before(text, start, positions, 6)
+    found = decodable_scores(rows, 5, 6, make(**changes), counts=counts)
+    for position in positions:
+        new = text[start:position]
+        for j in range(5):
+            expected = logits[j] / 8 + bias.get(j, 0.0) - new.count(j) * frequency - (presence if j in new else 0.0)
+            assert found[position, j].item() == pytest.approx(expected, abs=1e-5)
+    assert (found[:, 5] == -torch.inf).all()  # no bias makes the mask token possible
+
+
 LARGEST = torch.finfo(torch.float32).max
 EXTREME = [0.0, 1.0, -1.0, 30.0, -30.0, 65504.0, 1e-40, LARGEST, -LARGEST, LARGEST / 2, -torch.inf]
 
 
 @st.composite
 def any_request(draw):
-    """(logits [1, 6], settings, noise, seen) of anything a request may ask for; 5 is the mask token."""
+    """(logits [1, 6], settings, noise, seen and counts) of anything a request may ask for; 5 is the mask token."""
     logits = torch.tensor([draw(st.lists(st.sampled_from(EXTREME), min_size=6, max_size=6))])
     decode = DecodeConfig(
         temperature=draw(st.sampled_from([0.0, 1e-40, 1e-5, 0.7, 2.0])),
         top_k=draw(st.none() | st.integers(1, 7)),
         top_p=draw(st.sampled_from([1e-40, 0.5, 1.0])),
         repetition_penalty=draw(st.sampled_from([0.1, 1.0, 1.2, 2.0])),
+        presence_penalty=draw(st.sampled_from([-2.0, 0.0, 2.0])),
+        min_p=draw(st.sampled_from([0.0, 0.2, 1.0])),
+        logit_bias=draw(st.sampled_from([{}, {"5": 100.0}, {"0": -100.0, "5": 1.0}])),
     )
     wanted, bits = resolve(decode, 4), draw(st.integers(0, 63))
     noise = gumbel(1, 6, bits) if wanted.temperature else None
     seen = torch.tensor([[bool(bits >> i & 1) for i in range(6)]])
-    return logits, wanted, noise, seen if wanted.repetition_penalty != 1 else None
+    counts = torch.tensor([[float(bits * (i + 1) % 4) for i in range(6)]]) if wanted.counts_tokens else None
+    return logits, wanted, noise, {"seen": seen if wanted.repetition_penalty != 1 else None, "counts": counts}
 
 
 @given(any_request())
 @settings(max_examples=200, deadline=None)
 def test_no_request_makes_the_mask_token_possible(made):
-    logits, wanted, noise, seen = made
-    ids, confidence = propose(logits, mask_token_id=5, vocab_size=6, settings=wanted, noise=noise, seen=seen)
+    logits, wanted, noise, before = made
+    ids, confidence = propose(logits, mask_token_id=5, vocab_size=6, settings=wanted, noise=noise, **before)
     possible = logits[:, :5].isfinite().any(-1)
     assert (ids[possible] != 5).all()
     assert logits.gather(1, ids[:, None])[possible, 0].isfinite().all()  # nor what the model excludes
@@ -175,9 +206,9 @@ def test_no_request_makes_the_mask_token_possible(made):
 @given(any_request(), st.sampled_from([torch.nan, torch.inf]), st.integers(0, 4))
 @settings(max_examples=50, deadline=None)
 def test_damaged_logits_have_no_confidence(made, damage, where):
-    logits, wanted, noise, seen = made
+    logits, wanted, noise, before = made
     logits[0, where] = damage
-    _, confidence = propose(logits, mask_token_id=5, vocab_size=6, settings=wanted, noise=noise, seen=seen)
+    _, confidence = propose(logits, mask_token_id=5, vocab_size=6, settings=wanted, noise=noise, **before)
     assert confidence[0].isnan()
 
 
@@ -257,6 +288,13 @@ def test_impossible_settings_name_their_key(subtests: pytest.Subtests):
         {"repetition_penalty": 1e-40},
         {"repetition_penalty": 2.1},
         {"edit_blocks": -1},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"min_p": 1.1},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"one": 1}},
+        {"logprobs": 21},
         {"seed": 2**63},
         {"stop": [""]},
     ]:

@@ -45,6 +45,11 @@ def some_settings(rng):
         top_p=rng.choice([1.0, 0.8]),
         repetition_penalty=rng.choice([1.0, 1.0, 1.5]),
         edit_blocks=rng.choice([0, 0, 1, 2]),
+        presence_penalty=rng.choice([0.0, 0.0, 1.5]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.7, -1.0]),
+        min_p=rng.choice([0.0, 0.3]),
+        logit_bias=rng.choice([(), (), ((40, 3.0), (7, -100.0))]),
+        logprobs=rng.choice([None, 0, 3]),
     )
 
 
@@ -62,7 +67,7 @@ def test_the_cache_changes_nothing(lm, tau_edit, behind):
         wanted = make(tau_edit=tau_edit, edit_blocks=behind, max_new_tokens=16 - length % 4, max_post_steps=3)
         prompt = [rng.randrange(4, 299) for _ in range(length)]
         done = engine.generate(Request(prompt, wanted))
-        tokens, passes = reference(lm, prompt, wanted, EOS)
+        tokens, passes, _ = reference(lm, prompt, wanted, EOS)
         assert done.token_ids == tokens
         if EOS not in tokens:
             assert done.stats.forwards == passes
@@ -78,7 +83,18 @@ def test_anything_a_request_may_ask_for_equals_the_slow_way(lm):
     engine = open_engine(lm)
     requests = [Request(some_prompt(rng), some_settings(rng)) for _ in range(60)]
     for request, done in zip(requests, engine.generate_batch(requests), strict=True):
-        assert done.token_ids == reference(lm, request.prompt_ids, request.settings, EOS)[0], request
+        tokens, _, logps = reference(lm, request.prompt_ids, request.settings, EOS)
+        assert done.token_ids == tokens, request
+        if request.settings.logprobs is None:
+            assert done.logprobs is None
+            continue
+        assert done.logprobs is not None
+        for token, logp, found in zip(tokens, logps, done.logprobs, strict=True):
+            assert found.token == token
+            assert found.logprob == pytest.approx(float(logp[token]), abs=1e-4)
+            best = logp.topk(request.settings.logprobs)
+            assert [token for token, _ in found.top] == best.indices.tolist()
+            assert [value for _, value in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("convention", ["in_place", "shifted"])

@@ -102,10 +102,12 @@ def test_every_setting_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     config = dummy({"max_post_steps": 5, "block_size": 16})
     body = {"prompt": "x", "mode": "S_MODE", "tau_mask": 0.25, "tau_edit": 0.75}
     body |= {"max_new_tokens": 9, "temperature": 0.5, "seed": 7}
-    body |= {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25, "stop": ["end"]}
+    body |= {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25, "stop": ["end"], "min_p": 0.125}
+    body |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"7": 2}, "logprobs": 4}
     with serving.client(config) as client:
         client.post("/generate", json=body)
-    assert seen[-1].settings == ("S_MODE", 0.25, 0.75, 16, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",), None, 8, None)
+    before = ("S_MODE", 0.25, 0.75, 16, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",), None, 8, None)
+    assert seen[-1].settings == (*before, 0.5, -0.5, 0.125, ((7, 2.0),), 4)
 
 
 def test_bad_bodies_get_422_and_one_line(client: TestClient, subtests: pytest.Subtests) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hildanext.errors import ConfigError
 from hildanext.server import keys as server_keys
 from hildanext.server.keys import is_authorized, is_loopback, is_own_page, read_keys
 from support import serving
@@ -52,6 +53,37 @@ def test_keys(key_file: str, subtests: pytest.Subtests) -> None:
                 # Probes carry no key, and learn nothing but whether it runs.
                 assert client.get("/health/live").json() == {"status": "live"}
                 assert client.get("/health/ready").json() == {"status": "ready"}
+
+
+def test_pages_of_listed_origins_may_ask() -> None:
+    page, other = {"Origin": "http://localhost:3000"}, {"Origin": "http://evil.example"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    for keys, sent in (([], {}), ([b"right"], {"Authorization": "Bearer right"})):
+        with serving.client(dummy(cors_origins=["http://localhost:3000"]), keys=keys) as client:
+            asked = client.options("/v1/models", headers=page | asks)  # without a key, as browsers do
+            assert (asked.status_code, asked.headers["Access-Control-Allow-Origin"]) == (200, page["Origin"])
+            assert client.options("/v1/models", headers=other | asks).status_code == 400
+            answer = client.post("/generate", json={"prompt": "x"}, headers=page | sent)
+            assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, page["Origin"])
+            answer = client.post("/generate", json={"prompt": "x"}, headers=other | sent)
+            # With a key any program may ask; a page of another origin cannot read the answer.
+            assert answer.status_code == (200 if keys else 403)
+            assert "Access-Control-Allow-Origin" not in answer.headers
+            assert client.post(
+                "/generate", json={"prompt": "x"}, headers=page | {"Host": "evil.example"}
+            ).status_code == (401 if keys else 403)
+    with serving.client(dummy()) as client:
+        assert client.options("/v1/models", headers=page | asks).status_code == 403
+
+
+def test_every_origin_needs_keys_and_an_origin_is_no_path() -> None:
+    server = dummy(cors_origins=["*"]).server
+    assert read_keys(server, {"HILDANEXT_API_KEYS": "one"}) == [b"one"]
+    with pytest.raises(ConfigError, match=r"'server.cors_origins': '\*' lets every web page use this server"):
+        read_keys(server, {})
+    for origin in ("localhost", "http://a/b", "file:///x", ""):
+        with pytest.raises(ConfigError, match="cors_origins"):
+            dummy(cors_origins=[origin])
 
 
 def test_keys_of_the_environment_count_too(key_file: str) -> None:

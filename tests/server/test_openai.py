@@ -154,14 +154,31 @@ def test_bad_requests(client: openai.OpenAI) -> None:
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
         ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty", "greater than or equal to 0.1"),
-        ({"n": 2}, "n", "Input should be 1"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "less than or equal to 0"),
+        ({"n": 9}, "n", "9 is above the 8 answers decoded side by side (engine.slots); lower it"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": -2.5}, "presence_penalty", "greater than or equal to -2"),
+        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ({"logprobs": 1, "echo": True}, "echo", "remove 'echo' or 'logprobs'"),
+        ({"best_of": 2}, "best_of", "should be 1"),
+        ({"suffix": "after"}, "suffix", "Extra inputs are not permitted; remove the field"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "the vocabulary has no token 99999; use ids from 0 to"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+        ({"prompt": [99999]}, "prompt", "the vocabulary has no token 99999; use ids from 0 to"),
+        ({"prompt": [1, "a"]}, "prompt.0", "should be a valid"),
+        ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format", "only the type 'text'"),
+        ({"extra_body": {"min_p": 1.5}}, "min_p", "less than or equal to 1"),
         ({"extra_body": {"tau_mask": 2}}, "tau_mask", "less than or equal to 1"),
         ({"extra_body": {"tau_mark": 0.5}}, "tau_mark", "Extra inputs are not permitted"),
-        ({"prompt": ["a", "b"], "stream": True}, None, "a stream takes exactly one prompt"),
         ({"prompt": ""}, None, "the prompt is empty"),
-        ({"max_tokens": 1000}, None, "exceed the model's context of 64"),
+        ({"max_tokens": 1000}, None, "this model's maximum context length is exceeded"),
+        (
+            {"max_tokens": 1000},
+            None,
+            "max_tokens (1000), rounded up to whole blocks 1004, exceed the model's context of 64",
+        ),
         ({"max_tokens": 1000, "stream": True}, None, "exceed the model's context of 64"),
+        ({"prompt": "a " * 70}, None, "exceed the model's context of 64"),
     ]:
         # No subtests: their capture would close the stderr that the server's thread logs to.
         with pytest.raises(openai.BadRequestError) as caught:
@@ -225,11 +242,30 @@ def test_one_of_several_prompts_that_fails_takes_the_others_along(monkeypatch: p
             return submit(request)
 
         monkeypatch.setattr(engine, "submit", fail)
-        with pytest.raises(openai.BadRequestError, match="not this one"):
-            asking(url).completions.create(model=MODEL, prompt=["good", "bad", "good"], max_tokens=10**9)
+        names = lambda: {getattr(task.get_coro(), "__name__", "") for task in asyncio.all_tasks(worker.loop)}  # noqa: E731
+        for stream in (False, True):
+            # In a stream that the others have begun, the error is an event.
+            with pytest.raises(openai.APIError, match="not this one"):
+                list(
+                    asking(url).completions.create(
+                        model=MODEL, prompt=["good", "bad", "good"], max_tokens=10**9, stream=stream
+                    )
+                )
+            until(worker, lambda: not worker.accepted)
+            until(worker, lambda: "completed" not in names())
+            until(worker, lambda: not engine.waiting)
+
+
+def test_a_client_that_leaves_a_stream_of_several_answers_frees_their_places() -> None:
+    with stepping() as (url, worker, engine):
+        stream = asking(url).completions.create(model=MODEL, prompt=["a", "b"], max_tokens=10**9, stream=True)
+        indices = set()
+        for chunk in stream:
+            indices.add(chunk.choices[0].index)
+            if indices == {0, 1}:
+                break
+        stream.close()
         until(worker, lambda: not worker.accepted)
-        names = lambda: {task.get_coro().__name__ for task in asyncio.all_tasks(worker.loop)}  # noqa: E731
-        until(worker, lambda: "completed" not in names())
         until(worker, lambda: not engine.waiting)
 
 

@@ -27,6 +27,14 @@ Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 TopK = Annotated[int, Field(ge=1)]
 TopP = Annotated[float, Field(gt=0.0, le=1.0)]
 RepetitionPenalty = Annotated[float, Field(ge=0.1, le=2.0)]
+# As in OpenAI's API and vLLM's.
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+MinP = Annotated[float, Field(ge=0.0, le=1.0)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # JSON's keys are strings
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+LogitBias = Annotated[dict[TokenId, Bias], Field(max_length=1024, json_schema_extra={"additionalProperties": False})]
+MOST_LOGPROBS = 20
+Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -97,6 +105,31 @@ class DecodeConfig(Section):
         1.0,
         description="Values above 1, at most 2, make tokens that occur earlier in the text less likely; values below "
         "1, at least 0.1, make them more likely. 1 disables the penalty.",
+    )
+    presence_penalty: Penalty = Field(
+        0.0,
+        description="Subtracted from the logit of every token that occurs earlier in the completion, -2 to 2. 0 "
+        "disables it.",
+    )
+    frequency_penalty: Penalty = Field(
+        0.0,
+        description="Subtracted from a token's logit once for each time that it occurs earlier in the completion, -2 to "
+        "2. 0 disables it.",
+    )
+    min_p: MinP = Field(
+        0.0,
+        description="Sample only from tokens whose probability is at least this share of the most likely token's. 0 "
+        "disables it.",
+    )
+    logit_bias: LogitBias = Field(
+        default_factory=dict,
+        description="Token ids and what is added to their logits, -100 to 100. -100 excludes a token in effect, 100 "
+        "forces it.",
+    )
+    logprobs: Logprobs | None = Field(
+        None,
+        description="Report the log-probability of every token of a completion, and of this many most likely tokens at "
+        "its position, at most 20. null reports none.",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,

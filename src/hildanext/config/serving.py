@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -26,6 +26,17 @@ class ServerConfig(Section):
     )
     max_prompt_chars: int = Field(
         100_000, ge=1, description="Maximum length of a prompt in characters. Longer prompts are refused."
+    )
+    max_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum length of an answer in tokens. A request that asks for more is refused; one of OpenAI's API "
+        "that gives no length gets this, or what is left of the context. null: the context only.",
+    )
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = Field(
+        default_factory=list,
+        description="Origins of web pages that may call the server from a browser, for example 'http://localhost:3000'. "
+        "'*' allows every page and requires API keys. By default only the server's own page may.",
     )
     queue: int = Field(
         64,

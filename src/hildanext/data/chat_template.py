@@ -70,8 +70,10 @@ class ChatTemplate:
             self.mark = f"{int.from_bytes(digest, 'big'):020d}"
             self.messages, self.tools = _marked([self.messages, tools], pattern, self.mark)
 
-    def render(self, until: int | None = None, prompt: bool = False) -> Rendered:
+    def render(self, until: int | None = None, prompt: bool = False, continues: bool = False) -> Rendered:
         """Render the first `until` messages, all by default; with `prompt`, followed by the generation prompt.
+
+        continues: end the text with the last message's content, so that it can be continued.
 
         Raises DataError when the template refuses the messages, whatever it raises, and when the tokenizer has several
         templates without a default.
@@ -84,7 +86,12 @@ class ChatTemplate:
         options: dict[str, Any] = {"chat_template": template, "tools": self.tools, "tokenize": False}
         try:
             marked = str(
-                self.tokenizer.apply_chat_template(self.messages[:until], add_generation_prompt=prompt, **options)
+                self.tokenizer.apply_chat_template(
+                    self.messages[:until],
+                    add_generation_prompt=prompt,
+                    continue_final_message=continues,
+                    **options,
+                )
             )
         except (jinja2.TemplateError, *FAILURES) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -55,7 +55,7 @@ class GroupDrafter:
             if noise is None:
                 best = int(ranked.argmax())
             else:
-                warm = keep_likely(ranked[None] / max(settings.temperature, COLDEST), settings.top_k, settings.top_p)[0]
+                warm = keep_likely(ranked[None] / max(settings.temperature, COLDEST), settings)[0]
                 best = int((warm + noise[row, ids[row]]).argmax())
             before = int(ids[row, best])
             tokens.append(before)

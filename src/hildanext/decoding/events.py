@@ -23,12 +23,24 @@ class Step(NamedTuple):
     start: int
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, in the pass that fixed it."""
+
+    token: int
+    logprob: float  # natural logarithm of its probability at temperature 1
+    top: list[
+        tuple[int, float]
+    ]  # (token, log-probability) of the likeliest tokens at its position, the likeliest first
+
+
 class Finished(NamedTuple):
     """A block became final."""
 
     block: int
     new_tokens: list[int]  # the tokens that it adds to the completion
     text: str  # the text that became certain with it
+    logprobs: list[TokenLogprob] | None = None  # of `new_tokens`, where the request asks for them
 
 
 @dataclass(frozen=True)

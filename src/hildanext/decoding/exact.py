@@ -19,10 +19,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hildanext.decoding.events import Finished, Stats, Step
+from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
 from hildanext.decoding.lookup import Lookup
 from hildanext.decoding.plan import Plan, plan_rows
-from hildanext.decoding.rule import choose, decodable_scores, gumbel_noise, tokens_before, verify_step
+from hildanext.decoding.rule import (
+    choose,
+    counts_before,
+    decodable_scores,
+    gumbel_noise,
+    token_logprobs,
+    tokens_before,
+    verify_step,
+)
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.sequence import CachedText, Span, Vocabulary
 from hildanext.decoding.settings import Settings
@@ -83,6 +91,7 @@ class ExactSequence:
         self.stream = TextStream(decode_tokens, settings.stop)
         self.finish_reason: str | None = None
         self.noise: dict[int, Tensor] = {}  # Gumbel noise by position
+        self.fixed: list[TokenLogprob] = []  # of the completion, if the request asks for log-probabilities
         self.forwards = self.prefill_forwards = self.rows = 0
         k = len(drafter.fresh) if drafter else 0
         self.tried, self.right = [0] * (k + 1), [0] * (k + 1)  # drafts verified after right ones, by offset; 0: lookup
@@ -167,7 +176,7 @@ class ExactSequence:
         n_drafts = self.plan.n_drafts
         self.forwards += 1
         self.rows += len(span.tokens)
-        tried = self.pending[:n_drafts]
+        settings, tried = self.settings, self.pending[:n_drafts]
         end = len(self.tokens)
         choices, ratios = self._choices(logits[: n_drafts + 1], [draft.token for draft in tried])
         run = verify_step([draft.token for draft in tried], choices, ratios, self.tau_accept)
@@ -177,6 +186,8 @@ class ExactSequence:
         self.num_cached_tokens = end + run
         new = [draft.token for draft in tried[:run]] + [choices[run]]
         kept = self._append(new)
+        if settings.logprobs is not None:
+            self.fixed += self._logprobs(logits[:kept], new[:kept], settings.logprobs)
         corrects = run < n_drafts and kept == run + 1
         chances: list[float | None] = [*(draft.chance for draft in tried[:run]), None][:kept]
         drafted, edited = list(range(min(run, kept))), [run] if corrects else []
@@ -189,10 +200,14 @@ class ExactSequence:
         """The base's choice at each clean row, and p(draft) / max p of each draft at the row before it."""
         settings, vocabulary, end = self.settings, self.vocabulary, len(self.tokens)
         positions = range(end, end + len(logits))
-        noise, seen = self._noise(positions), None
+        noise, seen, counts, text = self._noise(positions), None, None, self.tokens + drafts
         if settings.repetition_penalty != 1.0:
-            seen = tokens_before(self.tokens + drafts, positions, vocabulary.size).to(logits.device)
-        scores = decodable_scores(logits, vocabulary.mask_token_id, vocabulary.size, settings, seen, vocabulary.holes)
+            seen = tokens_before(text, positions, vocabulary.size).to(logits.device)
+        if settings.counts_tokens:
+            counts = counts_before(text, self.n_prompt, positions, vocabulary.size).to(logits.device)
+        scores = decodable_scores(
+            logits, vocabulary.mask_token_id, vocabulary.size, settings, seen, vocabulary.holes, counts
+        )
         ids, best = choose(scores, settings, None if noise is None else noise.to(logits.device))
         if not bool(best.isfinite().all()):
             raise NonFiniteLogitsError(f"decoding, position {end}")
@@ -201,6 +216,15 @@ class ExactSequence:
             at = scores[: len(drafts)].gather(1, torch.tensor(drafts, device=scores.device)[:, None])[:, 0]
             ratios = (at - best[: len(drafts)]).exp().tolist()
         return ids.tolist(), ratios
+
+    def _logprobs(self, logits: Tensor, new: list[int], n_top: int) -> list[TokenLogprob]:
+        mask_token_id, size, holes = self.vocabulary.mask_token_id, self.vocabulary.size, self.vocabulary.holes
+        return token_logprobs(logits, new, n_top, mask_token_id=mask_token_id, vocab_size=size, holes=holes)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Of the completion's tokens so far; None if the request asks for none."""
+        return None if self.settings.logprobs is None else self.fixed[: len(self.stream.token_ids)]
 
     def _noise(self, positions: range) -> Tensor | None:
         """Gumbel noise [n, V] of text positions, None if greedy. Seeded by (seed, position)."""
@@ -261,7 +285,8 @@ class ExactSequence:
             self.finish_reason = "stop"
         if self.finish_reason:
             self.seconds = time.perf_counter() - self.began
-        return [Finished(self.forwards - 1, self.stream.token_ids[before:], text)]
+        logprobs = None if self.logprobs is None else self.logprobs[before:]
+        return [Finished(self.forwards - 1, self.stream.token_ids[before:], text, logprobs)]
 
     def stats(self) -> Stats:
         """The cost of a completion that ended."""

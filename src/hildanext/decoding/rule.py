@@ -14,12 +14,14 @@ All engines and evaluations share this rule. `sequence.py` decides which positio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hildanext.decoding.events import TokenLogprob
 from hildanext.decoding.settings import Settings
 
 COLDEST = 1e-5  # vLLM's limit: a lower temperature samples as this one, which takes the most likely token
@@ -85,6 +87,7 @@ def propose(
     settings: Settings | None = None,
     noise: Tensor | None = None,
     seen: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i of n positions: logits [n, V] of any float dtype -> ids [n] int64, confidence [n] float32.
 
@@ -92,13 +95,12 @@ def propose(
     never proposed, whatever the settings. Without `noise` the proposal is greedy. With finite `noise` [n, vocab_size], Gumbel noise, v_i =
     argmax(log p_i / T + noise_i), which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in
     every pass keeps a token once it is drawn. c_i is always the model's probability at temperature 1, so thresholds
-    mean the same at every T. `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al.
-    2019, section 4.1).
+    mean the same at every T. `seen` and `counts`: see `decodable_scores`.
 
     c_i is NaN if a logit is NaN or infinitely large; the v_i of such a position means nothing. Finite logits never give
     NaN.
     """
-    scores = decodable_scores(logits, mask_token_id, vocab_size, settings, seen, holes)
+    scores = decodable_scores(logits, mask_token_id, vocab_size, settings, seen, holes, counts)
     if settings is None or noise is None:
         confidence, ids = scores.softmax(-1).max(-1)
         return ids, confidence
@@ -113,17 +115,60 @@ def decodable_scores(
     settings: Settings | None = None,
     seen: Tensor | None = None,
     holes: Sequence[int] = (),
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Logits [n, V] as float32 scores [n, vocab_size]: mask token and holes at -inf, the repetition penalty on `seen`."""
+    """Logits [n, V] as float32 scores [n, vocab_size], with the mask token and the holes at -inf.
+
+    The settings change the score z of a token in this order, which is vLLM's:
+
+        z + logit_bias
+        z / repetition_penalty if z > 0, else z * repetition_penalty     where `seen` (Keskar et al. 2019, section 4.1)
+        z - frequency_penalty * c - presence_penalty * [c > 0]           c from `counts` (OpenAI's API)
+
+    seen [n, vocab_size] bool: the tokens of the text before each position, prompt included. counts [n, vocab_size]
+    float32: how often each token occurs before it in the completion. None leaves that step out.
+    """
     scores = logits[:, :vocab_size].to(torch.float32, copy=True)
     scores[:, mask_token_id : mask_token_id + 1] = -torch.inf
     if holes:
         scores[:, list(holes)] = -torch.inf
-    if settings is not None and seen is not None:
-        penalized = torch.where(scores > 0, scores / settings.repetition_penalty, scores * settings.repetition_penalty)
-        largest = torch.finfo(torch.float32).max  # a finite score stays finite
-        scores = torch.where(seen & scores.isfinite(), penalized.clamp(-largest, largest), scores)
-    return scores
+    if settings is None or not settings.changes_scores:
+        return scores
+    changed = scores
+    if settings.logit_bias:
+        changed = changed + bias_row(settings.logit_bias, vocab_size).to(scores.device)
+    if seen is not None:
+        rate = settings.repetition_penalty
+        changed = torch.where(seen, torch.where(changed > 0, changed / rate, changed * rate), changed)
+    if counts is not None:
+        changed = changed - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
+    largest = torch.finfo(torch.float32).max  # a finite score stays finite
+    return torch.where(scores.isfinite(), changed.clamp(-largest, largest), scores)
+
+
+def bias_row(logit_bias: Sequence[tuple[int, float]], vocab_size: int) -> Tensor:
+    """What is added to each token's score: [vocab_size] float32."""
+    row = torch.zeros(vocab_size)
+    for token, bias in logit_bias:
+        row[token] = bias
+    return row
+
+
+def token_logprobs(
+    logits: Tensor, ids: Sequence[int], n_top: int, *, mask_token_id: int, vocab_size: int, holes: Sequence[int] = ()
+) -> list[TokenLogprob]:
+    """log p of the tokens `ids` at n positions, and the `n_top` likeliest tokens of each. logits [n, V].
+
+    p is the model's own distribution at temperature 1, without penalties, bias and filters, as in vLLM.
+    """
+    logp = decodable_scores(logits, mask_token_id, vocab_size, holes=holes).log_softmax(-1)
+    chosen = logp.gather(1, torch.tensor(ids, device=logp.device)[:, None])[:, 0].tolist()
+    best = logp.topk(min(n_top, vocab_size), dim=-1)
+    rows = zip(ids, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenLogprob(token, value, [pair for pair in zip(tops, values, strict=True) if pair[1] > -math.inf])
+        for token, value, tops, values in rows
+    ]
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -139,6 +184,15 @@ def tokens_before(tokens: list[int], positions: Sequence[int], vocab_size: int) 
     for row, position in enumerate(positions):
         seen[row, torch.tensor(tokens[:position], dtype=torch.long)] = True
     return seen
+
+
+def counts_before(tokens: list[int], start: int, positions: Sequence[int], vocab_size: int) -> Tensor:
+    """[n, vocab_size] float32: how often each token occurs in a text from `start` to before each of n positions."""
+    counts = torch.zeros(len(positions), vocab_size)
+    for row, position in enumerate(positions):
+        found = torch.tensor(tokens[start:position], dtype=torch.long)
+        counts[row] = torch.bincount(found, minlength=vocab_size)[:vocab_size]
+    return counts
 
 
 class Choice(NamedTuple):
@@ -157,15 +211,19 @@ def choose(scores: Tensor, settings: Settings, noise: Tensor | None) -> Choice:
     if noise is None:
         return Choice(ids, best)
     relative = scores - best[:, None]  # at most 0: no temperature can overflow it upwards
-    warm = keep_likely(relative / max(settings.temperature, COLDEST), settings.top_k, settings.top_p) + noise
+    warm = keep_likely(relative / max(settings.temperature, COLDEST), settings) + noise
     return Choice(warm.masked_fill(scores == -torch.inf, -torch.inf).argmax(-1), best)
 
 
-def keep_likely(scores: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Top-k, then top-p filtering (Fan et al. 2018; Holtzman et al. 2020): -inf at excluded entries of scores [n, V].
+def keep_likely(scores: Tensor, settings: Settings) -> Tensor:
+    """Min-p, top-k, then top-p filtering: -inf at excluded entries of scores [n, V].
 
-    The best token of a row always remains.
+    Nguyen et al. 2024 (arXiv 2407.01082); Fan et al. 2018; Holtzman et al. 2020. The best token of a row always remains.
     """
+    top_k, top_p = settings.top_k, settings.top_p
+    if settings.min_p > 0.0:
+        best = scores.max(-1, keepdim=True).values
+        scores = scores.masked_fill(scores < best + math.log(settings.min_p), -torch.inf)
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1.0:

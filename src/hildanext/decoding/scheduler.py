@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.events import Finished, Step, TokenLogprob
 from hildanext.decoding.exact import ExactSequence
-from hildanext.decoding.rule import propose
+from hildanext.decoding.rule import propose, token_logprobs
 from hildanext.decoding.runtimes.protocol import GroupRows, Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span
 from hildanext.errors import ModelError
@@ -32,13 +32,20 @@ class Scheduled(NamedTuple):
     span: Span
 
 
+class Proposals(NamedTuple):
+    """What a forward proposes at the P wanted positions of a sequence; nothing for an ExactSequence."""
+
+    ids: list[int]  # v_i
+    confidence: list[float]  # c_i
+    logprobs: list[TokenLogprob] | None = None  # of the v_i, if the request asks for them
+
+
 class Output(NamedTuple):
     """The result of a forward for one sequence."""
 
     hidden: Tensor  # [W, H] hidden states of the span, padding behind it
     logits: Tensor  # [P, V] of the P wanted positions
-    ids: list[int]  # v_i of the P wanted positions; none for an ExactSequence
-    confidence: list[float]  # c_i of the P wanted positions
+    proposals: Proposals
 
 
 class Scheduler:
@@ -140,14 +147,14 @@ class Scheduler:
         parts = logits.split([len(item.span.wanted) for item in batch])
         proposals = _proposals([item for item, _ in wanting], logits)
         return [
-            Output(own, part, *proposals.get(item.slot, ([], [])))
+            Output(own, part, proposals.get(item.slot, Proposals([], [])))
             for item, own, part in zip(batch, hidden, parts, strict=True)
         ]
 
     def postprocess(self, batch: list[Scheduled], outputs: list[Output]) -> list[SequenceEvent]:
         """Apply the decode rule to each sequence. Returns its pass and the blocks that became final, or its error."""
         events: list[SequenceEvent] = []
-        for (slot, sequence, span), (hidden, logits, ids, confidence) in zip(batch, outputs, strict=True):
+        for (slot, sequence, span), (hidden, logits, proposals) in zip(batch, outputs, strict=True):
             sequence.last_step = self.steps
             if not span.wanted:
                 sequence.finish_prefill_chunk(span, hidden)
@@ -156,7 +163,9 @@ class Scheduler:
                 if isinstance(sequence, ExactSequence):
                     events += [(sequence, event) for event in sequence.finish_pass(span, logits, hidden)]
                 else:
-                    events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
+                    ids, confidence, logprobs = proposals
+                    happened = sequence.finish_pass(span, ids, confidence, hidden, logprobs)
+                    events += [(sequence, event) for event in happened]
             except ModelError as error:  # this sequence fails alone
                 sequence.finish_reason = "error"
                 sequence.preempt()  # nothing in its slot may be used again
@@ -236,26 +245,47 @@ def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, tuple[list[int], list[float]]]:
-    """v_i and c_i of the wanted positions of each sequence that edits blocks, by slot. logits: of all wanted positions."""
+def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, Proposals]:
+    """The proposals of each sequence that edits blocks, by slot. logits: of all wanted positions."""
     # Greedy rows share one call. Sampling and penalties depend on each sequence's settings and text.
     sizes = [len(item.span.wanted) for item in wanting]
     blocks = [item.sequence for item in wanting if isinstance(item.sequence, Sequence)]
-    found = {}
+    parts = logits.split(sizes)
+    found: dict[int, Proposals] = {}
     if len(blocks) == len(wanting) and blocks and all(sequence.is_greedy for sequence in blocks):
         ids, confidence = _propose(logits, blocks[0], wanting[0].span.wanted)
-        pairs = zip(ids.split(sizes), confidence.split(sizes), strict=True)
-        return {item.slot: (v.tolist(), c.tolist()) for item, (v, c) in zip(wanting, pairs, strict=True)}
-    for item, part in zip(wanting, logits.split(sizes), strict=True):
-        if isinstance(item.sequence, Sequence):
-            ids, confidence = _propose(part, item.sequence, item.span.wanted)
-            found[item.slot] = ids.tolist(), confidence.tolist()
+        proposed = dict(enumerate(zip(ids.split(sizes), confidence.split(sizes), strict=True)))
+    else:
+        proposed = {
+            index: _propose(part, item.sequence, item.span.wanted)
+            for index, (item, part) in enumerate(zip(wanting, parts, strict=True))
+            if isinstance(item.sequence, Sequence)
+        }
+    for index, (v, c) in proposed.items():
+        item, ids_of = wanting[index], v.tolist()
+        found[item.slot] = Proposals(ids_of, c.tolist(), _logprobs(parts[index], ids_of, item.sequence))
     return found
+
+
+def _logprobs(logits: Tensor, ids: list[int], sequence: AnySequence) -> list[TokenLogprob] | None:
+    """Of the proposals `ids`, if the request asks for them. logits: of the sequence's wanted positions."""
+    if sequence.settings.logprobs is None:
+        return None
+    vocabulary = sequence.vocabulary
+    return token_logprobs(
+        logits,
+        ids,
+        sequence.settings.logprobs,
+        mask_token_id=vocabulary.mask_token_id,
+        vocab_size=vocabulary.size,
+        holes=vocabulary.holes,
+    )
 
 
 def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Tensor, Tensor]:
     """Proposals with the settings of a sequence. If it is greedy, `logits` may have rows of other greedy sequences."""
     noise, seen = sequence.gumbel_noise(wanted), sequence.penalized_tokens(wanted)
+    counts = sequence.completion_counts(wanted)
     return propose(
         logits,
         mask_token_id=sequence.vocabulary.mask_token_id,
@@ -264,6 +294,7 @@ def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Ten
         settings=None if sequence.is_greedy else sequence.settings,
         noise=None if noise is None else noise.to(logits.device),
         seen=None if seen is None else seen.to(logits.device),
+        counts=None if counts is None else counts.to(logits.device),
     )
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hildanext.decoding.events import Finished, Stats, Step
-from hildanext.decoding.rule import edit_step, gumbel_noise, tokens_before
+from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
+from hildanext.decoding.rule import counts_before, edit_step, gumbel_noise, tokens_before
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings, most_passes
 from hildanext.diffusion.noise import sample_generator
@@ -80,6 +80,7 @@ class Sequence:
         self.finish_reason: str | None = None  # "stop", "length" or "error"
         self.passes = self.post_steps = 0  # passes over the current block; those that began without masks
         self.noise: dict[int, Tensor] = {}  # Gumbel noise of each block in the window
+        self.fixed: dict[int, TokenLogprob] = {}  # by position, if the request asks for log-probabilities
         self.prefix_tokens = 0  # positions that were cached by an earlier sequence
         self.forwards = self.prefill_forwards = self.drafts = self.edits = 0
         self.mask_ratio: list[float] = []
@@ -160,8 +161,8 @@ class Sequence:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether proposals depend on the logits alone: no temperature and no repetition penalty."""
-        return self.settings.temperature == 0 and self.settings.repetition_penalty == 1.0
+        """Whether proposals depend on the logits alone: no temperature, no penalty and no bias."""
+        return self.settings.temperature == 0 and not self.settings.changes_scores
 
     def predictors(self, span: Span) -> list[int]:
         """The rows of a span whose hidden states predict the wanted positions; -1 is the last cached position's."""
@@ -184,6 +185,12 @@ class Sequence:
             return None
         return tokens_before(self.tokens, wanted, self.vocabulary.size)
 
+    def completion_counts(self, wanted: list[int]) -> Tensor | None:
+        """[P, V]: how often tokens occur in the completion before each wanted position; None if no penalty needs it."""
+        if not self.settings.counts_tokens:
+            return None
+        return counts_before(self.tokens, self.n_prompt, wanted, self.vocabulary.size)
+
     def finish_prefill_chunk(self, span: Span, hidden: Tensor) -> None:
         """Account for a forward without wanted positions. hidden [n, H]: the hidden states of the span."""
         self.prefill_forwards += 1
@@ -195,10 +202,18 @@ class Sequence:
             # Cloned because the runtime may reuse its buffer.
             self.last_hidden = hidden[end - 1 - span.start].clone() if self.vocabulary.shifted else None
 
-    def finish_pass(self, span: Span, ids: list[int], confidence: list[float], hidden: Tensor) -> list[Step | Finished]:
+    def finish_pass(
+        self,
+        span: Span,
+        ids: list[int],
+        confidence: list[float],
+        hidden: Tensor,
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> list[Step | Finished]:
         """Apply the decode rule to the proposals of a forward. Returns the pass and the blocks that became final.
 
-        ids, confidence: v_i and c_i of the P positions `span.wanted`; hidden [n, H]: the hidden states of the span.
+        ids, confidence: v_i and c_i of the P positions `span.wanted`; hidden [n, H]: the hidden states of the span;
+        logprobs: log p of the v_i, if the request asks for them.
         Raises NonFiniteLogitsError for a NaN confidence, ModelError if the block does not end within `most_passes`.
         """
         if math.isnan(sum(confidence)):
@@ -223,6 +238,9 @@ class Sequence:
             settled=0 if self.vocabulary.shifted else None,
         )
         self.tokens[window:] = after
+        if logprobs is not None:
+            of = dict(zip(span.wanted, logprobs, strict=True))
+            self.fixed |= {window + i: of[window + i] for i in (*drafted, *edited)}
         ratio = before.count(mask_id) / settings.block_size
         step = Step(self.block, self.passes, after, drafted, edited, shown, ratio, window)
         self.passes += 1
@@ -286,13 +304,21 @@ class Sequence:
             self.emitted += len(new)
             n_before = len(self.stream.token_ids)
             text = self.stream.push(new, last=self.finish_reason is not None and self.emitted == final)
-            events.append(Finished(block, self.stream.token_ids[n_before:], text))
+            logprobs = None if self.logprobs is None else self.logprobs[n_before:]
+            events.append(Finished(block, self.stream.token_ids[n_before:], text, logprobs))
             self.noise.pop(block, None)
         if self.stream.stopped:
             self.finish_reason = "stop"
         if self.finish_reason:
             self.seconds = time.perf_counter() - self.began
         return events
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Of the completion's tokens so far, each from the pass that fixed it; None if the request asks for none."""
+        if self.settings.logprobs is None:
+            return None
+        return [self.fixed[self.n_prompt + i] for i in range(len(self.stream.token_ids))]
 
     def stats(self) -> Stats:
         """The cost of a completion that ended."""

@@ -78,11 +78,26 @@ class Settings(NamedTuple):
     tau_accept: float | None = None  # see Preset
     rows: int = 8
     lookup: int | None = None  # shortest n-gram whose earlier continuation is a draft; None: none
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    logprobs: int | None = None  # most likely tokens to report beside each token's log-probability; None: no report
 
     @property
     def editable_blocks(self) -> int:
         """`edit_blocks`, or 0 if editing is off."""
         return 0 if self.tau_edit is None else self.edit_blocks
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a penalty depends on how often a token occurs in the completion."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether anything is added to the model's scores: a penalty or a bias."""
+        return self.repetition_penalty != 1.0 or self.counts_tokens or bool(self.logit_bias)
 
     @property
     def used_seed(self) -> int | None:
@@ -144,6 +159,11 @@ def resolve(
         tau_accept=tau_accept if tau_accept is None else float(tau_accept),
         rows=preset.rows if config.rows == "preset" else config.rows,
         lookup=config.lookup,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        min_p=config.min_p,
+        logit_bias=tuple((int(token), bias) for token, bias in config.logit_bias.items()),
+        logprobs=config.logprobs,
     )
 
 
@@ -152,6 +172,18 @@ def tokens_needed(n_prompt: int, settings: Settings) -> int:
     if settings.tau_accept is not None:
         return n_prompt + settings.max_new_tokens
     return -(-(n_prompt + settings.max_new_tokens) // settings.block_size) * settings.block_size
+
+
+def fill_context(n_prompt: int, settings: Settings, context_length: int | None) -> Settings:
+    """Settings whose `max_new_tokens` is what a prompt leaves of the context, in whole blocks; at least 1.
+
+    An engine without a limit keeps the settings.
+    """
+    if context_length is None:
+        return settings
+    whole = context_length // (1 if settings.tau_accept is not None else settings.block_size)
+    usable = whole * (1 if settings.tau_accept is not None else settings.block_size)
+    return settings._replace(max_new_tokens=max(1, usable - n_prompt))
 
 
 def check_request(prompt_ids: list[int], settings: Settings, context_length: int | None) -> None:
@@ -164,3 +196,10 @@ def check_request(prompt_ids: list[int], settings: Settings, context_length: int
             f"prompt ({len(prompt_ids)} tokens) plus max_new_tokens ({settings.max_new_tokens}), rounded up to whole "
             f"blocks {needed}, exceed the model's context of {context_length}; shorten one of them"
         )
+
+
+def check_ids(name: str, ids: list[int], vocab_size: int) -> None:
+    """Raise UsageError, which names the field, for an id that is not in the vocabulary."""
+    unknown = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if unknown is not None:
+        raise UsageError(f"'{name}': the vocabulary has no token {unknown}; use ids from 0 to {vocab_size - 1}")

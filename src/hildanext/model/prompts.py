@@ -14,6 +14,7 @@ from hildanext.data.conversations import Message
 from hildanext.data.documents import Rejects
 from hildanext.data.sources import instruct
 from hildanext.data.sources.lines import BYTE_ORDER_MARK
+from hildanext.data.sources.message import to_tool_calls
 from hildanext.data.sources.shapes import to_prompt
 from hildanext.data.tokenizer import leading_ids
 from hildanext.errors import DataError, UsageError
@@ -21,11 +22,18 @@ from hildanext.errors import DataError, UsageError
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, str]],
+    prompt: str | list[int] | list[Message],
     known: list[int] | None = None,
     date: datetime | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    add_special_tokens: bool = True,
 ) -> list[int]:
-    """Token ids of a prompt: plain text without a template, or messages rendered with the generation prompt.
+    """Token ids of a prompt: plain text without a template, token ids as they are, or messages rendered by the template.
+
+    Messages end with the generation prompt, or with the last message left open (`continue_final_message`). Plain text
+    begins with the ids that the tokenizer puts before a text (`add_special_tokens`).
 
     known: ids of the conversation so far, as they were decoded. The tokenizer may split the same text into other ids,
     which no cache would contain. So if the rendered messages begin with the text of `known`, these ids are kept.
@@ -37,15 +45,20 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt:
             raise UsageError("the prompt is empty; give some text")
-        return leading_ids(tokenizer) + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    if not prompt or not any(message.get("content") for message in prompt):
+        leading = leading_ids(tokenizer) if add_special_tokens else []
+        return leading + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if prompt and isinstance(prompt[0], int):
+        return [int(token) for token in prompt if isinstance(token, int)]
+    messages = [_with_calls(message) for message in prompt if isinstance(message, dict)]
+    if not any(message.get("content") for message in messages):
         raise UsageError("the prompt is empty; give a message with some text")
     if not tokenizer.chat_template:
         raise UsageError(
             "this model's tokenizer has no chat template; give a plain prompt (generate: --raw, Python: raw=True)"
         )
     try:
-        rendered = ChatTemplate(tokenizer, prompt, None, date).render(prompt=True)
+        template = ChatTemplate(tokenizer, messages, None, date)
+        rendered = template.render(prompt=add_generation_prompt, continues=continue_final_message)
     except DataError as error:
         raise UsageError(str(error)) from None
     text, quoted = rendered
@@ -58,6 +71,25 @@ def encode_prompt(
             if tokenizer.decode(ids) == text:  # some tokenizers add a space at the start of a text
                 return ids
     return _encode(rendered, tokenizer)
+
+
+def decode_prompt(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """The text of token ids, special tokens included. Raises UsageError for an id without a token."""
+    names = tokenizer.convert_ids_to_tokens(token_ids)
+    unknown = next((token for token, name in zip(token_ids, names, strict=True) if name is None), None)
+    if unknown is not None:
+        raise UsageError(f"the vocabulary has no token {unknown}; remove it")
+    return str(tokenizer.decode(token_ids))
+
+
+def _with_calls(message: Message) -> Message:
+    """A message with its tool calls in the format of chat templates. Raises UsageError for broken ones."""
+    if not message.get("tool_calls"):
+        return message
+    try:
+        return message | {"tool_calls": to_tool_calls(message["tool_calls"])}
+    except DataError as error:
+        raise UsageError(f"'messages': {error}; repair it") from None
 
 
 def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,7 +16,7 @@ from hildanext.decoding.engines import Completion, Engine, Event
 from hildanext.decoding.events import Step
 from hildanext.errors import HildaError, UsageError
 from hildanext.jobs.store import ConflictError, MissingError, StoreError
-from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Ticket, Unready, Worker
+from hildanext.server.worker import DeadlineError, NoBase, Overloaded, Ticket, Unready
 
 RETRY_S = 1  # Retry-After where nothing says how long it will take
 T = TypeVar("T")
@@ -124,6 +124,33 @@ async def completed(events: AsyncIterator[list[Event]]) -> tuple[Completion, lis
     raise RuntimeError("a request's events ended without a completion")
 
 
+async def merged(streams: list[AsyncIterator[list[T]]]) -> AsyncIterator[list[tuple[int, T]]]:
+    """Yield the events of several requests as they come, each with the index of its request. The first error ends all."""
+    waiting = {asyncio.ensure_future(anext(events)): index for index, events in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            news: list[tuple[int, T]] = []
+            for task in done:
+                index = waiting.pop(task)
+                try:
+                    news += [(index, event) for event in task.result()]
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[index]))] = index
+            if news:
+                yield news
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def start_event(ticket: Ticket) -> str:
+    """Format the `start` event of a stream of /generate."""
+    settings = ticket.request.settings._asdict()
+    return sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings}, "start")
+
+
 def error_event(error: HildaError) -> str:
     """Format the `error` event that ends a stream."""
     return sse({"detail": str(error), "status": status_of(error)}, "error")
@@ -131,26 +158,20 @@ def error_event(error: HildaError) -> str:
 
 async def streamed(
     request: Request,
-    worker: Worker,
-    ticket: Ticket,
-    written: Callable[[Event], str],
+    events: AsyncIterator[list[T]],
+    written: Callable[[T], str],
     *,
-    head: str | None = None,
+    head: str,
     failed: Callable[[HildaError], str] = error_event,
     tail: str = "",
 ) -> StreamingResponse:
     """Answer with a stream: `head`, `written(event)` for each event, `failed(error)` if the request fails, `tail`.
 
-    The default `head` is the `start` event of /generate. The answer begins after the request's first event, so that an
-    invalid request still gets an error status.
+    The answer begins after the first event, so that an invalid request still gets an error status.
     """
-    if head is None:
-        settings = ticket.request.settings._asdict()
-        head = sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings}, "start")
-    events = worker.events(ticket)
     first = await unless_gone(request, anext(events))
 
-    async def batches() -> AsyncIterator[list[Event]]:
+    async def batches() -> AsyncIterator[list[T]]:
         yield first
         async for news in events:
             yield news

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 
 from hildanext import __version__
@@ -22,12 +24,15 @@ from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import problem, problems, retry_after, status_of
 from hildanext.server.base import BaseWorker, base_routes
 from hildanext.server.defaults import defaults_routes
+from hildanext.server.document import describe_keys
 from hildanext.server.guard import Guard
 from hildanext.server.jobs import job_routes
 from hildanext.server.meters import Meters
 from hildanext.server.native import native_routes
-from hildanext.server.openai import OpenAIProblem, code_of, openai_problem, openai_routes
+from hildanext.server.openai import openai_routes
+from hildanext.server.openai_answers import OpenAIProblem, code_of, openai_problem
 from hildanext.server.page import page_routes
+from hildanext.server.tokens import token_routes
 from hildanext.server.worker import Worker
 
 BODY_BYTES_PER_CHAR = 12  # JSON may escape one character as two units of six bytes
@@ -68,6 +73,7 @@ def make_app(
     app.include_router(defaults_routes(config, worker), responses=problems(422))
     app.include_router(page_routes())
     app.include_router(openai_routes(config, worker), responses={422: {"model": OpenAIProblem}})
+    app.include_router(token_routes(config, worker), responses=problems(422))
     if jobs is not None:
         app.include_router(job_routes(config, worker, jobs), responses=problems(422))
         for state in STATES:
@@ -78,8 +84,18 @@ def make_app(
         most_bytes=config.server.max_prompt_chars * BODY_BYTES_PER_CHAR + BODY_BYTES_BESIDE,
         meters=meters,
         refuse=_refuse,
+        origins=config.server.cors_origins,
     )
-
+    if config.server.cors_origins:  # outside the guard: a browser asks first, and without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.server.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    if keys:
+        describe_keys(app)
     _answer_errors(app, meters)
     return app
 
@@ -131,10 +147,44 @@ def _refuse(
 def _validation_line(error: RequestValidationError) -> tuple[str, str | None]:
     """Return the body's first problem as one line, and its key.
 
-    The input is not repeated: it may be long, and NaN is not valid JSON.
+    A field of several types has a problem for each of them: those that lie deepest count. The input is not repeated: it
+    may be long, and NaN is not valid JSON.
     """
-    first = error.errors()[0]
-    # For a JSON error the location is a byte offset, not a key.
-    named = () if first["type"] == "json_invalid" else first["loc"][1:]
-    key = ".".join(str(part) for part in named)
-    return f"'{key or 'body'}': {first['msg'].removeprefix('Value error, ')}", key or None
+    found = [(_named(each, error.body), each) for each in error.errors()]
+    same_field = [(named, each) for named, each in found if named[:1] == found[0][0][:1]]
+    deepest = max((named for named, _ in same_field), key=len)
+    reasons = dict.fromkeys(_reason(each) for named, each in same_field if named == deepest)
+    key, line = ".".join(deepest), "; or ".join(reasons)
+    # A check of several fields names its own.
+    return (line if not key and line.startswith("'") else f"'{key or 'body'}': {line}"), key or None
+
+
+def _named(problem_of: dict[str, Any], body: Any) -> tuple[str, ...]:
+    """The keys of a problem's place, without pydantic's names for the types of a field."""
+    place = problem_of["loc"]
+    if problem_of["type"] == "json_invalid":  # a byte offset, not a key
+        return ()
+    if place[0] != "body":
+        return tuple(str(part) for part in place[1:])
+    keys: list[str] = []
+    for part in place[1:]:
+        is_key = isinstance(body, dict) and part in body
+        is_index = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if is_key or is_index:
+            body = body[part]
+        elif problem_of["type"] != "missing" or part != place[-1]:
+            continue
+        keys.append(str(part))
+    return tuple(keys)
+
+
+REASONS = {
+    "extra_forbidden": "Extra inputs are not permitted; remove the field, or check its name",
+    "model_type": "Input should be a JSON object",
+    "model_attributes_type": "Input should be a JSON object",
+    "dict_type": "Input should be a JSON object",
+}
+
+
+def _reason(problem_of: dict[str, Any]) -> str:
+    return REASONS.get(problem_of["type"], problem_of["msg"].removeprefix("Value error, "))

@@ -13,14 +13,15 @@ from fastapi.responses import JSONResponse
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Engine, Event
 from hildanext.decoding.events import Finished, Step
-from hildanext.server.answers import completed, problems, sse, streamed, streams, unless_gone
+from hildanext.server.answers import completed, problems, sse, start_event, streamed, streams, unless_gone
 from hildanext.server.bodies import BaseBody
 from hildanext.server.meters import Meters
-from hildanext.server.native import facts, submit
+from hildanext.server.native import Asked, facts, submit
 from hildanext.server.worker import DeadlineError, NoBase, Ticket, Worker
 
 # Settings of a gated checkpoint that give its base's own text, one token a pass.
-TOKEN_BY_TOKEN = {"mode": "EXACT", "tau_accept": 1.0, "rows": 1, "lookup": None, "temperature": 0.0}
+TOKEN_BY_TOKEN = {"mode": "EXACT", "tau_accept": 1.0, "rows": 1, "lookup": None, "temperature": 0.0, "logprobs": None}
+TOKEN_BY_TOKEN |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}}
 
 
 class BaseWorker:
@@ -85,7 +86,7 @@ def base_routes(config: Config, base: BaseWorker) -> APIRouter:
         decode = body.decode_config(config.decode)
         if worker is base.served:
             decode = decode.model_copy(update=TOKEN_BY_TOKEN)
-        return worker, await submit(worker, config, body.text, decode, left, wants_steps=body.stream)
+        return worker, await submit(worker, config, Asked(body.text, decode, deadline_s=left, wants_steps=body.stream))
 
     @router.post(
         "/generate/base",
@@ -98,7 +99,9 @@ def base_routes(config: Config, base: BaseWorker) -> APIRouter:
         """Complete a prompt greedily with the AR base of the checkpoint. A stream sends each token."""
         worker, ticket = await unless_gone(request, begin(body))
         if body.stream:
-            return await streamed(request, worker, ticket, token_events(request, config, body))
+            return await streamed(
+                request, worker.events(ticket), token_events(request, config, body), head=start_event(ticket)
+            )
         done, _ = await unless_gone(request, completed(worker.events(ticket)))
         request.state.facts = facts(config, body.text, done)
         return JSONResponse(done.as_dict())

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from hildanext.config import DecodeConfig, Mode, changed_settings
-from hildanext.config.decoding import Lookup, RepetitionPenalty, Seed, Share, TauAccept, Temperature, TopK, TopP
+from hildanext.config.decoding import (
+    LogitBias,
+    Logprobs,
+    Lookup,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    TauAccept,
+    Temperature,
+    TopK,
+    TopP,
+)
+from hildanext.decoding.engines import Prompt
 
 
 def _whole(text: str) -> str:
@@ -28,6 +43,15 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+# In JSON Schema: exactly one of the two is there, and not null.
+ONE_PROMPT: dict[str, Any] = {
+    "oneOf": [
+        {"required": [name], "properties": {name: {"type": kind}}}
+        for name, kind in (("prompt", "string"), ("messages", "array"))
+    ]
+}
+
+
 class Message(Body):
     role: Literal["system", "user", "assistant"]
     content: Text
@@ -35,6 +59,8 @@ class Message(Body):
 
 class BaseBody(Body):
     """A request to the AR base, which decodes greedily. An omitted setting takes the server's value."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_PROMPT)
 
     prompt: Text | None = Field(None, description="Text to continue, without the chat template.")
     messages: list[Message] | None = Field(None, description="A conversation, rendered with the model's chat template.")
@@ -50,7 +76,7 @@ class BaseBody(Body):
         return self
 
     @property
-    def text(self) -> str | list[dict[str, str]]:
+    def text(self) -> Prompt:
         """The prompt in the form that `Engine.encode` takes."""
         return self.prompt if self.prompt is not None else [message.model_dump() for message in self.messages or []]
 
@@ -78,12 +104,24 @@ class GenerateBody(BaseBody):
     temperature: Temperature | None = None
     top_k: TopK | None = None
     top_p: TopP | None = None
+    min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    logprobs: Logprobs | None = Field(None, description="Likely tokens to report beside each token; null: no report.")
     seed: Seed | None = Field(None, description="null or omitted: the server's seed, or a new one for each request.")
     stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
     trace: bool = Field(False, description="Include every denoising step in the answer.")
 
 
-def n_chars(prompt: str | list[dict[str, str]]) -> int:
-    """Count the characters of a prompt or of all its messages."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+def n_chars(prompt: Prompt) -> int:
+    """Count the characters of a prompt or of all its messages; a token id counts as one."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(1 if isinstance(item, int) else _length(item) for item in prompt)
+
+
+def _length(message: dict[str, Any]) -> int:
+    calls = message.get("tool_calls")
+    return len(message["content"]) + (len(json.dumps(calls)) if calls else 0)

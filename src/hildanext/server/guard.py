@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -48,8 +48,17 @@ def log(event: str, **fields: Any) -> None:
 class Guard:
     """ASGI middleware. A request without a valid key is refused before its body is read or parsed."""
 
-    def __init__(self, app: ASGIApp, keys: list[bytes], most_bytes: int, meters: Meters, refuse: Refusal) -> None:
-        self.app, self.keys, self.most_bytes = app, keys, most_bytes
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: list[bytes],
+        most_bytes: int,
+        meters: Meters,
+        refuse: Refusal,
+        origins: Sequence[str] = (),
+    ) -> None:
+        """origins: of pages that may call a server without keys, beside its own."""
+        self.app, self.keys, self.most_bytes, self.origins = app, keys, most_bytes, origins
         self.meters, self.refuse = meters, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,7 +104,7 @@ class Guard:
         def refused(status: int, line: str = "", extra: dict[str, str] | None = None) -> ASGIApp:
             return self.refuse(path, status, line or MEANINGS[status], extra or {})
 
-        if not self.keys and not is_own_page(headers.get("host", ""), headers.get("origin", "")):
+        if not self.keys and not is_own_page(headers.get("host", ""), headers.get("origin", ""), self.origins):
             return refused(
                 403, "without API keys this server accepts requests from this machine only (check Host and Origin)"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,7 +17,8 @@ KEYS_VARIABLE = "HILDANEXT_API_KEYS"
 def read_keys(server: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
     """Return the API keys of `server.api_key_file` (one per line) and of HILDANEXT_API_KEYS (comma-separated).
 
-    Raises ConfigError for a non-loopback address without keys, and for a key file that is unreadable or empty.
+    Raises ConfigError for a non-loopback address without keys, for a key file that is unreadable or empty, and for pages
+    of every origin without keys.
     """
     keys = [key.strip().encode() for key in environment.get(KEYS_VARIABLE, "").split(",") if key.strip()]
     if server.api_key_file is not None:
@@ -33,6 +34,11 @@ def read_keys(server: ServerConfig, environment: Mapping[str, str]) -> list[byte
         raise ConfigError(
             f"'server.host': {server.host} can be reached from other machines; set server.api_key_file or "
             f"{KEYS_VARIABLE}, or use 127.0.0.1"
+        )
+    if not keys and "*" in server.cors_origins:
+        raise ConfigError(
+            f"'server.cors_origins': '*' lets every web page use this server; list origins, or set server.api_key_file or "
+            f"{KEYS_VARIABLE}"
         )
     return keys
 
@@ -52,13 +58,15 @@ def is_authorized(header: str, keys: list[bytes]) -> bool:
     return scheme.lower() == "bearer" and any(matches)
 
 
-def is_own_page(host: str, origin: str) -> bool:
-    """Whether Host is loopback and Origin, if present, is the same host. Checked when the server has no keys.
+def is_own_page(host: str, origin: str, origins: Sequence[str] = ()) -> bool:
+    """Whether Host is loopback and Origin, if present, is the same host or listed in `origins`.
+
+    Checked when the server has no keys.
 
     Otherwise a page of another site could reach the server through a browser (DNS rebinding, cross-site requests).
     """
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        return is_loopback(name) and (not origin or urlsplit(origin).netloc == host)
+        return is_loopback(name) and (not origin or origin in origins or urlsplit(origin).netloc == host)
     except ValueError:  # an incomplete IPv6 address
         return False

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
-from hildanext.decoding.engines import Completion, Engine, Event, is_dummy_chosen
+from hildanext.decoding.engines import AS_USUAL, Completion, Engine, Event, Prompt, Rendering, is_dummy_chosen
 from hildanext.decoding.events import Finished, Step
 from hildanext.errors import UsageError
 from hildanext.jobs.watcher import Jobs
-from hildanext.server.answers import completed, make_show_step, problem, problems, sse, streamed, streams, unless_gone
+from hildanext.server.answers import (
+    completed,
+    make_show_step,
+    problem,
+    problems,
+    sse,
+    start_event,
+    streamed,
+    streams,
+    unless_gone,
+)
 from hildanext.server.bodies import GenerateBody, n_chars
 from hildanext.server.meters import Meters
 from hildanext.server.worker import Ticket, Worker
@@ -29,23 +39,44 @@ class GenerateAnswer(Completion):
     trace: list[dict[str, Any]] | None = None
 
 
-async def submit(
-    worker: Worker,
-    config: Config,
-    prompt: str | list[dict[str, str]],
-    decode: DecodeConfig,
-    deadline_s: float | None = None,
-    *,
-    wants_steps: bool = False,
-) -> Ticket:
-    """Submit a prompt to the engine. Raises UsageError if it is too long, and the errors of `Worker.accept`."""
+class Asked(NamedTuple):
+    """What a request asks of the engine."""
+
+    prompt: Prompt
+    decode: DecodeConfig
+    rendering: Rendering = AS_USUAL
+    fills_context: bool = False  # the answer may use what is left of the context, whatever decode.max_new_tokens
+    deadline_s: float | None = None
+    wants_steps: bool = False
+
+
+def check_prompt(config: Config, prompt: Prompt) -> None:
+    """Raise UsageError for a prompt that is too long."""
     limit = config.server.max_prompt_chars
     if n_chars(prompt) > limit:
         raise UsageError(f"the prompt has {n_chars(prompt)} characters; the limit is {limit} (server.max_prompt_chars)")
+
+
+async def submit(worker: Worker, config: Config, asked: Asked) -> Ticket:
+    """Submit a prompt to the engine. Raises UsageError if it or its answer is too long, and what `Worker.accept` does."""
+    check_prompt(config, asked.prompt)
+    most_tokens, decode = config.server.max_new_tokens, asked.decode
+    if most_tokens is not None and decode.max_new_tokens > most_tokens:
+        if decode.max_new_tokens != config.decode.max_new_tokens:
+            line = f"an answer of {decode.max_new_tokens} tokens is above the limit of {most_tokens}"
+            raise UsageError(f"{line} (server.max_new_tokens); ask for fewer")
+        decode = decode.model_copy(update={"max_new_tokens": most_tokens})
     settings = worker.opened().settings(config.model_copy(update={"decode": decode}))
     most = config.server.deadline_s
-    deadline_s = most if deadline_s is None else min(deadline_s, most)
-    return await worker.accept(prompt, settings, deadline_s, wants_steps=wants_steps)
+    deadline_s = most if asked.deadline_s is None else min(asked.deadline_s, most)
+    return await worker.accept(
+        asked.prompt,
+        settings,
+        deadline_s,
+        wants_steps=asked.wants_steps,
+        rendering=asked.rendering,
+        fills_context=asked.fills_context,
+    )
 
 
 def native_routes(
@@ -139,7 +170,8 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
         """Complete a prompt. A stream includes every denoising step as it happens."""
         decode, wants_steps = body.decode_config(config.decode), body.stream or body.trace
         ticket = await unless_gone(
-            request, submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps)
+            request,
+            submit(worker, config, Asked(body.text, decode, deadline_s=body.deadline_s, wants_steps=wants_steps)),
         )
         show = make_show_step(worker.opened())
 
@@ -147,18 +179,19 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
             if isinstance(event, Step):
                 return sse(show(event), "step")
             if isinstance(event, Finished):
-                return sse(event._asdict(), "block")
+                logprobs = None if event.logprobs is None else [asdict(item) for item in event.logprobs]
+                return sse(event._asdict() | {"logprobs": logprobs}, "block")
             request.state.facts = facts(config, body.text, event)
             return sse(event.as_dict(), "done")
 
         if body.stream:
-            return await streamed(request, worker, ticket, written)
+            return await streamed(request, worker.events(ticket), written, head=start_event(ticket))
         done, steps = await unless_gone(request, completed(worker.events(ticket)))
         request.state.facts = facts(config, body.text, done)
         return JSONResponse(done.as_dict() | ({"trace": [show(step) for step in steps]} if body.trace else {}))
 
 
-def facts(config: Config, prompt: str | list[dict[str, str]], done: Completion) -> dict[str, Any]:
+def facts(config: Config, prompt: Prompt, done: Completion) -> dict[str, Any]:
     """Return the log fields of a completion: numbers, and its text if `server.log_prompts` is set."""
     numbers = {
         "tokens": len(done.token_ids),

@@ -11,18 +11,19 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hildanext.config import Config
-from hildanext.decoding.engines import Completion, Engine, Event, Request, Steps, as_steps
+from hildanext.decoding.engines import AS_USUAL, Completion, Engine, Event, Prompt, Rendering, Request, Steps, as_steps
 from hildanext.decoding.events import Finished, Step
-from hildanext.decoding.settings import Settings
+from hildanext.decoding.settings import Settings, fill_context
 from hildanext.errors import HildaError, ModelError
 from hildanext.server.meters import Meters
 
 STOP_S = 5.0
 REST_S = 30.0  # without a request, until the engine frees memory, which may take some seconds
 RECENT = 32  # completions whose duration says how long the next ones will take
+T = TypeVar("T")
 State = Literal["loading", "ready", "failing", "stopping", "stopped"]
 
 
@@ -115,33 +116,68 @@ class Worker:
         return (self.n_queued + 1) * usual / slots
 
     async def accept(
-        self, prompt: str | list[dict[str, str]], settings: Settings, deadline_s: float, *, wants_steps: bool
+        self,
+        prompt: Prompt,
+        settings: Settings,
+        deadline_s: float,
+        *,
+        wants_steps: bool,
+        rendering: Rendering = AS_USUAL,
+        fills_context: bool = False,
     ) -> Ticket:
         """Reserve a place, tokenize the prompt and submit it to the engine.
 
-        Raises Overloaded if the queue is full, Unready while the engine is not available, DeadlineError, and UsageError
-        for a prompt that cannot be encoded.
+        fills_context: the answer may be as long as context and `server.max_new_tokens` allow. Raises Overloaded if the
+        queue is full, Unready while the engine is not available, DeadlineError, and UsageError for a prompt that cannot
+        be encoded.
         """
+        ticket = self._reserve(settings, deadline_s, wants_steps=wants_steps)
+        try:
+            ids = await self._in_encoder(lambda engine: engine.encode(prompt, None, rendering), deadline_s)
+        except BaseException:
+            self.accepted.discard(ticket)
+            raise
+        if fills_context:
+            settings = fill_context(len(ids), settings, self.opened().context)
+            most = self.config.server.max_new_tokens
+            settings = settings._replace(max_new_tokens=min(settings.max_new_tokens, most or settings.max_new_tokens))
+        ticket.request = Request(ids, settings)
+        self._inbox.put(("submit", ticket))
+        return ticket
+
+    async def aside(self, work: Callable[[Engine], T]) -> T:
+        """Run `work(engine)`, which only uses the tokenizer, in the encoder's thread. It takes a place meanwhile.
+
+        Raises what `accept` does.
+        """
+        deadline_s = self.config.server.deadline_s
+        ticket = self._reserve(self.opened().settings(self.config), deadline_s, wants_steps=False)
+        try:
+            return await self._in_encoder(work, deadline_s)
+        finally:
+            self.accepted.discard(ticket)
+
+    def _reserve(self, settings: Settings, deadline_s: float, *, wants_steps: bool) -> Ticket:
+        """Take a place among those that run or wait. Raises Overloaded if there is none."""
         engine = self.opened()
         if len(self.accepted) >= engine.slots + self.config.server.queue:
             line = f"{len(self.accepted)} requests are waiting or running (server.queue); try again later"
             raise Overloaded(line, self.wait_s())
         ticket = Ticket(settings, deadline_s, wants_steps=wants_steps)
         self.accepted.add(ticket)
-        # A long prompt takes time to tokenize, so that runs in its own thread. Its queue is bounded by the places.
-        encoding = self.loop.run_in_executor(self._encoder, engine.encode, prompt)
-        try:
-            await asyncio.wait({encoding}, timeout=deadline_s)
-            if not encoding.done():
-                raise DeadlineError("the deadline passed before the prompt was tokenized")
-            ticket.request = Request(encoding.result(), settings)
-            self.opened()  # the server may have stopped meanwhile
-        except BaseException:
-            encoding.cancel()
-            self.accepted.discard(ticket)
-            raise
-        self._inbox.put(("submit", ticket))
         return ticket
+
+    async def _in_encoder(self, work: Callable[[Engine], T], deadline_s: float) -> T:
+        # A long prompt takes time to tokenize, so that runs in its own thread. Its queue is bounded by the places.
+        working = self.loop.run_in_executor(self._encoder, work, self.opened())
+        try:
+            await asyncio.wait({working}, timeout=deadline_s)
+            if not working.done():
+                raise DeadlineError("the deadline passed before the prompt was tokenized")
+            self.opened()  # the server may have stopped meanwhile
+            return working.result()
+        finally:
+            working.cancel()
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request; its slot is free after the current pass. Does nothing for a finished request."""

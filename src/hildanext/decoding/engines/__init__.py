@@ -8,14 +8,28 @@ from __future__ import annotations
 from typing import Any
 
 from hildanext.config import SHIPPED_MODEL, Config, EngineName
-from hildanext.decoding.engines.protocol import Completion, Engine, Event, Request, Stats, Steps, as_steps
+from hildanext.decoding.engines.protocol import (
+    AS_USUAL,
+    Completion,
+    Engine,
+    Event,
+    Prompt,
+    Rendering,
+    Request,
+    Stats,
+    Steps,
+    as_steps,
+)
 from hildanext.errors import UsageError
 from hildanext.progress import say
 
 __all__ = [
+    "AS_USUAL",
     "Completion",
     "Engine",
     "Event",
+    "Prompt",
+    "Rendering",
     "Request",
     "Stats",
     "Steps",

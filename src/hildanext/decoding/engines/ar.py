@@ -10,7 +10,16 @@ from transformers import DynamicCache
 
 from hildanext.config import Config, ModelConfig
 from hildanext.data.tokenizer import token_ids
-from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.engines.protocol import (
+    AS_USUAL,
+    Completion,
+    Event,
+    Prompt,
+    Rendering,
+    Request,
+    Stats,
+    last_completion,
+)
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.memory import return_freed_memory
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
@@ -18,7 +27,7 @@ from hildanext.errors import NonFiniteLogitsError, UsageError
 from hildanext.model.backbone import max_positions, n_embeddings
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import base_of, load_causal_lm, locate, read_record
-from hildanext.model.prompts import encode_prompt, end_ids
+from hildanext.model.prompts import decode_prompt, encode_prompt, end_ids
 from hildanext.model.text_stream import TextStream
 
 
@@ -63,14 +72,17 @@ class ArEngine:
             return str(error)
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, known)
+    def encode(self, prompt: Prompt, known: list[int] | None = None, rendering: Rendering = AS_USUAL) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known, **rendering._asdict())
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 1)._replace(block_size=1, tau_mask=0.0, tau_edit=None, temperature=0.0)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        return decode_prompt(self.tokenizer, token_ids)
 
     def generate(self, request: Request) -> Completion:
         return last_completion(self.stream(request))

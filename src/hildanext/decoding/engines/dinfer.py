@@ -18,15 +18,35 @@ from typing import Any
 import torch
 
 from hildanext.config import Config, EngineName
-from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.engines.protocol import (
+    AS_USUAL,
+    Completion,
+    Event,
+    Prompt,
+    Rendering,
+    Request,
+    Stats,
+    last_completion,
+)
 from hildanext.decoding.events import Finished
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
 from hildanext.errors import ModelError
 from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
-from hildanext.model.prompts import encode_prompt, end_ids
+from hildanext.model.prompts import decode_prompt, encode_prompt, end_ids
 
 # model_type in config.json -> (dInfer's model_type argument, the runtime whose worker loads that family)
 FAMILIES = {"llada2_moe": ("llada2", "sglang"), "llada": ("llada", "vllm"), "dllm": ("llada-moe", "vllm")}
+# Settings that its workers know nothing of.
+SAMPLING = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+)
 DEFAULT_BLOCK = 32  # LLaDA2.x is trained with blocks of 32
 
 
@@ -149,14 +169,17 @@ class DInferEngine:
             return "dInfer already runs in this process with its own model and parameters; close that engine first"
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, known)
+    def encode(self, prompt: Prompt, known: list[int] | None = None, rendering: Rendering = AS_USUAL) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known, **rendering._asdict())
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, DEFAULT_BLOCK)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        return decode_prompt(self.tokenizer, token_ids)
 
     def ignored(self, settings: Settings) -> list[str]:
         """One line for each setting of a request that dInfer does not support."""
@@ -172,6 +195,8 @@ class DInferEngine:
                 lines.append(f"{name} {asked:g}: the workers were started with {running:g} and cannot change it")
         if max(settings.temperature, self.started.temperature) > 0:
             lines.append(f"seed {settings.seed}: dInfer has no seed")
+        usual, asked_for = Settings._field_defaults, settings._asdict()
+        lines += [f"{name}: dInfer does not support it" for name in SAMPLING if asked_for[name] != usual[name]]
         return lines + self.not_passed
 
     def answer_of(self, output: list[int], prompt_ids: list[int]) -> list[int]:

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hildanext.config import Config, EngineName
-from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
+from hildanext.decoding.engines.protocol import (
+    AS_USUAL,
+    Completion,
+    Event,
+    Prompt,
+    Rendering,
+    Request,
+    Stats,
+    last_completion,
+)
 from hildanext.decoding.events import Finished
-from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
+from hildanext.decoding.settings import MODES_OF, Settings, check_ids, check_request, resolve
 
 NOTICE = "[dummy engine, no model ran] "
 
@@ -34,9 +43,13 @@ class DummyEngine:
     def can_serve(config: Config) -> str | None:
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
-        return list(text.encode())
+    def encode(self, prompt: Prompt, known: list[int] | None = None, rendering: Rendering = AS_USUAL) -> list[int]:
+        if isinstance(prompt, str):
+            return list(prompt.encode())
+        last = prompt[-1] if prompt else 0
+        if isinstance(last, dict):
+            return list(last["content"].encode())
+        return [token for token in prompt if isinstance(token, int)]
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 32)
@@ -44,12 +57,17 @@ class DummyEngine:
     def decode_tokens(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
+    def detokenize(self, token_ids: list[int]) -> str:
+        check_ids("tokens", token_ids, 256)
+        return self.decode_tokens(token_ids)
+
     def generate(self, request: Request) -> Completion:
         return last_completion(self.stream(request))
 
     def stream(self, request: Request) -> Iterator[Event]:
         settings = request.settings
         check_request(request.prompt_ids, settings, None)
+        check_ids("prompt", request.prompt_ids, 256)
         everything = list(NOTICE.encode()) + request.prompt_ids
         new = everything[: settings.max_new_tokens]
         text = self.decode_tokens(everything)  # not cut: a short answer must say so, too

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from hildanext.config import Config, Mode
-from hildanext.decoding.events import Finished, Stats, Step
+from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
 from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
+
+Prompt = str | list[int] | list[dict[str, Any]]  # a text, its token ids, or chat messages
+
+
+class Rendering(NamedTuple):
+    """How a prompt becomes token ids, by the names of vLLM's API."""
+
+    add_generation_prompt: bool = True  # messages: end with the beginning of an answer
+    continue_final_message: bool = False  # messages: the last one, the assistant's, is continued
+    add_special_tokens: bool = True  # text: begin with what the tokenizer puts before a text
+
+
+AS_USUAL = Rendering()
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Completion:
     stats: Stats
     runtime: str | None = None  # the runtime under the transformers engine
     ignored: list[str] = field(default_factory=list)  # requested settings that the engine does not support
+    logprobs: list[TokenLogprob] | None = None  # of each token, where the request asks for them
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,13 +84,19 @@ class Engine(Protocol):
         """The reason why this engine cannot serve the model on this machine, or None if it can. Loads nothing."""
         ...
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        """Token ids of a prompt (text or chat messages). `known`: ids of its beginning, reused if they fit."""
+    def encode(self, prompt: Prompt, known: list[int] | None = None, rendering: Rendering = AS_USUAL) -> list[int]:
+        """Token ids of a prompt. `known`: ids of its beginning, reused if they fit."""
         ...
 
     def settings(self, config: Config) -> Settings: ...
 
-    def decode_tokens(self, token_ids: list[int]) -> str: ...
+    def decode_tokens(self, token_ids: list[int]) -> str:
+        """The text of a completion: without special tokens."""
+        ...
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        """The text of tokens, special ones included. Raises UsageError for an id without a token."""
+        ...
 
     def generate(self, request: Request) -> Completion: ...
 

@@ -10,21 +10,30 @@ from transformers import PreTrainedModel
 
 from hildanext.config import MOST_ROWS, Config, EngineName
 from hildanext.decoding.drafter import GroupDrafter
-from hildanext.decoding.engines.protocol import Completion, Event, Request, last_completion
+from hildanext.decoding.engines.protocol import AS_USUAL, Completion, Event, Prompt, Rendering, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.memory import TokenRows, return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
-from hildanext.decoding.settings import FRESH, MODES_OF, Kind, Settings, check_request, read_presets, resolve
+from hildanext.decoding.settings import (
+    FRESH,
+    MODES_OF,
+    Kind,
+    Settings,
+    check_ids,
+    check_request,
+    read_presets,
+    resolve,
+)
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import length_limit, max_positions, weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
 from hildanext.model.pretrained import locate, read_record
-from hildanext.model.prompts import encode_prompt, end_ids
+from hildanext.model.prompts import decode_prompt, encode_prompt, end_ids
 from hildanext.progress import say
 
 MOST_CONTEXT = 4096  # tokens of a slot, unless engine.context is set
@@ -110,8 +119,8 @@ class TransformersEngine:
                 return f"adapter '{config.model.base}' needs its base: {error}"
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, known)
+    def encode(self, prompt: Prompt, known: list[int] | None = None, rendering: Rendering = AS_USUAL) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known, **rendering._asdict())
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, self.trained_block or 1, self.presets, self.kind)
@@ -119,11 +128,16 @@ class TransformersEngine:
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
+    def detokenize(self, token_ids: list[int]) -> str:
+        return decode_prompt(self.tokenizer, token_ids)
+
     def submit(self, request: Request) -> AnySequence:
         """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
         check_request(request.prompt_ids, request.settings, self.context)
         if self.vocabulary.mask_token_id in request.prompt_ids:
             raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
+        check_ids("prompt", request.prompt_ids, self.vocabulary.size)
+        check_ids("logit_bias", [token for token, _ in request.settings.logit_bias], self.vocabulary.size)
         sequence: AnySequence
         if request.settings.tau_accept is None:
             sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
@@ -233,6 +247,7 @@ class TransformersEngine:
             tau_edit=settings.tau_edit,
             stats=sequence.stats(),
             runtime=self.runtime.name,
+            logprobs=sequence.logprobs,
         )
 
     def rest(self) -> None:

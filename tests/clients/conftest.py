@@ -1,0 +1,44 @@
+"""A server that the clients talk to, and the engine that knows the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from hildanext.config import Config
+from hildanext.decoding.engines import Completion, Request, open_engine
+from support import serving
+
+
+@pytest.fixture(scope="module")
+def url(converted: Config) -> Iterator[str]:
+    """The base URL that a client is given. The served model is named 'model', its context has 64 tokens."""
+    with serving.running(converted) as (found, _):
+        yield f"{found}/v1"
+
+
+@pytest.fixture(scope="module")
+def truth(converted: Config) -> Callable[..., Completion]:
+    """`truth(prompt, **settings)`: the completion straight from an engine."""
+    engine = open_engine(converted)
+
+    def complete(prompt: Any, **changes: Any) -> Completion:
+        return engine.generate(Request(engine.encode(prompt), engine.settings(converted)._replace(**changes)))
+
+    return complete
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library reports home or looks for a newer version of anything."""
+    for name, value in {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_TELEMETRY": "False",
+        "LANGCHAIN_TRACING_V2": "false",
+        "LANGSMITH_TRACING": "false",
+        "DO_NOT_TRACK": "1",
+        "OPENAI_API_KEY": "none",
+    }.items():
+        monkeypatch.setenv(name, value)

@@ -1,0 +1,82 @@
+"""`langchain-openai`: ChatOpenAI, and OpenAI, its class for plain completions."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from typing import Any
+
+import pytest
+
+from support.clients import CHAT, PROMPT, TOO_LONG, WARM
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::langchain_core")]
+
+
+@pytest.fixture
+def langchain(offline: None) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it imports
+        return pytest.importorskip(
+            "langchain_openai", reason="langchain-openai is not installed (make test-all installs it)"
+        )
+
+
+@pytest.fixture
+def asked(url: str) -> dict[str, Any]:
+    return {"model": "model", "base_url": url, "api_key": "none", "max_retries": 0, "max_tokens": 9}
+
+
+def test_chat(langchain: Any, asked: dict[str, Any], truth) -> None:
+    model = langchain.ChatOpenAI(**asked, temperature=0)
+    answer = model.invoke(CHAT)
+    assert answer.content == truth(CHAT, max_new_tokens=9).text
+    assert answer.usage_metadata["output_tokens"] > 0
+    again = [*CHAT, answer, {"role": "user", "content": "And"}]  # an answer is sent back as it came
+    assert isinstance(model.invoke(again).content, str)
+
+
+def test_stream(langchain: Any, asked: dict[str, Any], truth) -> None:
+    chunks = list(langchain.ChatOpenAI(**asked, temperature=0, stream_usage=True).stream(CHAT))
+    assert "".join(chunk.content for chunk in chunks) == truth(CHAT, max_new_tokens=9).text
+
+
+def test_async(langchain: Any, asked: dict[str, Any], truth) -> None:
+    answer = asyncio.run(langchain.ChatOpenAI(**asked, temperature=0).ainvoke(CHAT))
+    assert answer.content == truth(CHAT, max_new_tokens=9).text
+
+
+def test_completions(langchain: Any, asked: dict[str, Any], truth) -> None:
+    model = langchain.OpenAI(**asked, temperature=0)
+    text = truth(PROMPT, max_new_tokens=9).text
+    assert model.invoke(PROMPT) == text
+    assert "".join(model.stream(PROMPT)) == text
+    assert [found[0].text for found in model.generate([PROMPT, PROMPT]).generations] == [text, text]
+
+
+def test_n(langchain: Any, asked: dict[str, Any], truth) -> None:
+    from langchain_core.messages import convert_to_messages
+
+    messages = convert_to_messages(CHAT)
+    found = langchain.ChatOpenAI(**asked, **WARM, n=2).generate([messages]).generations[0]
+    texts = [truth(CHAT, max_new_tokens=9, temperature=1.0, seed=5 + i).text for i in range(2)]
+    assert [item.text for item in found] == texts
+
+
+def test_logprobs(langchain: Any, asked: dict[str, Any], truth) -> None:
+    answer = langchain.ChatOpenAI(**asked, temperature=0, logprobs=True, top_logprobs=2).invoke(CHAT)
+    logprobs = truth(CHAT, max_new_tokens=9, logprobs=2).logprobs
+    found = [entry["logprob"] for entry in answer.response_metadata["logprobs"]["content"]]
+    assert found == pytest.approx([item.logprob for item in logprobs])
+
+
+def test_penalties(langchain: Any, asked: dict[str, Any], truth) -> None:
+    model = langchain.ChatOpenAI(**asked, temperature=0, frequency_penalty=1.5, presence_penalty=0.5)
+    expected = truth(CHAT, max_new_tokens=9, frequency_penalty=1.5, presence_penalty=0.5)
+    assert model.invoke(CHAT).content == expected.text
+
+
+def test_a_text_too_long(langchain: Any, asked: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="maximum context length") as caught:
+        langchain.ChatOpenAI(**asked).invoke(TOO_LONG)
+    assert caught.value.code == "context_length_exceeded"
