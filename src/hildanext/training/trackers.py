@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from operator import attrgetter
@@ -109,7 +109,7 @@ def _write_record(run: RunFolder, trackers: list[RunTracker], running: bool) -> 
 
 
 @contextmanager
-def tracking(names: list[str], config: Config, command: str, run: RunFolder, step: int) -> Iterator[Track]:
+def tracking(names: Sequence[str], config: Config, command: str, run: RunFolder, step: int) -> Iterator[Track]:
     """Start trackers, send them the lines that they lack up to `step`, and yield the function for the next lines.
 
     Raises ConfigError for a tracker that cannot start. A tracker that fails later costs a message.
