@@ -37,6 +37,7 @@ def test_the_document_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, e
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--seed", "1"]
         # A schema cannot say everything (which model is served): a refusal of what fits it is no fault.
         command += ["--max-examples", str(examples), "--checks", "all", "--exclude-checks", "positive_data_acceptance"]
+        command += ["--suppress-health-check", "too_slow"]  # how fast this machine makes up requests is no fault
         found = subprocess.run(command + header, capture_output=True, text=True)
         assert found.returncode == 0, found.stdout[-5000:]
         assert "generated" in found.stdout

@@ -68,8 +68,10 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def streams(also: str) -> dict[str, Any]:
     """Describe a 200 answer that is either of media type `also` or a stream of server-sent events."""
-    text = {"schema": {"type": "string"}}
-    return {"content": {"text/event-stream": text, **({also: text} if also == "text/plain" else {})}}
+    fields = {"event": {"type": "string"}, "data": {"type": "string"}}
+    event = {"description": "Each event.", "type": "object", "properties": fields, "required": ["data"]}
+    text = {also: {"schema": {"type": "string"}}} if also == "text/plain" else {}
+    return {"content": {"text/event-stream": {"schema": event}, **text}}
 
 
 def problem(status: int, line: str, headers: dict[str, str] | None = None) -> JSONResponse:
