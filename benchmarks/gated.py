@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from results import machine, spread
+from trained_keys import trained_keys
 
 from hildanext.config import Config, ModelConfig, load_config
 from hildanext.data.prepare import prepare_data
@@ -61,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank 32": {"lora.rank": 32},
     "k 3": {"sft.block_size": 3},
     "k 6": {"sft.block_size": 6},
+    "k 8": {"sft.block_size": 8},
     "causal groups": {"lora.causal_groups": True},
     "base's distribution as target": {"loss.distill": 1.0},
     "half distribution, half token": {"loss.distill": 0.5},
@@ -72,6 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr 4e-3": {"sft.lr": 4e-3},
     "128 anchors a row": {"noise.anchors": 128},
     "32 anchors a row": {"noise.anchors": 32},
+    "16 trained keys a layer, no adapter": {"keys": 16, "lora.rank": 1, "lora.targets": ["layers.29.mlp.down_proj"]},
+    "16 trained keys a layer besides": {"keys": 16},
     "sampled answers": {"text": "sampled"},
     "human text": {"text": "human"},
 }
@@ -117,7 +121,7 @@ def settings(variant: dict[str, Any], out: Path, human: Path | None, seed: int, 
         "train.keep_last": 1,
         "decode.max_new_tokens": 96,
     }
-    keys |= {key: value for key, value in variant.items() if key != "text"}
+    keys |= {key: value for key, value in variant.items() if key not in ("text", "keys")}
     keys["sft.steps"] = -(-mask_rows // (ROWS * keys["noise.anchors"] * keys["sft.block_size"]))
     return load_config(None, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
 
@@ -194,11 +198,12 @@ def measure(name: str, out: Path, human: Path | None, seed: int, mask_rows: int)
     prepare(config, out, variant.get("text", "greedy"))
     began = time.perf_counter()
     run = f"{list(VARIANTS).index(name)}-{seed}-{mask_rows}"
-    result = sft(config, run, resume=(out / "runs" / run).exists())
+    with trained_keys(variant.get("keys", 0)):
+        result = sft(config, run, resume=(out / "runs" / run).exists())
     minutes = (time.perf_counter() - began) / 60
     lines = (Path(result["run"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1])
-    checkpoint = result["checkpoint"]
+    checkpoint, decodes = result["checkpoint"], "keys" not in variant
     return {
         "name": name,
         "seed": seed,
@@ -208,8 +213,8 @@ def measure(name: str, out: Path, human: Path | None, seed: int, mask_rows: int)
         "loss": last["eval_loss"],
         "accuracy": [value for key, value in last.items() if key.startswith("eval_accuracy_")],
         "minutes": minutes,
-        "tokens_per_forward": {str(rows): decode(config, checkpoint, rows) for rows in (FEW, FULL)},
-        "pass_ms": pass_ms(config, checkpoint),
+        "tokens_per_forward": {str(rows): decode(config, checkpoint, rows) for rows in (FEW, FULL) if decodes},
+        "pass_ms": pass_ms(config, checkpoint) if decodes else None,
         "megabytes": (Path(checkpoint) / "adapter_model.safetensors").stat().st_size / 2e6,
         "machine": machine(),
     }
@@ -259,7 +264,12 @@ def write_page(results: list[dict[str, Any]]) -> None:
         rows = [(name, runs) for (n, name), runs in groups.items() if n == budget]
         for name, runs in sorted(rows, key=lambda row: -statistics.mean(run["run"] for run in row[1])):
             accuracy = " ".join(f"{value:.2f}" for value in runs[0]["accuracy"])
-            speeds = [f"{speed(runs, rows, 'stories')}, {speed(runs, rows, 'instructions')}" for rows in (FEW, FULL)]
+            speeds = [
+                f"{speed(runs, rows, 'stories')}, {speed(runs, rows, 'instructions')}"
+                if runs[0]["tokens_per_forward"]
+                else "not decoded"
+                for rows in (FEW, FULL)
+            ]
             gain = spread([per_ms(run) for run in runs], 2) if all(run["pass_ms"] for run in runs) else ""
             page.append(
                 f"| {name} | {spread([run['run'] for run in runs], 2)} | {accuracy} | {' | '.join(speeds)} | {gain} "
