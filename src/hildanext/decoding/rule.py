@@ -85,6 +85,7 @@ def propose(
     settings: Settings | None = None,
     noise: Tensor | None = None,
     seen: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i of n positions: logits [n, V] of any float dtype -> ids [n] int64, confidence [n] float32.
 
@@ -93,12 +94,16 @@ def propose(
     argmax(log p_i / T + noise_i), which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in
     every pass keeps a token once it is drawn. c_i is always the model's probability at temperature 1, so thresholds
     mean the same at every T. `seen` [n, vocab_size] bool marks the tokens under the repetition penalty (Keskar et al.
-    2019, section 4.1).
+    2019, section 4.1). `allowed` [n, V] bool: v_i is one of these tokens; c_i is still its probability among all.
 
     c_i is NaN if a logit is NaN or infinitely large; the v_i of such a position means nothing. Finite logits never give
     NaN.
     """
     scores = decodable_scores(logits, mask_token_id, vocab_size, settings, seen, holes)
+    if allowed is not None:
+        assert settings is not None
+        ids = choose(scores.masked_fill(~allowed, -torch.inf), settings, noise).ids
+        return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
     if settings is None or noise is None:
         confidence, ids = scores.softmax(-1).max(-1)
         return ids, confidence

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.exact import ExactSequence
+from hildanext.decoding.grammar import Constraint, walk
 from hildanext.decoding.rule import propose
 from hildanext.decoding.runtimes.protocol import GroupRows, Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span
@@ -156,6 +157,8 @@ class Scheduler:
                 if isinstance(sequence, ExactSequence):
                     events += [(sequence, event) for event in sequence.finish_pass(span, logits, hidden)]
                 else:
+                    if sequence.constraint is not None:
+                        ids, confidence = _walk(sequence, sequence.constraint, span.wanted, logits)
                     events += [(sequence, event) for event in sequence.finish_pass(span, ids, confidence, hidden)]
             except ModelError as error:  # this sequence fails alone
                 sequence.finish_reason = "error"
@@ -211,6 +214,7 @@ class Scheduler:
         """Free a slot for a waiting sequence, else for the last running one, so that running slots are contiguous."""
         slot, last = self.running.index(sequence), len(self.running) - 1
         sequence.noise.clear()  # the sequence stays in cached_sequences; of it only tokens and counts are needed
+        sequence.constraint = None
         if self.waiting and len(self.running) >= self.slots:
             self.running[slot] = self._admit(range(slot, slot + 1))
             return
@@ -237,7 +241,10 @@ def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 
 def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, tuple[list[int], list[float]]]:
-    """v_i and c_i of the wanted positions of each sequence that edits blocks, by slot. logits: of all wanted positions."""
+    """v_i and c_i of the wanted positions of each sequence that edits blocks, by slot. logits: of all wanted positions.
+
+    Those of a constrained sequence depend on each other, see `_walk`.
+    """
     # Greedy rows share one call. Sampling and penalties depend on each sequence's settings and text.
     sizes = [len(item.span.wanted) for item in wanting]
     blocks = [item.sequence for item in wanting if isinstance(item.sequence, Sequence)]
@@ -247,13 +254,27 @@ def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, tuple[list
         pairs = zip(ids.split(sizes), confidence.split(sizes), strict=True)
         return {item.slot: (v.tolist(), c.tolist()) for item, (v, c) in zip(wanting, pairs, strict=True)}
     for item, part in zip(wanting, logits.split(sizes), strict=True):
-        if isinstance(item.sequence, Sequence):
+        if isinstance(item.sequence, Sequence) and item.sequence.constraint is None:
             ids, confidence = _propose(part, item.sequence, item.span.wanted)
             found[item.slot] = ids.tolist(), confidence.tolist()
     return found
 
 
-def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Tensor, Tensor]:
+def _walk(
+    sequence: Sequence, constraint: Constraint, wanted: list[int], logits: Tensor
+) -> tuple[list[int], list[float]]:
+    """v_i and c_i of the wanted positions of a constrained sequence; only the rows that the walk comes to are read."""
+
+    def propose(i: int, allowed: Tensor) -> tuple[int, float]:
+        ids, confidence = _propose(logits[i : i + 1], sequence, wanted[i : i + 1], allowed.to(logits.device))
+        return int(ids), float(confidence)
+
+    return walk(constraint, len(wanted), sequence.settings.tau_mask, propose)
+
+
+def _propose(
+    logits: Tensor, sequence: Sequence, wanted: list[int], allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Proposals with the settings of a sequence. If it is greedy, `logits` may have rows of other greedy sequences."""
     noise, seen = sequence.gumbel_noise(wanted), sequence.penalized_tokens(wanted)
     return propose(
@@ -264,6 +285,7 @@ def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Ten
         settings=None if sequence.is_greedy else sequence.settings,
         noise=None if noise is None else noise.to(logits.device),
         seen=None if seen is None else seen.to(logits.device),
+        allowed=allowed,
     )
 
 

@@ -8,16 +8,18 @@ from typing import Any, Protocol, runtime_checkable
 
 from hildanext.config import Config, Mode
 from hildanext.decoding.events import Finished, Stats, Step
+from hildanext.decoding.grammar import CompiledGrammar, Grammar
 from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and its decoding settings."""
+    """A prompt as token ids, its decoding settings, and what the completion must match (see `Engine.compile`)."""
 
     prompt_ids: list[int]
     settings: Settings
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,13 @@ class Engine(Protocol):
         ...
 
     def settings(self, config: Config) -> Settings: ...
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Prepare a grammar for `Request.grammar`. Any thread may call it.
+
+        Raises UsageError for what the grammar engine does not support, and if this engine has no constrained decoding.
+        """
+        ...
 
     def decode_tokens(self, token_ids: list[int]) -> str: ...
 

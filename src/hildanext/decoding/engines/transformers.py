@@ -12,6 +12,7 @@ from hildanext.config import MOST_ROWS, Config, EngineName
 from hildanext.decoding.drafter import GroupDrafter
 from hildanext.decoding.engines.protocol import Completion, Event, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
+from hildanext.decoding.grammar import CompiledGrammar, Grammar, GrammarCompiler
 from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
@@ -73,6 +74,13 @@ class TransformersEngine:
             gated=lm.gated,
         )
         self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
+        never = [self.vocabulary.mask_token_id, *self.vocabulary.holes]
+        self.grammars = GrammarCompiler(
+            lm.tokenizer,
+            lm.vocab_size,
+            [token for token in never if token < lm.vocab_size],
+            self.vocabulary.eos_token_ids,
+        )
         self.modes = MODES_OF[self.kind]
         self.has_base = self.kind == "gated"
         gate = lm.record.get("gate")
@@ -114,6 +122,9 @@ class TransformersEngine:
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, self.trained_block or 1, self.presets, self.kind)
 
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        return self.grammars.compile(grammar)
+
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
@@ -123,11 +134,12 @@ class TransformersEngine:
         if self.vocabulary.mask_token_id in request.prompt_ids:
             raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
         sequence: AnySequence
+        constraint = None if request.grammar is None else request.grammar.start()
         if request.settings.tau_accept is None:
-            sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
+            sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint)
         else:
             sequence = ExactSequence(
-                request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter
+                request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter, constraint
             )
         self.scheduler.submit(sequence)
         return sequence
