@@ -19,8 +19,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hildanext.decoding.constraint import Constraint, dead_end
 from hildanext.decoding.events import Finished, Stats, Step
-from hildanext.decoding.grammar import Constraint, dead_end
 from hildanext.decoding.lookup import Lookup
 from hildanext.decoding.plan import Plan, plan_rows
 from hildanext.decoding.rule import choose, decodable_scores, gumbel_noise, tokens_before, verify_step

@@ -1,46 +1,23 @@
-"""Constrained decoding: the tokens with which a text can go on so that it matches a grammar in the end.
-
-llguidance compiles a JSON Schema or a grammar for a tokenizer and gives the allowed tokens after each text
-(https://github.com/guidance-ai/llguidance: an Earley parser over derivatives of regular expressions). JSON is written
-without white space. Where the grammar leaves one continuation only, llguidance allows the token with which the
-tokenizer itself would go on. Such a token is forced: it is written without asking the model.
-
-Both kinds of sequences obey the allowed tokens: `sequence.py` drafts a block from left to right (`walk`), `exact.py`
-masks the rows that verify drafts.
-"""
+"""What a completion must match: a grammar, and the bounds on a JSON Schema that becomes one."""
 
 from __future__ import annotations
 
 import json
-import re
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from math import isnan, lcm
-from typing import TYPE_CHECKING, Any, NamedTuple
+from math import lcm
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from hildanext.errors import ModelError, UsageError
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
-    from transformers import PreTrainedTokenizerBase
+from hildanext.errors import UsageError
 
 # Bounds on a schema, so that compiling one takes less than seconds. llguidance bounds the size of its grammars and the
 # work for one token itself, but not these.
 MOST_CHARS = 100_000
 MOST_DEPTH = 100  # levels of a schema
 MOST_REACH = 1000  # levels of a schema and of all that it refers to, together: the compiler recurses
-MOST_MULTIPLE = 100_000  # digits of the least common multiple of all 'multipleOf': states of an automaton
-KEPT = 32  # compiled grammars of an engine
+MOST_STATES = 100_000  # of the automata for 'multipleOf', which have a state for each remainder
 
 COMPACT = {"whitespace_flexible": False}  # else a model may write white space for ever
-Allowed = np.ndarray  # [V] bool
 
 
 @dataclass(frozen=True)
@@ -61,26 +38,31 @@ class Grammar:
     @classmethod
     def of_lark(cls, text: str) -> Grammar:
         """Text that matches a grammar in llguidance's variant of Lark."""
+        if len(text) > MOST_CHARS:
+            raise UsageError(f"the grammar of the tools has {len(text)} characters; at most {MOST_CHARS} are compiled")
         return cls(json.dumps({"grammars": [{"lark_grammar": text}]}))
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """Raise UsageError for a schema that is larger, deeper or harder than the bounds above."""
+    """Raise UsageError for a schema beyond the bounds above."""
     if not isinstance(schema, dict):
         raise UsageError("the JSON schema must be an object; an empty one, {}, allows any JSON value")
-    depth, references = _survey(schema)
-    if depth > MOST_DEPTH:
+    heights, objects = _survey(schema)
+    if heights[id(schema)] > MOST_DEPTH:
         raise UsageError(f"the JSON schema is nested deeper than {MOST_DEPTH} levels; flatten it")
     if (size := len(json.dumps(schema))) > MOST_CHARS:
         raise UsageError(f"the JSON schema has {size} characters; at most {MOST_CHARS} are compiled")
-    if depth + sum(_survey(_resolve(schema, reference))[0] for reference in references) > MOST_REACH:
+    references = {item["$ref"] for item in objects if isinstance(item.get("$ref"), str)}
+    reach = sum(heights.get(id(_resolve(schema, reference)), 0) for reference in references)
+    if heights[id(schema)] + reach > MOST_REACH:
         raise UsageError(
             f"the JSON schema and what '$ref' adds are deeper than {MOST_REACH} levels; use fewer definitions"
         )
-    multiples = [value["multipleOf"] for value, _ in _objects(schema) if "multipleOf" in value]
-    digits = [_digits(value) for value in multiples if type(value) in (int, float) and value > 0]
-    if lcm(*digits) > MOST_MULTIPLE:
-        raise UsageError(f"'multipleOf': the least common multiple of its values has digits above {MOST_MULTIPLE}")
+    multiples = [item["multipleOf"] for item in objects if type(item.get("multipleOf")) in (int, float)]
+    if lcm(*map(_digits, multiples)) * (len(multiples) + len(references)) > MOST_STATES:
+        raise UsageError(
+            "'multipleOf': the schema's values have too large a common multiple; use smaller or fewer ones"
+        )
 
 
 def _digits(value: float) -> int:
@@ -88,23 +70,17 @@ def _digits(value: float) -> int:
     return int("".join(map(str, Decimal(str(value)).as_tuple().digits)).rstrip("0") or "1")
 
 
-def _objects(value: object) -> Iterator[tuple[dict[str, Any], int]]:
-    """Every object in a JSON value, with the number of levels around it. Does not recurse: the value may be deep."""
-    waiting = [(value, 1)]
-    while waiting:
-        value, depth = waiting.pop()
-        if isinstance(value, dict):
-            yield value, depth
-            waiting += [(item, depth + 1) for item in value.values()]
-        elif isinstance(value, list):
-            waiting += [(item, depth + 1) for item in value]
-
-
-def _survey(value: object) -> tuple[int, set[str]]:
-    """The levels of a schema's objects, and the references in it."""
-    found = list(_objects(value))
-    references = {item["$ref"] for item, _ in found if isinstance(item.get("$ref"), str)}
-    return max((depth for _, depth in found), default=1), references
+def _survey(schema: dict[str, Any]) -> tuple[dict[int, int], list[dict[str, Any]]]:
+    """The levels below each object and array by its id(), and all objects. Does not recurse: the schema may be deep."""
+    found: list[tuple[Any, int]] = [(schema, 0)]  # value, index of the value around it
+    for index, (value, _) in enumerate(found):  # which grows meanwhile
+        inner = value.values() if isinstance(value, dict) else value
+        found += [(item, index) for item in inner if isinstance(item, (dict, list))]
+    heights = [1] * len(found)
+    for index in range(len(found) - 1, 0, -1):
+        heights[found[index][1]] = max(heights[found[index][1]], heights[index] + 1)
+    by_id = {id(value): height for (value, _), height in zip(found, heights, strict=True)}
+    return by_id, [value for value, _ in found if isinstance(value, dict)]
 
 
 def _resolve(schema: dict[str, Any], reference: str) -> object:
@@ -119,225 +95,3 @@ def _resolve(schema: dict[str, Any], reference: str) -> object:
         else:
             value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-class NextTokens(NamedTuple):
-    """The tokens that may follow a text."""
-
-    allowed: Allowed
-    only: int | None  # the forced token
-
-
-class Constraint:
-    """Where the text of one completion stands in its grammar."""
-
-    def __init__(self, matcher: LLMatcher, size: int, never: list[int], ends: tuple[int, ...]) -> None:
-        self.matcher, self.size, self.never, self.ends = matcher, size, never, ends
-        self.followed: list[int] = []  # drafts behind the text that the matcher has consumed as well
-        self.states: list[NextTokens] = []  # what may follow the text and its first, second, ... followed draft
-
-    def advance(self, tokens: list[int]) -> None:
-        """Add tokens to the text. Raises ModelError if they do not match."""
-        same = _common(self.followed, tokens)
-        if same == len(tokens):
-            self.followed, self.states = self.followed[same:], self.states[same:]
-            return
-        self.matcher.rollback(len(self.followed) - same)
-        self.followed, self.states = [], []
-        if not self.matcher.consume_tokens(tokens[same:]):
-            raise ModelError(f"decoding: the text left its grammar: {_first_line(self.matcher.get_error())}")
-
-    def ahead(self, drafts: list[int]) -> list[NextTokens]:
-        """The next tokens behind the text and behind each of its drafts.
-
-        Ends before the first draft that is not allowed, and before one that ends the text: nothing follows those.
-        """
-        self.states = self.states or [self._next()]
-        same = _common(self.followed, drafts)
-        if same < len(drafts):
-            self.matcher.rollback(len(self.followed) - same)
-            del self.followed[same:], self.states[same + 1 :]
-        for draft in drafts[same:]:
-            if draft in self.ends or not self.states[-1].allowed[draft]:
-                break
-            self.matcher.consume_tokens([draft])
-            self.followed.append(draft)
-            self.states.append(self._next())
-        return self.states[: len(drafts) + 1]
-
-    def fitting(self, drafts: list[int]) -> int:
-        """How many of the drafts the grammar allows."""
-        states = self.ahead(drafts)
-        n = len(states) - 1
-        return n + (n < len(drafts) and bool(states[-1].allowed[drafts[n]]))
-
-    def restrict(self, scores: Tensor, drafts: list[int]) -> Tensor:
-        """scores [n + 1, V] of the tokens behind the text and behind each of n fitting drafts, others than allowed at -inf.
-
-        Raises ModelError if a row that is finite before has no token left.
-        """
-        rows = [state.allowed for state in self.ahead(drafts)]
-        rows += [np.ones(self.size, dtype=np.bool_)] * (len(drafts) + 1 - len(rows))  # behind the end of the text
-        allowed = torch.from_numpy(np.stack(rows)).to(scores.device)
-        return scores.masked_fill_(~allowed, -torch.inf)
-
-    def write(self, tokens: list[int], most: int) -> list[int]:
-        """Add tokens that the model chose, then those that they force: returns these, at most `most`.
-
-        An end of text is the last token, and stays outside the grammar's text.
-        """
-        if tokens and tokens[-1] in self.ends:
-            return []
-        self.advance(tokens)
-        forced: list[int] = []
-        while len(forced) < most and (only := self.ahead([])[0].only) is not None:
-            forced.append(only)
-            if only in self.ends:
-                break
-            self.advance([only])
-        return forced
-
-    def begin(self, most: int) -> list[int]:
-        """The tokens that are forced before the model has chosen any, at most `most`; never an end of text."""
-        forced = self.write([], most)
-        return forced[:-1] if forced and forced[-1] in self.ends else forced
-
-    def _next(self) -> NextTokens:
-        allowed = np.zeros(self.size, dtype=np.bool_)
-        packed = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
-        bits = np.unpackbits(packed, bitorder="little")[: self.size]
-        if self.matcher.is_error():
-            raise ModelError(
-                f"decoding: the grammar is too complex for this text: {_first_line(self.matcher.get_error())}; simplify it"
-            )
-        if self.matcher.is_stopped():  # nothing but an end of text may follow; of several, the tokenizer's own is taken
-            allowed[self.ends[0]] = True
-            return NextTokens(allowed, self.ends[0])
-        allowed[: len(bits)] = bits
-        allowed[self.never] = False
-        return NextTokens(allowed, int(allowed.argmax()) if np.count_nonzero(allowed) == 1 else None)
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """Length of the common prefix."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
-
-
-def walk(
-    constraint: Constraint, n: int, tau_mask: float, propose: Callable[[int, Tensor], tuple[int, float]]
-) -> tuple[list[int], list[float]]:
-    """Proposals v_i and confidences c_i for the n masked positions of a block, from left to right.
-
-    propose(i, allowed [1, V]) gives the likeliest allowed token of position i, and its probability among all tokens:
-    what the model would write there without a grammar lowers it, so the thresholds keep their meaning. A forced token's
-    confidence is 1. The walk ends behind the first position whose confidence is not above `tau_mask`, except the first
-    of all, and behind an end of text. Positions behind it get confidence 0. Raises ModelError where the settings leave
-    no token that the grammar allows.
-    """
-    ids, confidence, drafts = [0] * n, [0.0] * n, list[int]()
-    for i in range(n):
-        state = constraint.ahead(drafts)[-1]
-        if state.only is not None:
-            ids[i], confidence[i] = state.only, 1.0
-        else:
-            ids[i], confidence[i] = propose(i, torch.from_numpy(state.allowed)[None])
-        if isnan(confidence[i]):
-            break
-        if not state.allowed[ids[i]]:
-            raise dead_end()
-        drafts.append(ids[i])
-        if ids[i] in constraint.ends or (i and confidence[i] <= tau_mask):
-            break
-    return ids, confidence
-
-
-def dead_end() -> ModelError:
-    return ModelError(
-        "decoding: the grammar allows no token that the model can write here; change the schema or settings"
-    )
-
-
-class CompiledGrammar:
-    """A grammar for the vocabulary of one engine."""
-
-    def __init__(self, matcher: LLMatcher, size: int, never: list[int], ends: tuple[int, ...]) -> None:
-        self.matcher, self.size, self.never, self.ends = matcher, size, never, ends
-
-    def start(self) -> Constraint:
-        """The constraint of a new completion."""
-        return Constraint(self.matcher.deep_copy(), self.size, self.never, self.ends)
-
-
-class GrammarCompiler:
-    """Compiles grammars for one vocabulary, and keeps the last KEPT of them. Any thread may use it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, never: list[int], ends: tuple[int, ...]) -> None:
-        """size: V, all token ids are below it. never: ids that no text has. ends: ids of which any ends a text."""
-        self.tokenizer, self.size, self.never, self.ends = tokenizer, size, never, ends
-        self.wrapped: LLTokenizer | None = None
-        self.kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Takes milliseconds, the first time a second. Raises UsageError for what is not supported, naming the keyword."""
-        with self.lock:
-            if grammar in self.kept:
-                self.kept.move_to_end(grammar)
-                return self.kept[grammar]
-            if self.wrapped is None:
-                self.wrapped = self._wrap()
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(verbose_errors=False)  # else an error repeats the grammar
-        matcher = LLMatcher(self.wrapped, grammar.source, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise UsageError(_reason(matcher.get_error()))
-        compiled = CompiledGrammar(matcher, self.size, self.never, self.ends)
-        with self.lock:
-            self.kept[grammar] = compiled
-            while len(self.kept) > KEPT:
-                self.kept.popitem(last=False)
-        return compiled
-
-    def _wrap(self) -> LLTokenizer:
-        try:
-            from llguidance import LLTokenizer
-        except ImportError:
-            raise UsageError("structured output needs the package llguidance; run: pip install llguidance") from None
-        if not self.tokenizer.is_fast or not self.ends:
-            raise UsageError("structured output needs a fast tokenizer with an end-of-text token")
-        try:
-            return LLTokenizer(
-                self.tokenizer.backend_tokenizer.to_str(),
-                n_vocab=max(self.size, len(self.tokenizer)),
-                eos_token=list(self.ends),
-            )
-        except ValueError as error:
-            raise UsageError(
-                f"structured output cannot use this model's tokenizer: {_first_line(str(error))}"
-            ) from None
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
-
-
-def _reason(error: str) -> str:
-    """A compiler's error as one line that names the keyword."""
-    line = " ".join(error.replace("<non-verbose/>", "").split())
-    if found := re.search(r"Unimplemented keys: \[(.*)\]", line):
-        names = found[1].replace('"', "'")
-        return f"the JSON schema uses {names}, which is not supported; remove the keyword or express it in another way"
-    for sign, keyword in (
-        ("oneOf constraints", "oneOf"),
-        ("Unknown format", "format"),
-        ("regex parse error", "pattern"),
-        ("patternProperty", "patternProperties"),
-        ("Resource", "$ref"),
-        ("Invalid type", "type"),
-    ):
-        if sign in line:
-            return f"the JSON schema's '{keyword}' is not supported: {line}"
-    return f"the JSON schema or grammar cannot be compiled: {line}"

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hildanext.decoding.constraint import Constraint, walk
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.exact import ExactSequence
-from hildanext.decoding.grammar import Constraint, walk
 from hildanext.decoding.rule import propose
 from hildanext.decoding.runtimes.protocol import GroupRows, Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hildanext.decoding.constraint import Constraint
 from hildanext.decoding.events import Finished, Stats, Step
-from hildanext.decoding.grammar import Constraint
 from hildanext.decoding.rule import edit_step, gumbel_noise, tokens_before
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings, most_passes

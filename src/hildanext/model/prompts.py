@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hildanext.data.chat_template import TRAINING_DATE, ChatTemplate, Rendered, encode_rendered
+from hildanext.data.chat_template import TRAINING_DATE, ChatTemplate, Rendered, encode_rendered, template_of
 from hildanext.data.conversations import Message
 from hildanext.data.documents import Rejects
 from hildanext.data.sources import instruct
@@ -24,12 +26,14 @@ def encode_prompt(
     prompt: str | list[dict[str, str]],
     known: list[int] | None = None,
     date: datetime | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a prompt: plain text without a template, or messages rendered with the generation prompt.
 
     known: ids of the conversation so far, as they were decoded. The tokenizer may split the same text into other ids,
     which no cache would contain. So if the rendered messages begin with the text of `known`, these ids are kept.
-    date: what a template that asks for the date gets; None is the present.
+    date: what a template that asks for the date gets; None is the present. tools: functions in OpenAI's format, shown
+    by the template, or if it cannot, in the system message (`with_tools`).
     A special token that a message quotes is encoded as text, as in training. In plain text it stays a special token.
     Raises UsageError for an empty prompt, for messages without a chat template, and for messages that the template
     refuses.
@@ -43,7 +47,9 @@ def encode_prompt(
     if not tokenizer.chat_template:
         raise UsageError("this model's tokenizer has no chat template; give a plain prompt (generate: --raw)")
     try:
-        rendered = ChatTemplate(tokenizer, prompt, None, date).render(prompt=True)
+        if tools and not re.search(r"\btools\b", template_of(tokenizer, tools)):
+            prompt, tools = with_tools(prompt, tools), None
+        rendered = ChatTemplate(tokenizer, prompt, tools, date).render(prompt=True)
     except DataError as error:
         raise UsageError(str(error)) from None
     text, quoted = rendered
@@ -56,6 +62,20 @@ def encode_prompt(
             if tokenizer.decode(ids) == text:  # some tokenizers add a space at the start of a text
                 return ids
     return _encode(rendered, tokenizer)
+
+
+def with_tools(messages: list[dict[str, str]], tools: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Messages whose system message shows the tools, for a chat template without tools. The format is Hermes'."""
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = (
+        f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n"
+        "To call a function, answer with its name and its arguments:\n"
+        '<tool_call>\n{"name": NAME, "arguments": ARGUMENTS}\n</tool_call>'
+    )
+    first, rest = messages[0], messages[1:]
+    if first["role"] == "system":
+        return [first | {"content": f"{first['content']}\n\n{text}"}, *rest]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:

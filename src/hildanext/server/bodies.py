@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -80,6 +80,9 @@ class GenerateBody(BaseBody):
     top_p: TopP | None = None
     repetition_penalty: RepetitionPenalty | None = None
     seed: Seed | None = Field(None, description="null or omitted: the server's seed, or a new one for each request.")
+    json_schema: dict[str, Any] | None = Field(
+        None, description="The answer is JSON that this JSON Schema allows. Editing is off."
+    )
     stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
     trace: bool = Field(False, description="Include every denoising step in the answer.")
 

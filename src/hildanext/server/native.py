@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
 from hildanext.decoding.engines import Completion, Engine, Event, is_dummy_chosen
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.grammar import Grammar
 from hildanext.errors import UsageError
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import completed, make_show_step, problem, problems, sse, streamed, streams, unless_gone
 from hildanext.server.bodies import GenerateBody, n_chars
 from hildanext.server.meters import Meters
+from hildanext.server.structured import FREE, Structure
 from hildanext.server.worker import Ticket, Worker
 
 
@@ -37,15 +40,17 @@ async def submit(
     deadline_s: float | None = None,
     *,
     wants_steps: bool = False,
+    wanted: Structure = FREE,
 ) -> Ticket:
     """Submit a prompt to the engine. Raises UsageError if it is too long, and the errors of `Worker.accept`."""
     limit = config.server.max_prompt_chars
-    if n_chars(prompt) > limit:
-        raise UsageError(f"the prompt has {n_chars(prompt)} characters; the limit is {limit} (server.max_prompt_chars)")
+    size = n_chars(prompt) + len(json.dumps(wanted.tools or []))
+    if size > limit:
+        raise UsageError(f"the prompt has {size} characters; the limit is {limit} (server.max_prompt_chars)")
     settings = worker.opened().settings(config.model_copy(update={"decode": decode}))
     most = config.server.deadline_s
     deadline_s = most if deadline_s is None else min(deadline_s, most)
-    return await worker.accept(prompt, settings, deadline_s, wants_steps=wants_steps)
+    return await worker.accept(prompt, settings, deadline_s, wants_steps=wants_steps, wanted=wanted)
 
 
 def native_routes(
@@ -138,8 +143,10 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Complete a prompt. A stream includes every denoising step as it happens."""
         decode, wants_steps = body.decode_config(config.decode), body.stream or body.trace
+        wanted = FREE if body.json_schema is None else Structure(Grammar.of_schema(body.json_schema))
         ticket = await unless_gone(
-            request, submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps)
+            request,
+            submit(worker, config, body.text, decode, body.deadline_s, wants_steps=wants_steps, wanted=wanted),
         )
         show = make_show_step(worker.opened())
 

@@ -21,6 +21,7 @@ from hildanext.errors import ContextError, HildaError
 from hildanext.server.answers import completed, sse, status_of, streamed, streams, together, unless_gone, with_retry
 from hildanext.server.bodies import NULL_MEANS_OFF, Body, Stop, Text
 from hildanext.server.native import facts, submit
+from hildanext.server.structured import FREE, AnswerReader, ResponseFormat, Structure, Tool, ToolChoice, structure
 from hildanext.server.worker import Ticket, Worker
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -139,6 +140,14 @@ class ChatBody(OpenAIBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1, description="Older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, ge=1)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = Field(None, description="null or omitted: 'auto'.")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call.")
+
+    @property
+    def wanted(self) -> Structure:
+        return structure(self.response_format, self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 def model_id(config: Config) -> str:
@@ -159,23 +168,32 @@ def usage(n_prompt: int, done: list[Completion]) -> dict[str, Any]:
 class Form:
     """The JSON of an answer, as /v1/chat/completions (`chat`) or /v1/completions writes it."""
 
-    def __init__(self, config: Config, *, chat: bool) -> None:
-        self.chat, self.model = chat, model_id(config)
+    def __init__(self, config: Config, *, chat: bool, calls: bool = False) -> None:
+        """calls: tool calls are read from the text."""
+        self.chat, self.calls, self.model = chat, calls, model_id(config)
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self.created = int(time.time())
+
+    def reader(self) -> AnswerReader:
+        """Reads the text of a new answer."""
+        return AnswerReader(calls=self.calls)
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": text}
+        if self.chat:
+            reader = self.reader()
+            reader.push(text, last=True)
+            content, finish_reason = {"message": reader.message}, reader.finish_reason(finish_reason)
         return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
 
-    def chunk(self, delta: dict[str, str], done: Completion | None = None) -> str:
+    def chunk(self, delta: dict[str, Any], done: Completion | None = None, finish_reason: str | None = None) -> str:
         """A chunk of a stream; `done` makes it the last one, with the extension `hildanext`."""
         content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": done and done.finish_reason}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
         more = {} if done is None else self.extension([done])
         return sse(self.head(chunk=True) | {"choices": [choice]} | more)
 
@@ -210,15 +228,21 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
         return shown() if name == model_id(config) else unknown_model(name)
 
     async def answer(
-        request: Request, body: OpenAIBody, prompts: list[Any], decode: DecodeConfig, *, chat: bool
+        request: Request,
+        body: OpenAIBody,
+        prompts: list[Any],
+        decode: DecodeConfig,
+        *,
+        chat: bool,
+        wanted: Structure = FREE,
     ) -> Response:
         if body.model != model_id(config):
             return unknown_model(body.model)
-        form = Form(config, chat=chat)
+        form = Form(config, chat=chat, calls=wanted.tools is not None)
         tickets: list[Ticket] = []
         try:
             for prompt in prompts:
-                tickets.append(await unless_gone(request, submit(worker, config, prompt, decode)))
+                tickets.append(await unless_gone(request, submit(worker, config, prompt, decode, wanted=wanted)))
             if body.stream:
                 head = form.chunk({"role": "assistant", "content": ""}) if chat else ""
                 written = _chunks(request, config, body, prompts[0], tickets[0], form)
@@ -243,7 +267,7 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
     async def chat_completions(body: ChatBody, request: Request) -> Any:
         decode = body.decode_config(config.decode, body.max_completion_tokens or body.max_tokens)
         messages = [message.as_ours for message in body.messages]
-        return await answer(request, body, [messages], decode, chat=True)
+        return await answer(request, body, [messages], decode, chat=True, wanted=body.wanted)
 
     return router
 
@@ -265,15 +289,17 @@ def _chunks(
     ticket: Ticket,
     form: Form,
 ) -> Callable[[Event], str]:
-    """Return a function that writes a chunk for each finished block, and the last chunks for the completion."""
+    """Return a function that writes chunks for each finished block, and the last chunks for the completion."""
+    reader = form.reader()
 
     def written(event: Event) -> str:
         if isinstance(event, Finished):
-            return form.chunk({"content": event.text}) if event.text else ""
+            return "".join(form.chunk(delta) for delta in reader.push(event.text))
         if not isinstance(event, Completion):
             return ""
         request.state.facts = facts(config, prompt, event)
-        last = form.chunk({}, event)
+        last = "".join(form.chunk(delta) for delta in reader.push("", last=True))
+        last += form.chunk({}, event, reader.finish_reason(event.finish_reason))
         if body.stream_options is not None and body.stream_options.include_usage:
             tokens = usage(len(ticket.request.prompt_ids), [event])
             last += sse(form.head(chunk=True) | {"choices": [], "usage": tokens})

@@ -11,16 +11,23 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Engine, Event, Request, Steps, as_steps
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import Settings
-from hildanext.errors import HildaError, ModelError
+from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.server.meters import Meters
+from hildanext.server.structured import FREE, Structure
+
+if TYPE_CHECKING:
+    from hildanext.decoding.constraint import CompiledGrammar
 
 STOP_S = 5.0
+COMPILE_S = 10.0  # for a grammar; usual schemas take milliseconds, the first one a second
 REST_S = 3.0  # without a request, until the engine frees memory
 RECENT = 32  # completions whose duration says how long the next ones will take
 State = Literal["loading", "ready", "failing", "stopping", "stopped"]
@@ -70,6 +77,7 @@ class Worker:
         self.accepted: set[Ticket] = set()  # used in the event loop only
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._compiler = ThreadPoolExecutor(2, thread_name_prefix="compile")  # slow schemas wait for each other only
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         meters.queued.set_function(lambda: self.n_queued)
         meters.running.set_function(lambda: len(self.accepted) - self.n_queued)
@@ -90,6 +98,7 @@ class Worker:
         self._inbox.put(("stop", None))
         self._thread.join(STOP_S)
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     # --- Called in the event loop
 
@@ -115,12 +124,18 @@ class Worker:
         return (self.n_queued + 1) * usual / slots
 
     async def accept(
-        self, prompt: str | list[dict[str, str]], settings: Settings, deadline_s: float, *, wants_steps: bool
+        self,
+        prompt: str | list[dict[str, str]],
+        settings: Settings,
+        deadline_s: float,
+        *,
+        wants_steps: bool,
+        wanted: Structure = FREE,
     ) -> Ticket:
-        """Reserve a place, tokenize the prompt and submit it to the engine.
+        """Reserve a place, tokenize the prompt, compile the grammar and submit them to the engine.
 
         Raises Overloaded if the queue is full, Unready while the engine is not available, DeadlineError, and UsageError
-        for a prompt that cannot be encoded.
+        for a prompt that cannot be encoded, and for a grammar that cannot be compiled in COMPILE_S seconds.
         """
         engine = self.opened()
         if len(self.accepted) >= engine.slots + self.config.server.queue:
@@ -129,12 +144,14 @@ class Worker:
         ticket = Ticket(settings, deadline_s, wants_steps=wants_steps)
         self.accepted.add(ticket)
         # A long prompt takes time to tokenize, so that runs in its own thread. Its queue is bounded by the places.
-        encoding = self.loop.run_in_executor(self._encoder, engine.encode, prompt)
+        encode = partial(engine.encode, prompt, tools=wanted.tools) if wanted.tools else partial(engine.encode, prompt)
+        encoding = self.loop.run_in_executor(self._encoder, encode)
         try:
+            compiled = None if wanted.grammar is None else await self._compiled(engine, wanted.grammar)
             await asyncio.wait({encoding}, timeout=deadline_s)
             if not encoding.done():
                 raise DeadlineError("the deadline passed before the prompt was tokenized")
-            ticket.request = Request(encoding.result(), settings)
+            ticket.request = Request(encoding.result(), settings, compiled)
             self.opened()  # the server may have stopped meanwhile
         except BaseException:
             encoding.cancel()
@@ -142,6 +159,16 @@ class Worker:
             raise
         self._inbox.put(("submit", ticket))
         return ticket
+
+    async def _compiled(self, engine: Engine, grammar: Grammar) -> CompiledGrammar:
+        compiling = self.loop.run_in_executor(self._compiler, engine.compile, grammar)
+        await asyncio.wait({compiling}, timeout=COMPILE_S)
+        if not compiling.done():
+            compiling.cancel()
+            raise UsageError(
+                f"compiling the schema takes longer than {COMPILE_S:g} seconds; make it smaller or simpler"
+            )
+        return compiling.result()
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request; its slot is free after the current pass. Does nothing for a finished request."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from hildanext.config import Config, ModelConfig
 from hildanext.data.tokenizer import token_ids
+from hildanext.decoding.constraint import CompiledGrammar
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
 from hildanext.errors import NonFiniteLogitsError, UsageError
@@ -63,11 +66,19 @@ class ArEngine:
             return str(error)
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, known)
+    def encode(
+        self,
+        prompt: str | list[dict[str, str]],
+        known: list[int] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known, tools=tools)
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 1)._replace(block_size=1, tau_mask=0.0, tau_edit=None, temperature=0.0)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from hildanext.config import Config, EngineName
+from hildanext.decoding.constraint import CompiledGrammar
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
-from hildanext.errors import ModelError
+from hildanext.errors import ModelError, UsageError
 from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
 from hildanext.model.prompts import encode_prompt, end_ids
 
@@ -149,11 +151,19 @@ class DInferEngine:
             return "dInfer already runs in this process with its own model and parameters; close that engine first"
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, known)
+    def encode(
+        self,
+        prompt: str | list[dict[str, str]],
+        known: list[int] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known, tools=tools)
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, DEFAULT_BLOCK)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import Completion, Event, Request, Stats, last_completion
 from hildanext.decoding.events import Finished
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
+from hildanext.errors import UsageError
 
 NOTICE = "[dummy engine, no model ran] "
 
@@ -34,12 +37,20 @@ class DummyEngine:
     def can_serve(config: Config) -> str | None:
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
+    def encode(
+        self,
+        prompt: str | list[dict[str, str]],
+        known: list[int] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
         return list(text.encode())
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 32)
+
+    def compile(self, grammar: Grammar) -> NoReturn:
+        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode(errors="replace")

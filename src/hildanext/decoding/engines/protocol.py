@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hildanext.config import Config, Mode
 from hildanext.decoding.events import Finished, Stats, Step
-from hildanext.decoding.grammar import CompiledGrammar, Grammar
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
+
+if TYPE_CHECKING:  # imports torch, which the dummy does not need
+    from hildanext.decoding.constraint import CompiledGrammar
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,16 @@ class Engine(Protocol):
         """The reason why this engine cannot serve the model on this machine, or None if it can. Loads nothing."""
         ...
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        """Token ids of a prompt (text or chat messages). `known`: ids of its beginning, reused if they fit."""
+    def encode(
+        self,
+        prompt: str | list[dict[str, str]],
+        known: list[int] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt (text or chat messages). `known`: ids of its beginning, reused if they fit.
+
+        tools: functions that the model may call, in OpenAI's format; they are shown with the messages.
+        """
         ...
 
     def settings(self, config: Config) -> Settings: ...

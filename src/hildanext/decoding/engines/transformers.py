@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hildanext.config import MOST_ROWS, Config, EngineName
+from hildanext.decoding.constraint import CompiledGrammar, GrammarCompiler
 from hildanext.decoding.drafter import GroupDrafter
 from hildanext.decoding.engines.protocol import Completion, Event, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
-from hildanext.decoding.grammar import CompiledGrammar, Grammar, GrammarCompiler
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.heap import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
@@ -116,8 +118,13 @@ class TransformersEngine:
                 return f"adapter '{config.model.base}' needs its base: {error}"
         return None
 
-    def encode(self, prompt: str | list[dict[str, str]], known: list[int] | None = None) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, known)
+    def encode(
+        self,
+        prompt: str | list[dict[str, str]],
+        known: list[int] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, known, tools=tools)
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, self.trained_block or 1, self.presets, self.kind)
