@@ -49,7 +49,7 @@ class Cat(BaseModel):
 @pytest.fixture(scope="module", params=["ungated", "gated"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Config]]:
     write = write_gated if request.param == "gated" else write_converted
-    config = write(tmp_path_factory.mktemp("served"), context=1024, decode={"max_new_tokens": 300})
+    config = write(tmp_path_factory.mktemp("served"), context=2048, decode={"max_new_tokens": 300})
     with serving.running(config) as (url, _):
         yield url, config
 
@@ -191,6 +191,7 @@ def test_bad_requests(client: openai.OpenAI) -> None:
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "'response_format': an answer that may call"),
         ({"tools": [{"type": "function", "function": function}]}, "the parameters of 'f' must have the type 'object'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 500_000}}]}, "characters"),
     ]:
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError) as caught:

@@ -39,6 +39,11 @@ class NextTokens(NamedTuple):
     allowed: Allowed
     only: int | None  # the forced token
 
+    @property
+    def tensor(self) -> Tensor:
+        """[V] bool: `allowed`."""
+        return torch.from_numpy(self.allowed)
+
 
 class Constraint:
     """Where the text of one completion stands in its grammar."""
@@ -77,6 +82,10 @@ class Constraint:
             self.states.append(self._next())
         return self.states[: len(drafts) + 1]
 
+    def behind(self, drafts: list[int]) -> NextTokens:
+        """The next tokens behind fitting drafts, of which none ends the text."""
+        return self.ahead(drafts)[-1]
+
     def fitting(self, drafts: list[int]) -> int:
         """How many of the drafts the grammar allows."""
         states = self.ahead(drafts)
@@ -84,14 +93,11 @@ class Constraint:
         return n + (n < len(drafts) and bool(states[-1].allowed[drafts[n]]))
 
     def restrict(self, scores: Tensor, drafts: list[int]) -> Tensor:
-        """scores [n + 1, V] of the tokens behind the text and behind each of n fitting drafts, others than allowed at -inf.
-
-        Raises ModelError if a row that is finite before has no token left.
-        """
-        rows = [state.allowed for state in self.ahead(drafts)]
-        rows += [np.ones(self.size, dtype=np.bool_)] * (len(drafts) + 1 - len(rows))  # behind the end of the text
-        allowed = torch.from_numpy(np.stack(rows)).to(scores.device)
-        return scores.masked_fill_(~allowed, -torch.inf)
+        """scores [n + 1, V] of the tokens behind the text and behind each of n fitting drafts: sets others to -inf."""
+        states = self.ahead(drafts)  # not of the row behind a draft that ends the text
+        forbidden = ~torch.from_numpy(np.stack([state.allowed for state in states])).to(scores.device)
+        scores[: len(states)].masked_fill_(forbidden, -torch.inf)
+        return scores
 
     def write(self, tokens: list[int], most: int) -> list[int]:
         """Add tokens that the model chose, then those that they force: returns these, at most `most`.
@@ -102,7 +108,7 @@ class Constraint:
             return []
         self.advance(tokens)
         forced: list[int] = []
-        while len(forced) < most and (only := self.ahead([])[0].only) is not None:
+        while len(forced) < most and (only := self.behind([]).only) is not None:
             forced.append(only)
             if only in self.ends:
                 break
@@ -150,11 +156,11 @@ def walk(
     """
     ids, confidence, drafts = [0] * n, [0.0] * n, list[int]()
     for i in range(n):
-        state = constraint.ahead(drafts)[-1]
+        state = constraint.behind(drafts)
         if state.only is not None:
             ids[i], confidence[i] = state.only, 1.0
         else:
-            ids[i], confidence[i] = propose(i, torch.from_numpy(state.allowed)[None])
+            ids[i], confidence[i] = propose(i, state.tensor[None])
         if isnan(confidence[i]):
             break
         if not state.allowed[ids[i]]:

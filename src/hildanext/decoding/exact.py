@@ -43,11 +43,17 @@ class Drafter(Protocol):
     fresh: list[float]  # for row 1 ... k, the measured chance that its draft is right if all before it are
 
     def drafts(
-        self, hidden: Tensor, logits: Tensor, before: int, settings: Settings, noise: Tensor | None
+        self,
+        hidden: Tensor,
+        logits: Tensor,
+        before: int,
+        settings: Settings,
+        noise: Tensor | None,
+        constraint: Constraint | None = None,
     ) -> tuple[list[int], list[float]]:
         """Drafts and their chances. hidden [n, H], logits [n, V]: of the rows; before: the token before the first draft.
 
-        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts.
+        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts. constraint: what the drafts must fit.
         """
         ...
 
@@ -253,7 +259,9 @@ class ExactSequence:
         if size and self.drafter is not None:
             rows, end = slice(first, first + size), len(self.tokens)
             noise = self._noise(range(end, end + size))
-            tokens, chances = self.drafter.drafts(hidden[rows], logits[rows], self.tokens[-1], settings, noise)
+            tokens, chances = self.drafter.drafts(
+                hidden[rows], logits[rows], self.tokens[-1], settings, noise, self.constraint
+            )
             self.pending = [
                 Draft(token, chance, j)
                 for j, (token, chance) in enumerate(zip(tokens, chances, strict=True), start=1 + self.forced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -19,8 +20,17 @@ def _whole(text: str) -> str:
     return text
 
 
+def _whole_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _whole(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        raise ValueError("the schema is nested too deeply; flatten it") from None
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+Schema = Annotated[dict[str, Any], AfterValidator(_whole_json)]
 NULL_MEANS_OFF = ("tau_edit", "tau_accept", "lookup")  # settings whose null is a value, and not "omitted"
 
 
@@ -80,7 +90,7 @@ class GenerateBody(BaseBody):
     top_p: TopP | None = None
     repetition_penalty: RepetitionPenalty | None = None
     seed: Seed | None = Field(None, description="null or omitted: the server's seed, or a new one for each request.")
-    json_schema: dict[str, Any] | None = Field(
+    json_schema: Schema | None = Field(
         None, description="The answer is JSON that this JSON Schema allows. Editing is off."
     )
     stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")

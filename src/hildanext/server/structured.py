@@ -20,7 +20,7 @@ from pydantic import Field
 
 from hildanext.decoding.grammar import Grammar, check_schema
 from hildanext.errors import UsageError
-from hildanext.server.bodies import Body, Text
+from hildanext.server.bodies import Body, Schema, Text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 HEADER = re.compile(r'\s*\{"name": "([^"]*)", "arguments": ')
@@ -33,7 +33,7 @@ class JsonSchema(Body):
     name: Text | None = None
     description: Text | None = None
     strict: bool | None = Field(None, description="The answer always matches the schema, whatever this is.")
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
 
 
 class ResponseFormat(Body):
@@ -44,7 +44,7 @@ class ResponseFormat(Body):
 class Function(Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: Text | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of an object; omitted: any object.")
+    parameters: Schema | None = Field(None, description="JSON Schema of an object; omitted: any object.")
     strict: bool | None = Field(None, description="Arguments always match 'parameters', whatever this is.")
 
 
