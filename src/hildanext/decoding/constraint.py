@@ -244,7 +244,7 @@ def _first_line(text: str) -> str:
 
 def _reason(error: str) -> str:
     """A compiler's error as one line that names the keyword."""
-    line = " ".join(error.replace("<non-verbose/>", "").split())
+    line = " ".join(error.replace("<non-verbose/>", "").split())[:300]  # it may quote the schema
     if found := re.search(r"Unimplemented keys: \[(.*)\]", line):
         names = found[1].replace('"', "'")
         return f"the JSON schema uses {names}, which is not supported; remove the keyword or express it in another way"
