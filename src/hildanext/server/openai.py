@@ -110,6 +110,11 @@ class OpenAIBody(Body):
     frequency_penalty: float | None = Field(None, ge=0.0, le=0.0)
     presence_penalty: float | None = Field(None, ge=0.0, le=0.0)
 
+    @property
+    def wanted(self) -> Structure:
+        """The grammar and the tools that the request asks for."""
+        return FREE
+
     def decode_config(self, base: DecodeConfig, max_new_tokens: int | None) -> DecodeConfig:
         names = ("temperature", "top_p", "seed", "mode", "tau_mask", "top_k", "repetition_penalty")
         given: dict[str, Any] = {name: value for name, value in self if name in names and value is not None}
@@ -228,16 +233,11 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
         return shown() if name == model_id(config) else unknown_model(name)
 
     async def answer(
-        request: Request,
-        body: OpenAIBody,
-        prompts: list[Any],
-        decode: DecodeConfig,
-        *,
-        chat: bool,
-        wanted: Structure = FREE,
+        request: Request, body: OpenAIBody, prompts: list[Any], decode: DecodeConfig, *, chat: bool
     ) -> Response:
         if body.model != model_id(config):
             return unknown_model(body.model)
+        wanted = body.wanted
         form = Form(config, chat=chat, calls=wanted.tools is not None)
         tickets: list[Ticket] = []
         try:
@@ -267,7 +267,7 @@ def openai_routes(config: Config, worker: Worker) -> APIRouter:
     async def chat_completions(body: ChatBody, request: Request) -> Any:
         decode = body.decode_config(config.decode, body.max_completion_tokens or body.max_tokens)
         messages = [message.as_ours for message in body.messages]
-        return await answer(request, body, [messages], decode, chat=True, wanted=body.wanted)
+        return await answer(request, body, [messages], decode, chat=True)
 
     return router
 
