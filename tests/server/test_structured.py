@@ -159,8 +159,8 @@ def test_several_calls_or_one(client: openai.OpenAI) -> None:
 
 
 def test_each_of_several_answers_has_calls_and_logprobs_of_its_own(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "model", "messages": ASKED, "tools": TOOLS, "tool_choice": "required"}
-    asked |= {"temperature": 1.2, "max_tokens": 400, "parallel_tool_calls": False, "logprobs": True}
+    asked: dict[str, Any] = {"model": "model", "messages": ASKED, "tools": [TOOLS[0], TOOLS[2]], "logprobs": True}
+    asked |= {"temperature": 1.2, "max_tokens": 400, "parallel_tool_calls": False, "tool_choice": "required"}
     choices = client.chat.completions.create(**asked, n=3, seed=1).choices
     chunks = list(client.chat.completions.create(**asked, n=3, seed=1, stream=True))
     for i, choice in enumerate(choices):
@@ -175,6 +175,27 @@ def test_each_of_several_answers_has_calls_and_logprobs_of_its_own(client: opena
         assert f"<tool_call>\n{text}\n</tool_call>" in "".join(tokens)
         parts = [chunk.choices[0].logprobs for chunk in mine]
         assert [entry.token for part in parts if part for entry in part.content] == tokens
+
+
+def test_a_call_and_the_answer_to_it_are_sent_back(client: openai.OpenAI) -> None:
+    """The chat template knows no calls, so the model sees what it wrote."""
+    asked: dict[str, Any] = {"model": "model", "messages": ASKED, "tools": TOOLS, "tool_choice": "required"}
+    said = (
+        client.chat.completions.create(**asked, parallel_tool_calls=False, seed=1, temperature=1.2).choices[0].message
+    )
+    (call,) = said.tool_calls or []
+    told = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+    function = f'{{"name": "{call.function.name}", "arguments": {call.function.arguments}}}'
+    text = [
+        {"role": "assistant", "content": f"<tool_call>\n{function}\n</tool_call>"},
+        {"role": "user", "content": "<tool_response>\nrain\n</tool_response>"},
+    ]
+    answers = [
+        client.chat.completions.create(model="model", messages=[*ASKED, *more], max_tokens=8)
+        for more in ([said, told], text)
+    ]
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+    assert answers[0].choices[0].message == answers[1].choices[0].message
 
 
 def test_the_tokens_of_a_prompt_with_tools_can_be_counted(client: openai.OpenAI, served: tuple[str, Config]) -> None:
