@@ -55,6 +55,17 @@ def truth(base: Any, tokenizer: Any, prompt: str, n: int = 16) -> list[int]:
     return base.generate(ids, max_new_tokens=n, do_sample=False)[0, ids.shape[1] :].tolist()
 
 
+def test_a_schema_holds_for_every_text(model: hildanext.Model) -> None:
+    schema = {"enum": ["red", "grey", 7]}
+    for done in model.generate(PROMPTS, raw=True, json_schema=schema, temperature=1.0, seed=1):
+        assert json.loads(done.text) in schema["enum"]
+    *_, done = model.stream("x", json_schema=schema)
+    assert json.loads(done.text) in schema["enum"]
+    with pytest.raises(UsageError, match="uses 'not'"):
+        model.generate("x", json_schema={"not": {}})
+    assert model.generate("x", raw=True).text == model.generate("x", raw=True, json_schema=None).text
+
+
 def test_a_text_is_continued_as_the_base_does(model: hildanext.Model, base: Any, tokenizer: Any) -> None:
     for prompt in PROMPTS:
         done = model.generate(prompt, raw=True)

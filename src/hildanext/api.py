@@ -23,6 +23,7 @@ from hildanext.decoding import engines
 from hildanext.decoding.engines import Engine, Event, Request, Steps, as_steps, open_engine
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.grammar import Grammar
 from hildanext.errors import ContextError, HildaError, UsageError
 from hildanext.evaluate.likelihood import Pair, base_chain, bound
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -88,28 +89,49 @@ class Model:
         return self._engine, self._steps
 
     @overload
-    def generate(self, prompt: Prompt, *, raw: bool = False, steps: bool = False, **settings: Any) -> Completion: ...
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        steps: bool = False,
+        json_schema: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Completion: ...
 
     @overload
     def generate(
-        self, prompt: list[str] | list[Messages], *, raw: bool = False, steps: bool = False, **settings: Any
+        self,
+        prompt: list[str] | list[Messages],
+        *,
+        raw: bool = False,
+        steps: bool = False,
+        json_schema: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> list[Completion]: ...
 
     def generate(
-        self, prompt: Any, *, raw: bool = False, steps: bool = False, **settings: Any
+        self,
+        prompt: Any,
+        *,
+        raw: bool = False,
+        steps: bool = False,
+        json_schema: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> Completion | list[Completion]:
         """Complete a prompt, or a list of prompts as one batch of up to `engine.slots` at a time.
 
         prompt: a user's message as text, or a conversation: a list of {"role": ..., "content": ...}. raw: continue the
-        text without the chat template. steps: keep the passes; a notebook then shows a picture of them. settings: keys
-        of `decode` (`mode`, `max_new_tokens`, `temperature`, ...); others keep the value of `load`. With a seed s, the
-        prompt of index i in a list has the seed s + i.
+        text without the chat template. steps: keep the passes; a notebook then shows a picture of them. json_schema: a
+        JSON Schema; each text is JSON that it allows, unless `max_new_tokens` cuts it. settings: keys of `decode`
+        (`mode`, `max_new_tokens`, `temperature`, ...); others keep the value of `load`. With a seed s, the prompt of
+        index i in a list has the seed s + i.
 
-        All prompts are checked before the first pass. Raises UsageError for a bad prompt or setting, ContextError for a
-        prompt that does not fit, and the error that ended a request.
+        All prompts are checked before the first pass. Raises UsageError for a bad prompt or setting and for a schema that
+        is not supported, ContextError for a prompt that does not fit, and the error that ended a request.
         """
         prompts, is_batch = _prompts(prompt)
-        requests = self._requests(prompts, raw, settings)
+        requests = self._requests(prompts, raw, settings, json_schema)
         handles = self._submit(requests)
         try:
             found = [
@@ -120,12 +142,14 @@ class Model:
             self._drop(*handles)
         return found if is_batch else found[0]
 
-    def stream(self, prompt: Prompt, *, raw: bool = False, **settings: Any) -> Iterator[Step | Finished | Completion]:
+    def stream(
+        self, prompt: Prompt, *, raw: bool = False, json_schema: dict[str, Any] | None = None, **settings: Any
+    ) -> Iterator[Step | Finished | Completion]:
         """Yield what the page gets from POST /generate, as it happens: `Step`, `Finished` (a block) and the Completion.
 
         Arguments and errors as in `generate`. Closing the iterator early drops the request.
         """
-        (request,) = self._requests([prompt], raw, settings)
+        (request,) = self._requests([prompt], raw, settings, json_schema)
 
         def events() -> Iterator[Step | Finished | Completion]:
             (handle,) = self._submit([request])
@@ -187,8 +211,11 @@ class Model:
 
     # --- requests
 
-    def _requests(self, prompts: list[Prompt], raw: bool, settings: dict[str, Any]) -> list[Request]:
-        """One request for each prompt. Raises UsageError for a bad prompt or setting."""
+    def _requests(
+        self, prompts: list[Prompt], raw: bool, settings: dict[str, Any], json_schema: dict[str, Any] | None
+    ) -> list[Request]:
+        """One request for each prompt. Raises UsageError for a bad prompt, setting or schema."""
+        grammar = None if json_schema is None else self.engine.compile(Grammar.of_schema(json_schema))
         changes = changed_settings(decode_settings(settings))
         raw_config = {"decode": self.config.decode.model_dump(mode="json") | changes}
         decode, requests = parse_config(raw_config, "settings").decode, []
@@ -197,7 +224,7 @@ class Model:
             with self._passing:
                 engine = self.engine
                 chosen = engine.settings(self.config.model_copy(update={"decode": seeded}))
-                requests.append(Request(engine.encode(_conversation(prompt, raw)), chosen))
+                requests.append(Request(engine.encode(_conversation(prompt, raw)), chosen, grammar))
         return requests
 
     def _submit(self, requests: list[Request]) -> list[Any]:

@@ -112,7 +112,7 @@ class Oracle:
         self.sequence: ExactSequence | None = None
 
     def drafts(
-        self, hidden: Tensor, logits: Tensor, before: int, settings: Settings, noise: Tensor | None
+        self, hidden: Tensor, logits: Tensor, before: int, settings: Settings, noise: Tensor | None, constraint: None
     ) -> tuple[list[int], list[float]]:
         assert self.sequence is not None
         at, n = len(self.sequence.tokens), len(hidden)

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from hildanext.decoding.constraint import Constraint
 from hildanext.decoding.memory import TokenRows
 from hildanext.decoding.rule import COLDEST, keep_likely
 from hildanext.decoding.settings import Settings
@@ -31,16 +32,25 @@ class GroupDrafter:
 
     @torch.inference_mode()
     def drafts(
-        self, hidden: Tensor, logits: Tensor, before: int, settings: Settings, noise: Tensor | None
+        self,
+        hidden: Tensor,
+        logits: Tensor,
+        before: int,
+        settings: Settings,
+        noise: Tensor | None,
+        constraint: Constraint | None = None,
     ) -> tuple[list[int], list[float]]:
         """Drafts of n rows and the chance of each. hidden [n, H], logits [n, V]; before: the token before the first.
 
-        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts.
+        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts. constraint: drafts are chosen from
+        the allowed tokens, and end where none of a row's candidates is allowed; forced ones have the chance 1.
         """
         scores = logits[:, : self.vocab_size].float()
         scores[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
         top, ids = scores.topk(min(CANDIDATES, scores.shape[1]), dim=-1)
-        tokens, chances, state = [], [], None
+        tokens: list[int] = []
+        chances: list[float] = []
+        state = None
         draft_head, hidden = self.draft_head, hidden.float()
         if draft_head is not None:  # what does not depend on the drafts, for all rows at once
             read, candidates = draft_head.read_hidden(hidden), self.head.rows(ids)
@@ -51,13 +61,21 @@ class GroupDrafter:
                     read[row] + draft_head.read_before(self.embedding.rows(torch.tensor(before))), state
                 )
                 ranked = candidates[row] @ draft_head.changed(hidden[row], state)
+            follows = None if constraint is None else constraint.behind(tokens)
+            if follows is not None:
+                ranked = ranked.masked_fill(~follows.tensor[ids[row].cpu()].to(ids.device), -torch.inf)
+                if follows.only is None and not bool((ranked > -torch.inf).any()):
+                    break
             probabilities = ranked.softmax(-1)
             if noise is None:
                 best = int(ranked.argmax())
             else:
                 warm = keep_likely(ranked[None] / max(settings.temperature, COLDEST), settings)[0]
                 best = int((warm + noise[row, ids[row]]).argmax())
-            before = int(ids[row, best])
+            forced = None if follows is None else follows.only
+            before = int(ids[row, best]) if forced is None else forced
             tokens.append(before)
-            chances.append(float(probabilities[best]))
+            chances.append(float(probabilities[best]) if forced is None else 1.0)
+            if constraint is not None and before in constraint.ends:
+                break
         return tokens, chances

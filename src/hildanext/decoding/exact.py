@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hildanext.decoding.constraint import Constraint, dead_end
 from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
 from hildanext.decoding.lookup import Lookup
 from hildanext.decoding.plan import Plan, plan_rows
@@ -26,6 +27,7 @@ from hildanext.decoding.rule import (
     choose,
     counts_before,
     decodable_scores,
+    forced_logprob,
     gumbel_noise,
     token_logprobs,
     tokens_before,
@@ -38,6 +40,7 @@ from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import NonFiniteLogitsError
 from hildanext.model.text_stream import TextStream
 
+NO_CHOICE = -1
 PRIOR = 8  # an offset's expected acceptance counts like this many drafts of the sequence's own
 # Chance that a draft from a lookup is right, by the length of the n-gram that was found; measured on SmolLM2's text.
 LOOKUP_CHANCES = {2: 0.3, 3: 0.5, 4: 0.7}
@@ -49,11 +52,17 @@ class Drafter(Protocol):
     fresh: list[float]  # for row 1 ... k, the measured chance that its draft is right if all before it are
 
     def drafts(
-        self, hidden: Tensor, logits: Tensor, before: int, settings: Settings, noise: Tensor | None
+        self,
+        hidden: Tensor,
+        logits: Tensor,
+        before: int,
+        settings: Settings,
+        noise: Tensor | None,
+        constraint: Constraint | None = None,
     ) -> tuple[list[int], list[float]]:
         """Drafts and their chances. hidden [n, H], logits [n, V]: of the rows; before: the token before the first draft.
 
-        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts.
+        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts. constraint: what the drafts must fit.
         """
         ...
 
@@ -76,6 +85,7 @@ class ExactSequence:
         vocabulary: Vocabulary,
         decode_tokens: Callable[[list[int]], str],
         drafter: Drafter | None,
+        constraint: Constraint | None = None,
     ) -> None:
         assert settings.tau_accept is not None
         self.settings, self.vocabulary, self.drafter = settings, vocabulary, drafter
@@ -95,6 +105,9 @@ class ExactSequence:
         self.forwards = self.prefill_forwards = self.rows = 0
         k = len(drafter.fresh) if drafter else 0
         self.tried, self.right = [0] * (k + 1), [0] * (k + 1)  # drafts verified after right ones, by offset; 0: lookup
+        self.constraint, self.forced = constraint, 0  # forced: tokens that the last pass's choice forced
+        if constraint is not None:
+            self._force(constraint.begin(settings.max_new_tokens - 1))
         self.last_step = 0  # of the scheduler, in which it or its cached prefix was used
         self.began, self.seconds = time.perf_counter(), 0.0
 
@@ -150,7 +163,8 @@ class ExactSequence:
     def _plan(self) -> Plan:
         left = self.settings.max_new_tokens - (len(self.tokens) - self.n_prompt)
         chances = [draft.chance for draft in self.pending][: left - 1]
-        return plan_rows(chances, self._fresh() if left > 2 else [], self.settings.rows)
+        rows = max(1, self.settings.rows - self.forced)  # forced tokens are clean rows, too
+        return plan_rows(chances, self._fresh() if left > 2 else [], rows)
 
     def _fresh(self) -> list[float]:
         """The chance of each draft of a new group: as measured for the checkpoint, and in this text so far."""
@@ -180,6 +194,8 @@ class ExactSequence:
         end = len(self.tokens)
         choices, ratios = self._choices(logits[: n_drafts + 1], [draft.token for draft in tried])
         run = verify_step([draft.token for draft in tried], choices, ratios, self.tau_accept)
+        if choices[run] == NO_CHOICE:
+            raise dead_end()
         for index, draft in enumerate(tried[: run + 1]):
             self.tried[draft.offset] += 1
             self.right[draft.offset] += index < run
@@ -190,6 +206,10 @@ class ExactSequence:
             self.fixed += self._logprobs(logits[:kept], new[:kept], settings.logprobs)
         corrects = run < n_drafts and kept == run + 1
         chances: list[float | None] = [*(draft.chance for draft in tried[:run]), None][:kept]
+        if self.constraint is not None and self.finish_reason is None:
+            left = self.settings.max_new_tokens - (len(self.tokens) - self.n_prompt)
+            self.forced = self._force(self.constraint.write(new, left))
+            chances += [None] * self.forced
         drafted, edited = list(range(min(run, kept))), [run] if corrects else []
         step = Step(self.forwards - 1, 0, self.tokens[end:], drafted, edited, chances, 1.0, end)
         if self.finish_reason is None:
@@ -208,18 +228,28 @@ class ExactSequence:
         scores = decodable_scores(
             logits, vocabulary.mask_token_id, vocabulary.size, settings, seen, vocabulary.holes, counts
         )
+        if self.constraint is not None:
+            scores = self.constraint.restrict(scores, drafts)
         ids, best = choose(scores, settings, None if noise is None else noise.to(logits.device))
-        if not bool(best.isfinite().all()):
+        # A row whose allowed tokens are all at -inf has no choice, which only matters if the text comes to it.
+        if not bool((best.isfinite() if self.constraint is None else best < torch.inf).all()):
             raise NonFiniteLogitsError(f"decoding, position {end}")
+        choices = ids.masked_fill(best == -torch.inf, NO_CHOICE).tolist()
         ratios = [1.0] * len(drafts)
         if self.tau_accept != 1.0 and drafts:
             at = scores[: len(drafts)].gather(1, torch.tensor(drafts, device=scores.device)[:, None])[:, 0]
-            ratios = (at - best[: len(drafts)]).exp().tolist()
-        return ids.tolist(), ratios
+            ratios = (at - best[: len(drafts)]).exp().nan_to_num(0.0).tolist()
+        return choices, ratios
 
     def _logprobs(self, logits: Tensor, new: list[int], n_top: int) -> list[TokenLogprob]:
+        """Of verified tokens. A forced one is certain, whether a draft or not, so they do not depend on the drafts."""
         mask_token_id, size, holes = self.vocabulary.mask_token_id, self.vocabulary.size, self.vocabulary.holes
-        return token_logprobs(logits, new, n_top, mask_token_id=mask_token_id, vocab_size=size, holes=holes)
+        found = token_logprobs(logits, new, n_top, mask_token_id=mask_token_id, vocab_size=size, holes=holes)
+        states = [] if self.constraint is None else self.constraint.ahead(new[:-1])
+        for i, state in enumerate(states):
+            if state.only is not None:
+                found[i] = forced_logprob(new[i], n_top)
+        return found
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
@@ -252,19 +282,32 @@ class ExactSequence:
             del self.noise[position]
         return len(new)
 
+    def _force(self, forced: list[int]) -> int:
+        """Add forced tokens. Returns how many were added."""
+        kept, n_top = self._append(forced), self.settings.logprobs
+        if n_top is not None:
+            self.fixed += [forced_logprob(token, n_top) for token in forced[:kept]]
+        return kept
+
     def _draft(self, logits: Tensor, hidden: Tensor, run: int) -> None:
         """The drafts of the next pass. logits, hidden: from the last known token's row on."""
         self.pending, settings = [], self.settings
         size, first = self.plan.groups[run], 1 + self.plan.n_drafts + sum(self.plan.groups[:run])
+        size, first = max(0, size - self.forced), first + self.forced  # rows of forced tokens have nothing to draft
         if size and self.drafter is not None:
             rows, end = slice(first, first + size), len(self.tokens)
             noise = self._noise(range(end, end + size))
-            tokens, chances = self.drafter.drafts(hidden[rows], logits[rows], self.tokens[-1], settings, noise)
+            tokens, chances = self.drafter.drafts(
+                hidden[rows], logits[rows], self.tokens[-1], settings, noise, self.constraint
+            )
             self.pending = [
-                Draft(token, chance, j) for j, (token, chance) in enumerate(zip(tokens, chances, strict=True), start=1)
+                Draft(token, chance, j)
+                for j, (token, chance) in enumerate(zip(tokens, chances, strict=True), start=1 + self.forced)
             ]
         if self.lookup is not None:
             self._look_up(self.lookup)
+        if self.constraint is not None:
+            del self.pending[self.constraint.fitting([draft.token for draft in self.pending]) :]
 
     def _look_up(self, lookup: Lookup) -> None:
         """Use the lookup where it is likelier than the group's drafts, else put it behind them."""

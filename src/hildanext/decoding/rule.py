@@ -88,6 +88,7 @@ def propose(
     noise: Tensor | None = None,
     seen: Tensor | None = None,
     counts: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """v_i and c_i of n positions: logits [n, V] of any float dtype -> ids [n] int64, confidence [n] float32.
 
@@ -95,12 +96,17 @@ def propose(
     never proposed, whatever the settings. Without `noise` the proposal is greedy. With finite `noise` [n, vocab_size], Gumbel noise, v_i =
     argmax(log p_i / T + noise_i), which is a sample of the softmax at temperature T (Gumbel 1954); reusing the noise in
     every pass keeps a token once it is drawn. c_i is always the model's probability at temperature 1, so thresholds
-    mean the same at every T. `seen` and `counts`: see `decodable_scores`.
+    mean the same at every T. `seen` and `counts`: see `decodable_scores`. `allowed` [n, V] bool: v_i is one of these tokens;
+    c_i is still its probability among all.
 
     c_i is NaN if a logit is NaN or infinitely large; the v_i of such a position means nothing. Finite logits never give
     NaN.
     """
     scores = decodable_scores(logits, mask_token_id, vocab_size, settings, seen, holes, counts)
+    if allowed is not None:
+        assert settings is not None
+        ids = choose(scores.masked_fill(~allowed, -torch.inf), settings, noise).ids
+        return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
     if settings is None or noise is None:
         confidence, ids = scores.softmax(-1).max(-1)
         return ids, confidence
@@ -169,6 +175,11 @@ def token_logprobs(
         TokenLogprob(token, value, [pair for pair in zip(tops, values, strict=True) if pair[1] > -math.inf])
         for token, value, tops, values in rows
     ]
+
+
+def forced_logprob(token: int, n_top: int) -> TokenLogprob:
+    """Of a token that its grammar forced: certain, because no other token may stand there."""
+    return TokenLogprob(token, 0.0, [(token, 0.0)][:n_top])
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hildanext.decoding.constraint import Constraint, walk
 from hildanext.decoding.events import Finished, Step, TokenLogprob
 from hildanext.decoding.exact import ExactSequence
-from hildanext.decoding.rule import propose, token_logprobs
+from hildanext.decoding.rule import forced_logprob, propose, token_logprobs
 from hildanext.decoding.runtimes.protocol import GroupRows, Runtime, pad_batch
 from hildanext.decoding.sequence import Sequence, Span
 from hildanext.errors import ModelError
@@ -163,6 +164,8 @@ class Scheduler:
                 if isinstance(sequence, ExactSequence):
                     events += [(sequence, event) for event in sequence.finish_pass(span, logits, hidden)]
                 else:
+                    if sequence.constraint is not None:
+                        proposals = _walk(sequence, sequence.constraint, span.wanted, logits)
                     ids, confidence, logprobs = proposals
                     happened = sequence.finish_pass(span, ids, confidence, hidden, logprobs)
                     events += [(sequence, event) for event in happened]
@@ -220,6 +223,7 @@ class Scheduler:
         """Free a slot for a waiting sequence, else for the last running one, so that running slots are contiguous."""
         slot, last = self.running.index(sequence), len(self.running) - 1
         sequence.noise.clear()  # the sequence stays in cached_sequences; of it only tokens and counts are needed
+        sequence.constraint = None
         if self.waiting and len(self.running) >= self.slots:
             self.running[slot] = self._admit(range(slot, slot + 1))
             return
@@ -246,7 +250,10 @@ def _join(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 
 def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, Proposals]:
-    """The proposals of each sequence that edits blocks, by slot. logits: of all wanted positions."""
+    """The proposals of each sequence that edits blocks, by slot. logits: of all wanted positions.
+
+    Those of a constrained sequence depend on each other, see `_walk`.
+    """
     # Greedy rows share one call. Sampling and penalties depend on each sequence's settings and text.
     sizes = [len(item.span.wanted) for item in wanting]
     blocks = [item.sequence for item in wanting if isinstance(item.sequence, Sequence)]
@@ -259,7 +266,7 @@ def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, Proposals]
         proposed = {
             index: _propose(part, item.sequence, item.span.wanted)
             for index, (item, part) in enumerate(zip(wanting, parts, strict=True))
-            if isinstance(item.sequence, Sequence)
+            if isinstance(item.sequence, Sequence) and item.sequence.constraint is None
         }
     for index, (v, c) in proposed.items():
         item, ids_of = wanting[index], v.tolist()
@@ -282,7 +289,28 @@ def _logprobs(logits: Tensor, ids: list[int], sequence: AnySequence) -> list[Tok
     )
 
 
-def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Tensor, Tensor]:
+def _walk(sequence: Sequence, constraint: Constraint, wanted: list[int], logits: Tensor) -> Proposals:
+    """The proposals of a constrained sequence; only the rows that the walk comes to are read."""
+    asked: list[int] = []  # where the model chose; the other tokens are forced, or behind the walk
+
+    def propose(i: int, allowed: Tensor) -> tuple[int, float]:
+        asked.append(i)
+        ids, confidence = _propose(logits[i : i + 1], sequence, wanted[i : i + 1], allowed.to(logits.device))
+        return int(ids), float(confidence)
+
+    ids, confidence = walk(constraint, len(wanted), sequence.settings.tau_mask, propose)
+    n_top = sequence.settings.logprobs
+    if n_top is None:
+        return Proposals(ids, confidence)
+    logprobs = [forced_logprob(token, n_top) for token in ids]
+    for i, chosen in zip(asked, _logprobs(logits[asked], [ids[i] for i in asked], sequence) or [], strict=True):
+        logprobs[i] = chosen
+    return Proposals(ids, confidence, logprobs)
+
+
+def _propose(
+    logits: Tensor, sequence: Sequence, wanted: list[int], allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Proposals with the settings of a sequence. If it is greedy, `logits` may have rows of other greedy sequences."""
     noise, seen = sequence.gumbel_noise(wanted), sequence.penalized_tokens(wanted)
     counts = sequence.completion_counts(wanted)
@@ -295,6 +323,7 @@ def _propose(logits: Tensor, sequence: Sequence, wanted: list[int]) -> tuple[Ten
         noise=None if noise is None else noise.to(logits.device),
         seen=None if seen is None else seen.to(logits.device),
         counts=None if counts is None else counts.to(logits.device),
+        allowed=allowed,
     )
 
 

@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hildanext.decoding.constraint import Constraint
 from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
-from hildanext.decoding.rule import counts_before, edit_step, gumbel_noise, tokens_before
+from hildanext.decoding.rule import counts_before, edit_step, forced_logprob, gumbel_noise, tokens_before
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings, most_passes
 from hildanext.diffusion.noise import sample_generator
@@ -67,8 +68,11 @@ class Sequence:
         settings: Settings,
         vocabulary: Vocabulary,
         decode_tokens: Callable[[list[int]], str],
+        constraint: Constraint | None = None,
     ) -> None:
-        self.settings, self.vocabulary = settings, vocabulary
+        if constraint is not None:  # an edit could leave the grammar, and what follows depends on every token
+            settings = settings._replace(tau_edit=None)
+        self.settings, self.vocabulary, self.constraint = settings, vocabulary, constraint
         self.n_prompt, size = len(prompt_ids), settings.block_size
         self.first_block = self.block = self.n_prompt // size
         self.tokens = list(prompt_ids)
@@ -88,12 +92,33 @@ class Sequence:
         self.began = time.perf_counter()
         self.seconds = 0.0
         self._open_block()
+        if constraint is not None:  # a mask is left for the first pass
+            self._fill(constraint.begin(len(self._masked_budget()) - 1))
 
     def _open_block(self) -> None:
         size = self.settings.block_size
         self.tokens += [self.vocabulary.mask_token_id] * ((self.block + 1) * size - len(self.tokens))
         self.window = max(self.first_block, self.block - self.settings.editable_blocks) * size
         self.passes = self.post_steps = 0
+
+    def _masked_budget(self) -> list[int]:
+        """The masked positions of the current block that are within `max_new_tokens`."""
+        end = min(len(self.tokens), self.n_prompt + self.settings.max_new_tokens)
+        return [p for p in range(self.window, end) if self.tokens[p] == self.vocabulary.mask_token_id]
+
+    def _fill(self, tokens: list[int]) -> list[int]:
+        """Write forced tokens in place of the first masks. Returns their positions."""
+        positions, n_top = self._masked_budget()[: len(tokens)], self.settings.logprobs
+        for position, token in zip(positions, tokens, strict=True):
+            self.tokens[position] = token
+            if n_top is not None:
+                self.fixed[position] = forced_logprob(token, n_top)
+        return positions
+
+    def _force(self, constraint: Constraint, drafts: list[int]) -> list[int]:
+        """Write the tokens that new drafts force. Returns their positions in the window."""
+        forced = constraint.write(drafts, len(self._masked_budget()))
+        return [position - self.window for position in self._fill(forced)]
 
     def common_prefix(self, other: CachedText) -> int:
         """Length of the prompt prefix whose keys and values `other` has cached, in whole blocks of equal tokens.
@@ -161,8 +186,8 @@ class Sequence:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether proposals depend on the logits alone: no temperature, no penalty and no bias."""
-        return self.settings.temperature == 0 and not self.settings.changes_scores
+        """Whether proposals depend on the logits alone: no temperature, no penalty, no bias and no grammar."""
+        return self.settings.temperature == 0 and not self.settings.changes_scores and self.constraint is None
 
     def predictors(self, span: Span) -> list[int]:
         """The rows of a span whose hidden states predict the wanted positions; -1 is the last cached position's."""
@@ -235,12 +260,17 @@ class Sequence:
             mask_token_id=mask_id,
             tau_mask=settings.tau_mask,
             tau_edit=settings.tau_edit,
-            settled=0 if self.vocabulary.shifted else None,
+            settled=span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None,
         )
         self.tokens[window:] = after
         if logprobs is not None:
             of = dict(zip(span.wanted, logprobs, strict=True))
             self.fixed |= {window + i: of[window + i] for i in (*drafted, *edited)}
+        if self.constraint is not None:
+            forced = self._force(self.constraint, [self.tokens[window + i] for i in drafted])
+            drafted, after = drafted + forced, self.tokens[window:]
+            for i in forced:
+                shown[i] = 1.0
         ratio = before.count(mask_id) / settings.block_size
         step = Step(self.block, self.passes, after, drafted, edited, shown, ratio, window)
         self.passes += 1
@@ -284,14 +314,19 @@ class Sequence:
 
     def _close_block(self) -> list[Finished]:
         """Open the next block, or end the completion. Returns the blocks that became final."""
-        completion = self._completion()
-        if completion[-1] in self.vocabulary.eos_token_ids:
-            self.finish_reason = "stop"
-        elif len(completion) == self.settings.max_new_tokens:
-            self.finish_reason = "length"
-        else:
-            self.block += 1
-            self._open_block()
+        is_decided = False
+        while not is_decided:
+            completion = self._completion()
+            if completion[-1] in self.vocabulary.eos_token_ids:
+                self.finish_reason = "stop"
+            elif len(completion) == self.settings.max_new_tokens:
+                self.finish_reason = "length"
+            else:
+                self.block += 1
+                self._open_block()
+                if self.constraint is not None:  # which may force the whole block
+                    self._force(self.constraint, [])
+            is_decided = self.finish_reason is not None or self.vocabulary.mask_token_id in self._completion()
         final = self.n_prompt + len(completion) if self.finish_reason else self.window
         return self._emit(final)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hildanext.data.chat_template import TRAINING_DATE, ChatTemplate, Rendered, encode_rendered
+from hildanext.data.chat_template import TRAINING_DATE, ChatTemplate, Rendered, encode_rendered, template_of
 from hildanext.data.conversations import Message
 from hildanext.data.documents import Rejects
 from hildanext.data.sources import instruct
@@ -29,6 +31,7 @@ def encode_prompt(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     add_special_tokens: bool = True,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a prompt: plain text without a template, token ids as they are, or messages rendered by the template.
 
@@ -37,7 +40,9 @@ def encode_prompt(
 
     known: ids of the conversation so far, as they were decoded. The tokenizer may split the same text into other ids,
     which no cache would contain. So if the rendered messages begin with the text of `known`, these ids are kept.
-    date: what a template that asks for the date gets; None is the present.
+    date: what a template that asks for the date gets; None is the present. tools: functions in OpenAI's format, shown
+    by the template, or if it cannot, in the system message (`with_tools`). Calls in messages and the answers to them are
+    written by the template, or if it cannot, as text (`as_text`).
     A special token that a message quotes is encoded as text, as in training. In plain text it stays a special token.
     Raises UsageError for an empty prompt, for messages without a chat template, and for messages that the template
     refuses.
@@ -57,7 +62,12 @@ def encode_prompt(
             "this model's tokenizer has no chat template; give a plain prompt (generate: --raw, Python: raw=True)"
         )
     try:
-        template = ChatTemplate(tokenizer, messages, None, date)
+        own = template_of(tokenizer, tools)
+        if tools and not re.search(r"\btools\b", own):
+            messages, tools = with_tools(messages, tools), None
+        if not re.search(r"\btool_calls\b", own):
+            messages = as_text(messages)
+        template = ChatTemplate(tokenizer, messages, tools, date)
         rendered = template.render(prompt=add_generation_prompt, continues=continue_final_message)
     except DataError as error:
         raise UsageError(str(error)) from None
@@ -90,6 +100,44 @@ def _with_calls(message: Message) -> Message:
         return message | {"tool_calls": to_tool_calls(message["tool_calls"])}
     except DataError as error:
         raise UsageError(f"'messages': {error}; repair it") from None
+
+
+def with_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    """Messages whose system message shows the tools, for a chat template without tools. The format is Hermes'."""
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = (
+        f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n"
+        "To call a function, answer with its name and its arguments:\n"
+        '<tool_call>\n{"name": NAME, "arguments": ARGUMENTS}\n</tool_call>'
+    )
+    first, rest = messages[0], messages[1:]
+    if first["role"] == "system":
+        return [first | {"content": f"{first['content']}\n\n{text}"}, *rest]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def as_text(messages: list[Message]) -> list[Message]:
+    """Messages for a chat template without tool calls: calls and the tools' answers are text, in the format of Hermes.
+
+    As in Qwen's template, the user gives the tools' answers, those to one message together.
+    """
+    found: list[Message] = []
+    for message, before in zip(messages, [None, *messages], strict=False):
+        if message["role"] == "tool":
+            answer = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if before is not None and before["role"] == "tool":
+                found[-1]["content"] += f"\n{answer}"
+            else:
+                found.append({"role": "user", "content": answer})
+        elif message.get("tool_calls"):
+            functions = [call["function"] for call in message["tool_calls"]]
+            written = [{"name": item["name"], "arguments": item["arguments"]} for item in functions]
+            calls = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in written]
+            rest = {name: value for name, value in message.items() if name != "tool_calls"}
+            found.append(rest | {"content": "\n".join([message["content"], *calls] if message["content"] else calls)})
+        else:
+            found.append(message)
+    return found
 
 
 def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -34,13 +34,41 @@ def _whole(text: str) -> str:
     return text
 
 
+def _whole_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _whole(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        raise ValueError("the schema is nested too deeply; flatten it") from None
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+Schema = Annotated[dict[str, Any], AfterValidator(_whole_json)]
+NOTHING: list[Any] = [None, False, "", [], {}]  # values that ask for nothing, whatever the field
 NULL_MEANS_OFF = ("tau_edit", "tau_accept", "lookup")  # settings whose null is a value, and not "omitted"
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Tolerant(Body):
+    """A body whose unknown fields may be null, empty or false: clients send fields of other servers that way."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": NOTHING}})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields or not is_nothing(value)}
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value is null, false or empty. 0 is a value."""
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
 # In JSON Schema: exactly one of the two is there, and not null.
@@ -111,6 +139,9 @@ class GenerateBody(BaseBody):
     logit_bias: LogitBias | None = None
     logprobs: Logprobs | None = Field(None, description="Likely tokens to report beside each token; null: no report.")
     seed: Seed | None = Field(None, description="null or omitted: the server's seed, or a new one for each request.")
+    json_schema: Schema | None = Field(
+        None, description="The answer is JSON that this JSON Schema allows. Editing is off."
+    )
     stream: bool = Field(False, description="Server-sent events: start, step, block, then done or error.")
     trace: bool = Field(False, description="Include every denoising step in the answer.")
 

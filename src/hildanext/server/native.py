@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from hildanext import __version__
 from hildanext.config import Config, DecodeConfig
 from hildanext.decoding.engines import AS_USUAL, Completion, Engine, Event, Prompt, Rendering, is_dummy_chosen
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.grammar import Grammar
 from hildanext.errors import UsageError
 from hildanext.jobs.watcher import Jobs
 from hildanext.server.answers import (
@@ -45,21 +47,22 @@ class Asked(NamedTuple):
     prompt: Prompt
     decode: DecodeConfig
     rendering: Rendering = AS_USUAL
+    grammar: Grammar | None = None  # which the answer must match
     fills_context: bool = False  # the answer may use what is left of the context, whatever decode.max_new_tokens
     deadline_s: float | None = None
     wants_steps: bool = False
 
 
-def check_prompt(config: Config, prompt: Prompt) -> None:
-    """Raise UsageError for a prompt that is too long."""
-    limit = config.server.max_prompt_chars
-    if n_chars(prompt) > limit:
-        raise UsageError(f"the prompt has {n_chars(prompt)} characters; the limit is {limit} (server.max_prompt_chars)")
+def check_prompt(config: Config, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> None:
+    """Raise UsageError for a prompt that is too long, with the tools that it shows."""
+    size, limit = n_chars(prompt) + (len(json.dumps(tools)) if tools else 0), config.server.max_prompt_chars
+    if size > limit:
+        raise UsageError(f"the prompt has {size} characters; the limit is {limit} (server.max_prompt_chars)")
 
 
 async def submit(worker: Worker, config: Config, asked: Asked) -> Ticket:
     """Submit a prompt to the engine. Raises UsageError if it or its answer is too long, and what `Worker.accept` does."""
-    check_prompt(config, asked.prompt)
+    check_prompt(config, asked.prompt, asked.rendering.tools)
     most_tokens, decode = config.server.max_new_tokens, asked.decode
     if most_tokens is not None and decode.max_new_tokens > most_tokens:
         if decode.max_new_tokens != config.decode.max_new_tokens:
@@ -75,6 +78,7 @@ async def submit(worker: Worker, config: Config, asked: Asked) -> Ticket:
         deadline_s,
         wants_steps=asked.wants_steps,
         rendering=asked.rendering,
+        grammar=asked.grammar,
         fills_context=asked.fills_context,
     )
 
@@ -169,9 +173,11 @@ def _add_generate(router: APIRouter, config: Config, worker: Worker) -> None:
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Complete a prompt. A stream includes every denoising step as it happens."""
         decode, wants_steps = body.decode_config(config.decode), body.stream or body.trace
+        grammar = None if body.json_schema is None else Grammar.of_schema(body.json_schema)
+        asked = Asked(body.text, decode, grammar=grammar, deadline_s=body.deadline_s, wants_steps=wants_steps)
         ticket = await unless_gone(
             request,
-            submit(worker, config, Asked(body.text, decode, deadline_s=body.deadline_s, wants_steps=wants_steps)),
+            submit(worker, config, asked),
         )
         show = make_show_step(worker.opened())
 

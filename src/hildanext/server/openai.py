@@ -17,6 +17,7 @@ from hildanext.server.answers import completed, merged, sse, streamed, streams, 
 from hildanext.server.native import Asked, facts, submit
 from hildanext.server.openai_answers import Form, OpenAIProblem, error_chunk, model_id, unknown_model, usage
 from hildanext.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from hildanext.server.structured import Structure
 from hildanext.server.worker import Ticket, Worker
 
 STATUSES = (400, 401, 403, 404, 411, 413, 429, 500, 503, 504)
@@ -72,11 +73,13 @@ async def answer(
     if n > engine.slots:
         raise UsageError(f"'n': {n} is above the {engine.slots} answers decoded side by side (engine.slots); lower it")
     echoed = before() if before else [""] * len(prompts)
-    form = Form(config, engine.detokenize, [text for text in echoed for _ in range(n)], chat=isinstance(body, ChatBody))
+    before_each, wanted = [text for text in echoed for _ in range(n)], body.wanted
+    calls = wanted.tools is not None
+    form = Form(config, engine.detokenize, before_each, chat=isinstance(body, ChatBody), calls=calls)
     tickets: list[Ticket] = []
     try:
         for prompt in prompts:
-            for asked in _choices(config, body, prompt, n):
+            for asked in _choices(config, body, wanted, prompt, n):
                 tickets.append(await unless_gone(request, submit(worker, config, asked)))
         lengths = [len(ticket.request.prompt_ids) for ticket in tickets[::n]]
         if body.stream:
@@ -94,13 +97,16 @@ async def answer(
     return JSONResponse(form.answer(done, lengths))
 
 
-def _choices(config: Config, body: OpenAIBody, prompt: Prompt, n: int) -> list[Asked]:
+def _choices(config: Config, body: OpenAIBody, wanted: Structure, prompt: Prompt, n: int) -> list[Asked]:
     """What to submit for the `n` answers to a prompt. Each has a seed of its own, as in vLLM."""
     decode = body.decode_config(config.decode)
-    rendering = body.rendering if isinstance(body, ChatBody) else AS_USUAL
+    rendering = (body.rendering if isinstance(body, ChatBody) else AS_USUAL)._replace(tools=wanted.tools)
     seeds = [None if decode.seed is None else (decode.seed + i) % 2**63 for i in range(n)]
     fills = body.most_tokens is None
-    return [Asked(prompt, decode.model_copy(update={"seed": seed}), rendering, fills_context=fills) for seed in seeds]
+    return [
+        Asked(prompt, decode.model_copy(update={"seed": seed}), rendering, wanted.grammar, fills_context=fills)
+        for seed in seeds
+    ]
 
 
 def _heads(form: Form) -> str:
@@ -113,19 +119,19 @@ def _heads(form: Form) -> str:
 def _chunks(
     request: Request, config: Config, body: OpenAIBody, prompts: list[Prompt], lengths: list[int], form: Form
 ) -> Callable[[tuple[int, Event]], str]:
-    """Return a function that writes a chunk for each finished block of a choice, and the last chunks."""
+    """Return a function that writes the chunks of each finished block of a choice, and the last chunks."""
     done: dict[int, Completion] = {}
     n = len(form.before) // len(prompts)
 
     def written(news: tuple[int, Event]) -> str:
         index, event = news
         if isinstance(event, Finished):
-            return form.chunk(index, {"content": event.text}, event) if event.text or event.logprobs else ""
+            return form.block(index, event)
         if not isinstance(event, Completion):
             return ""
         done[index] = event
         request.state.facts = facts(config, prompts[index // n], event)
-        last = form.chunk(index, {}, event)
+        last = form.end(index, event)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         if wants_usage and len(done) == len(form.before):
             last += sse(

@@ -19,6 +19,7 @@ from hildanext.decoding.events import Finished, TokenLogprob
 from hildanext.errors import ContextError, HildaError
 from hildanext.server.answers import sse, status_of, with_retry
 from hildanext.server.bodies import Body
+from hildanext.server.structured import AnswerReader
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 KINDS |= {411: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
@@ -99,15 +100,23 @@ def usage(prompt_lengths: list[int], done: list[Completion]) -> dict[str, Any]:
 class Form:
     """The JSON of an answer, as /v1/chat/completions (`chat`) or /v1/completions writes it.
 
-    detokenize: the text of tokens. before: for each choice, the text in front of its answer (`echo`).
+    detokenize: the text of tokens. before: for each choice, the text in front of its answer (`echo`). calls: the answers
+    may have tool calls.
     """
 
     def __init__(
-        self, config: Config, detokenize: Callable[[list[int]], str], before: list[str], *, chat: bool
+        self,
+        config: Config,
+        detokenize: Callable[[list[int]], str],
+        before: list[str],
+        *,
+        chat: bool,
+        calls: bool = False,
     ) -> None:
         self.chat, self.model, self.detokenize, self.before = chat, model_id(config), detokenize, before
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self.created = int(time.time())
+        self.readers = [AnswerReader(calls=calls) for _ in before]
         self.offsets = [len(text) for text in before]  # of each choice's next token in its text
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
@@ -115,7 +124,7 @@ class Form:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def logprobs(self, index: int, tokens: list[TokenLogprob] | None) -> dict[str, Any] | None:
-        """`logprobs` of a choice or chunk; those of a choice must come in their order."""
+        """`logprobs` of a choice or chunk, tool calls included; those of a choice must come in their order."""
         if tokens is None:
             return None
         if self.chat:
@@ -144,19 +153,33 @@ class Form:
         return [self._entry(token, logprob) for token, logprob in item.top]
 
     def choice(self, index: int, item: Completion) -> dict[str, Any]:
-        message = {"role": "assistant", "content": item.text, "refusal": None}
-        content = {"message": message} if self.chat else {"text": self.before[index] + item.text}
-        logprobs = self.logprobs(index, item.logprobs)
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": item.finish_reason}
+        reader = self.readers[index]
+        reader.push(item.text, last=True)
+        content = {"message": reader.message} if self.chat else {"text": self.before[index] + item.text}
+        logprobs, reason = self.logprobs(index, item.logprobs), reader.finish_reason(item.finish_reason)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
-    def chunk(self, index: int, delta: dict[str, str], news: Finished | Completion | None = None) -> str:
+    def chunk(self, index: int, delta: dict[str, Any], news: Finished | Completion | None = None) -> str:
         """A chunk of a stream; a Completion makes it the choice's last one, with the extension `hildanext`."""
         content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         done = news if isinstance(news, Completion) else None
         logprobs = self.logprobs(index, news.logprobs) if isinstance(news, Finished) else None
-        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": done and done.finish_reason}
+        reason = None if done is None else self.readers[index].finish_reason(done.finish_reason)
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
         more = {} if done is None else self.extension([done])
         return sse(self.head(chunk=True) | {"choices": [choice]} | more)
+
+    def block(self, index: int, event: Finished) -> str:
+        """The chunks of a finished block. All its log-probabilities are in the first."""
+        deltas = self.readers[index].push(event.text)
+        if event.logprobs and not deltas:  # the text is held back until more is known
+            deltas = [{"content": ""}]
+        return "".join(self.chunk(index, delta, None if i else event) for i, delta in enumerate(deltas))
+
+    def end(self, index: int, done: Completion) -> str:
+        """The last chunks of a choice."""
+        rest = self.readers[index].push("", last=True)
+        return "".join(self.chunk(index, delta) for delta in rest) + self.chunk(index, {}, done)
 
     def extension(self, done: list[Completion]) -> dict[str, Any]:
         """What OpenAI's format has no place for: engine, mode, settings it ignored, and the stats with the seed."""

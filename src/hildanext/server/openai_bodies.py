@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hildanext.config import DecodeConfig, Mode, changed_settings
 from hildanext.config.decoding import (
@@ -22,32 +22,14 @@ from hildanext.config.decoding import (
     TopP,
 )
 from hildanext.decoding.engines import Rendering
-from hildanext.server.bodies import NULL_MEANS_OFF, Body, Stop, Text
+from hildanext.server.bodies import NULL_MEANS_OFF, Stop, Text, Tolerant, is_nothing
+from hildanext.server.structured import MOST_TOOLS, ResponseFormat, Structure, Tool, ToolChoice, structure
 
 MOST_CHOICES = 128  # of `n`, as in OpenAI's API; an engine has fewer slots
 MOST_PROMPTS = 64
-NOTHING: list[Any] = [None, False, "", [], {}]  # values that ask for nothing, whatever the field
 Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
 MaxTokens = Annotated[int, Field(ge=1)] | Literal[-1]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-
-
-class Tolerant(Body):
-    """A body whose unknown fields may be null, empty or false: clients send fields of other servers that way."""
-
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": NOTHING}})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if name in cls.model_fields or not is_nothing(value)}
-
-
-def is_nothing(value: Any) -> bool:
-    """Whether a value is null, false or empty. 0 is a value."""
-    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
 class StreamOptions(Tolerant):
@@ -101,14 +83,6 @@ class ChatMessage(Tolerant):
         return message | {name: value for name, value in given.items() if value}
 
 
-def check_unconstrained(field: str, value: Any, tool_choice: Any) -> None:
-    """Raise ValueError where `response_format` or `tools` asks for text of a given form."""
-    if field == "response_format" and not is_nothing(value) and value.get("type") != "text":
-        raise ValueError("only the type 'text' is supported; remove it")
-    if field == "tools" and not is_nothing(value) and tool_choice != "none":
-        raise ValueError("tool calls are not supported; remove it, or set 'tool_choice' to 'none'")
-
-
 def rendering_of(messages: list[ChatMessage], begins: bool | None, continues: bool | None) -> Rendering:
     """How a template renders messages. Raises ValueError for flags that contradict each other.
 
@@ -141,7 +115,7 @@ class OpenAIBody(Tolerant):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = Field(None, description="The form of the answer; {} is none.")
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -161,11 +135,11 @@ class OpenAIBody(Tolerant):
     min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
 
-    @field_validator("response_format", "tools", check_fields=False)
+    @field_validator("response_format", "tool_choice", "tools", mode="before", check_fields=False)
     @classmethod
-    def _unconstrained(cls, value: Any, info: ValidationInfo) -> Any:
-        check_unconstrained(str(info.field_name), value, info.data.get("tool_choice"))
-        return value
+    def _asks_for_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        unused = info.field_name == "tools" and info.data.get("tool_choice") == "none"
+        return None if unused or is_nothing(value) else value
 
     @property
     def most_tokens(self) -> int | None:
@@ -176,6 +150,11 @@ class OpenAIBody(Tolerant):
     def asked_logprobs(self) -> int | None:
         """The number of likely tokens to report beside each token; None: no report."""
         raise NotImplementedError
+
+    @property
+    def wanted(self) -> Structure:
+        """The grammar and the tools that the request asks for. Raises UsageError, see `structure`."""
+        return structure(self.response_format)
 
     def decode_config(self, base: DecodeConfig) -> DecodeConfig:
         """The server's settings with those of the request."""
@@ -238,9 +217,10 @@ class ChatBody(OpenAIBody):
     continue_final_message: bool | None = Field(
         None, description="Continue the last message, which is the assistant's, instead of answering it."
     )
-    tool_choice: Any = None  # before `tools`, whose check reads it
-    tools: list[Any] | None = None
-    parallel_tool_calls: Ignored = None
+    # Before `tools`, whose check reads it.
+    tool_choice: ToolChoice | None = Field(None, description="null or omitted: 'auto'.")
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call.")
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: Ignored = None
@@ -262,6 +242,10 @@ class ChatBody(OpenAIBody):
     @property
     def asked_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def wanted(self) -> Structure:
+        return structure(self.response_format, self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def rendering(self) -> Rendering:

@@ -11,10 +11,11 @@ from pydantic import ConfigDict, Field, model_validator
 from hildanext.config import Config
 from hildanext.decoding.engines import Engine, Prompt, Rendering
 from hildanext.server.answers import problem, problems, unless_gone
-from hildanext.server.bodies import ONE_PROMPT, Body, Text
+from hildanext.server.bodies import NOTHING, ONE_PROMPT, Body, Text, Tolerant
 from hildanext.server.native import check_prompt
 from hildanext.server.openai_answers import model_id, unknown_line
-from hildanext.server.openai_bodies import NOTHING, ChatMessage, Tolerant, rendering_of
+from hildanext.server.openai_bodies import ChatMessage, rendering_of
+from hildanext.server.structured import MOST_TOOLS, Tool, shown_tools
 from hildanext.server.worker import Worker
 
 
@@ -29,6 +30,7 @@ class TokenizeBody(Tolerant):
     add_special_tokens: bool | None = Field(None, description="Put what the tokenizer adds before a text; true.")
     add_generation_prompt: bool | None = Field(None, description="End messages with the beginning of an answer; true.")
     continue_final_message: bool | None = None
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS, description="Functions to show with the messages.")
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -41,7 +43,8 @@ class TokenizeBody(Tolerant):
     @property
     def rendering(self) -> Rendering:
         found = rendering_of(self.messages or [], self.add_generation_prompt, self.continue_final_message)
-        return found._replace(add_special_tokens=self.add_special_tokens is not False)
+        tools = shown_tools(self.tools) if self.tools else None
+        return found._replace(add_special_tokens=self.add_special_tokens is not False, tools=tools)
 
     @property
     def text(self) -> Prompt:
@@ -77,7 +80,7 @@ def token_routes(config: Config, worker: Worker) -> APIRouter:
         """Token ids of a text, or of messages as the model gets them."""
         if (refused := refusal(body.model)) is not None:
             return refused
-        check_prompt(config, body.text)
+        check_prompt(config, body.text, body.rendering.tools)
 
         def work(engine: Engine) -> tuple[list[int], list[str] | None]:
             ids = engine.encode(body.text, None, body.rendering)

@@ -11,16 +11,21 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hildanext.config import Config
 from hildanext.decoding.engines import AS_USUAL, Completion, Engine, Event, Prompt, Rendering, Request, Steps, as_steps
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import Settings, fill_context
-from hildanext.errors import HildaError, ModelError
+from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.server.meters import Meters
 
+if TYPE_CHECKING:
+    from hildanext.decoding.constraint import CompiledGrammar
+
 STOP_S = 5.0
+COMPILE_S = 10.0  # for a grammar; usual schemas take milliseconds, the first one a second
 REST_S = 30.0  # without a request, until the engine frees memory, which may take some seconds
 RECENT = 32  # completions whose duration says how long the next ones will take
 T = TypeVar("T")
@@ -71,6 +76,7 @@ class Worker:
         self.accepted: set[Ticket] = set()  # used in the event loop only
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._compiler = ThreadPoolExecutor(2, thread_name_prefix="compile")  # slow schemas wait for each other only
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         meters.queued.set_function(lambda: self.n_queued)
         meters.running.set_function(lambda: len(self.accepted) - self.n_queued)
@@ -91,6 +97,7 @@ class Worker:
         self._inbox.put(("stop", None))
         self._thread.join(STOP_S)
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     # --- Called in the event loop
 
@@ -123,16 +130,18 @@ class Worker:
         *,
         wants_steps: bool,
         rendering: Rendering = AS_USUAL,
+        grammar: Grammar | None = None,
         fills_context: bool = False,
     ) -> Ticket:
-        """Reserve a place, tokenize the prompt and submit it to the engine.
+        """Reserve a place, tokenize the prompt, compile the grammar and submit them to the engine.
 
         fills_context: the answer may be as long as context and `server.max_new_tokens` allow. Raises Overloaded if the
         queue is full, Unready while the engine is not available, DeadlineError, and UsageError for a prompt that cannot
-        be encoded.
+        be encoded, and for a grammar that cannot be compiled in COMPILE_S seconds.
         """
         ticket = self._reserve(settings, deadline_s, wants_steps=wants_steps)
         try:
+            compiled = None if grammar is None else await self._compiled(grammar)
             ids = await self._in_encoder(lambda engine: engine.encode(prompt, None, rendering), deadline_s)
         except BaseException:
             self.accepted.discard(ticket)
@@ -141,7 +150,7 @@ class Worker:
             settings = fill_context(len(ids), settings, self.opened().context)
             most = self.config.server.max_new_tokens
             settings = settings._replace(max_new_tokens=min(settings.max_new_tokens, most or settings.max_new_tokens))
-        ticket.request = Request(ids, settings)
+        ticket.request = Request(ids, settings, compiled)
         self._inbox.put(("submit", ticket))
         return ticket
 
@@ -178,6 +187,18 @@ class Worker:
             return working.result()
         finally:
             working.cancel()
+
+    async def _compiled(self, grammar: Grammar) -> CompiledGrammar:
+        compiling = self.loop.run_in_executor(self._compiler, self.opened().compile, grammar)
+        try:
+            await asyncio.wait({compiling}, timeout=COMPILE_S)
+            if not compiling.done():
+                raise UsageError(
+                    f"compiling the schema takes longer than {COMPILE_S:g} seconds; make it smaller or simpler"
+                )
+            return compiling.result()
+        finally:
+            compiling.cancel()
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request; its slot is free after the current pass. Does nothing for a finished request."""

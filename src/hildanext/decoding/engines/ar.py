@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hildanext.config import Config, ModelConfig
 from hildanext.data.tokenizer import token_ids
+from hildanext.decoding.constraint import CompiledGrammar
 from hildanext.decoding.engines.protocol import (
     AS_USUAL,
     Completion,
@@ -21,6 +22,7 @@ from hildanext.decoding.engines.protocol import (
     last_completion,
 )
 from hildanext.decoding.events import Finished, Step
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.memory import return_freed_memory
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
 from hildanext.errors import NonFiniteLogitsError, UsageError
@@ -77,6 +79,9 @@ class ArEngine:
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 1)._replace(block_size=1, tau_mask=0.0, tau_edit=None, temperature=0.0)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from hildanext.config import Config, EngineName
+from hildanext.decoding.constraint import CompiledGrammar
 from hildanext.decoding.engines.protocol import (
     AS_USUAL,
     Completion,
@@ -29,8 +30,9 @@ from hildanext.decoding.engines.protocol import (
     last_completion,
 )
 from hildanext.decoding.events import Finished
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
-from hildanext.errors import ModelError
+from hildanext.errors import ModelError, UsageError
 from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
 from hildanext.model.prompts import decode_prompt, encode_prompt, end_ids
 
@@ -174,6 +176,9 @@ class DInferEngine:
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, DEFAULT_BLOCK)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

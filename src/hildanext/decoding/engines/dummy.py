@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 from hildanext.config import Config, EngineName
 from hildanext.decoding.engines.protocol import (
@@ -16,7 +17,9 @@ from hildanext.decoding.engines.protocol import (
     last_completion,
 )
 from hildanext.decoding.events import Finished
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import MODES_OF, Settings, check_ids, check_request, resolve
+from hildanext.errors import UsageError
 
 NOTICE = "[dummy engine, no model ran] "
 
@@ -53,6 +56,9 @@ class DummyEngine:
 
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 32)
+
+    def compile(self, grammar: Grammar) -> NoReturn:
+        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode(errors="replace")

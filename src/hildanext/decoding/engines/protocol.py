@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from hildanext.config import Config, Mode
 from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import Settings
 from hildanext.errors import HildaError
+
+if TYPE_CHECKING:  # imports torch, which the dummy does not need
+    from hildanext.decoding.constraint import CompiledGrammar
 
 Prompt = str | list[int] | list[dict[str, Any]]  # a text, its token ids, or chat messages
 
@@ -20,6 +24,7 @@ class Rendering(NamedTuple):
     add_generation_prompt: bool = True  # messages: end with the beginning of an answer
     continue_final_message: bool = False  # messages: the last one, the assistant's, is continued
     add_special_tokens: bool = True  # text: begin with what the tokenizer puts before a text
+    tools: list[dict[str, Any]] | None = None  # messages: functions that the model may call, in OpenAI's format
 
 
 AS_USUAL = Rendering()
@@ -27,10 +32,11 @@ AS_USUAL = Rendering()
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and its decoding settings."""
+    """A prompt as token ids, its decoding settings, and what the completion must match (see `Engine.compile`)."""
 
     prompt_ids: list[int]
     settings: Settings
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,13 @@ class Engine(Protocol):
         ...
 
     def settings(self, config: Config) -> Settings: ...
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Prepare a grammar for `Request.grammar`. Any thread may call it.
+
+        Raises UsageError for what the grammar engine does not support, and if this engine has no constrained decoding.
+        """
+        ...
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         """The text of a completion: without special tokens."""

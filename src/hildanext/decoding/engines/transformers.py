@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hildanext.config import MOST_ROWS, Config, EngineName
+from hildanext.decoding.constraint import CompiledGrammar, GrammarCompiler
 from hildanext.decoding.drafter import GroupDrafter
 from hildanext.decoding.engines.protocol import AS_USUAL, Completion, Event, Prompt, Rendering, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
+from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.memory import TokenRows, return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.runtimes.eager import EagerRuntime
@@ -81,6 +83,13 @@ class TransformersEngine:
             gated=lm.gated,
         )
         self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
+        never = [self.vocabulary.mask_token_id, *self.vocabulary.holes]
+        self.grammars = GrammarCompiler(
+            lm.tokenizer,
+            lm.vocab_size,
+            [token for token in never if token < lm.vocab_size],
+            self.vocabulary.eos_token_ids,
+        )
         self.modes = MODES_OF[self.kind]
         self.has_base = self.kind == "gated"
         gate = lm.record.get("gate")
@@ -125,6 +134,9 @@ class TransformersEngine:
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, self.trained_block or 1, self.presets, self.kind)
 
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        return self.grammars.compile(grammar)
+
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
@@ -139,11 +151,12 @@ class TransformersEngine:
         check_ids("prompt", request.prompt_ids, self.vocabulary.size)
         check_ids("logit_bias", [token for token, _ in request.settings.logit_bias], self.vocabulary.size)
         sequence: AnySequence
+        constraint = None if request.grammar is None else request.grammar.start()
         if request.settings.tau_accept is None:
-            sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens)
+            sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint)
         else:
             sequence = ExactSequence(
-                request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter
+                request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter, constraint
             )
         self.scheduler.submit(sequence)
         return sequence
