@@ -54,6 +54,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "type": "object",
         "properties": {"id": COUNT},
         "patternProperties": {"^[a-c]{1,2}$": COUNT},
+        "maxProperties": 4,
         "additionalProperties": False,
         "required": ["id"],
     },
