@@ -10,12 +10,20 @@ import pytest
 from hildanext.config import Config
 from hildanext.decoding.engines import Completion, Request, open_engine
 from support import serving
+from support.models import write_converted
 
 
 @pytest.fixture(scope="module")
 def url(converted: Config) -> Iterator[str]:
     """The base URL that a client is given. The served model is named 'model', its context has 64 tokens."""
     with serving.running(converted) as (found, _):
+        yield f"{found}/v1"
+
+
+@pytest.fixture(scope="module")
+def wide_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """As `url`, but the context has room for tools and what they answer: 1024 tokens."""
+    with serving.running(write_converted(tmp_path_factory.mktemp("wide"), context=1024)) as (found, _):
         yield f"{found}/v1"
 
 

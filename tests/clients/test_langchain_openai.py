@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.clients import CHAT, PROMPT, TOO_LONG, WARM
+from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::langchain_core")]
 
@@ -74,6 +74,30 @@ def test_penalties(langchain: Any, asked: dict[str, Any], truth) -> None:
     model = langchain.ChatOpenAI(**asked, temperature=0, frequency_penalty=1.5, presence_penalty=0.5)
     expected = truth(CHAT, max_new_tokens=9, frequency_penalty=1.5, presence_penalty=0.5)
     assert model.invoke(CHAT).content == expected.text
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured(langchain: Any, asked: dict[str, Any], wide_url: str, method: str) -> None:
+    model = langchain.ChatOpenAI(**asked | {"base_url": wide_url, "max_tokens": 200}, temperature=0)
+    bound = model.with_structured_output(Cat, method=method, strict=True)  # else more properties are allowed
+    assert isinstance(bound.invoke(CHAT), Cat)
+
+
+def test_tools(langchain: Any, asked: dict[str, Any], wide_url: str) -> None:
+    from langchain_core.messages import ToolMessage
+
+    model = langchain.ChatOpenAI(**asked | {"base_url": wide_url, "max_tokens": 200}, temperature=0)
+    bound = model.bind_tools(TOOLS, tool_choice="required", parallel_tool_calls=False)
+    answer = bound.invoke(CHAT)
+    (call,) = answer.tool_calls
+    assert call["args"]["city"] in CITIES
+    chunks = list(bound.stream(CHAT))
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    assert [found["args"] for found in total.tool_calls] == [call["args"]]
+    told = [*CHAT, answer, ToolMessage("It rains.", tool_call_id=call["id"])]
+    assert isinstance(model.invoke(told, max_tokens=9).content, str)
 
 
 def test_a_text_too_long(langchain: Any, asked: dict[str, Any]) -> None:

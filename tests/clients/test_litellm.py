@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from support.clients import CHAT, PROMPT, TOO_LONG, WARM
+from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat
 
 pytestmark = [
     pytest.mark.slow,
@@ -81,6 +82,23 @@ def test_penalties(litellm: Any, asked: dict[str, Any], truth) -> None:
     answer = litellm.completion(messages=CHAT, frequency_penalty=1.5, presence_penalty=0.5, **asked)
     expected = truth(CHAT, max_new_tokens=9, frequency_penalty=1.5, presence_penalty=0.5)
     assert answer.choices[0].message.content == expected.text
+
+
+def test_structured(litellm: Any, asked: dict[str, Any], wide_url: str) -> None:
+    asked |= {"api_base": wide_url, "max_tokens": 200}
+    answer = litellm.completion(messages=CHAT, response_format=Cat, **asked)
+    Cat.model_validate_json(answer.choices[0].message.content)
+
+
+def test_tools(litellm: Any, asked: dict[str, Any], wide_url: str) -> None:
+    asked |= {"api_base": wide_url, "max_tokens": 200}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    answer = litellm.completion(messages=CHAT, tools=TOOLS, tool_choice=named, **asked)
+    (call,) = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["city"] in CITIES
+    told = [*CHAT, answer.choices[0].message.model_dump()]
+    told += [{"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
+    assert litellm.completion(messages=told, **asked | {"max_tokens": 9}).choices[0].finish_reason in ("stop", "length")
 
 
 def test_a_text_too_long(litellm: Any, asked: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import openai
 import pytest
 
-from support.clients import CHAT, PROMPT, TOO_LONG, WARM
+from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat
 
 
 @pytest.fixture
@@ -67,6 +68,34 @@ def test_penalties(client: openai.OpenAI, truth) -> None:
     asked = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
     answer = client.chat.completions.create(model="model", messages=CHAT, max_tokens=12, **asked)
     assert answer.choices[0].message.content == truth(CHAT, max_new_tokens=12, **asked).text
+
+
+def test_structured(wide_url: str) -> None:
+    client = openai.OpenAI(base_url=wide_url, api_key="none", max_retries=0)
+    answer = client.chat.completions.parse(model="model", messages=CHAT, response_format=Cat)
+    assert isinstance(answer.choices[0].message.parsed, Cat)
+    with client.chat.completions.stream(model="model", messages=CHAT, response_format=Cat) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+
+
+def test_tools(wide_url: str) -> None:
+    client = openai.OpenAI(base_url=wide_url, api_key="none", max_retries=0)
+    asked = {
+        "model": "model",
+        "messages": CHAT,
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+    said = client.chat.completions.create(**asked).choices[0].message
+    (call,) = said.tool_calls
+    assert json.loads(call.function.arguments)["city"] in CITIES
+    with client.chat.completions.stream(**asked) as stream:
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert streamed.function.arguments == call.function.arguments
+    told = [*CHAT, said, {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
+    answer = client.chat.completions.create(model="model", messages=told, tools=TOOLS, tool_choice="none", max_tokens=9)
+    assert answer.choices[0].finish_reason in ("stop", "length")
 
 
 def test_a_text_too_long(client: openai.OpenAI) -> None:
