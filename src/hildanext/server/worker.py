@@ -251,7 +251,6 @@ class Worker:
             engine = self.open_engine(self.config)
             settings = engine.settings(self.config)._replace(max_new_tokens=1)
             engine.generate(Request(engine.encode("Hello"), settings))  # ready means that it has answered once
-            engine.rest()
         except Exception as error:  # noqa: BLE001  (loading may fail in any way)
             self.failure = _failure(error)
             self.state = "stopped"
