@@ -332,7 +332,7 @@ def test_prompts_that_are_being_read_have_a_place_a_deadline_and_a_client(monkey
     read = threading.Semaphore(0)
     with stepping(queue=1) as (url, worker, engine), ThreadPoolExecutor(4) as pool:
         encode = engine.encode
-        monkeypatch.setattr(engine, "encode", lambda prompt: read.acquire() and encode(prompt))
+        monkeypatch.setattr(engine, "encode", lambda *given: read.acquire() and encode(*given))
         try:
             first = pool.submit(post, url, prompt="first")
             until(worker, lambda: len(worker.accepted) == 1)
