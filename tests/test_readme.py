@@ -101,7 +101,7 @@ def test_every_configuration_in_a_code_block_is_valid(page: Path):
 @each_page
 def test_python_in_a_code_block_uses_names_that_exist(page: Path):
     """Attributes of the package, and settings of `load`, `generate` and `stream` by their names."""
-    own = {"config", "raw", "steps"}
+    own = {"config", "raw", "steps", "json_schema"}
     for block in fenced(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hildanext":

@@ -40,7 +40,7 @@ from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import GatedAdapter, beside, load_gated_adapter
 
 PREFILL_CHUNK = 512  # prompt tokens of a forward
-NEVER = -1  # no token: stands behind the last choice, so that no draft equals it
+NEVER = -2  # no token, and not NO_CHOICE: stands behind the last choice, so that no draft equals it
 # What `generate` hands over and this loop makes for itself, or does not need.
 KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 

@@ -99,6 +99,11 @@ class Settings(NamedTuple):
         """Whether anything is added to the model's scores: a penalty or a bias."""
         return self.repetition_penalty != 1.0 or self.counts_tokens or bool(self.logit_bias)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON, in the forms of the configuration."""
+        bias = {str(token): value for token, value in self.logit_bias}
+        return self._asdict() | {"stop": list(self.stop), "logit_bias": bias}
+
     @property
     def used_seed(self) -> int | None:
         """The seed if it decides the text; None in greedy decoding."""

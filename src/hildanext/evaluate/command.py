@@ -155,7 +155,7 @@ def evaluate(
     inputs = open_inputs(config, tasks, allow_code)
     models, about = open_models(config, base_name)
     about["data"] = _data_files(config, tasks)
-    about["ways"] = {way.name: way.settings and way.settings._asdict() | {"stop": []} for way in ways(config, models)}
+    about["ways"] = {way.name: way.settings and way.settings.as_dict() | {"stop": []} for way in ways(config, models)}
     try:
         done = read_results(about, out) if resume else {}
         planned = [runs(config, models, name, inputs[name]) for name in tasks]  # may fail: before the first run

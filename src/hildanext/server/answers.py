@@ -149,7 +149,7 @@ async def merged(streams: list[AsyncIterator[list[T]]]) -> AsyncIterator[list[tu
 
 def start_event(ticket: Ticket) -> str:
     """Format the `start` event of a stream of /generate."""
-    settings = ticket.request.settings._asdict()
+    settings = ticket.request.settings.as_dict()
     return sse({"prompt_tokens": len(ticket.request.prompt_ids), "settings": settings}, "start")
 
 
