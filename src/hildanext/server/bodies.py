@@ -119,8 +119,8 @@ class BaseBody(Body):
         return base.model_copy(update=changed_settings(given))
 
 
-class GenerateBody(BaseBody):
-    """A request. An omitted setting takes the server's value, or with `mode` that mode's value if it has one."""
+class SamplingBody(Body):
+    """Settings of `decode` that POST /generate and OpenAI's API take alike. An omitted one takes the server's value."""
 
     mode: Mode | None = None
     tau_mask: Share | None = None
@@ -130,13 +130,18 @@ class GenerateBody(BaseBody):
     )
     lookup: Lookup | None = Field(None, description="Also draft from the text so far; null turns it off.")
     temperature: Temperature | None = None
-    top_k: TopK | None = None
     top_p: TopP | None = None
     min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
+
+
+class GenerateBody(BaseBody, SamplingBody):
+    """A request. An omitted setting takes the server's value, or with `mode` that mode's value if it has one."""
+
+    top_k: TopK | None = None
     logprobs: Logprobs | None = Field(None, description="Likely tokens to report beside each token; null: no report.")
     seed: Seed | None = Field(None, description="null or omitted: the server's seed, or a new one for each request.")
     json_schema: Schema | None = Field(

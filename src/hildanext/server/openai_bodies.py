@@ -6,23 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from hildanext.config import DecodeConfig, Mode, changed_settings
-from hildanext.config.decoding import (
-    LogitBias,
-    Logprobs,
-    Lookup,
-    MinP,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
-    Share,
-    TauAccept,
-    Temperature,
-    TopK,
-    TopP,
-)
+from hildanext.config import DecodeConfig, changed_settings
+from hildanext.config.decoding import Logprobs, Seed, TopK
 from hildanext.decoding.engines import Rendering
-from hildanext.server.bodies import NULL_MEANS_OFF, Stop, Text, Tolerant, is_nothing
+from hildanext.server.bodies import NULL_MEANS_OFF, SamplingBody, Stop, Text, Tolerant, is_nothing
 from hildanext.server.structured import MOST_TOOLS, ResponseFormat, Structure, Tool, ToolChoice, structure
 
 MOST_CHOICES = 128  # of `n`, as in OpenAI's API; an engine has fewer slots
@@ -97,8 +84,8 @@ def rendering_of(messages: list[ChatMessage], begins: bool | None, continues: bo
     )
 
 
-class OpenAIBody(Tolerant):
-    """Fields of both endpoints. An omitted setting takes the server's value, as in POST /generate."""
+class OpenAIBody(Tolerant, SamplingBody):
+    """Fields of both endpoints. OpenAI's clients send the settings that OpenAI does not have in `extra_body`."""
 
     model: Text
     stream: bool | None = None
@@ -106,15 +93,10 @@ class OpenAIBody(Tolerant):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(
         None, description="Answers to each prompt, at most engine.slots. With a seed, answer i is drawn with seed + i."
     )
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     seed: Seed | Literal[-1] | None = Field(
         None, description="null, -1 or omitted: the server's seed, or a new one for each answer."
     )
     stop: Annotated[Text, Field(max_length=200)] | Annotated[list[Stop], Field(max_length=16)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: LogitBias | None = None
     response_format: ResponseFormat | None = Field(None, description="The form of the answer; {} is none.")
     user: Ignored = None
     metadata: Ignored = None
@@ -123,17 +105,7 @@ class OpenAIBody(Tolerant):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
-    # OpenAI's clients send these in `extra_body`:
-    mode: Mode | None = None
-    tau_mask: Share | None = None
-    tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
-    tau_accept: TauAccept | None = Field(
-        None, description="Gated checkpoints; null edits blocks instead; omitted: the preset's value."
-    )
-    lookup: Lookup | None = Field(None, description="Also draft from the text so far; null turns it off.")
     top_k: TopK | Literal[0, -1] | None = Field(None, description="0 and -1: all tokens.")
-    min_p: MinP | None = None
-    repetition_penalty: RepetitionPenalty | None = None
 
     @field_validator("response_format", "tool_choice", "tools", mode="before", check_fields=False)
     @classmethod
