@@ -26,14 +26,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from hildanext.config import DecodeConfig, parse_config
 from hildanext.config.names import decode_settings
-from hildanext.decoding.drafter import GroupDrafter
+from hildanext.decoding.drafter import GroupDrafter, fresh_chances
 from hildanext.decoding.events import Stats
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.generate_rules import Rules
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Vocabulary
-from hildanext.decoding.settings import FRESH, Settings, read_presets, resolve
+from hildanext.decoding.settings import Settings, read_presets, resolve
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import length_limit
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -130,7 +130,7 @@ class Exact:
                 f"prompt and new tokens need {longest} positions, but {lm.model.config.model_type} {limit.reason}; lower "
                 "max_new_tokens"
             )
-        drafter = GroupDrafter(lm, lm.record["gate"].get("fresh") or FRESH[: lm.block_size])
+        drafter = GroupDrafter(lm, fresh_chances(lm))
         vocabulary = Vocabulary(lm.vocab_size, lm.mask_token_id, (), shifted=True, gated=True)
         return [Row(prompt, settings, vocabulary, drafter, rules, row) for row, prompt in enumerate(prompts)]
 

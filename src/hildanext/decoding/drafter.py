@@ -10,10 +10,15 @@ from torch import Tensor
 from hildanext.decoding.constraint import Constraint
 from hildanext.decoding.memory import TokenRows
 from hildanext.decoding.rule import COLDEST, keep_likely
-from hildanext.decoding.settings import Settings
+from hildanext.decoding.settings import FRESH, Settings
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.draft_head import CANDIDATES, find_draft_head
+
+
+def fresh_chances(lm: DiffusionLM) -> list[float]:
+    """For row 1 ... k of a new group, the chance that its draft is right: as measured for a gated checkpoint, else FRESH."""
+    return lm.record["gate"].get("fresh") or FRESH[: lm.block_size]
 
 
 class GroupDrafter:

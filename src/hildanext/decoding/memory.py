@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 DONTNEED = 4  # madvise: drop the pages; those of a file are read again when they are needed
@@ -26,8 +25,8 @@ class TokenRows:
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids [...] int64 -> [..., H] float32."""
-        found = F.embedding(ids, self.values).float()
-        return found * F.embedding(ids, self.scale) if self.int8 else found
+        found = self.values[ids].float()  # the ids of a model on a GPU may be on the CPU
+        return found * self.scale[ids] if self.int8 else found
 
 
 def return_freed_memory() -> None:

@@ -186,9 +186,8 @@ def fill_context(n_prompt: int, settings: Settings, context_length: int | None) 
     """
     if context_length is None:
         return settings
-    whole = context_length // (1 if settings.tau_accept is not None else settings.block_size)
-    usable = whole * (1 if settings.tau_accept is not None else settings.block_size)
-    return settings._replace(max_new_tokens=max(1, usable - n_prompt))
+    size = 1 if settings.tau_accept is not None else settings.block_size
+    return settings._replace(max_new_tokens=max(1, context_length // size * size - n_prompt))
 
 
 def check_request(prompt_ids: list[int], settings: Settings, context_length: int | None) -> None:

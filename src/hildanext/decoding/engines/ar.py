@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 from transformers import DynamicCache
 
 from hildanext.config import Config, ModelConfig
 from hildanext.data.tokenizer import token_ids
-from hildanext.decoding.constraint import CompiledGrammar
 from hildanext.decoding.engines.protocol import (
     AS_USUAL,
     Completion,
@@ -20,6 +20,7 @@ from hildanext.decoding.engines.protocol import (
     Request,
     Stats,
     last_completion,
+    refuse_grammar,
 )
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.grammar import Grammar
@@ -80,8 +81,8 @@ class ArEngine:
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, 1)._replace(block_size=1, tau_mask=0.0, tau_edit=None, temperature=0.0)
 
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
-        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
+    def compile(self, grammar: Grammar) -> NoReturn:
+        refuse_grammar(self.name)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -13,12 +13,11 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from hildanext.config import Config, EngineName
-from hildanext.decoding.constraint import CompiledGrammar
 from hildanext.decoding.engines.protocol import (
     AS_USUAL,
     Completion,
@@ -28,11 +27,12 @@ from hildanext.decoding.engines.protocol import (
     Request,
     Stats,
     last_completion,
+    refuse_grammar,
 )
 from hildanext.decoding.events import Finished
 from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import MODES_OF, Settings, check_request, resolve
-from hildanext.errors import ModelError, UsageError
+from hildanext.errors import ModelError
 from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
 from hildanext.model.prompts import decode_prompt, encode_prompt, end_ids
 
@@ -177,8 +177,8 @@ class DInferEngine:
     def settings(self, config: Config) -> Settings:
         return resolve(config.decode, DEFAULT_BLOCK)
 
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
-        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
+    def compile(self, grammar: Grammar) -> NoReturn:
+        refuse_grammar(self.name)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -15,11 +15,11 @@ from hildanext.decoding.engines.protocol import (
     Request,
     Stats,
     last_completion,
+    refuse_grammar,
 )
 from hildanext.decoding.events import Finished
 from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import MODES_OF, Settings, check_ids, check_request, resolve
-from hildanext.errors import UsageError
 
 NOTICE = "[dummy engine, no model ran] "
 
@@ -58,7 +58,7 @@ class DummyEngine:
         return resolve(config.decode, 32)
 
     def compile(self, grammar: Grammar) -> NoReturn:
-        raise UsageError(f"the engine '{self.name}' has no structured output; use 'transformers' (engine.order)")
+        refuse_grammar(self.name)
 
     def decode_tokens(self, token_ids: list[int]) -> str:
         return bytes(token_ids).decode(errors="replace")

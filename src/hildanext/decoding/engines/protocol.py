@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from hildanext.config import Config, Mode
 from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
 from hildanext.decoding.grammar import Grammar
 from hildanext.decoding.settings import Settings
-from hildanext.errors import HildaError
+from hildanext.errors import HildaError, UsageError
 
 if TYPE_CHECKING:  # imports torch, which the dummy does not need
     from hildanext.decoding.constraint import CompiledGrammar
@@ -178,3 +178,8 @@ def last_completion(events: Iterator[Event]) -> Completion:
         if isinstance(event, Completion):
             return event
     raise RuntimeError("an engine's stream ended without a completion")
+
+
+def refuse_grammar(engine: str) -> NoReturn:
+    """Raise the UsageError of `compile` in an engine without constrained decoding."""
+    raise UsageError(f"the engine '{engine}' has no structured output; use 'transformers' (engine.order)")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hildanext.config import MOST_ROWS, Config, EngineName
 from hildanext.decoding.constraint import CompiledGrammar, GrammarCompiler
-from hildanext.decoding.drafter import GroupDrafter
+from hildanext.decoding.drafter import GroupDrafter, fresh_chances
 from hildanext.decoding.engines.protocol import AS_USUAL, Completion, Event, Prompt, Rendering, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.grammar import Grammar
@@ -20,7 +20,6 @@ from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence, Vocabulary
 from hildanext.decoding.settings import (
-    FRESH,
     MODES_OF,
     Kind,
     Settings,
@@ -92,10 +91,8 @@ class TransformersEngine:
         )
         self.modes = MODES_OF[self.kind]
         self.has_base = self.kind == "gated"
-        gate = lm.record.get("gate")
-        fresh = gate.get("fresh") or FRESH[: lm.block_size] if gate else []
         embedding = TokenRows(weight_matrix(lm.model.get_input_embeddings()), config.engine.weights == "int8")
-        self.drafter = GroupDrafter(lm, fresh, embedding) if gate else None
+        self.drafter = GroupDrafter(lm, fresh_chances(lm), embedding) if lm.record.get("gate") else None
         self.presets = read_presets(lm.modes)
         context = choose_context(config.engine.context, lm.model)
         settings = self.settings(config)
