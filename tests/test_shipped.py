@@ -125,6 +125,7 @@ def test_chat_answers_with_it_and_no_network(no_network, monkeypatch, capsys):
 
 
 @needs_base
+@pytest.mark.slow
 def test_openvino_int8_drafts_as_torch_does(monkeypatch):
     """Tokens per forward are not lost to 8 bits. The runtime itself compares the states of clean and masked rows."""
     pytest.importorskip("openvino", reason="OpenVINO is not installed")

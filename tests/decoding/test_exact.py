@@ -173,11 +173,12 @@ def random_prompt(rng: random.Random) -> list[int]:
     return [rng.randrange(MASK - 1) for _ in range(rng.randint(1, 25))]
 
 
+@pytest.mark.parametrize("seeds", [range(5), pytest.param(range(5, 60), marks=pytest.mark.slow)], ids=["5", "55"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_ids_are_those_of_the_base(family: str):
-    """60 random models of each family: drafts of a random adapter, of an oracle of any skill, and from the text."""
+def test_greedy_ids_are_those_of_the_base(family: str, seeds: range):
+    """300 random models in all: drafts of a random adapter, of an oracle of any skill, and from the text."""
     accepted = 0
-    for seed in range(20):
+    for seed in seeds:
         rng, k = random.Random(seed), 1 + seed % 4
         lm, base = gated(family, seed, k)
         prompts = [random_prompt(rng) for _ in range(3)]
@@ -193,7 +194,7 @@ def test_greedy_ids_are_those_of_the_base(family: str):
             assert sequence.stream.token_ids == truth, (family, seed)
             assert sequence.forwards <= len(truth)
             accepted += sum(sequence.right)
-    assert accepted > 100
+    assert accepted > 5 * len(seeds)
 
 
 def test_penalties_and_bias_give_the_bases_ids_whatever_is_drafted():

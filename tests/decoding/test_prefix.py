@@ -90,7 +90,7 @@ def converse(engine, rounds):
 
 
 @given(rounds=st.lists(st.lists(TURNS, min_size=1, max_size=4), min_size=2, max_size=6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_tokens_with_reuse_equal_the_tokens_without(lm, rounds):
     """Conversations of any kind, in fp32, against the loop that runs the whole text at every pass and stores nothing."""
     for request, sequence in converse(open_engine(lm), rounds):

@@ -66,7 +66,8 @@ def test_before_the_first_answer_a_refused_client_waits_as_long_as_the_oldest_re
 def late_stream(pool: ThreadPoolExecutor, url: str, worker: Worker, engine: Stepping) -> httpx2.Response:
     """A stream whose deadline passes in its first pass."""
     engine.held = True
-    until(worker, lambda: not engine.go.acquire(blocking=False))
+    while engine.go.acquire(blocking=False):
+        pass
     future = pool.submit(post, url, stream=True, max_new_tokens=100)
     until(worker, lambda: engine.waiting)
     passed(worker)

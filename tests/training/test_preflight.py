@@ -251,6 +251,7 @@ def test_preferences_cost_two_answers_in_every_draw(small):
         preflight(parse_config(raw(small)), "dpo", None, None, False)
 
 
+@pytest.mark.slow
 def test_groups_of_a_gated_adapter_cost_memory_and_fewer_anchors_are_suggested(small, monkeypatch):
     # The process would grow between predictions.
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=400_000_000))
