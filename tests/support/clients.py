@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 CHAT: list[dict[str, Any]] = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}]
 PROMPT = "Once upon a time"
@@ -28,7 +28,9 @@ TOOLS: list[dict[str, Any]] = [
 
 
 class Cat(BaseModel):
-    """A cat."""
+    """A cat, and nothing else: a random model would go on with more properties."""
+
+    model_config = ConfigDict(extra="forbid")
 
     colour: Literal["red", "grey"]
     age: Annotated[int, Field(ge=0, le=9)]
