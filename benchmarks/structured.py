@@ -43,15 +43,15 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def timed(engine: TransformersEngine, request: Request, clock: Callable[[], float]) -> tuple[float, Completion]:
-    """Milliseconds of a pass after the first one, which also runs the prompt, and the completion."""
+def timed(engine: TransformersEngine, request: Request, clock: Callable[[], float]) -> tuple[float | None, Completion]:
+    """Milliseconds of a pass after the first one, which also runs the prompt (None: there was no other), and the answer."""
     sequence, seconds = engine.submit(request), []
     while sequence.finish_reason is None:
         began = clock()
         events = engine.step()
         seconds.append(clock() - began)
     done = next(event for _, event in events if isinstance(event, Completion))
-    return statistics.mean(seconds[1:]) * 1e3, done
+    return statistics.mean(seconds[1:]) * 1e3 if len(seconds) > 1 else None, done
 
 
 def main() -> None:
@@ -69,22 +69,26 @@ def main() -> None:
     first_ms = (time.perf_counter() - began) * 1e3
     for name, changes in MODES.items():
         settings = engine.settings(config)._replace(max_new_tokens=96, **changes)
-        free, bound, per_pass, free_per_pass, ended = [], [], [], [], 0
+        times, rates, ended = [], [], 0
         for i in range(args.pairs):
             ids = engine.encode([{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}])
-            for times, rates, grammar in ((free, free_per_pass, None), (bound, per_pass, compiled)):
+            pair = []
+            for grammar in (None, compiled):
                 engine.scheduler.reset_prefix_cache()
-                ms, done = timed(engine, Request(ids, settings, grammar), clock)
-                times.append(ms)
-                rates.append(done.stats.tokens_per_forward)
-            ended += done.finish_reason == "stop"
+                pair.append(timed(engine, Request(ids, settings, grammar), clock))
+            ended += pair[1][1].finish_reason == "stop"
+            rates.append([done.stats.tokens_per_forward for _, done in pair])
+            if all(ms is not None for ms, _ in pair):
+                times.append([ms for ms, _ in pair])
+        free, bound = ([pair[which] for pair in times] for which in (0, 1))
         found = {
             "mode": name,
+            "timed_pairs": len(times),
             "free_ms": round(statistics.median(free), 2),
             "structured_ms": round(statistics.median(bound), 2),
-            "ratio": round(statistics.median(b / f for f, b in zip(free, bound, strict=True)), 3),
-            "free_tokens_per_pass": round(statistics.mean(free_per_pass), 2),
-            "structured_tokens_per_pass": round(statistics.mean(per_pass), 2),
+            "ratio": round(statistics.median(b / f for f, b in times), 3),
+            "free_tokens_per_pass": round(statistics.mean(rate for rate, _ in rates), 2),
+            "structured_tokens_per_pass": round(statistics.mean(rate for _, rate in rates), 2),
             "complete": f"{ended} of {args.pairs}",
             "first_compile_ms": round(first_ms),
         }

@@ -32,16 +32,15 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
             source = op.input_value(0)
             groups[source.get_node().get_friendly_name(), source.get_index()].append(op)
     for group in groups.values():
+        source = group[0].input_value(0)
         changes = {op: change for op in group if (change := low_rank_change(op))}
         layers = [op for op in group if op not in changes]
-        weights_in = [*layers, *changes]  # the A of every change stands behind the layers' own rows
-        parts = [matrix(op) for op in weights_in]
-        sizes = [len(part) for part in parts]
-        joined = ops.matmul(group[0].input_value(0), weight_node(np.concatenate(parts), weights), False, True)
+        weight = np.concatenate([matrix(op) for op in layers])
         if changes:
-            joined = gated(joined, layers, list(changes.values()), sizes, weights)
-        outputs = split(joined, sizes[: len(layers)])
-        for op, output in zip(layers, outputs, strict=True):
+            source, added = with_changes(source, layers, changes, np.abs(weight).max(-1))
+            weight = np.concatenate([weight, added], axis=1)
+        joined = ops.matmul(source, weight_node(weight, weights), False, True)
+        for op, output in zip(layers, split(joined, [len(matrix(op)) for op in layers]), strict=True):
             op.output(0).replace(output)
     graph.validate_nodes_and_infer_types()
 
@@ -80,25 +79,32 @@ def matrix(op: ov.Node) -> np.ndarray:
     return value if op.get_attributes()["transpose_b"] else value.T
 
 
-def gated(joined: ov.Node, layers: list[ov.Node], changes: list[Change], sizes: list[int], weights: Weights) -> ov.Node:
-    """The layers' joined output with their changes added: one product with all B, each in its layer's rows.
+def with_changes(
+    source: ov.Output, layers: list[ov.Node], changes: dict[ov.Node, Change], largest: np.ndarray
+) -> tuple[ov.Output, np.ndarray]:
+    """The layers' input x with the gated A x of all changes behind it, and the columns B [out, ranks] that these meet.
 
-    joined [..., sum(sizes)]: the layers' outputs, then the A x of the changes.
+    [W B] [x ; g A x] is one large product; W x + B (g A x) is two, and takes a CPU twice as long as the gate should.
+    changes: by the product with A. largest [out]: of each row of W in absolute value. A and B are scaled so that no
+    column of B is larger: int8 weights keep the scales of W, and rows with a closed gate those of the base.
     """
-    n_out, ranks = sum(sizes[: len(layers)]), sizes[len(layers) :]
-    plain, low = split(joined, [n_out, sum(ranks)])
-    spread = np.zeros((n_out, sum(ranks)), dtype=np.float32)
-    names = [layer.get_friendly_name() for layer in layers]
-    column = 0
-    for change, rank in zip(changes, ranks, strict=True):
+    sizes, names = [len(matrix(op)) for op in layers], [layer.get_friendly_name() for layer in layers]
+    downs, ups = [], []
+    for op, change in changes.items():
         index = names.index(change.layer)
         first = sum(sizes[:index])
-        spread[first : first + sizes[index], column : column + rank] = matrix(change.up)
-        column += rank
+        up, down = matrix(change.up), matrix(op)
+        scale = np.maximum(np.abs(up / largest[first : first + sizes[index], None].clip(1e-12)).max(0), 1e-12)
+        spread = np.zeros((sum(sizes), up.shape[1]), dtype=np.float32)
+        spread[first : first + sizes[index]] = up / scale
+        ups.append(spread)
+        downs.append(down * scale[:, None])
         other = next(i for i in (0, 1) if change.add.input_value(i).get_node() != change.up)
         change.add.output(0).replace(change.add.input_value(other))
-    change = ops.matmul(ops.multiply(low, changes[0].gate), weight_node(spread, weights), False, True)
-    return ops.add(plain, change)
+    gate = next(iter(changes.values())).gate
+    low = ops.matmul(source, ops.constant(np.concatenate(downs)), False, True)
+    wide = ops.concat([source, ops.multiply(low, gate)], -1)
+    return wide.output(0), np.concatenate(ups, axis=1)
 
 
 def split(joined: ov.Node | ov.Output, sizes: list[int]) -> list[ov.Output]:

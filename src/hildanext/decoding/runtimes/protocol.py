@@ -101,19 +101,21 @@ class Runtime(Protocol):
         ...
 
 
-def widen(batch: ForwardBatch, slots: int, width: int) -> ForwardBatch:
-    """Pad a batch to a forward of the slots 0 to `slots` - 1, `width` tokens each."""
+def widen(batch: ForwardBatch, slots: int, width: int, first: int = 0) -> ForwardBatch:
+    """Pad a batch to a forward of `slots` slots from `first` on, `width` tokens each."""
     n, old = batch.ids.shape
-    frame = (0, width - old, batch.slot, slots - batch.slot - n)
+    before = batch.slot - first
+    after = slots - before - n
+    frame = (0, width - old, before, after)
     grow = nn.functional.pad
-    widths = [0] * batch.slot + batch.widths + [0] * (slots - batch.slot - n)
+    widths = [0] * before + batch.widths + [0] * after
     visible = grow(batch.visible, frame, value=1)
-    starts = [0] * batch.slot + batch.starts + [0] * (slots - batch.slot - n)
+    starts = [0] * before + batch.starts + [0] * after
     return batch._replace(
         ids=grow(batch.ids, frame),
         positions=grow(batch.positions, frame),
         visible=visible,
-        slot=0,
+        slot=first,
         widths=widths,
         start=None,
         sees_all=False,
