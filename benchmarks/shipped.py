@@ -37,6 +37,7 @@ from hildanext.model.prompts import read_prompts
 from hildanext.provenance import git_revision, versions
 from hildanext.server.base import TOKEN_BY_TOKEN
 
+BASELINES = ("generate", "token by token")  # what the others are compared with
 RUNTIMES = (("eager", "native"), ("openvino", "native"), ("openvino", "int8"))
 
 
@@ -146,29 +147,28 @@ def speeds(
 def measure_speed(
     config: Config, loaded: CheckpointWithBase, prompts: list[list[int]], budget: int, weights: str
 ) -> dict[str, Any]:
-    """One request at a time in OpenVINO, each side with a graph of its own rows."""
-    token_by_token = open_engine(config, loaded.lm, "openvino", weights, **TOKEN_BY_TOKEN)
-    modes = open_engine(config, loaded.lm, "openvino", weights)
+    """One request at a time in OpenVINO, each way with a graph of its own rows, as a command that is started with it."""
+    decodes = {"token by token": TOKEN_BY_TOKEN} | {mode: {"mode": mode} for mode in MODES}
+    engines = {name: open_engine(config, loaded.lm, "openvino", weights, **decode) for name, decode in decodes.items()}
 
     def generate(prompt: list[int]) -> float:
         done = ar_complete(loaded.base, loaded.base_tokenizer, prompt, budget)
         return len(done.token_ids) / done.seconds
 
-    def by(engine: TransformersEngine, decode: dict[str, Any]) -> Callable[[list[int]], float]:
+    def by(name: str) -> Callable[[list[int]], float]:
         def rate(prompt: list[int]) -> float:
+            engine = engines[name]
             engine.scheduler.reset_prefix_cache()  # the base has no prompt cached either
-            done = engine.generate(Request(prompt, settings(config, engine, decode, budget)))
+            done = engine.generate(Request(prompt, settings(config, engine, decodes[name], budget)))
             return done.stats.tokens_per_second
 
         return rate
 
-    rates = {"generate": generate, "token by token": by(token_by_token, TOKEN_BY_TOKEN)}
-    rates |= {mode: by(modes, {"mode": mode}) for mode in MODES}
     try:
-        found = speeds(rates, prompts, ("generate", "token by token"))
+        found = speeds({"generate": generate} | {name: by(name) for name in engines}, prompts, BASELINES)
     finally:
-        token_by_token.close()
-        modes.close()
+        for engine in engines.values():
+            engine.close()
     rates_of_llama = [rate for rate in (llama_cpp_rate(prompts[0], budget) for _ in range(2)) if rate]
     if rates_of_llama:
         found["llama.cpp, the base's Q4_1 file"] = {"tokens_per_second": statistics.median(rates_of_llama)}
@@ -192,6 +192,9 @@ def main() -> None:
     args = arguments()
     config = load_config(None, [f"model.base={json.dumps(args.model)}", 'model.dtype="float32"', *args.set])
     loaded = load_with_base(config.model)
+    known = [way.name for way in ways(loaded.block_size)]
+    if unknown := set(args.only or []) - set(known):
+        sys.exit(f"--only {min(unknown)!r}: must be one of {', '.join(known)}")
     prompts = read_prompts(args.prompts, loaded.lm.tokenizer)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     truth = text_of_base(loaded, prompts, args.tokens, args.out.with_suffix(".base.json"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,19 @@ def test_what_makes_room_may_change_on_resume(tmp_path: Path, tiny_base: Path, r
     for row, other in zip(*(outcome(tmp_path / "runs" / name).metrics for name in ("convert", "small")), strict=True):
         for key in ("loss", "m2t_ce", "tokens_seen"):
             assert row[key] == pytest.approx(other[key], rel=1e-4), row["step"]
+
+
+STARTED_BY_A_LARGE_PROCESS = """
+import subprocess, sys
+large = bytearray(b"x") * 1_500_000_000
+child = "import torch; from hildanext.training.memory import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
+sys.exit(subprocess.run([sys.executable, "-c", child]).returncode)
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_the_process_not_of_who_started_it():
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED_BY_A_LARGE_PROCESS], capture_output=True, text=True, check=True
+    )
+    assert 50 < float(done.stdout) < 1400

@@ -28,7 +28,7 @@ from hildanext.model.decoding_attention import use_grouped_attention
 from hildanext.model.lora import one_matrix
 from hildanext.model.policy import Policy
 from hildanext.model.training_attention import Visible, use_training_attention
-from hildanext.training.memory import peak_memory_mb, trimmer
+from hildanext.training.memory import resident_peak, trimmer
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.worst_case import (
     Command,
@@ -263,8 +263,4 @@ def peak_of(device: torch.device) -> int:
     """Peak bytes since `start_peak`: allocated tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        with open("/proc/self/status") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return 1024 * int(lines["VmHWM"].split()[0])
-    return round(peak_memory_mb(device) * 1e6)
+    return resident_peak()

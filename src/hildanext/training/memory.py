@@ -7,6 +7,7 @@ import ctypes
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +55,16 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory of this process in MB (10^6 bytes): allocated GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    return resident_peak() / 1e6
+
+
+def resident_peak() -> int:
+    """Peak resident memory of this process in bytes."""
+    if sys.platform == "linux":  # its ru_maxrss begins with the peak of the process that started this one
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
