@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A row's likeliest tokens without the draft head, which it ranks again: the head's product with these costs next to nothing.
-CANDIDATES = 32
+CANDIDATES = 128
 
 
 class DraftHead(nn.Module):
