@@ -147,7 +147,7 @@ def speeds(
 def measure_speed(
     config: Config, loaded: CheckpointWithBase, prompts: list[list[int]], budget: int, weights: str
 ) -> dict[str, Any]:
-    """One request at a time in OpenVINO, each way with a graph of its own rows, as a command that is started with it."""
+    """One request at a time in OpenVINO. Each mode has an engine whose graph has its rows, as when it is the default."""
     decodes = {"token by token": TOKEN_BY_TOKEN} | {mode: {"mode": mode} for mode in MODES}
     engines = {name: open_engine(config, loaded.lm, "openvino", weights, **decode) for name, decode in decodes.items()}
 

@@ -44,7 +44,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def timed(engine: TransformersEngine, request: Request, clock: Callable[[], float]) -> tuple[float | None, Completion]:
-    """Milliseconds of a pass after the first one, which also runs the prompt (None: there was no other), and the answer."""
+    """Milliseconds of a pass and the completion. The first pass also runs the prompt and is left out: None if it was alone."""
+    engine.scheduler.reset_prefix_cache()
     sequence, seconds = engine.submit(request), []
     while sequence.finish_reason is None:
         began = clock()
@@ -72,20 +73,17 @@ def main() -> None:
         times, rates, ended = [], [], 0
         for i in range(args.pairs):
             ids = engine.encode([{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}])
-            pair = []
-            for grammar in (None, compiled):
-                engine.scheduler.reset_prefix_cache()
-                pair.append(timed(engine, Request(ids, settings, grammar), clock))
-            ended += pair[1][1].finish_reason == "stop"
-            rates.append([done.stats.tokens_per_forward for _, done in pair])
-            if all(ms is not None for ms, _ in pair):
-                times.append([ms for ms, _ in pair])
-        free, bound = ([pair[which] for pair in times] for which in (0, 1))
+            free_ms, free = timed(engine, Request(ids, settings), clock)
+            bound_ms, bound = timed(engine, Request(ids, settings, compiled), clock)
+            ended += bound.finish_reason == "stop"
+            rates.append((free.stats.tokens_per_forward, bound.stats.tokens_per_forward))
+            if free_ms is not None and bound_ms is not None:
+                times.append((free_ms, bound_ms))
         found = {
             "mode": name,
             "timed_pairs": len(times),
-            "free_ms": round(statistics.median(free), 2),
-            "structured_ms": round(statistics.median(bound), 2),
+            "free_ms": round(statistics.median(ms for ms, _ in times), 2),
+            "structured_ms": round(statistics.median(ms for _, ms in times), 2),
             "ratio": round(statistics.median(b / f for f, b in times), 3),
             "free_tokens_per_pass": round(statistics.mean(rate for rate, _ in rates), 2),
             "structured_tokens_per_pass": round(statistics.mean(rate for _, rate in rates), 2),

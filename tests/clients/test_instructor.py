@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 from typing import Any
 
 import openai
 import pytest
 
-from support.clients import CHAT, Cat
+from support.clients import CHAT, Cat, imported
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::instructor")]
 
@@ -18,9 +17,7 @@ ASKED = {"model": "model", "messages": CHAT, "response_model": Cat, "max_retries
 
 @pytest.fixture
 def instructor(offline: None) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
-        return pytest.importorskip("instructor", reason="instructor is not installed (make test-all installs it)")
+    return imported("instructor", "instructor")
 
 
 def client(url: str) -> openai.OpenAI:

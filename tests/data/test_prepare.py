@@ -281,7 +281,8 @@ def test_a_damaged_shard_in_the_middle_is_named_and_counted(
     tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str], suffix: str, how: str
 ) -> None:
     pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}[suffix]
-    rng = random.Random(1)  # of some texts, a changed byte changes a letter: only the sum at the end of the file tells
+    # Always the same texts: in some, the changed byte is still valid, and only the checksum at the file's end is wrong.
+    rng = random.Random(1)
     for name in "abc":
         write_jsonl(tmp_path / f"in/{name}.jsonl", [{"text": rng.randbytes(200).hex()} for _ in range(300)])
         plain = tmp_path / f"in/{name}.jsonl"

@@ -28,7 +28,7 @@ from hildanext.model.decoding_attention import use_grouped_attention
 from hildanext.model.lora import one_matrix
 from hildanext.model.policy import Policy
 from hildanext.model.training_attention import Visible, use_training_attention
-from hildanext.training.memory import resident_peak, trimmer
+from hildanext.training.memory import peak_of, trimmer
 from hildanext.training.optimizer import make_optimizer
 from hildanext.training.worst_case import (
     Command,
@@ -248,7 +248,7 @@ def measure(config: Config, command: Command, policy: Policy, shape: PreTrainedC
 
 
 def start_peak(device: torch.device) -> int:
-    """Reset the recorded peak. Returns the bytes that a GPU holds outside tensors; 0 on a CPU."""
+    """Reset the peak that `peak_of` returns. Returns the bytes that a GPU holds outside tensors; 0 on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         free, total = torch.cuda.mem_get_info(device)
@@ -257,10 +257,3 @@ def start_peak(device: torch.device) -> int:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     return 0
-
-
-def peak_of(device: torch.device) -> int:
-    """Peak bytes since `start_peak`: allocated tensors on a GPU, resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resident_peak()

@@ -52,14 +52,14 @@ class AllShortError(RuntimeError):
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process in MB (10^6 bytes): allocated GPU memory, or resident memory on a CPU."""
+    """Peak memory of this process in MB (10^6 bytes), see `peak_of`."""
+    return peak_of(device) / 1e6
+
+
+def peak_of(device: torch.device) -> int:
+    """Peak memory of this process in bytes: allocated tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resident_peak() / 1e6
-
-
-def resident_peak() -> int:
-    """Peak resident memory of this process in bytes."""
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # its ru_maxrss begins with the peak of the process that started this one
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return 1024 * int(lines["VmHWM"].split()[0])

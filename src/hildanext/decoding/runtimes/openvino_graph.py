@@ -35,12 +35,12 @@ def simplify(graph: ov.Model, weights: Weights) -> None:
         source = group[0].input_value(0)
         changes = {op: change for op in group if (change := low_rank_change(op))}
         layers = [op for op in group if op not in changes]
-        weight = np.concatenate([matrix(op) for op in layers])
+        parts = {op.get_friendly_name(): matrix(op) for op in layers}
         if changes:
-            source, added = with_changes(source, layers, changes, np.abs(weight).max(-1))
-            weight = np.concatenate([weight, added], axis=1)
-        joined = ops.matmul(source, weight_node(weight, weights), False, True)
-        for op, output in zip(layers, split(joined, [len(matrix(op)) for op in layers]), strict=True):
+            source, added = with_changes(source, changes, parts)
+            parts = {name: np.concatenate([part, added[name]], axis=1) for name, part in parts.items()}
+        joined = ops.matmul(source, weight_node(np.concatenate(list(parts.values())), weights), False, True)
+        for op, output in zip(layers, split(joined, [len(part) for part in parts.values()]), strict=True):
             op.output(0).replace(output)
     graph.validate_nodes_and_infer_types()
 
@@ -80,31 +80,32 @@ def matrix(op: ov.Node) -> np.ndarray:
 
 
 def with_changes(
-    source: ov.Output, layers: list[ov.Node], changes: dict[ov.Node, Change], largest: np.ndarray
-) -> tuple[ov.Output, np.ndarray]:
-    """The layers' input x with the gated A x of all changes behind it, and the columns B [out, ranks] that these meet.
+    source: ov.Output, changes: dict[ov.Node, Change], parts: dict[str, np.ndarray]
+) -> tuple[ov.Output, dict[str, np.ndarray]]:
+    """Add low-rank changes to layers as more columns of their weights: W x + B (g A x) = [W B] [x ; g A x].
 
-    [W B] [x ; g A x] is one large product; W x + B (g A x) is two, and takes a CPU twice as long as the gate should.
-    changes: by the product with A. largest [out]: of each row of W in absolute value. A and B are scaled so that no
-    column of B is larger: int8 weights keep the scales of W, and rows with a closed gate those of the base.
+    source: the layers' common input x. changes: by the product with A. parts: W [out, in] of each layer by name. Returns
+    [x ; g A x] for all changes, and each layer's B [out, ranks], zero in the columns of other layers' changes. This is
+    faster than a second product that is added (docs/LOG.md, "the gate as columns of one product").
+
+    Each column of B is divided by a factor, and its row of A multiplied, so that no value of B exceeds the largest of W in
+    its row. The int8 scale of a row is then W's own, and rows with a closed gate are those of the base.
     """
-    sizes, names = [len(matrix(op)) for op in layers], [layer.get_friendly_name() for layer in layers]
-    downs, ups = [], []
-    for op, change in changes.items():
-        index = names.index(change.layer)
-        first = sum(sizes[:index])
-        up, down = matrix(change.up), matrix(op)
-        scale = np.maximum(np.abs(up / largest[first : first + sizes[index], None].clip(1e-12)).max(0), 1e-12)
-        spread = np.zeros((sum(sizes), up.shape[1]), dtype=np.float32)
-        spread[first : first + sizes[index]] = up / scale
-        ups.append(spread)
-        downs.append(down * scale[:, None])
+    ranks = [len(matrix(op)) for op in changes]
+    ups = {name: np.zeros((len(part), sum(ranks)), dtype=np.float32) for name, part in parts.items()}
+    downs, column = [], 0
+    for (op, change), rank in zip(changes.items(), ranks, strict=True):
+        up = matrix(change.up)
+        largest = np.abs(parts[change.layer]).max(-1, keepdims=True).clip(1e-12)
+        factor = np.abs(up / largest).max(0).clip(1e-12)
+        ups[change.layer][:, column : column + rank] = up / factor
+        column += rank
+        downs.append(matrix(op) * factor[:, None])
         other = next(i for i in (0, 1) if change.add.input_value(i).get_node() != change.up)
         change.add.output(0).replace(change.add.input_value(other))
-    gate = next(iter(changes.values())).gate
     low = ops.matmul(source, ops.constant(np.concatenate(downs)), False, True)
-    wide = ops.concat([source, ops.multiply(low, gate)], -1)
-    return wide.output(0), np.concatenate(ups, axis=1)
+    gated = ops.multiply(low, next(iter(changes.values())).gate)
+    return ops.concat([source, gated], -1).output(0), ups
 
 
 def split(joined: ov.Node | ov.Output, sizes: list[int]) -> list[ov.Output]:
