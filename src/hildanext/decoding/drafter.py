@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.draft_head import CANDIDATES, find_draft_head
 
+LEAST_REACH = 0.05  # a draft behind this chance is hardly ever part of a plan
+CHUNK = 4096  # rows of a table that are made at once
+
 
 def fresh_chances(lm: DiffusionLM) -> list[float]:
     """For row 1 ... k of a new group, the chance that its draft is right: as measured for a gated checkpoint, else FRESH."""
@@ -22,18 +26,25 @@ def fresh_chances(lm: DiffusionLM) -> list[float]:
 
 
 class GroupDrafter:
-    """Ranks each row's likeliest tokens with the model's draft head, one row after the other."""
+    """Ranks each row's likeliest tokens with the model's draft head, one row after the other.
 
-    def __init__(self, lm: DiffusionLM, fresh: list[float], embedding: TokenRows | None = None) -> None:
-        """embedding: rows of the input embedding; by default the model's own."""
-        model = lm.model
+    The head's products with embeddings are made once, as tables of one row for each token: what remains of a draft is a
+    product with the recurrent weight and one with the candidates' rows (names as in `DraftHead`):
+
+        D [h_j ; e] = D_h h_j + before[x],  before = E D_e        score of v = logit_v + changes[v] . s_j,  changes = W U
+    """
+
+    def __init__(self, lm: DiffusionLM, fresh: list[float]) -> None:
         self.fresh, self.mask_token_id, self.vocab_size = fresh, lm.mask_token_id, lm.vocab_size
-        table, head = (weight_matrix(part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
-        self.embedding = embedding or TokenRows(table, int8=False)
-        self.head = self.embedding if head is table else TokenRows(head, self.embedding.int8)
-        draft_head = find_draft_head(model)
+        draft_head = find_draft_head(lm.model)
         # In float32: a CPU multiplies a matrix with a single vector faster than in 16 bits.
         self.draft_head = None if draft_head is None else copy.deepcopy(draft_head).float()
+        if self.draft_head is None:
+            return
+        embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
+        up = self.draft_head.up.weight
+        self.before = _table(weight_matrix(embedding), self.draft_head.read_before)
+        self.changes = _table(weight_matrix(head), lambda rows: rows @ up)
 
     @torch.inference_mode()
     def drafts(
@@ -45,10 +56,11 @@ class GroupDrafter:
         noise: Tensor | None,
         constraint: Constraint | None = None,
     ) -> tuple[list[int], list[float]]:
-        """Drafts of n rows and the chance of each. hidden [n, H], logits [n, V]; before: the token before the first.
+        """Drafts of at most n rows and the chance of each. hidden [n, H], logits [n, V]; before: the token before the first.
 
-        noise [n, V]: Gumbel noise of the drafts' positions, None for greedy drafts. constraint: drafts are chosen from
-        the allowed tokens, and end where none of a row's candidates is allowed; forced ones have the chance 1.
+        They end where the chance that all are right falls below LEAST_REACH. noise [n, V]: Gumbel noise of the drafts'
+        positions, None for greedy drafts. constraint: drafts are chosen from the allowed tokens, and end where none of a
+        row's candidates is allowed; forced ones have the chance 1.
         """
         scores = logits[:, : self.vocab_size].float()
         scores[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
@@ -56,16 +68,14 @@ class GroupDrafter:
         tokens: list[int] = []
         chances: list[float] = []
         state = None
-        draft_head, hidden = self.draft_head, hidden.float()
+        draft_head, reach = self.draft_head, 1.0
         if draft_head is not None:  # what does not depend on the drafts, for all rows at once
-            read, candidates = draft_head.read_hidden(hidden), self.head.rows(ids)
+            read = draft_head.read_hidden(hidden.float())
         for row in range(len(hidden)):
             ranked = top[row]
             if draft_head is not None:
-                state = draft_head.step(
-                    read[row] + draft_head.read_before(self.embedding.rows(torch.tensor(before))), state
-                )
-                ranked = candidates[row] @ draft_head.changed(hidden[row], state)
+                state = draft_head.step(read[row] + self.before.rows(torch.tensor(before)), state)
+                ranked = ranked + self.changes.rows(ids[row]) @ state
             follows = None if constraint is None else constraint.behind(tokens)
             if follows is not None:
                 ranked = ranked.masked_fill(~follows.tensor[ids[row].cpu()].to(ids.device), -torch.inf)
@@ -81,6 +91,13 @@ class GroupDrafter:
             before = int(ids[row, best]) if forced is None else forced
             tokens.append(before)
             chances.append(float(probabilities[best]) if forced is None else 1.0)
-            if constraint is not None and before in constraint.ends:
+            reach *= chances[-1]
+            if reach < LEAST_REACH or (constraint is not None and before in constraint.ends):
                 break
         return tokens, chances
+
+
+@torch.no_grad()
+def _table(weight: Tensor, product: Callable[[Tensor], Tensor]) -> TokenRows:
+    """`product` of all rows of a weight [V, H], in int8."""
+    return TokenRows(torch.cat([product(rows.float()) for rows in weight.split(CHUNK)]), int8=True)

@@ -107,10 +107,7 @@ def propose(
         assert settings is not None
         ids = choose(scores.masked_fill(~allowed, -torch.inf), settings, noise).ids
         return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
-    if settings is None or noise is None:
-        confidence, ids = scores.softmax(-1).max(-1)
-        return ids, confidence
-    ids = choose(scores, settings, noise).ids
+    ids = largest(scores) if settings is None or noise is None else choose(scores, settings, noise).ids
     return ids, scores.softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
@@ -213,12 +210,20 @@ class Choice(NamedTuple):
     best: Tensor  # [n] float32: each row's largest score; not finite if a logit is NaN or infinitely large
 
 
+def largest(scores: Tensor) -> Tensor:
+    """Index [n] int64 of the first largest score of each row, or of a NaN. scores [n, V] float32."""
+    if scores.device.type == "cpu":  # torch takes ten times as long as numpy
+        return torch.from_numpy(scores.numpy().argmax(-1))
+    return scores.argmax(-1)
+
+
 def choose(scores: Tensor, settings: Settings, noise: Tensor | None) -> Choice:
     """The likeliest token of each row of scores [n, V], or with Gumbel noise [n, V] a sample at the settings' temperature.
 
     The noise must be finite. Tokens at -inf are never chosen.
     """
-    best, ids = scores.max(-1)
+    ids = largest(scores)
+    best = scores.gather(1, ids[:, None])[:, 0]
     if noise is None:
         return Choice(ids, best)
     relative = scores - best[:, None]  # at most 0: no temperature can overflow it upwards

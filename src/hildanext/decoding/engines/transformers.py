@@ -14,7 +14,7 @@ from hildanext.decoding.drafter import GroupDrafter, fresh_chances
 from hildanext.decoding.engines.protocol import AS_USUAL, Completion, Event, Prompt, Rendering, Request, last_completion
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.grammar import Grammar
-from hildanext.decoding.memory import TokenRows, return_freed_memory
+from hildanext.decoding.memory import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
@@ -29,7 +29,7 @@ from hildanext.decoding.settings import (
     resolve,
 )
 from hildanext.errors import HildaError, UsageError
-from hildanext.model.backbone import length_limit, max_positions, weight_matrix
+from hildanext.model.backbone import length_limit, max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.policy import choose_policy
@@ -91,15 +91,14 @@ class TransformersEngine:
         )
         self.modes = MODES_OF[self.kind]
         self.has_base = self.kind == "gated"
-        embedding = TokenRows(weight_matrix(lm.model.get_input_embeddings()), config.engine.weights == "int8")
-        self.drafter = GroupDrafter(lm, fresh_chances(lm), embedding) if lm.record.get("gate") else None
+        self.drafter = GroupDrafter(lm, fresh_chances(lm)) if lm.record.get("gate") else None
         self.presets = read_presets(lm.modes)
         context = choose_context(config.engine.context, lm.model)
         settings = self.settings(config)
         widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
-        self.runtime = open_runtime(config.engine, lm, widths, embedding)
+        self.runtime = open_runtime(config.engine, lm, widths)
         self.lm = lm if isinstance(self.runtime, EagerRuntime) else given
-        del lm, embedding
+        del lm
         gc.collect()
         return_freed_memory()
         scratch = 0 if self.kind == "blocks" else MOST_ROWS

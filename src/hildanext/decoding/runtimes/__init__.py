@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 
 from hildanext.config import EngineConfig
-from hildanext.decoding.memory import TokenRows
 from hildanext.decoding.runtimes.protocol import Runtime
 from hildanext.environment import without_openvino_telemetry
 from hildanext.errors import ConfigError
@@ -44,12 +43,11 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def open_runtime(config: EngineConfig, lm: DiffusionLM, widths: tuple[int, ...], embedding: TokenRows) -> Runtime:
+def open_runtime(config: EngineConfig, lm: DiffusionLM, widths: tuple[int, ...]) -> Runtime:
     """Open the runtime of `engine.runtime` around a loaded model, and say which one runs and why.
 
     widths: the numbers of rows that most passes of one sequence have, ascending; they get graphs of their own.
-    embedding: rows of the model's input embedding, for runtimes that free the model. Raises ConfigError for settings that
-    cannot run on this machine.
+    Raises ConfigError for settings that cannot run on this machine.
     """
     name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino())
     if config.weights != "native" and name != "openvino":
@@ -60,7 +58,7 @@ def open_runtime(config: EngineConfig, lm: DiffusionLM, widths: tuple[int, ...],
     if name == "openvino":
         from hildanext.decoding.runtimes.openvino import OpenVinoRuntime
 
-        return OpenVinoRuntime(lm.model, widths, config.weights, embedding)
+        return OpenVinoRuntime(lm.model, widths, config.weights)
     if name == "compiled":
         from hildanext.decoding.runtimes.compiled import CompiledRuntime
 
