@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import product
+from itertools import accumulate, product
+from operator import mul
 from typing import Any
 
 import pytest
@@ -29,16 +30,17 @@ from transformers import (
 )
 
 from hildanext.config import DecodeConfig
-from hildanext.decoding.drafter import GroupDrafter
+from hildanext.decoding.drafter import LEAST_REACH, GroupDrafter
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.plan import Plan, plan_rows
-from hildanext.decoding.rule import verify_step
+from hildanext.decoding.rule import largest, verify_step
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.sequence import Vocabulary
 from hildanext.decoding.settings import Settings, resolve
 from hildanext.model.adapter_file import Adapter, LoraFactors
 from hildanext.model.diffusion_lm import DiffusionLM
+from hildanext.model.draft_head import find_draft_head
 from hildanext.model.gate import open_gate
 from hildanext.model.lora import linear_layers
 
@@ -338,6 +340,35 @@ def test_the_plan_is_worth_as_much_as_any_other(chances: list[float], fresh: lis
     plan = plan_rows(chances, fresh, rows)
     assert 1 + plan.n_drafts + sum(plan.groups) <= rows
     assert worth(plan) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drafts_from_tables_are_those_of_the_draft_head(seed: int):
+    """Each draft's chance is the draft head's probability of it, given the drafts before; int8 tables cost 0.01."""
+    lm, _ = gated("llama", seed, 4)
+    draft_head = find_draft_head(lm.model)
+    assert draft_head is not None
+    hidden = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        weight = lm.model.get_output_embeddings().weight
+        chosen = resolve(DecodeConfig(mode="EXACT"), 4, kind="gated")
+        before = 5
+        tokens, chances = GroupDrafter(lm, [0.5] * 4).drafts(hidden, hidden @ weight.T, before, chosen, None)
+        state = None
+        for token, chance, row in zip(tokens, chances, hidden, strict=False):
+            state = draft_head.step(draft_head.read(row, lm.model.get_input_embeddings()(torch.tensor(before))), state)
+            p = lm.decodable_logits(draft_head.changed(row, state)[None])[0].softmax(-1)
+            assert float(p[token]) >= float(p.max()) - 0.01
+            assert chance == pytest.approx(float(p[token]), abs=0.01)
+            before = token
+    reach = list(accumulate(chances, mul))
+    assert all(value >= LEAST_REACH for value in reach[:-1])
+    assert len(tokens) == 4 or reach[-1] < LEAST_REACH
+
+
+def test_largest_takes_the_first_of_equal_scores_and_any_nan():
+    scores = torch.tensor([[1.0, 3.0, 3.0], [torch.nan, 9.0, 1.0], [1.0, torch.nan, 9.0], [-torch.inf] * 3])
+    assert largest(scores).tolist() == [1, 0, 1, 0] == scores.argmax(-1).tolist()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
