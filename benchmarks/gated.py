@@ -56,6 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention only": {"lora.targets": ATTENTION},
     "output projections only": {"lora.targets": OUTPUTS},
     "output projections, rank 64": {"lora.targets": OUTPUTS, "lora.rank": 64},
+    "down projections only": {"lora.targets": ["down_proj"]},
+    "down projections, rank 64": {"lora.targets": ["down_proj"], "lora.rank": 64},
     "upper half, all": {"lora.targets": UPPER_ALL},
     "upper half, output projections": {"lora.targets": UPPER},
     "rank 8": {"lora.rank": 8},

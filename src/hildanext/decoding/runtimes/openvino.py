@@ -28,7 +28,7 @@ from hildanext.model.gated_linear import BaseHead, find_gate
 from hildanext.progress import say
 
 GROW = 128  # a slot's memory grows in steps of this many tokens
-GROUP = 128  # with int8 weights, this many activations share an int8 scale
+GROUP = 64  # with int8 weights, this many activations share an int8 scale; a divisor of most hidden sizes
 SMALL_BYTES = 64 << 20  # of weights in fp32, up to which a graph more costs less memory than it is worth
 WIDE = 32  # tokens of a pass
 FREE, HEAD = -1, 0  # keys of graphs, beside the widths of fixed ones
