@@ -116,6 +116,8 @@ def load_with_base(config: ModelConfig, base_name: str | None = None) -> Checkpo
     lm, policy = load_diffusion_lm(config)
     if lm.block_size is None:
         raise UsageError(f"'{config.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
+    if base_name is None and "published" in lm.record:
+        raise UsageError(f"'{config.base}' comes from a published diffusion model, which names no base; give one with --base")
     base_config = base_of(config, lm.record, base_name)
     if lm.gated and base_name is None:
         # The gate is closed between forwards: the checkpoint's own weights are its base's.
@@ -131,7 +133,9 @@ def _check_tokenizer(
     record: dict[str, Any],
     model: PreTrainedModel,
 ) -> None:
-    same = tokenizer.mask_token_id == stored["mask_token_id"] and fingerprint(tokenizer) == record["tokenizer"]
+    same = tokenizer.mask_token_id == stored["mask_token_id"]
+    if "tokenizer" in record:  # not in a published model's, see `published.as_stock`
+        same = same and fingerprint(tokenizer) == record["tokenizer"]
     if not same or token_ids(tokenizer)[-1] >= n_embeddings(model):
         raise ModelError(
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "

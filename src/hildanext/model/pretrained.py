@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    Glm4MoeForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +34,7 @@ from hildanext.config.model import PACKAGED, is_local_path
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.adapter_file import WEIGHTS as ADAPTER_WEIGHTS
 from hildanext.model.policy import Policy
+from hildanext.model.published import as_stock, is_published, llada2_weights, mark_mask, stock_config
 from hildanext.model.quantized import bitsandbytes_config, keep_packing
 
 _PARSING = threading.Lock()
@@ -87,23 +89,36 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer without the model's weights. Raises UsageError or ModelError."""
     place, gguf_file = locate(config.base)
-    return _load(
+    stored = read_config_dict(config)
+    published = is_published(stored)
+    options: dict[str, Any] = {"config": stock_config(stored)} if published else {}
+    tokenizer: PreTrainedTokenizerBase = _load(
         config.base,
         lambda: AutoTokenizer.from_pretrained(
-            place, gguf_file=gguf_file, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+            place,
+            gguf_file=gguf_file,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            **options,
         ),
     )
+    if published:
+        mark_mask(tokenizer, stored["mask_token_id"], config.base)
+    return tokenizer
 
 
 def read_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """Read a model's config.json without loading weights or running its code. Returns {} for a GGUF file."""
+    """Read a model's config.json without loading weights or running its code. Returns {} for a GGUF file.
+
+    That of a published diffusion model is read as the stock architecture's (`published.as_stock`).
+    """
     place, gguf_file = locate(config.base)
     if gguf_file is not None:
         return {}
     stored = _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
     if not isinstance(stored, dict):
         raise ModelError(f"model '{config.base}': its config.json is not a JSON object")
-    return stored
+    return as_stock(stored, config.base)
 
 
 def read_record(config: ModelConfig) -> dict[str, Any] | None:
@@ -183,10 +198,17 @@ def _load_causal_lm(
             "quantization_config": bitsandbytes_config(quantization, policy),
             "device_map": {"": policy.device},
         }
+    kind: Any = AutoModelForCausalLM
+    stored = read_config_dict(config)
+    if is_published(stored):
+        options["config"] = stock_config(stored)
+        if stored["layout"] == "llada2_moe":  # its tensors have names of their own
+            kind, files = Glm4MoeForCausalLM, _weight_files(config)
+            options["state_dict"] = _load(config.base, lambda: llada2_weights(files, options["config"]))
     model, report = _load(
         config.base,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            place,
+        lambda: kind.from_pretrained(
+            None if "state_dict" in options else place,
             revision=config.revision or "main",
             dtype=dtype,
             attn_implementation=config.attention,

@@ -1,0 +1,139 @@
+"""Published diffusion models in layouts of their own, read as stock architectures of transformers: SDAR and LLaDA2.x.
+
+Their code is never run. SDAR is Qwen3 under another name (arXiv 2510.06303). A LLaDA2.x without experts has Qwen3's
+layers, but rotates a part of each head and stores queries, keys and values as one matrix: GLM-4-MoE without experts
+computes the same. Both predict token i at position i.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import Glm4MoeConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen3Config
+
+from hildanext.errors import ModelError
+
+# What LLaDA2.x leaves to its decoding code, where it is written as constants.
+LLADA2_BLOCK, LLADA2_MASK = 32, 156895
+LLADA2_NAMES = (  # parts of a tensor's name -> of the stock model's
+    ("model.word_embeddings.", "model.embed_tokens."),
+    (".attention.dense.", ".self_attn.o_proj."),
+    (".attention.query_layernorm.", ".self_attn.q_norm."),
+    (".attention.key_layernorm.", ".self_attn.k_norm."),
+)
+FUSED = ".attention.query_key_value."
+
+
+def as_stock(stored: dict[str, Any], name: str) -> dict[str, Any]:
+    """config.json of a model, those of SDAR and LLaDA2.x as the stock architecture's with `hilda`, our record.
+
+    Raises ModelError for a model of these families that has no stock architecture, or no block size or mask token.
+    """
+    if stored.get("model_type") not in ("sdar", "llada2_moe"):
+        return stored
+    try:
+        config = _sdar(stored) if stored["model_type"] == "sdar" else _llada2(stored, name)
+    except KeyError as error:
+        raise ModelError(f"model '{name}': config.json has no {error}; restore it") from None
+    for key in ("block_size", "mask_token_id"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ModelError(f"model '{name}': config.json has no {key}, which decoding needs; add it")
+    record = {
+        "base_model": name,
+        "base_revision": None,
+        "convention": "in_place",
+        "tokens_trained": 0,
+        "published": stored["model_type"],
+    }
+    return config | {"layout": stored["model_type"], "hilda": stored.get("hilda", record)}
+
+
+def _fields(kind: type[PreTrainedConfig], stored: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(kind)} - {"architectures", "transformers_version"}
+    return {key: value for key, value in stored.items() if key in known}
+
+
+def _sdar(stored: dict[str, Any]) -> dict[str, Any]:
+    scaling = stored.get("rope_scaling") or {"rope_type": "default"}
+    return _fields(Qwen3Config, stored) | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "rope_parameters": scaling | {"rope_theta": stored["rope_theta"]},
+        "block_size": stored.get("block_size"),
+        "mask_token_id": stored.get("mask_token_id"),
+    }
+
+
+def _llada2(stored: dict[str, Any], name: str) -> dict[str, Any]:
+    n_layers, head_dim = stored["num_hidden_layers"], stored.get("head_dim")
+    if stored.get("first_k_dense_replace", 0) < n_layers:
+        raise ModelError(
+            f"model '{name}': LLaDA2.x with experts (first_k_dense_replace {stored.get('first_k_dense_replace', 0)} of "
+            f"{n_layers} layers) cannot be loaded; only dense checkpoints can"
+        )
+    for key in ("norm_head", "use_bias"):
+        if stored.get(key):
+            raise ModelError(f"model '{name}': {key} is true, which the stock architecture does not have")
+    head_dim = head_dim or stored["hidden_size"] // stored["num_attention_heads"]
+    part = stored["rotary_dim"] / head_dim if "rotary_dim" in stored else stored.get("partial_rotary_factor", 0.5)
+    return _fields(Glm4MoeConfig, stored) | {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "num_key_value_heads": stored["num_key_value_heads"] or stored["num_attention_heads"],
+        "head_dim": head_dim,
+        "attention_bias": stored.get("use_qkv_bias", False),
+        "use_qk_norm": stored.get("use_qk_norm", True),
+        "first_k_dense_replace": n_layers,
+        "num_mtp_layers": 0,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": stored["rope_theta"],
+            "partial_rotary_factor": part,
+        },
+        "block_size": stored.get("block_size", LLADA2_BLOCK),
+        "mask_token_id": stored.get("mask_token_id", LLADA2_MASK),
+    }
+
+
+def is_published(stored: dict[str, Any]) -> bool:
+    """Whether a configuration from `as_stock` stands for files in a published model's own layout."""
+    return "layout" in stored
+
+
+def stock_config(stored: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration object of a dictionary from `as_stock`."""
+    kind = Qwen3Config if stored["model_type"] == "qwen3" else Glm4MoeConfig
+    return kind(**{key: value for key, value in stored.items() if key not in ("model_type", "layout", "hilda")})
+
+
+def llada2_weights(files: list[Path], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The tensors of a dense LLaDA2.x under the stock model's names, queries, keys and values apart."""
+    heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118: no mapping
+                tensor = file.get_tensor(name)
+                if FUSED in name:
+                    for kind, part in zip("qkv", torch.split(tensor, [heads, shared, shared]), strict=True):
+                        found[name.replace(FUSED, f".self_attn.{kind}_proj.")] = part.clone()
+                    continue
+                for old, new in LLADA2_NAMES:
+                    name = name.replace(old, new)
+                found[name] = tensor
+    return found
+
+
+def mark_mask(tokenizer: PreTrainedTokenizerBase, mask_token_id: int, name: str) -> None:
+    """Make the token that the configuration names the tokenizer's mask token. Raises ModelError if there is none."""
+    if tokenizer.mask_token_id == mask_token_id:
+        return
+    token = tokenizer.convert_ids_to_tokens(mask_token_id)
+    if token is None:
+        raise ModelError(f"model '{name}': its tokenizer has no token {mask_token_id}, the mask token of config.json")
+    tokenizer.add_special_tokens({"mask_token": token})
