@@ -17,11 +17,12 @@ from torch.nn import functional as F
 import hildanext
 from hildanext import cli
 from hildanext.config import ModelConfig
+from hildanext.data.tokenizer import fingerprint
 from hildanext.errors import HildaError, ModelError, UsageError
-from hildanext.model.loading import load_diffusion_lm
+from hildanext.model.loading import load_diffusion_lm, load_with_base
 from support.exports import BLOCK, SIZES, tiny_qwen3
 from support.models import make_tokenizer
-from support.training import material
+from support.training import material, write_pairs
 
 MASK, ROWS = 300, 320
 # What a folder of remote code would do if it were run.
@@ -200,29 +201,58 @@ def test_what_llada2_leaves_to_its_code_has_its_values(tmp_path: Path) -> None:
     assert loaded(write_llada2(tmp_path / "other", block_size="absent")).block_size == 32
 
 
+def write_base(folder: Path, tokenizer: Path) -> Path:
+    """An AR base beside a published model."""
+    tiny_qwen3(ROWS).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
 @pytest.mark.parametrize("write", [write_sdar, write_llada2])
-def test_decode_train_and_decode_again(tmp_path: Path, write: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """generate, sft and dpo take the folder, and the tuned checkpoint is one of ours."""
+def test_decode_tune_prefer_and_evaluate(tmp_path: Path, write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands take the folder as it is, and what they write is a checkpoint of ours, of a stock architecture."""
     folder = write(tmp_path / "published")
     with hildanext.load(folder, device="cpu", dtype="float32", max_new_tokens=8) as model:
         text = model.generate("the cat saw", raw=True)
-    assert len(text.token_ids) == 8 or text.finish_reason == "stop"
+    assert 0 < len(text.token_ids) <= 8
     assert MASK not in text.token_ids
     config = material(
-        tmp_path, folder, sft={"steps": 2}, train={"eval_every": 2, "save_every": 2}, dpo={"steps": 2}
+        tmp_path,
+        folder,
+        sft={"steps": 2},
+        train={"eval_every": 2, "save_every": 2},
+        dpo={"steps": 2, "pairs": str(write_pairs(tmp_path / "pairs.jsonl")), "lr_warmup_steps": 0},
+        evaluate={"prompt_tokens": 4, "story_tokens": 8, "limit": 1},
+        decode={"max_new_tokens": 8},
     )
+    mark_rows(tmp_path / "data" / "tokenized", loaded(folder))
     file = tmp_path / "config.json"
     file.write_text(config.model_dump_json())
-    # The rows were packed with another tokenizer of as many tokens; their meta is told of this one.
-    from hildanext.data.tokenizer import fingerprint
 
-    tokenizer = loaded(folder).tokenizer
-    for meta in (tmp_path / "data" / "tokenized").glob("*/meta.json"):
-        stored = json.loads(meta.read_text())
-        meta.write_text(json.dumps(stored | {"tokenizer": fingerprint(tokenizer)}))
-    assert cli.main(["sft", "--config", str(file), "--model", str(folder)]) == 0, capsys.readouterr().err
+    def run(*words: object) -> None:
+        assert cli.main([str(word) for word in (*words, "--config", file)]) == 0, capsys.readouterr().err
+
+    run("sft", "--model", folder)
     tuned = loaded(tmp_path / "runs" / "sft" / "checkpoints" / "step-2")
-    assert (tuned.mask_token_id, tuned.block_size, tuned.record["base_model"]) == (MASK, 4, str(folder))
+    assert (tuned.mask_token_id, tuned.block_size, tuned.record["base_model"]) == (MASK, BLOCK, str(folder))
+    run("dpo", "--model", folder, "--set", "data.seq_len=56", "--set", "lora.rank=2")
+    assert (tmp_path / "runs" / "dpo" / "checkpoints" / "step-2" / "adapter_model.safetensors").is_file()
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text(json.dumps({"text": "the cat saw a dog and the dog saw the cat " * 4}) + "\n")
+    base = write_base(tmp_path / "base", folder)
+    words = ["--tasks", "stories", "--data", f"stories={stories}", "--base", base, "--out", tmp_path / "report"]
+    run("evaluate", "--model", folder, *words)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["block_size"] == BLOCK
+    assert report["tasks"]["stories"].keys() >= {"ar", "q_mode"}
+
+
+def mark_rows(rows: Path, lm: Any) -> None:
+    """Say of packed rows that this model's tokenizer made them; it has as many tokens as the one that did."""
+    for meta in rows.glob("*/meta.json"):
+        stored = json.loads(meta.read_text())
+        meta.write_text(json.dumps(stored | {"tokenizer": fingerprint(lm.tokenizer)}))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +263,8 @@ def test_decode_train_and_decode_again(tmp_path: Path, write: Any, capsys: pytes
         (write_sdar, {"mask_token_id": 310}, "has no token 310"),
         (write_sdar, {"rope_theta": "absent"}, "no 'rope_theta'"),
         (write_llada2, {"first_k_dense_replace": 1}, "with experts"),
-        (write_llada2, {"norm_head": True}, "norm_head"),
+        (write_llada2, {"norm_head": True}, "norm_head is True"),
+        (write_llada2, {"use_qk_norm": False}, "use_qk_norm is False"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_name(
@@ -244,17 +275,9 @@ def test_what_cannot_be_loaded_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-def test_a_comparison_needs_a_base_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from hildanext.model.loading import load_with_base
-
+def test_a_comparison_needs_a_base_by_name(tmp_path: Path) -> None:
     folder = write_sdar(tmp_path / "sdar")
     config = ModelConfig(base=str(folder), device="cpu", dtype="float32")
     with pytest.raises(UsageError, match="--base"):
         load_with_base(config)
-    base = tmp_path / "base"
-    tiny_qwen3(ROWS).save_pretrained(base)
-    shutil.copy(folder / "tokenizer.json", base)
-    shutil.copy(folder / "tokenizer_config.json", base)
-    assert load_with_base(config, str(base)).block_size == BLOCK
-    prompts = tmp_path / "texts.jsonl"
-    prompts.write_text('{"text": "the cat saw a dog and the dog saw the cat once upon a time there was a red house"}\n')
+    assert load_with_base(config, str(write_base(tmp_path / "base", folder))).block_size == BLOCK

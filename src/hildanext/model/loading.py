@@ -117,7 +117,9 @@ def load_with_base(config: ModelConfig, base_name: str | None = None) -> Checkpo
     if lm.block_size is None:
         raise UsageError(f"'{config.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
     if base_name is None and "published" in lm.record:
-        raise UsageError(f"'{config.base}' comes from a published diffusion model, which names no base; give one with --base")
+        raise UsageError(
+            f"'{config.base}' comes from a published diffusion model, which names no base; give one with --base"
+        )
     base_config = base_of(config, lm.record, base_name)
     if lm.gated and base_name is None:
         # The gate is closed between forwards: the checkpoint's own weights are its base's.

@@ -21,10 +21,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    Glm4MoeForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3ForCausalLM,
 )
 from transformers.utils import cached_file
 
@@ -203,7 +203,7 @@ def _load_causal_lm(
     if is_published(stored):
         options["config"] = stock_config(stored)
         if stored["layout"] == "llada2_moe":  # its tensors have names of their own
-            kind, files = Glm4MoeForCausalLM, _weight_files(config)
+            kind, files = Qwen3ForCausalLM, _weight_files(config)
             options["state_dict"] = _load(config.base, lambda: llada2_weights(files, options["config"]))
     model, report = _load(
         config.base,

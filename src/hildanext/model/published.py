@@ -1,8 +1,7 @@
 """Published diffusion models in layouts of their own, read as stock architectures of transformers: SDAR and LLaDA2.x.
 
-Their code is never run. SDAR is Qwen3 under another name (arXiv 2510.06303). A LLaDA2.x without experts has Qwen3's
-layers, but rotates a part of each head and stores queries, keys and values as one matrix: GLM-4-MoE without experts
-computes the same. Both predict token i at position i.
+Their code is never run. SDAR is Qwen3 under another name (arXiv 2510.06303). A LLaDA2.x without experts is a Qwen3 that
+rotates only a part of each head, and stores queries, keys and values as one matrix. Both predict token i at position i.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import Glm4MoeConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen3Config
+from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from hildanext.errors import ModelError
 
@@ -53,51 +52,54 @@ def as_stock(stored: dict[str, Any], name: str) -> dict[str, Any]:
     return config | {"layout": stored["model_type"], "hilda": stored.get("hilda", record)}
 
 
-def _fields(kind: type[PreTrainedConfig], stored: dict[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(kind)} - {"architectures", "transformers_version"}
-    return {key: value for key, value in stored.items() if key in known}
+def _qwen3(stored: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The keys that Qwen3 has, and what is different."""
+    known = {field.name for field in dataclasses.fields(Qwen3Config)} - {"transformers_version", "dtype"}
+    kept = {key: value for key, value in stored.items() if key in known}
+    return kept | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"} | changes
 
 
 def _sdar(stored: dict[str, Any]) -> dict[str, Any]:
     scaling = stored.get("rope_scaling") or {"rope_type": "default"}
-    return _fields(Qwen3Config, stored) | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "rope_parameters": scaling | {"rope_theta": stored["rope_theta"]},
-        "block_size": stored.get("block_size"),
-        "mask_token_id": stored.get("mask_token_id"),
-    }
+    return _qwen3(
+        stored,
+        rope_parameters=scaling | {"rope_theta": stored["rope_theta"]},
+        block_size=stored.get("block_size"),
+        mask_token_id=stored.get("mask_token_id"),
+    )
 
 
 def _llada2(stored: dict[str, Any], name: str) -> dict[str, Any]:
-    n_layers, head_dim = stored["num_hidden_layers"], stored.get("head_dim")
-    if stored.get("first_k_dense_replace", 0) < n_layers:
+    """Half of each head turns, by angles position / theta^(2j/r), j < r/2, r the rotated width. The stock rotation
+    `proportional` has theta'^(2j/d) for a head of width d: theta' = theta^(d/r)."""
+    n_layers, n_dense = stored["num_hidden_layers"], stored.get("first_k_dense_replace", 0)
+    if n_dense < n_layers:
         raise ModelError(
-            f"model '{name}': LLaDA2.x with experts (first_k_dense_replace {stored.get('first_k_dense_replace', 0)} of "
-            f"{n_layers} layers) cannot be loaded; only dense checkpoints can"
+            f"model '{name}': LLaDA2.x with experts (first_k_dense_replace {n_dense} of {n_layers} layers) cannot be loaded; "
+            "only dense checkpoints can"
         )
-    for key in ("norm_head", "use_bias"):
-        if stored.get(key):
-            raise ModelError(f"model '{name}': {key} is true, which the stock architecture does not have")
-    head_dim = head_dim or stored["hidden_size"] // stored["num_attention_heads"]
+    for key, default, wanted in (
+        ("norm_head", False, False),
+        ("use_bias", False, False),
+        ("use_qkv_bias", False, False),
+        ("use_qk_norm", True, True),
+    ):
+        if stored.get(key, default) != wanted:
+            raise ModelError(f"model '{name}': {key} is {stored[key]}, which the stock architecture does not have")
+    head_dim = stored.get("head_dim") or stored["hidden_size"] // stored["num_attention_heads"]
     part = stored["rotary_dim"] / head_dim if "rotary_dim" in stored else stored.get("partial_rotary_factor", 0.5)
-    return _fields(Glm4MoeConfig, stored) | {
-        "architectures": ["Glm4MoeForCausalLM"],
-        "model_type": "glm4_moe",
-        "num_key_value_heads": stored["num_key_value_heads"] or stored["num_attention_heads"],
-        "head_dim": head_dim,
-        "attention_bias": stored.get("use_qkv_bias", False),
-        "use_qk_norm": stored.get("use_qk_norm", True),
-        "first_k_dense_replace": n_layers,
-        "num_mtp_layers": 0,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": stored["rope_theta"],
+    return _qwen3(
+        stored,
+        num_key_value_heads=stored["num_key_value_heads"] or stored["num_attention_heads"],
+        head_dim=head_dim,
+        rope_parameters={
+            "rope_type": "proportional",
+            "rope_theta": float(stored["rope_theta"]) ** (1 / part),
             "partial_rotary_factor": part,
         },
-        "block_size": stored.get("block_size", LLADA2_BLOCK),
-        "mask_token_id": stored.get("mask_token_id", LLADA2_MASK),
-    }
+        block_size=stored.get("block_size", LLADA2_BLOCK),
+        mask_token_id=stored.get("mask_token_id", LLADA2_MASK),
+    )
 
 
 def is_published(stored: dict[str, Any]) -> bool:
@@ -105,28 +107,43 @@ def is_published(stored: dict[str, Any]) -> bool:
     return "layout" in stored
 
 
-def stock_config(stored: dict[str, Any]) -> PreTrainedConfig:
+def stock_config(stored: dict[str, Any]) -> Qwen3Config:
     """The configuration object of a dictionary from `as_stock`."""
-    kind = Qwen3Config if stored["model_type"] == "qwen3" else Glm4MoeConfig
-    return kind(**{key: value for key, value in stored.items() if key not in ("model_type", "layout", "hilda")})
+    return Qwen3Config(**{key: value for key, value in stored.items() if key not in ("model_type", "layout", "hilda")})
 
 
-def llada2_weights(files: list[Path], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The tensors of a dense LLaDA2.x under the stock model's names, queries, keys and values apart."""
-    heads, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    found: dict[str, Tensor] = {}
+def llada2_weights(files: list[Path], config: Qwen3Config) -> dict[str, Tensor]:
+    """The tensors of a dense LLaDA2.x under Qwen3's names: queries, keys and values apart, each head in Qwen3's order."""
+    heads, shared = config.num_attention_heads * config.head_dim, (config.num_key_value_heads or 0) * config.head_dim
+    order, found = _head_order(config), dict[str, Tensor]()
     for path in files:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118: no mapping
+            for name in list(file.keys()):
                 tensor = file.get_tensor(name)
                 if FUSED in name:
-                    for kind, part in zip("qkv", torch.split(tensor, [heads, shared, shared]), strict=True):
-                        found[name.replace(FUSED, f".self_attn.{kind}_proj.")] = part.clone()
+                    parts = torch.split(tensor, [heads, shared, shared])
+                    for kind, part in zip("qkv", parts, strict=True):
+                        turned = (
+                            part if kind == "v" else part.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+                        )
+                        found[name.replace(FUSED, f".self_attn.{kind}_proj.")] = turned.contiguous()
                     continue
                 for old, new in LLADA2_NAMES:
                     name = name.replace(old, new)
-                found[name] = tensor
+                found[name] = tensor[order] if name.endswith(("q_norm.weight", "k_norm.weight")) else tensor
     return found
+
+
+def _head_order(config: Qwen3Config) -> list[int]:
+    """The entries of a LLaDA2.x head in the order in which Qwen3 has them.
+
+    LLaDA2.x turns entries j and j + r/2, the first r of a head; Qwen3 turns j and j + d/2, d the head's width.
+    """
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    width, half = config.head_dim, config.head_dim // 2
+    turned = int(rope["partial_rotary_factor"] * width)
+    still, rest = list(range(turned, width)), half - turned // 2
+    return [*range(turned // 2), *still[:rest], *range(turned // 2, turned), *still[rest:]]
 
 
 def mark_mask(tokenizer: PreTrainedTokenizerBase, mask_token_id: int, name: str) -> None:
