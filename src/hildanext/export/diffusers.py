@@ -85,9 +85,9 @@ def inference_steps(settings: Settings) -> int:
     return 2 * settings.block_size
 
 
-def editing_threshold(settings: Settings) -> float | None:
-    """`editing_threshold`: None is off, and so is 0 for diffusers, which takes every change here."""
-    return None if settings.tau_edit is None else max(settings.tau_edit, EVERY_CHANGE)
+def editing_threshold(settings: Settings) -> float:
+    """`editing_threshold`: 0 is off for diffusers, where it takes every change here. None would be the scheduler's own."""
+    return 0.0 if settings.tau_edit is None else max(settings.tau_edit, EVERY_CHANGE)
 
 
 def post_steps(settings: Settings) -> int:

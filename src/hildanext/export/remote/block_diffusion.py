@@ -18,7 +18,9 @@ def block_mask(n_queries, n_keys, block_size, key_mask, like):
     if key_mask is not None:
         has_later = key_mask.flip(-1).cummax(-1).values.flip(-1) > 0
         visible = visible & ((key_mask > 0) | ~has_later)[:, None, None]
-    return torch.where(visible, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill(
+        ~visible, torch.finfo(like.dtype).min
+    )
 
 
 class BlockDiffusion:
