@@ -104,6 +104,7 @@ def test_hildanext_eager(folder: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
 @pytest.mark.parametrize("runtime", ["openvino", "compiled"])
 @pytest.mark.parametrize("name", kit.MODELS)
 def test_hildanext_with_another_runtime(folder: Path, name: str, runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,7 +242,7 @@ def launch_commands(checkpoint: Checkpoint, folder: str, mode: Mode) -> tuple[st
         f"--dllm-algorithm {algorithm} --dllm-algorithm-config {folder}/{yaml_name(mode)}"
     )
     lmdeploy = (
-        f"lmdeploy serve api_server {folder} --backend pytorch --dtype bfloat16 "
+        f"lmdeploy serve api_server {folder} --backend pytorch --trust-remote-code --dtype bfloat16 "
         f"--dllm-block-length {settings.block_size} --dllm-unmasking-strategy low_confidence_dynamic "
         f"--dllm-confidence-threshold {settings.tau_mask}"
     )
