@@ -243,6 +243,19 @@ def test_trap_diffusers_makes_one_pass_more(folder: Path) -> None:
     assert sum(text != case["completion"] for text, case in zip(more, capped, strict=True)) > 2
 
 
+def test_trap_no_editing_threshold_is_the_schedulers_own_in_diffusers(folder: Path) -> None:
+    """None takes the value in scheduler_config.json: written tokens change while masks remain."""
+    pipe = pipeline(folder / "llama-diffusers")
+    cases = [case for case in of("llama") if case["settings"] == "off"]
+    assert any(in_diffusers(pipe, case, editing_threshold=None) != case["completion"] for case in cases)
+
+
+def test_trap_diffusers_ends_a_block_at_the_end_of_text_before_its_corrections(folder: Path) -> None:
+    pipe = pipeline(folder / "llama-diffusers")
+    cases = [case for case in of("llama") if case["settings"] == "S"]
+    assert any(in_diffusers(pipe, case, eos_early_stop=True) != case["completion"] for case in cases)
+
+
 def test_trap_max_post_steps_counts_passes_without_masks() -> None:
     """Passes that still fill masks are not counted, here or in SGLang; each editing pass more can change the text."""
     model = kit.build("llama")
