@@ -33,7 +33,7 @@ PACKAGES: dict[str, tuple[int, set[str]]] = {
     "evaluate": (6, set()),
     "terminal": (6, {"training"}),
     "server": (6, {"data", "model", "training"}),
-    "export": (6, {"training"}),
+    "export": (6, set()),
     "api": (7, set()),
     "smoke": (7, set()),
     "demo": (7, set()),

@@ -18,7 +18,7 @@ from hildanext.export.source import (
     require_servable,
     require_space,
 )
-from hildanext.export.weights import Stored, write_shards
+from hildanext.export.weights import by_file, write_shards
 from hildanext.files import atomic_open, new_folder, write_json
 
 REMOTE = Path(__file__).parent / "remote"
@@ -43,15 +43,13 @@ def export_diffusers(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
     """
     require_servable(checkpoint, TARGET)
     tensors = checkpoint.tensors()
-    of: dict[Path, dict[str, Stored]] = {}
-    for name, stored in tensors.items():
-        of.setdefault(stored.file, {})[name] = stored
+    shards = list(by_file(tensors).values())
     n_bytes = sum(stored.n_bytes for stored in tensors.values())
     require_space(out, n_bytes + sum(path.stat().st_size for path in other_files(checkpoint)))
     settings = checkpoint.settings("Q_MODE")
     with new_folder(out) as folder:
         copy_files(other_files(checkpoint, ("config.json", "README.md")), checkpoint.folder, folder)
-        write_shards(folder, list(of.values()), [])
+        write_shards(folder, shards, [])
         copy_files([REMOTE / "block_diffusion.py"], REMOTE, folder)
         with atomic_open(folder / "modeling_block_diffusion.py") as file:
             file.write(MODELING.substitute(base=checkpoint.architecture))
@@ -77,7 +75,7 @@ def export_diffusers(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
         )
         with atomic_open(folder / "README.md") as file:
             file.write(card(checkpoint, settings, out.name))
-    return {"out": str(out), "shards": len(of), "bytes": n_bytes}
+    return {"out": str(out), "shards": len(shards), "bytes": n_bytes}
 
 
 def inference_steps(settings: Settings) -> int:
@@ -116,7 +114,7 @@ library_name: diffusers
 pipeline_tag: text-generation
 ---
 
-# {checkpoint.record["base_model"]} as a block-diffusion model, for diffusers
+# {checkpoint.base} as a block-diffusion model, for diffusers
 
 Converted and exported by HildaNext {checkpoint.record["version"]}. Blocks of {settings.block_size} tokens. The folder
 brings code, `block_diffusion.py` and `modeling_block_diffusion.py`: read it before you trust it.

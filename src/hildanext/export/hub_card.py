@@ -11,10 +11,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from hildanext.config import ModelConfig
+from hildanext.config.model import is_hub_name
 from hildanext.errors import HildaError, ModelError, UsageError
-from hildanext.export.source import TENSORS, Checkpoint, copy_files, other_files, require_space
+from hildanext.export.source import Checkpoint, copy_files, other_files, require_space
 from hildanext.files import atomic_open, new_folder, write_json
 from hildanext.model.pretrained import base_of, find_file, fingerprint_weights
+from hildanext.training.checkpoint import TENSORS
 
 LAST_EVALUATION = ("eval_loss", "eval_accuracy")
 SOURCE_KEYS = ("kind", "path", "weight")  # of a source of data, for the card
@@ -119,7 +121,7 @@ def _report(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 def card(checkpoint: Checkpoint, run: Run | None, licence: str | None, reports: list[dict[str, Any]]) -> str:
     """README.md: what the records say, and nothing that they do not say."""
     record, config = checkpoint.record, checkpoint.config
-    base, is_public = str(record["base_model"]), not Path(str(record["base_model"])).exists()
+    base, is_public = checkpoint.base, is_hub_name(str(record["base_model"]))
     lines = [
         "---",
         *([f"license: {licence}"] if licence else []),
@@ -128,13 +130,13 @@ def card(checkpoint: Checkpoint, run: Run | None, licence: str | None, reports: 
         "pipeline_tag: text-generation",
         "---",
         "",
-        f"# {_name(base)}, block diffusion",
+        f"# {base}, block diffusion",
         "",
         f"A {checkpoint.architecture} that fills and edits blocks of {config['block_size']} tokens, made from "
-        f"{_name(base)} by HildaNext {record['version']}.",
+        f"{base} by HildaNext {record['version']}.",
         "",
         f"- **Licence:** {licence or 'not recorded; that of the base applies'}",
-        f"- **Base:** {_name(base)}" + (f", revision {record['base_revision']}" if record.get("base_revision") else ""),
+        f"- **Base:** {base}" + (f", revision {record['base_revision']}" if record.get("base_revision") else ""),
         f"- **Convention:** {record['convention']}. **Tokens trained:** {record['tokens_trained']:,}",
         *_data(run),
         "",
@@ -172,8 +174,8 @@ def _data(run: Run | None) -> list[str]:
 
 
 def _measured(checkpoint: Checkpoint, run: Run | None, reports: list[dict[str, Any]]) -> list[str]:
-    step = int(checkpoint.folder.name.removeprefix("step-")) if checkpoint.folder.name.startswith("step-") else None
-    rows = [row for row in (run.metrics if run else []) if "eval_loss" in row and row["step"] == step]
+    step = checkpoint.folder.name.removeprefix("step-")
+    rows = [row for row in (run.metrics if run else []) if "eval_loss" in row and str(row["step"]) == step]
     lines = [
         f"Step {row['step']}: " + ", ".join(f"{key} {row[key]:.4f}" for key in LAST_EVALUATION if key in row)
         for row in rows

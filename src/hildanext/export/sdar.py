@@ -26,7 +26,7 @@ from hildanext.export.source import (
     require_servable,
     require_space,
 )
-from hildanext.export.weights import CHUNK, Rows, Stored, mean_row, read_rows, write_shards
+from hildanext.export.weights import CHUNK, Rows, Stored, by_file, mean_row, read_rows, write_shards
 from hildanext.files import atomic_open, new_folder, write_json
 from hildanext.model.pretrained import load_tokenizer
 
@@ -55,7 +55,7 @@ def export_sdar(checkpoint: Checkpoint, out: Path, served_mask_id: int = SERVED_
     _require_qwen3(checkpoint)
     _require_free(checkpoint, served_mask_id)
     tensors = checkpoint.tensors()
-    require_known(checkpoint, tensors)
+    _require_tensors(checkpoint, tensors)
     shards = _shards(tensors)
     n_bytes = sum(stored.n_bytes for shard in shards for stored in shard.values())
     require_space(out, n_bytes + sum(path.stat().st_size for path in other_files(checkpoint)))
@@ -116,7 +116,7 @@ def _require_free(checkpoint: Checkpoint, served_mask_id: int) -> None:
         )
 
 
-def require_known(checkpoint: Checkpoint, tensors: dict[str, Stored]) -> None:
+def _require_tensors(checkpoint: Checkpoint, tensors: dict[str, Stored]) -> None:
     """Raise ModelError unless the folder has the tensors that the servers look up."""
     tied = checkpoint.config.get("tie_word_embeddings", False)
     missing = [name for name in (EMBEDDING, "model.norm.weight") if name not in tensors]
@@ -128,12 +128,10 @@ def require_known(checkpoint: Checkpoint, tensors: dict[str, Stored]) -> None:
 
 def _shards(tensors: dict[str, Stored]) -> list[dict[str, Stored]]:
     """The tensors of each file. A tied head becomes a copy of the embedding: SGLang looks `lm_head.weight` up."""
-    of: dict[Path, dict[str, Stored]] = {}
-    for name, stored in tensors.items():
-        of.setdefault(stored.file, {})[name] = stored
+    shards = by_file(tensors)
     if HEAD not in tensors:
-        of[tensors[EMBEDDING].file][HEAD] = tensors[EMBEDDING]
-    return list(of.values())
+        shards[tensors[EMBEDDING].file][HEAD] = tensors[EMBEDDING]
+    return list(shards.values())
 
 
 def _changed(
@@ -261,7 +259,7 @@ def card(checkpoint: Checkpoint, folder: str) -> str:
         )
         for mode, found in ((mode, checkpoint.settings(mode)) for mode in MODES)
     )
-    return f"""# {checkpoint.record["base_model"]} as a block-diffusion model, in SDAR's layout
+    return f"""# {checkpoint.base} as a block-diffusion model, in SDAR's layout
 
 Converted and exported by HildaNext {checkpoint.record["version"]}. Blocks of {checkpoint.config["block_size"]} tokens, the
 logits at a position predict the token at that position, mask token {SERVED_MASK_ID}.

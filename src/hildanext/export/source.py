@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from hildanext.config import DecodeConfig, Mode, ModelConfig
+from hildanext.config.model import is_local_path
 from hildanext.data.tokenizer import token_ids
 from hildanext.decoding.settings import Settings, read_presets, resolve
 from hildanext.errors import ModelError, UsageError, WriteError
@@ -17,8 +18,7 @@ from hildanext.export.weights import Stored, ranges, stored_tensors
 from hildanext.model.adapter_file import SETTINGS
 from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
 from hildanext.model.prompts import end_ids
-
-STATE, TENSORS = "trainer.json", "trainer.safetensors"  # of `training.checkpoint`; no model needs them
+from hildanext.training.checkpoint import STATE, TENSORS
 
 
 class Checkpoint(NamedTuple):
@@ -33,6 +33,12 @@ class Checkpoint(NamedTuple):
     def record(self) -> dict[str, Any]:
         record: dict[str, Any] = self.config["hilda"]
         return record
+
+    @property
+    def base(self) -> str:
+        """The base's name on the hub; of a local folder its last part."""
+        base = str(self.record["base_model"])
+        return Path(base).name if is_local_path(base) or Path(base).exists() else base
 
     @property
     def mask_token_id(self) -> int:

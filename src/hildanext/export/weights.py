@@ -66,6 +66,14 @@ def stored_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
     return found
 
 
+def by_file(tensors: dict[str, Stored]) -> dict[Path, dict[str, Stored]]:
+    """The tensors of each file, in the order of the files."""
+    found: dict[Path, dict[str, Stored]] = {}
+    for name, stored in tensors.items():
+        found.setdefault(stored.file, {})[name] = stored
+    return found
+
+
 def read_rows(stored: Stored, first: int, n: int) -> Tensor:
     """Rows [n, ...] of a stored tensor, in its dtype."""
     with open(stored.file, "rb") as file:
