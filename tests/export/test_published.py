@@ -19,6 +19,7 @@ from hildanext import cli
 from hildanext.config import ModelConfig
 from hildanext.data.tokenizer import fingerprint
 from hildanext.errors import HildaError, ModelError, UsageError
+from hildanext.export.command import export
 from hildanext.model.loading import load_diffusion_lm, load_with_base
 from support.exports import BLOCK, SIZES, tiny_qwen3
 from support.models import make_tokenizer
@@ -281,3 +282,9 @@ def test_a_comparison_needs_a_base_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--base"):
         load_with_base(config)
     assert load_with_base(config, str(write_base(tmp_path / "base", folder))).block_size == BLOCK
+
+
+@pytest.mark.parametrize("write", [write_sdar, write_llada2])
+def test_their_own_files_are_not_exported(tmp_path: Path, write: Any) -> None:
+    with pytest.raises(UsageError, match="layout of a published model"):
+        export(write(tmp_path / "published"), "diffusers", tmp_path / "out")

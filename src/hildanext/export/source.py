@@ -18,6 +18,7 @@ from hildanext.export.weights import Stored, ranges, stored_tensors
 from hildanext.model.adapter_file import SETTINGS
 from hildanext.model.pretrained import load_tokenizer, read_config_dict, read_generation_config
 from hildanext.model.prompts import end_ids
+from hildanext.model.published import is_published
 from hildanext.training.checkpoint import STATE, TENSORS
 
 
@@ -74,6 +75,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config_dict(model)
     if "hilda" not in config:
         raise UsageError(f"'{folder}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
+    if is_published(config):
+        raise UsageError(
+            f"'{folder}' is in the layout of a published model ('{config['layout']}'); tune it, then export that"
+        )
     if not config.get("block_size"):
         raise ModelError(f"'{folder}': config.json has no block_size, which decoding needs; convert the model again")
     return Checkpoint(folder, config, read_generation_config(model), load_tokenizer(model))
