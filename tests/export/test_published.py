@@ -286,5 +286,5 @@ def test_a_comparison_needs_a_base_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_sdar, write_llada2])
 def test_their_own_files_are_not_exported(tmp_path: Path, write: Any) -> None:
-    with pytest.raises(UsageError, match="layout of a published model"):
+    with pytest.raises(UsageError, match="published model's own layout"):
         export(write(tmp_path / "published"), "diffusers", tmp_path / "out")

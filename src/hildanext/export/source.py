@@ -73,12 +73,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise UsageError(f"'{folder}': no such folder; give the folder of a converted checkpoint")
     config = read_config_dict(model)
-    if "hilda" not in config:
-        raise UsageError(f"'{folder}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
     if is_published(config):
         raise UsageError(
-            f"'{folder}' is in the layout of a published model ('{config['layout']}'); tune it, then export that"
+            f"'{folder}' is in a published model's own layout ({config['model_type']}); tune it, then export that"
         )
+    if "hilda" not in config:
+        raise UsageError(f"'{folder}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
     if not config.get("block_size"):
         raise ModelError(f"'{folder}': config.json has no block_size, which decoding needs; convert the model again")
     return Checkpoint(folder, config, read_generation_config(model), load_tokenizer(model))

@@ -34,6 +34,7 @@ from hildanext.model.pretrained import (
     read_config_dict,
     read_generation_config,
     read_record,
+    read_stock_dict,
     weight_shapes,
 )
 from hildanext.model.probe import probe
@@ -58,7 +59,7 @@ def load_diffusion_lm(
     ModelError for damaged files, an architecture that the probe refuses, and an adapter whose base has changed.
     """
     policy = choose_policy(config.device, config.dtype)
-    stored = read_config_dict(config)
+    stored = read_stock_dict(config)
     record: dict[str, Any] | None = stored.get("hilda")
     if record is not None and config.convention not in (None, record["convention"]):
         raise UsageError(

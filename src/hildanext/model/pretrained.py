@@ -34,7 +34,7 @@ from hildanext.config.model import PACKAGED, is_local_path
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.adapter_file import WEIGHTS as ADAPTER_WEIGHTS
 from hildanext.model.policy import Policy
-from hildanext.model.published import as_stock, is_published, llada2_weights, mark_mask, stock_config
+from hildanext.model.published import LAYOUTS, as_stock, is_published, llada2_weights, mark_mask, stock_config
 from hildanext.model.quantized import bitsandbytes_config, keep_packing
 
 _PARSING = threading.Lock()
@@ -89,9 +89,10 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer without the model's weights. Raises UsageError or ModelError."""
     place, gguf_file = locate(config.base)
-    stored = read_config_dict(config)
-    published = is_published(stored)
-    options: dict[str, Any] = {"config": stock_config(stored)} if published else {}
+    options: dict[str, Any] = {}
+    if published := is_published(read_config_dict(config)):
+        stored = read_stock_dict(config)
+        options["config"] = stock_config(stored)
     tokenizer: PreTrainedTokenizerBase = _load(
         config.base,
         lambda: AutoTokenizer.from_pretrained(
@@ -108,22 +109,24 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def read_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """Read a model's config.json without loading weights or running its code. Returns {} for a GGUF file.
-
-    That of a published diffusion model is read as the stock architecture's (`published.as_stock`).
-    """
+    """Read a model's config.json without loading weights or running its code. Returns {} for a GGUF file."""
     place, gguf_file = locate(config.base)
     if gguf_file is not None:
         return {}
     stored = _load(config.base, lambda: PreTrainedConfig.get_config_dict(place, revision=config.revision or "main")[0])
     if not isinstance(stored, dict):
         raise ModelError(f"model '{config.base}': its config.json is not a JSON object")
-    return as_stock(stored, config.base)
+    return stored
+
+
+def read_stock_dict(config: ModelConfig) -> dict[str, Any]:
+    """`read_config_dict`, that of a published diffusion model as the stock architecture's (`published.as_stock`)."""
+    return as_stock(read_config_dict(config), config.base)
 
 
 def read_record(config: ModelConfig) -> dict[str, Any] | None:
     """Read the `hilda` section of a model's config.json. Returns None for a model that is not converted."""
-    return read_config_dict(config).get("hilda")
+    return read_stock_dict(config).get("hilda")
 
 
 def base_of(config: ModelConfig, record: dict[str, Any], named: str | None = None) -> ModelConfig:
@@ -199,10 +202,9 @@ def _load_causal_lm(
             "device_map": {"": policy.device},
         }
     kind: Any = AutoModelForCausalLM
-    stored = read_config_dict(config)
-    if is_published(stored):
-        options["config"] = stock_config(stored)
-        if stored["layout"] == "llada2_moe":  # its tensors have names of their own
+    if (layout := read_config_dict(config).get("model_type")) in LAYOUTS:
+        options["config"] = stock_config(read_stock_dict(config))
+        if layout == "llada2_moe":  # its tensors have names of their own
             kind, files = Qwen3ForCausalLM, _weight_files(config)
             options["state_dict"] = _load(config.base, lambda: llada2_weights(files, options["config"]))
     model, report = _load(

@@ -7,6 +7,7 @@ rotates only a part of each head, and stores queries, keys and values as one mat
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from hildanext.errors import ModelError
 
+LAYOUTS = ("sdar", "llada2_moe")  # their model_type
 # What LLaDA2.x leaves to its decoding code, where it is written as constants.
 LLADA2_BLOCK, LLADA2_MASK = 32, 156895
 LLADA2_NAMES = (  # parts of a tensor's name -> of the stock model's
@@ -33,7 +35,7 @@ def as_stock(stored: dict[str, Any], name: str) -> dict[str, Any]:
 
     Raises ModelError for a model of these families that has no stock architecture, or no block size or mask token.
     """
-    if stored.get("model_type") not in ("sdar", "llada2_moe"):
+    if stored.get("model_type") not in LAYOUTS:
         return stored
     try:
         config = _sdar(stored) if stored["model_type"] == "sdar" else _llada2(stored, name)
@@ -49,7 +51,7 @@ def as_stock(stored: dict[str, Any], name: str) -> dict[str, Any]:
         "tokens_trained": 0,
         "published": stored["model_type"],
     }
-    return config | {"layout": stored["model_type"], "hilda": stored.get("hilda", record)}
+    return config | {"hilda": stored.get("hilda", record)}
 
 
 def _qwen3(stored: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -72,12 +74,8 @@ def _sdar(stored: dict[str, Any]) -> dict[str, Any]:
 def _llada2(stored: dict[str, Any], name: str) -> dict[str, Any]:
     """Half of each head turns, by angles position / theta^(2j/r), j < r/2, r the rotated width. The stock rotation
     `proportional` has theta'^(2j/d) for a head of width d: theta' = theta^(d/r)."""
-    n_layers, n_dense = stored["num_hidden_layers"], stored.get("first_k_dense_replace", 0)
-    if n_dense < n_layers:
-        raise ModelError(
-            f"model '{name}': LLaDA2.x with experts (first_k_dense_replace {n_dense} of {n_layers} layers) cannot be loaded; "
-            "only dense checkpoints can"
-        )
+    if not is_published(stored):
+        raise ModelError(f"model '{name}': a LLaDA2.x with experts, which only the engine 'dinfer' loads")
     for key, default, wanted in (
         ("norm_head", False, False),
         ("use_bias", False, False),
@@ -103,13 +101,15 @@ def _llada2(stored: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def is_published(stored: dict[str, Any]) -> bool:
-    """Whether a configuration from `as_stock` stands for files in a published model's own layout."""
-    return "layout" in stored
+    """Whether config.json is one of SDAR's, or of a LLaDA2.x without experts; dInfer loads those with experts itself."""
+    kind = stored.get("model_type")
+    is_dense = stored.get("first_k_dense_replace", 0) >= stored.get("num_hidden_layers", math.inf)
+    return kind in LAYOUTS and (kind == "sdar" or is_dense)
 
 
 def stock_config(stored: dict[str, Any]) -> Qwen3Config:
     """The configuration object of a dictionary from `as_stock`."""
-    return Qwen3Config(**{key: value for key, value in stored.items() if key not in ("model_type", "layout", "hilda")})
+    return Qwen3Config(**{key: value for key, value in stored.items() if key not in ("model_type", "hilda")})
 
 
 def llada2_weights(files: list[Path], config: Qwen3Config) -> dict[str, Tensor]:
