@@ -27,7 +27,7 @@ from support import forked
 
 COMMANDS = [
     "init", "prepare-data", "tokenize", "convert-wsd", "sft", "merge-topk",
-    "generate", "chat", "benchmark", "serve", "smoke-test", "demo",
+    "generate", "chat", "benchmark", "serve", "export", "smoke-test", "demo",
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "fastapi", "pydantic", "numpy", "matplotlib", "accelerate")
 

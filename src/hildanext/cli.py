@@ -1,4 +1,4 @@
-"""The command line. Heavy imports are inside the commands, so that `--help` answers at once.
+"""The command line: its options, its exit codes, its errors.
 
 Exit codes: 0 done, 1 failed, 2 wrong use. Progress and notes go to stderr, only the result goes to stdout.
 """
@@ -12,12 +12,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from hildanext import __version__, environment
+from hildanext import __version__, commands, environment
+from hildanext.commands import Result
 from hildanext.errors import HildaError, UsageError
 
-Result = dict[str, Any]
 LESS_MEMORY = "Lower train.micro_batch or data.seq_len, set train.gradient_checkpointing, or shorten the prompt."
 DESCRIPTION = "Convert an autoregressive language model into an editable block-diffusion model, tune it and run it."
 ORDER = """\
@@ -30,173 +30,10 @@ The usual order:
   calibrate                 choose its decoding thresholds (optional)
   benchmark, evaluate       measure speed and quality against the base model
   generate, chat, serve     use it
+  export                    give it to SGLang, LMDeploy, diffusers or the hub
 
 'generate', 'chat' and 'serve' use a small converted model that comes with the package if none is named.
 'demo' runs all main steps on a tiny model, offline, in minutes."""
-
-
-def _config(args: argparse.Namespace, base: str | None = None) -> Any:
-    from hildanext.config import load_config
-
-    overrides = list(args.set)
-    if args.model is not None:
-        overrides.append(f"model.base={json.dumps(args.model)}")
-    return load_config(args.config, overrides, base)
-
-
-def _to_decode(args: argparse.Namespace) -> Any:
-    """Load the configuration of a command that needs a converted model; the default is the shipped model."""
-    from hildanext.config import SHIPPED_MODEL
-
-    return _config(args, SHIPPED_MODEL)
-
-
-def _init(args: argparse.Namespace) -> Result:
-    from hildanext.config import Config, schema
-    from hildanext.files import write_json
-
-    ready = Path(__file__).parent / "configs"
-    target, beside = Path(args.path), Path(args.path).with_name("hildanext.schema.json")
-    if target.exists() and not args.force:
-        raise UsageError(f"{target} exists; choose another path or use --force")
-    if args.preset is None:
-        raw = Config().model_dump(mode="json")
-    else:
-        source = ready / f"{args.preset}.json"
-        if not source.is_file():
-            known = ", ".join(sorted(path.stem for path in ready.glob("*.json")))
-            raise UsageError(f"no preset '{args.preset}'; available: {known}")
-        raw = json.loads(source.read_text(encoding="utf-8"))
-    write_json(beside, schema())
-    write_json(target, {"$schema": f"./{beside.name}"} | raw)
-    return {"config": str(target), "schema": str(beside)}
-
-
-def _prepare_data(args: argparse.Namespace) -> Result:
-    from hildanext.data.prepare import prepare_data, summary
-
-    config = _config(args)
-    if any(source.kind == "self" for source in config.data.sources):
-        from hildanext.model.self_answers import write_answers  # imports torch, which the other sources do not need
-
-        write_answers(config)
-    manifest = prepare_data(config)
-    return manifest | {"stdout": summary(manifest)}
-
-
-def _tokenize(args: argparse.Namespace) -> Result:
-    from hildanext.data import verify
-    from hildanext.data.tokenize import summary, tokenize_data
-    from hildanext.model.pretrained import load_tokenizer
-
-    config = _config(args)
-    if args.verify:
-        found = verify.verify_data(config, load_tokenizer(config.model))
-        return found | {"stdout": verify.summary(found)}
-    manifest = tokenize_data(config, load_tokenizer(config.model))
-    return manifest | {"stdout": summary(manifest)}
-
-
-def _convert_wsd(args: argparse.Namespace) -> Result:
-    from hildanext.training.convert import convert_wsd
-
-    return convert_wsd(_config(args), args.run, args.resume)
-
-
-def _sft(args: argparse.Namespace) -> Result:
-    from hildanext.training.convert import sft
-
-    return sft(_config(args), args.run, args.resume)
-
-
-def _dpo(args: argparse.Namespace) -> Result:
-    from hildanext.training.dpo import dpo
-
-    return dpo(_config(args), args.run, args.resume)
-
-
-def _preflight(args: argparse.Namespace) -> Result:
-    from hildanext.training.preflight import preflight
-
-    return preflight(_config(args), args.command_for, args.card, args.memory, args.measure)
-
-
-def _merge_topk(args: argparse.Namespace) -> Result:
-    from hildanext.training.convert import evaluate_checkpoint
-    from hildanext.training.merge import best_checkpoints, merge
-    from hildanext.training.run_folder import run_path
-
-    config = _config(args)
-    run = run_path(config, args.run)
-    folders = [Path(folder) for folder in args.checkpoints] or best_checkpoints(run, args.k)
-    out = Path(args.out) if args.out else run / "merged"
-    result = merge(folders, out, rank=args.rank, half=args.half, full=config.model if args.full else None)
-    return result | evaluate_checkpoint(config, Path(result["out"]), args.split)
-
-
-def _generate(args: argparse.Namespace) -> Result:
-    from hildanext.terminal.generate import generate
-
-    config = _to_decode(args)
-    return generate(config, args.prompt, raw=args.raw, trace=args.trace, live=not args.json, picture=args.picture)
-
-
-def _chat(args: argparse.Namespace) -> Result:
-    if args.json:
-        raise UsageError("chat does not support --json; use 'generate --json', or /save FILE.json in the chat")
-    from hildanext.terminal.chat import chat
-
-    chat(_to_decode(args), args.system)
-    return {}
-
-
-def _benchmark(args: argparse.Namespace) -> Result:
-    from hildanext.evaluate.benchmark import benchmark
-
-    return benchmark(_config(args), args.base, Path(args.out))
-
-
-def _calibrate(args: argparse.Namespace) -> Result:
-    from hildanext.evaluate.calibrate import calibrate
-
-    return calibrate(_config(args), args.prompts, args.base, Path(args.out))
-
-
-def _evaluate(args: argparse.Namespace) -> Result:
-    from hildanext.evaluate.command import evaluate
-
-    if args.limit is not None:
-        args.set.append(f"evaluate.limit={args.limit}")
-    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    if not tasks:
-        raise UsageError("--tasks is empty; give humaneval, gsm8k, stories, infilling or lm-eval tasks")
-    return evaluate(
-        _config(args),
-        tasks,
-        args.data,
-        args.base,
-        Path(args.out),
-        allow_code=args.allow_code_execution,
-        resume=args.resume,
-    )
-
-
-def _serve(args: argparse.Namespace) -> Result:
-    from hildanext.server.command import serve
-
-    return serve(_to_decode(args))
-
-
-def _smoke_test(args: argparse.Namespace) -> Result:
-    from hildanext.smoke import smoke_test
-
-    return smoke_test(_config(args) if args.model is not None else None)
-
-
-def _demo(args: argparse.Namespace) -> Result:
-    from hildanext.demo import demo
-
-    return demo(args.config, list(args.set))
 
 
 Call = Callable[[argparse.Namespace], Result]
@@ -204,15 +41,17 @@ Add = Callable[[str, Call, str], argparse.ArgumentParser]
 
 
 def _add_preparing(add: Add) -> None:
-    init = add("init", _init, "Write a configuration file and its JSON Schema.")
+    init = add("init", commands.init, "Write a configuration file and its JSON Schema.")
     init.add_argument("path", nargs="?", default="hildanext.json", help="file to write (default: %(default)s)")
     init.add_argument(
         "--preset", metavar="NAME", help="start from a configuration that comes with the package (configs/NAME.json)"
     )
     init.add_argument("--force", action="store_true", help="overwrite an existing file")
     text = "Read the data sources and write training and held-out documents to data/processed."
-    add("prepare-data", _prepare_data, text)
-    tokenize = add("tokenize", _tokenize, "Tokenize the documents and pack them into rows of tokens in data/tokenized.")
+    add("prepare-data", commands.prepare_data, text)
+    tokenize = add(
+        "tokenize", commands.tokenize, "Tokenize the documents and pack them into rows of tokens in data/tokenized."
+    )
     tokenize.add_argument(
         "--verify", action="store_true", help="check the checksum of every shard and rebuild only damaged shards"
     )
@@ -220,7 +59,7 @@ def _add_preparing(add: Add) -> None:
 
 def _add_training(add: Add) -> None:
     text = "Predict the peak memory of a training step, and suggest changes if it does not fit."
-    fits = add("preflight", _preflight, text)
+    fits = add("preflight", commands.preflight, text)
     fits.add_argument(
         "--for",
         dest="command_for",
@@ -234,11 +73,11 @@ def _add_training(add: Add) -> None:
     fits.add_argument("--memory", type=float, metavar="GB", help="available memory (default: that of this machine)")
     fits.add_argument("--measure", action="store_true", help="also measure three steps with random weights")
     text = "Convert an autoregressive model by continued pre-training with the WSD schedule."
-    convert = add("convert-wsd", _convert_wsd, text)
+    convert = add("convert-wsd", commands.convert_wsd, text)
     text = "Average the best checkpoints of a run, or the given checkpoints, into one model."
-    merge = add("merge-topk", _merge_topk, text)
-    tune = add("sft", _sft, "Fine-tune a converted model on instructions.")
-    prefer = add("dpo", _dpo, "Fine-tune a converted model on preference pairs (DPO).")
+    merge = add("merge-topk", commands.merge_topk, text)
+    tune = add("sft", commands.sft, "Fine-tune a converted model on instructions.")
+    prefer = add("dpo", commands.dpo, "Fine-tune a converted model on preference pairs (DPO).")
     for command, run in ((convert, "convert"), (tune, "sft"), (prefer, "dpo"), (merge, "convert")):
         text = f"name of the run, a folder in paths.runs (default: {run})"
         command.add_argument("--run", default=run, metavar="NAME", help=text)
@@ -259,14 +98,14 @@ def _add_training(add: Add) -> None:
 
 def _add_measuring(add: Add) -> None:
     text = "Find the S_MODE and Q_MODE thresholds of a converted model and write them into its checkpoint."
-    calibrate = add("calibrate", _calibrate, text)
+    calibrate = add("calibrate", commands.calibrate, text)
     calibrate.add_argument(
         "--prompts", metavar="FILE", help="file of prompts: .jsonl, or one prompt per line (default: held-out text)"
     )
     text = "Compare speed and likelihood of a converted model with its autoregressive base."
-    benchmark = add("benchmark", _benchmark, text)
+    benchmark = add("benchmark", commands.benchmark, text)
     text = "Measure task quality and speed of the AR base, Q_MODE and S_MODE, with and without editing."
-    evaluate = add("evaluate", _evaluate, text)
+    evaluate = add("evaluate", commands.evaluate, text)
     evaluate.add_argument(
         "--tasks",
         required=True,
@@ -293,20 +132,32 @@ def _add_measuring(add: Add) -> None:
 
 
 def _add_using(add: Add) -> None:
-    generate = add("generate", _generate, "Complete a prompt with a converted model.")
+    generate = add("generate", commands.generate, "Complete a prompt with a converted model.")
     generate.add_argument("prompt", help="prompt text; '-' reads it from stdin")
     generate.add_argument("--raw", action="store_true", help="continue the text without the chat template")
     generate.add_argument("--trace", metavar="FILE.jsonl", help="write every denoising pass as one JSON line")
     generate.add_argument(
         "--picture", metavar="FILE", help="draw every denoising pass: as rows (.png, .svg) or as an animation (.gif)"
     )
-    chat = add("chat", _chat, "Chat with a converted model in the terminal.")
+    chat = add("chat", commands.chat, "Chat with a converted model in the terminal.")
     chat.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     text = "Serve a converted model over HTTP: web page, /generate, OpenAI's API, jobs, /health, /metrics."
-    add("serve", _serve, text)
+    add("serve", commands.serve, text)
+    text = "Export a converted checkpoint for SGLang and LMDeploy, for diffusers, or for the Hugging Face hub."
+    export = add("export", commands.export, text)
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the converted checkpoint")
+    export.add_argument(
+        "--to", required=True, choices=["sdar", "diffusers", "hub-card"], help="layout of the new folder"
+    )
+    export.add_argument("--out", metavar="FOLDER", help="the new folder (default: CHECKPOINT-TO)")
+    export.add_argument("--licence", metavar="ID", help="hub-card: the licence (default: the one in the base's README)")
+    text = "hub-card: folder of an evaluation of this checkpoint; may be repeated"
+    export.add_argument("--report", action="append", default=[], metavar="FOLDER", help=text)
+    export.add_argument("--push", metavar="REPOSITORY", help="hub-card: upload the folder to the Hugging Face hub")
+    export.add_argument("--dry-run", action="store_true", help="hub-card: show what --push would upload")
     text = "Check the installation: one conversion step, one SFT step and one generation; prints OK."
-    add("smoke-test", _smoke_test, text)
-    add("demo", _demo, "Run all main steps on synthetic stories with a tiny model: offline, in minutes.")
+    add("smoke-test", commands.smoke_test, text)
+    add("demo", commands.demo, "Run all main steps on synthetic stories with a tiny model: offline, in minutes.")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -315,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hildanext", description=DESCRIPTION, epilog=ORDER, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"hildanext {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--config", metavar="FILE.json", help="configuration file (default: the built-in defaults)")
     shared.add_argument(
@@ -330,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--confine", metavar="FILE", help=argparse.SUPPRESS)  # of a job, see `jobs.reach`
 
     def add(name: str, call: Call, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[shared], help=text, description=text)
+        command = subparsers.add_parser(name, parents=[shared], help=text, description=text)
         command.set_defaults(call=call)
         return command
 

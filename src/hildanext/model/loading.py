@@ -34,6 +34,7 @@ from hildanext.model.pretrained import (
     read_config_dict,
     read_generation_config,
     read_record,
+    read_stock_dict,
     weight_shapes,
 )
 from hildanext.model.probe import probe
@@ -58,7 +59,7 @@ def load_diffusion_lm(
     ModelError for damaged files, an architecture that the probe refuses, and an adapter whose base has changed.
     """
     policy = choose_policy(config.device, config.dtype)
-    stored = read_config_dict(config)
+    stored = read_stock_dict(config)
     record: dict[str, Any] | None = stored.get("hilda")
     if record is not None and config.convention not in (None, record["convention"]):
         raise UsageError(
@@ -116,6 +117,10 @@ def load_with_base(config: ModelConfig, base_name: str | None = None) -> Checkpo
     lm, policy = load_diffusion_lm(config)
     if lm.block_size is None:
         raise UsageError(f"'{config.base}' is not a converted checkpoint; run 'hildanext convert-wsd' first")
+    if base_name is None and "published" in lm.record:
+        raise UsageError(
+            f"'{config.base}' comes from a published diffusion model, which names no base; give one with --base"
+        )
     base_config = base_of(config, lm.record, base_name)
     if lm.gated and base_name is None:
         # The gate is closed between forwards: the checkpoint's own weights are its base's.
@@ -131,7 +136,9 @@ def _check_tokenizer(
     record: dict[str, Any],
     model: PreTrainedModel,
 ) -> None:
-    same = tokenizer.mask_token_id == stored["mask_token_id"] and fingerprint(tokenizer) == record["tokenizer"]
+    same = tokenizer.mask_token_id == stored["mask_token_id"]
+    if "tokenizer" in record:  # not in a published model's, see `published.as_stock`
+        same = same and fingerprint(tokenizer) == record["tokenizer"]
     if not same or token_ids(tokenizer)[-1] >= n_embeddings(model):
         raise ModelError(
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3ForCausalLM,
 )
 from transformers.utils import cached_file
 
@@ -33,6 +34,7 @@ from hildanext.config.model import PACKAGED, is_local_path
 from hildanext.errors import ModelError, UsageError
 from hildanext.model.adapter_file import WEIGHTS as ADAPTER_WEIGHTS
 from hildanext.model.policy import Policy
+from hildanext.model.published import LAYOUTS, as_stock, is_published, llada2_weights, mark_mask, stock_config
 from hildanext.model.quantized import bitsandbytes_config, keep_packing
 
 _PARSING = threading.Lock()
@@ -87,12 +89,23 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer without the model's weights. Raises UsageError or ModelError."""
     place, gguf_file = locate(config.base)
-    return _load(
+    options: dict[str, Any] = {}
+    if published := is_published(read_config_dict(config)):
+        stored = read_stock_dict(config)
+        options["config"] = stock_config(stored)
+    tokenizer: PreTrainedTokenizerBase = _load(
         config.base,
         lambda: AutoTokenizer.from_pretrained(
-            place, gguf_file=gguf_file, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+            place,
+            gguf_file=gguf_file,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            **options,
         ),
     )
+    if published:
+        mark_mask(tokenizer, stored["mask_token_id"], config.base)
+    return tokenizer
 
 
 def read_config_dict(config: ModelConfig) -> dict[str, Any]:
@@ -106,9 +119,14 @@ def read_config_dict(config: ModelConfig) -> dict[str, Any]:
     return stored
 
 
+def read_stock_dict(config: ModelConfig) -> dict[str, Any]:
+    """`read_config_dict`, that of a published diffusion model as the stock architecture's (`published.as_stock`)."""
+    return as_stock(read_config_dict(config), config.base)
+
+
 def read_record(config: ModelConfig) -> dict[str, Any] | None:
     """Read the `hilda` section of a model's config.json. Returns None for a model that is not converted."""
-    return read_config_dict(config).get("hilda")
+    return read_stock_dict(config).get("hilda")
 
 
 def base_of(config: ModelConfig, record: dict[str, Any], named: str | None = None) -> ModelConfig:
@@ -183,10 +201,16 @@ def _load_causal_lm(
             "quantization_config": bitsandbytes_config(quantization, policy),
             "device_map": {"": policy.device},
         }
+    kind: Any = AutoModelForCausalLM
+    if (layout := read_config_dict(config).get("model_type")) in LAYOUTS:
+        options["config"] = stock_config(read_stock_dict(config))
+        if layout == "llada2_moe":  # its tensors have names of their own
+            kind, files = Qwen3ForCausalLM, _weight_files(config)
+            options["state_dict"] = _load(config.base, lambda: llada2_weights(files, options["config"]))
     model, report = _load(
         config.base,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            place,
+        lambda: kind.from_pretrained(
+            None if "state_dict" in options else place,
             revision=config.revision or "main",
             dtype=dtype,
             attn_implementation=config.attention,

@@ -5,12 +5,9 @@ Checkpoints that do not belong together are refused with an error that names the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from safetensors.torch import save_file
 
 from hildanext.config import ModelConfig
 from hildanext.errors import CheckpointError, UsageError
-from hildanext.files import fsync_folder, fsync_tree, sha256_of, write_json, writing
+from hildanext.files import new_folder, sha256_of, write_json
 from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, LoraFactors, read_adapter, write_adapter
 from hildanext.model.loading import load_diffusion_lm, save_diffusion_lm
 from hildanext.progress import say
@@ -141,7 +138,7 @@ def _merge_models(folders: list[Path], out: Path, record: dict[str, Any]) -> Non
     for folder, files in zip(folders[1:], files_of[1:], strict=True):
         if odd := sorted(set(files) ^ set(files_of[0])):
             raise CheckpointError(f"{folder}: tensor '{odd[0]}' is not in both checkpoints; they cannot be merged")
-    with _new_folder(out) as temporary:
+    with new_folder(out) as temporary:
         _copy_other_files(folders[0], temporary, record)
         for file in sorted(set(files_of[0].values())):
             names = [name for name, path in files_of[0].items() if path == file]
@@ -199,14 +196,14 @@ def _merge_adapters(
     if rank is not None:
         mean, record["rank_error"] = compress(mean, rank)
     if full is None:
-        with _new_folder(out) as temporary:
+        with new_folder(out) as temporary:
             _copy_other_files(folders[0], temporary, record)
             write_adapter(temporary, mean, settings[0], torch.float16 if half else torch.float32)
         return
     source = {"base": str(folders[0]), "convention": None, "device": "cpu", "dtype": "float32"}
     lm, _ = load_diffusion_lm(full.model_copy(update=source), added=mean)
     lm.record |= record
-    with _new_folder(out) as temporary:
+    with new_folder(out) as temporary:
         save_diffusion_lm(lm, temporary)
 
 
@@ -255,26 +252,6 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         pairs[name] = LoraFactors(F.pad(a, (0, 0, 0, rest)).float(), F.pad(b, (0, rest)).float())
         kept, lost = kept + values[:rank].square().sum().item(), lost + values[rank:].square().sum().item()
     return adapter._replace(scaling=1.0, pairs=pairs), math.sqrt(lost / (kept + lost)) if lost else 0.0
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `out` at the end of the block, or removed if the block fails.
-
-    Raises WriteError if it cannot be written, for example because the disk is full.
-    """
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with writing(out):
-            temporary.mkdir(parents=True)
-            yield temporary
-            fsync_tree(temporary)
-            os.replace(temporary, out)
-            fsync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _copy_other_files(first: Path, folder: Path, record: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Modelling code that exported folders carry. It imports torch and transformers only, nothing of HildaNext."""
