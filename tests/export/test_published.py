@@ -210,7 +210,7 @@ def write_base(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("write", [write_sdar, write_llada2])
+@pytest.mark.parametrize("write", [write_sdar, pytest.param(write_llada2, marks=pytest.mark.slow)])
 def test_decode_tune_prefer_and_evaluate(tmp_path: Path, write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The commands take the folder as it is, and what they write is a checkpoint of ours, of a stock architecture."""
     folder = write(tmp_path / "published")

@@ -100,6 +100,7 @@ def test_no_id_without_a_token_can_win_in_a_server(checkpoint: Path, exported: P
     assert (states @ head.T).argmax(-1).max() >= 300  # else this would show nothing
 
 
+@pytest.mark.slow
 def test_texts_stay_the_same_there_and_back(checkpoint: Path, exported: Path) -> None:
     """HildaNext writes the same texts with the exported folder, whose mask token has another id."""
     prompts = ["the cat saw", "once upon a time", "1 2 3"]
