@@ -113,7 +113,7 @@ def test_a_fresh_adapter_at_block_size_one_has_nothing_to_learn_from_the_base(tm
     lm, teacher, batch = opened(config)
     masked = batch.allowed
     noisy_ids = batch.input_ids.masked_fill(masked, lm.mask_token_id)
-    noisy = Noisy(noisy_ids, masked, masked & False, torch.ones(masked.shape), noisy_ids)
+    noisy = Noisy(noisy_ids, masked, masked & False, torch.ones(masked.shape), batch.input_ids)
     soft = teacher.soft(teacher.states(batch), batch, noisy, masked, 1)
     assert (soft.share == 1).all()
     hidden = lm(batch, noisy_ids, masked, 1)
