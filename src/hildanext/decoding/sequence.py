@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hildanext.decoding.constraint import Constraint
 from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
-from hildanext.decoding.rule import counts_before, edit_step, forced_logprob, gumbel_noise, tokens_before
+from hildanext.decoding.rule import Change, counts_before, edit_step, forced_logprob, gumbel_noise, indel_step, tokens_before
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings, most_passes
+from hildanext.diffusion.edits import EditTokens
 from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import ModelError, NonFiniteLogitsError
 from hildanext.model.text_stream import TextStream
@@ -32,8 +33,9 @@ class Vocabulary(NamedTuple):
     mask_token_id: int
     eos_token_ids: tuple[int, ...]  # any of them ends a text
     shifted: bool
-    holes: tuple[int, ...] = ()  # ids below `size` without a token
+    holes: tuple[int, ...] = ()  # ids below `size` that no text has
     gated: bool = False  # clean tokens run through the base, causal
+    edit_tokens: EditTokens | None = None  # None: no insertions and deletions
 
 
 class Span(NamedTuple):
@@ -69,13 +71,16 @@ class Sequence:
         vocabulary: Vocabulary,
         decode_tokens: Callable[[list[int]], str],
         constraint: Constraint | None = None,
+        draft: list[int] | None = None,
     ) -> None:
+        """draft: tokens that the blocks begin with in place of masks, to be repaired."""
         if constraint is not None:  # an edit could leave the grammar, and what follows depends on every token
-            settings = settings._replace(tau_edit=None)
+            settings = settings._replace(tau_edit=None, min_indel_confidence=None)
         self.settings, self.vocabulary, self.constraint = settings, vocabulary, constraint
         self.n_prompt, size = len(prompt_ids), settings.block_size
         self.first_block = self.block = self.n_prompt // size
-        self.tokens = list(prompt_ids)
+        self.tokens, self.draft = list(prompt_ids), list(draft or [])  # the draft's tokens behind the current block
+        self.has_draft = bool(draft)
         self.window = self.block * size  # first position that can still change
         self.num_cached_tokens = 0  # positions whose keys and values in the cache are final
         self.last_hidden: Tensor | None = None  # shifted: hidden state [H] of the last cached position
@@ -83,10 +88,11 @@ class Sequence:
         self.stream = TextStream(decode_tokens, settings.stop)
         self.finish_reason: str | None = None  # "stop", "length" or "error"
         self.passes = self.post_steps = 0  # passes over the current block; those that began without masks
+        self.seen: set[tuple[int, ...]] = set()  # with insertions and deletions: the block's states before its passes
         self.noise: dict[int, Tensor] = {}  # Gumbel noise of each block in the window
         self.fixed: dict[int, TokenLogprob] = {}  # by position, if the request asks for log-probabilities
         self.prefix_tokens = 0  # positions that were cached by an earlier sequence
-        self.forwards = self.prefill_forwards = self.drafts = self.edits = 0
+        self.forwards = self.prefill_forwards = self.drafts = self.edits = self.insertions = self.deletions = 0
         self.mask_ratio: list[float] = []
         self.last_step = 0  # the scheduler's last step that used its keys and values
         self.began = time.perf_counter()
@@ -97,9 +103,13 @@ class Sequence:
 
     def _open_block(self) -> None:
         size = self.settings.block_size
-        self.tokens += [self.vocabulary.mask_token_id] * ((self.block + 1) * size - len(self.tokens))
+        missing = (self.block + 1) * size - len(self.tokens)
+        self.tokens += self.draft[:missing]
+        self.tokens += [self.vocabulary.mask_token_id] * (missing - len(self.draft[:missing]))
+        del self.draft[:missing]
         self.window = max(self.first_block, self.block - self.settings.editable_blocks) * size
         self.passes = self.post_steps = 0
+        self.seen.clear()
 
     def _masked_budget(self) -> list[int]:
         """The masked positions of the current block that are within `max_new_tokens`."""
@@ -180,6 +190,25 @@ class Sequence:
         return not (self.vocabulary.shifted and opens_block)
 
     @property
+    def _is_last_pass(self) -> bool:
+        return self.passes + 1 >= most_passes(self.settings.block_size, self.settings)
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Ids that the next pass cannot propose: those that no text has, except for DELETE and INSERT where they apply."""
+        settings, vocabulary = self.settings, self.vocabulary
+        # After the last editing pass the masks of its insertions are filled, and that is all.
+        is_over = self.post_steps >= settings.max_post_steps or self._is_last_pass
+        if settings.min_indel_confidence is None or vocabulary.edit_tokens is None or is_over:
+            return vocabulary.holes
+        return tuple(token for token in vocabulary.holes if token not in vocabulary.edit_tokens)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the block was in its present state before: its edits go round in a circle."""
+        return (*self.tokens[self.window :], len(self.draft)) in self.seen
+
+    @property
     def decode_width(self) -> int:
         """The most tokens that a forward needs after the prompt: the window and one block to cache."""
         return len(self.tokens) - self.window + self.settings.block_size
@@ -234,11 +263,12 @@ class Sequence:
         confidence: list[float],
         hidden: Tensor,
         logprobs: list[TokenLogprob] | None = None,
+        second: list[int] | None = None,
     ) -> list[Step | Finished]:
         """Apply the decode rule to the proposals of a forward. Returns the pass and the blocks that became final.
 
         ids, confidence: v_i and c_i of the P positions `span.wanted`; hidden [n, H]: the hidden states of the span;
-        logprobs: log p of the v_i, if the request asks for them.
+        logprobs: log p of the v_i, if the request asks for them; second: the second choices, if `is_repeated`.
         Raises NonFiniteLogitsError for a NaN confidence, ModelError if the block does not end within `most_passes`.
         """
         if math.isnan(sum(confidence)):
@@ -247,43 +277,91 @@ class Sequence:
         self.forwards += 1
         self._mark_cached(span, window, hidden)  # blocks before the window, if the span had any
         before = self.tokens[window:]
-        proposed, sure = list(before), [0.0] * len(before)
         shown: list[float | None] = [None] * len(before)
-        for position, token, value in zip(span.wanted, ids, confidence, strict=True):
-            proposed[position - window] = token
-            sure[position - window] = shown[position - window] = value
-        after, drafted, edited = edit_step(
-            before,
-            proposed,
-            sure,
-            [position >= self.n_prompt for position in range(window, len(self.tokens))],
-            mask_token_id=mask_id,
-            tau_mask=settings.tau_mask,
-            tau_edit=settings.tau_edit,
-            settled=span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None,
-        )
-        self.tokens[window:] = after
+        for position, value in zip(span.wanted, confidence, strict=True):
+            shown[position - window] = value
+        change = self._change(before, span, ids, [value or 0.0 for value in shown], second)
+        self.tokens[window:] = after = change.tokens
+        drafted, edited = change.drafted, change.edited
         if logprobs is not None:
-            of = dict(zip(span.wanted, logprobs, strict=True))
-            self.fixed |= {window + i: of[window + i] for i in (*drafted, *edited)}
+            self._fix(change, dict(zip(span.wanted, logprobs, strict=True)))
+        shown = [None if source is None else shown[source] for source in change.sources]
         if self.constraint is not None:
             forced = self._force(self.constraint, [self.tokens[window + i] for i in drafted])
             drafted, after = drafted + forced, self.tokens[window:]
             for i in forced:
                 shown[i] = 1.0
         ratio = before.count(mask_id) / settings.block_size
-        step = Step(self.block, self.passes, after, drafted, edited, shown, ratio, window)
+        moves = change.inserted, change.deleted
+        step = Step(self.block, self.passes, after, drafted, edited, shown, ratio, window, *moves)
         self.passes += 1
         self.drafts += len(drafted)
         self.edits += len(edited)
+        self.insertions += len(change.inserted)
+        self.deletions += len(change.deleted)
         self.mask_ratio.append(ratio)
-        if not self._is_done(was_clean=ratio == 0, edited=bool(edited)):
+        changed = bool(edited or change.inserted or change.deleted)
+        if not self._is_done(was_clean=ratio == 0, edited=changed):
             return [step]
-        if not drafted and not edited and self.settings.editable_blocks == 0 and not self.vocabulary.gated:
+        if not drafted and not changed and self.settings.editable_blocks == 0 and not self.vocabulary.gated:
             # The cached keys are those of the final block. Editable blocks are cached when they leave the window: until
             # then they attend to later blocks, which a cached block does not.
             self._mark_cached(span, len(self.tokens), hidden)
         return [step, *self._close_block()]
+
+    def _change(
+        self, before: list[int], span: Span, ids: list[int], sure: list[float], second: list[int] | None
+    ) -> Change:
+        """What a pass does to the window. before, sure: its tokens and the confidence at each; ids: v_i of `span.wanted`."""
+        settings, window = self.settings, self.window
+        proposed = list(before)
+        for position, token in zip(span.wanted, ids, strict=True):
+            proposed[position - window] = token
+        editable = [position >= self.n_prompt for position in range(window, len(self.tokens))]
+        settled = span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None
+        if settings.min_indel_confidence is None or settings.tau_edit is None or self.vocabulary.edit_tokens is None:
+            new = edit_step(
+                before,
+                proposed,
+                sure,
+                editable,
+                mask_token_id=self.vocabulary.mask_token_id,
+                tau_mask=settings.tau_mask,
+                tau_edit=settings.tau_edit,
+                settled=settled,
+            )
+            return Change(*new, [], [], list(range(len(before))), self.draft)
+        self.seen.add((*before, len(self.draft)))
+        if second is not None:
+            of = dict(zip(span.wanted, second, strict=True))
+            second = [of.get(window + i, token) for i, token in enumerate(before)]
+        change = indel_step(
+            before,
+            proposed,
+            sure,
+            editable,
+            edit_tokens=self.vocabulary.edit_tokens,
+            block_size=settings.block_size,
+            tau_mask=-1.0 if self._is_last_pass else settings.tau_mask,
+            tau_edit=settings.tau_edit,
+            min_indel_confidence=settings.min_indel_confidence,
+            settled=settled,
+            second=second,
+            behind=self.draft,
+        )
+        # Without a draft, what was cut off is drafted anew in the next block.
+        self.draft = [t for t in change.rest if t != self.vocabulary.mask_token_id] if self.has_draft else []
+        return change
+
+    def _fix(self, change: Change, found: dict[int, TokenLogprob]) -> None:
+        """Keep the log-probabilities of the tokens that a pass wrote; those of tokens that moved move along."""
+        moved = {self.window + i: s + self.window for i, s in enumerate(change.sources) if s is not None and s != i}
+        before = dict(self.fixed)
+        self.fixed |= {new: before[old] for new, old in moved.items() if old in before}
+        for i in (*change.drafted, *change.edited):
+            source = change.sources[i]
+            assert source is not None
+            self.fixed[self.window + i] = found[self.window + source]
 
     def _is_done(self, was_clean: bool, edited: bool) -> bool:
         """Whether the current block is final.
@@ -326,7 +404,8 @@ class Sequence:
                 self._open_block()
                 if self.constraint is not None:  # which may force the whole block
                     self._force(self.constraint, [])
-            is_decided = self.finish_reason is not None or self.vocabulary.mask_token_id in self._completion()
+            is_open = self.constraint is None or self.vocabulary.mask_token_id in self._completion()
+            is_decided = self.finish_reason is not None or is_open
         final = self.n_prompt + len(completion) if self.finish_reason else self.window
         return self._emit(final)
 
@@ -369,6 +448,8 @@ class Sequence:
             n / self.seconds,
             self.prefix_tokens,
             self.settings.used_seed,
+            self.insertions,
+            self.deletions,
         )
 
     def preempt(self) -> None:

@@ -123,16 +123,15 @@ def edit_noise(
 ) -> Noisy:
     """Drop and add tokens of a draft x_t, and label it by its alignment with x_0. All tensors [L], one row, on the CPU.
 
-    Each observed token is dropped with probability `deletion_rate`; before each one, another ordinary token or its double
-    is added with probability `insertion_rate`. A block then takes the tokens of the draft that follow it, or is cut. The
+    Each observed token is dropped with probability `deletion_rate`; before each one, another ordinary token or once more
+    the clean token before it is added with probability `insertion_rate`. A block then takes the tokens of the draft that follow it, or is cut. The
     allowed tokens of a block are aligned with its own clean tokens. `pinned` [L] bool: positions whose prediction does
     not depend on the block; they are neither dropped nor shifted.
     """
-    wrong = wrong_tokens(input_ids, ordinary_ids, generator).tolist()
+    wrong = wrong_tokens(input_ids, ordinary_ids, generator)
     draws = torch.rand(3, len(input_ids), generator=generator)
-    dropped, added, doubled = (
-        (row < rate).tolist() for row, rate in zip(draws, (deletion_rate, insertion_rate, 0.5), strict=True)
-    )
+    dropped, added = (draws[0] < deletion_rate).tolist(), (draws[1] < insertion_rate).tolist()
+    surplus = torch.where(draws[2] < 0.5, input_ids.roll(1), wrong).tolist()
     x, y, fixed = noisy.noisy_ids.tolist(), input_ids.tolist(), pinned.tolist()
     ids, labels = list(x), list(y)
     for start, end, run_end in segments(allowed, doc_ids, block):
@@ -142,7 +141,7 @@ def edit_noise(
         while len(draft) < end - start and position < run_end:
             token, is_observed = x[position], x[position] != tokens.mask
             if is_observed and added[position]:
-                draft.append(token if doubled[position] else wrong[position])
+                draft.append(surplus[position])
             if not (is_observed and dropped[position]):
                 draft.append(token)
             position += 1

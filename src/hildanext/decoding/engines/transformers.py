@@ -80,6 +80,7 @@ class TransformersEngine:
             lm.convention == "shifted",
             tuple(lm.holes),
             gated=lm.gated,
+            edit_tokens=lm.edit_tokens,
         )
         self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
         never = [self.vocabulary.mask_token_id, *self.vocabulary.holes]
@@ -128,7 +129,8 @@ class TransformersEngine:
         return encode_prompt(self.tokenizer, prompt, known, **rendering._asdict())
 
     def settings(self, config: Config) -> Settings:
-        return resolve(config.decode, self.trained_block or 1, self.presets, self.kind)
+        has_indels = self.vocabulary.edit_tokens is not None
+        return resolve(config.decode, self.trained_block or 1, self.presets, self.kind, has_indels)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         return self.grammars.compile(grammar)
@@ -149,7 +151,8 @@ class TransformersEngine:
         sequence: AnySequence
         constraint = None if request.grammar is None else request.grammar.start()
         if request.settings.tau_accept is None:
-            sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint)
+            given = (request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint)
+            sequence = Sequence(*given, request.draft)
         else:
             sequence = ExactSequence(
                 request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter, constraint
