@@ -48,7 +48,9 @@ def test_align_finds_what_a_search_over_all_scripts_finds(x, y):
     assert worth(shape, x, y) == best
     # Of the best scripts, the first in the order pair, deletion, insertion.
     order = str.maketrans("pdi", "012")
-    assert shape == min((s for s in shapes(len(x), len(y)) if worth(s, x, y) == best), key=lambda s: "".join(s).translate(order))
+    assert shape == min(
+        (s for s in shapes(len(x), len(y)) if worth(s, x, y) == best), key=lambda s: "".join(s).translate(order)
+    )
 
 
 @given(st.lists(letters, max_size=30), st.lists(letters, max_size=30))
@@ -59,7 +61,11 @@ def test_the_matches_without_masks_are_a_longest_common_subsequence(x, y):
         for j, b in enumerate(y):
             lengths[i + 1][j + 1] = lengths[i][j] + 1 if a == b else max(lengths[i][j + 1], lengths[i + 1][j])
     matches = sum(x[i] == y[j] for i, j in align(x, y, MASK) if i is not None and j is not None)
-    assert matches == lengths[-1][-1] >= sum(b.size for b in difflib.SequenceMatcher(None, x, y, False).get_matching_blocks())
+    assert (
+        matches
+        == lengths[-1][-1]
+        >= sum(b.size for b in difflib.SequenceMatcher(None, x, y, False).get_matching_blocks())
+    )
 
 
 @st.composite
@@ -154,11 +160,16 @@ def test_noise_stays_within_its_block_and_its_labels_lead_back(data):
     n, block_size = sum(sizes), data.draw(st.integers(1, 9))
     docs = [d for d, size in enumerate(sizes) for _ in range(size)]
     positions = [p for size in sizes for p in range(size)]
-    ids, flags = data.draw(st.lists(st.integers(0, 50), min_size=n, max_size=n)), st.lists(st.booleans(), min_size=n, max_size=n)
+    ids, flags = (
+        data.draw(st.lists(st.integers(0, 50), min_size=n, max_size=n)),
+        st.lists(st.booleans(), min_size=n, max_size=n),
+    )
     allowed, masked = data.draw(flags), [a and m for a, m in zip(data.draw(flags), data.draw(flags), strict=True)]
     masked = [a and m for a, m in zip(allowed, masked, strict=True)]
     pinned = [a and p % block_size == 0 for a, p in zip(allowed, positions, strict=True)]
-    noisy = edited_row(ids, allowed, docs, positions, block_size, 0.3, 0.3, data.draw(st.integers(0, 99)), pinned, masked)
+    noisy = edited_row(
+        ids, allowed, docs, positions, block_size, 0.3, 0.3, data.draw(st.integers(0, 99)), pinned, masked
+    )
     x, labels = noisy.noisy_ids.tolist(), noisy.labels.tolist()
     for i in range(n):
         if not allowed[i]:
@@ -169,7 +180,9 @@ def test_noise_stays_within_its_block_and_its_labels_lead_back(data):
     assert not {DELETE, INSERT} & set(x)
     assert noisy.masked.tolist() == [token == MASK for token in x]
     assert noisy.corrupted.tolist() == [t not in (MASK, label) for t, label in zip(x, labels, strict=True)]
-    for start, end, _ in segments(torch.tensor(allowed), torch.tensor(docs), block_ids(torch.tensor(positions), block_size)):
+    for start, end, _ in segments(
+        torch.tensor(allowed), torch.tensor(docs), block_ids(torch.tensor(positions), block_size)
+    ):
         assert len({(docs[i], positions[i] // block_size) for i in range(start, end)}) == 1
         start += pinned[start]
         draft, target = x[start:end], ids[start:end]

@@ -72,5 +72,7 @@ class Stats:
         """What the passes did, in words: edits, or how many of the verified drafts were accepted."""
         if self.rows:
             return f"{self.accepted} of {self.drafts} drafts accepted"
-        moves = f", {self.insertions} insertions, {self.deletions} deletions" if self.insertions + self.deletions else ""
+        moves = (
+            f", {self.insertions} insertions, {self.deletions} deletions" if self.insertions + self.deletions else ""
+        )
         return f"{self.edits} edits{moves}"

@@ -84,17 +84,19 @@ def indel_step(
     ids: list[int],
     confidence: list[float],
     editable: list[bool],
+    edit_tokens: EditTokens | None,
     *,
-    edit_tokens: EditTokens,
+    mask_token_id: int,
     block_size: int,
     tau_mask: float,
-    tau_edit: float,
-    min_indel_confidence: float,
+    tau_edit: float | None,
+    min_indel_confidence: float = 0.0,
     settled: int | None = None,
     second: list[int] | None = None,
     behind: Sequence[int] = (),
 ) -> Change:
-    """`edit_step` where v_i may be DELETE, which drops x_i, or INSERT, which puts a mask before x_i (LLaDA2.2).
+    """`edit_step` where v_i may be DELETE, which drops x_i, or INSERT, which puts a mask before x_i (LLaDA2.2). Without
+    `edit_tokens` it is `edit_step`.
 
     Only the current block, the last `block_size` of the n positions, is inserted into and deleted from: it is cut to its
     size, or filled with the tokens `behind` it and masks. DELETE and INSERT also need c_i > min_indel_confidence.
@@ -102,16 +104,19 @@ def indel_step(
     choice instead, its second one, so that edits do not undo each other for ever.
     """
     first, ids, sure = len(tokens) - block_size, list(ids), list(confidence)
+    indels = () if edit_tokens is None else edit_tokens[1:]
     for i, token in enumerate(ids):
-        if token in edit_tokens[1:] and (sure[i] <= min_indel_confidence or i < first):
+        if token in indels and (sure[i] <= min_indel_confidence or i < first):
             sure[i] = 0.0
-            ids[i] = token if tokens[i] == edit_tokens.mask else tokens[i]
+            ids[i] = token if tokens[i] == mask_token_id else tokens[i]
     new, gamma, delta = edit_step(
-        tokens, ids, sure, editable, mask_token_id=edit_tokens.mask, tau_mask=tau_mask, tau_edit=tau_edit, settled=settled
+        tokens, ids, sure, editable, mask_token_id=mask_token_id, tau_mask=tau_mask, tau_edit=tau_edit, settled=settled
     )
+    if edit_tokens is None:
+        return Change(new, gamma, delta, [], [], list(range(len(tokens))), list(behind))
     if second is not None and (gamma or delta):
         least = min((*gamma, *delta), key=sure.__getitem__)
-        new[least] = second[least]
+        new[least] = tokens[least] if second[least] in indels and least < first else second[least]
         gamma, delta = ([i for i in found if new[i] != tokens[i]] for found in (gamma, delta))
     block = apply_edits(tokens[first:], new[first:], edit_tokens, behind)
     places = [*range(first), *(None if place is None else first + place for place in block.places)]

@@ -16,7 +16,8 @@ from hildanext.decoding.events import Finished, Step, TokenLogprob
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.rule import forced_logprob, propose, token_logprobs
 from hildanext.decoding.runtimes.protocol import GroupRows, Runtime, pad_batch
-from hildanext.decoding.sequence import Sequence, Span
+from hildanext.decoding.sequence import Sequence
+from hildanext.decoding.span import Span
 from hildanext.errors import ModelError
 from hildanext.model.policy import is_out_of_memory
 from hildanext.progress import say

@@ -10,55 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hildanext.decoding.constraint import Constraint
 from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
-from hildanext.decoding.rule import Change, counts_before, edit_step, forced_logprob, gumbel_noise, indel_step, tokens_before
+from hildanext.decoding.rule import Change, counts_before, forced_logprob, gumbel_noise, indel_step, tokens_before
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings, most_passes
-from hildanext.diffusion.edits import EditTokens
+from hildanext.decoding.span import CachedText, Span, Vocabulary
 from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import ModelError, NonFiniteLogitsError
 from hildanext.model.text_stream import TextStream
-
-
-class Vocabulary(NamedTuple):
-    """The ids that decoding needs, and the prediction convention: if `shifted`, logits at i-1 predict token i."""
-
-    size: int
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...]  # any of them ends a text
-    shifted: bool
-    holes: tuple[int, ...] = ()  # ids below `size` that no text has
-    gated: bool = False  # clean tokens run through the base, causal
-    edit_tokens: EditTokens | None = None  # None: no insertions and deletions
-
-
-class Span(NamedTuple):
-    """The tokens of one sequence in one forward. Text position p is query p - start."""
-
-    start: int  # text position of the first token; all positions below it are cached
-    tokens: list[int]
-    visible: list[int]  # each query attends to the text positions below this
-    wanted: list[int]  # text positions that need a proposal; empty for a prefill chunk
-    groups: GroupRows | None = None  # of a gated model
-
-
-class CachedText(Protocol):
-    """A sequence whose keys and values a slot holds."""
-
-    settings: Settings
-    tokens: list[int]
-    num_cached_tokens: int
-
-    @property
-    def reusable_prompt(self) -> int:
-        """Length of its prompt that another sequence can reuse."""
-        ...
 
 
 class Sequence:
@@ -317,21 +281,9 @@ class Sequence:
         proposed = list(before)
         for position, token in zip(span.wanted, ids, strict=True):
             proposed[position - window] = token
-        editable = [position >= self.n_prompt for position in range(window, len(self.tokens))]
-        settled = span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None
-        if settings.min_indel_confidence is None or settings.tau_edit is None or self.vocabulary.edit_tokens is None:
-            new = edit_step(
-                before,
-                proposed,
-                sure,
-                editable,
-                mask_token_id=self.vocabulary.mask_token_id,
-                tau_mask=settings.tau_mask,
-                tau_edit=settings.tau_edit,
-                settled=settled,
-            )
-            return Change(*new, [], [], list(range(len(before))), self.draft)
-        self.seen.add((*before, len(self.draft)))
+        edit_tokens = None if settings.min_indel_confidence is None else self.vocabulary.edit_tokens
+        if edit_tokens is not None:
+            self.seen.add((*before, len(self.draft)))
         if second is not None:
             of = dict(zip(span.wanted, second, strict=True))
             second = [of.get(window + i, token) for i, token in enumerate(before)]
@@ -339,13 +291,14 @@ class Sequence:
             before,
             proposed,
             sure,
-            editable,
-            edit_tokens=self.vocabulary.edit_tokens,
+            [position >= self.n_prompt for position in range(window, len(self.tokens))],
+            edit_tokens,
+            mask_token_id=self.vocabulary.mask_token_id,
             block_size=settings.block_size,
-            tau_mask=-1.0 if self._is_last_pass else settings.tau_mask,
+            tau_mask=-1.0 if edit_tokens is not None and self._is_last_pass else settings.tau_mask,
             tau_edit=settings.tau_edit,
-            min_indel_confidence=settings.min_indel_confidence,
-            settled=settled,
+            min_indel_confidence=settings.min_indel_confidence or 0.0,
+            settled=span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None,
             second=second,
             behind=self.draft,
         )
@@ -355,13 +308,12 @@ class Sequence:
 
     def _fix(self, change: Change, found: dict[int, TokenLogprob]) -> None:
         """Keep the log-probabilities of the tokens that a pass wrote; those of tokens that moved move along."""
-        moved = {self.window + i: s + self.window for i, s in enumerate(change.sources) if s is not None and s != i}
         before = dict(self.fixed)
-        self.fixed |= {new: before[old] for new, old in moved.items() if old in before}
-        for i in (*change.drafted, *change.edited):
-            source = change.sources[i]
-            assert source is not None
-            self.fixed[self.window + i] = found[self.window + source]
+        for i, source in enumerate(change.sources):
+            if source is not None:
+                known = found if i in change.drafted or i in change.edited else before
+                if (logprob := known.get(self.window + source)) is not None:
+                    self.fixed[self.window + i] = logprob
 
     def _is_done(self, was_clean: bool, edited: bool) -> bool:
         """Whether the current block is final.

@@ -224,7 +224,7 @@ def add_edit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     known = max(tokenizer.get_vocab().values()) + 1
     names = [DELETE_TOKEN, INSERT_TOKEN]
     tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
-    ids = [int(token) for token in tokenizer.convert_tokens_to_ids(names)]
+    ids = [tokenizer.get_vocab()[name] for name in names]
     _give_rows(model, ids, known, seed + 1)
     return dict(zip(("delete_token_id", "insert_token_id"), ids, strict=True))
 

@@ -165,7 +165,9 @@ def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int,
             n_in, n_out = cast(int, base.in_features), cast(int, base.out_features)  # quantized layers have them, too
             low_rank = LowRank(config.rank, n_in, n_out, config.scaling).to(model.device)
             model.set_submodule(name, GatedLinear(base, low_rank, gate, config.dropout))
-        model.set_input_embeddings(AdaptedEmbedding(model.get_input_embeddings(), [mask_token_id], None).to(model.device))
+        model.set_input_embeddings(
+            AdaptedEmbedding(model.get_input_embeddings(), [mask_token_id], None).to(model.device)
+        )
         if config.draft_head is not None:
             hidden = model.config.get_text_config().hidden_size
             model.draft_head = DraftHead(hidden, config.draft_head).to(model.device)

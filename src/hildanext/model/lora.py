@@ -166,9 +166,7 @@ def inject(
     return targets
 
 
-def _adapt_vocabulary(
-    model: PreTrainedModel, config: LoraConfig, names: VocabularyNames, token_ids: list[int]
-) -> None:
+def _adapt_vocabulary(model: PreTrainedModel, config: LoraConfig, names: VocabularyNames, token_ids: list[int]) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     n_out, n_in = head.weight.shape
     assert config.rank is not None

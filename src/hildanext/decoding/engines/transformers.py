@@ -18,7 +18,7 @@ from hildanext.decoding.memory import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
-from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.sequence import Sequence
 from hildanext.decoding.settings import (
     MODES_OF,
     Kind,
@@ -28,6 +28,7 @@ from hildanext.decoding.settings import (
     read_presets,
     resolve,
 )
+from hildanext.decoding.span import Vocabulary
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import length_limit, max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
