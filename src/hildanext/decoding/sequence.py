@@ -43,8 +43,8 @@ class Sequence:
         self.settings, self.vocabulary, self.constraint = settings, vocabulary, constraint
         self.n_prompt, size = len(prompt_ids), settings.block_size
         self.first_block = self.block = self.n_prompt // size
-        self.tokens, self.draft = list(prompt_ids), list(draft or [])  # the draft's tokens behind the current block
-        self.has_draft = bool(draft)
+        self.tokens, self.has_draft = list(prompt_ids), bool(draft)
+        self.draft = list(draft or [])  # its tokens behind the current block
         self.window = self.block * size  # first position that can still change
         self.num_cached_tokens = 0  # positions whose keys and values in the cache are final
         self.last_hidden: Tensor | None = None  # shifted: hidden state [H] of the last cached position
@@ -68,8 +68,7 @@ class Sequence:
     def _open_block(self) -> None:
         size = self.settings.block_size
         missing = (self.block + 1) * size - len(self.tokens)
-        self.tokens += self.draft[:missing]
-        self.tokens += [self.vocabulary.mask_token_id] * (missing - len(self.draft[:missing]))
+        self.tokens += (self.draft + [self.vocabulary.mask_token_id] * missing)[:missing]
         del self.draft[:missing]
         self.window = max(self.first_block, self.block - self.settings.editable_blocks) * size
         self.passes = self.post_steps = 0
@@ -151,7 +150,7 @@ class Sequence:
             return False
         # Shifted, the first token of a block is predicted by cached text alone: a later pass would propose it again.
         opens_block = position == self.window == self.block * self.settings.block_size
-        return not (self.vocabulary.shifted and opens_block)
+        return not (self.vocabulary.shifted and opens_block) or (self.has_draft and self.passes == 0)
 
     @property
     def _is_last_pass(self) -> bool:
@@ -159,9 +158,8 @@ class Sequence:
 
     @property
     def never(self) -> tuple[int, ...]:
-        """Ids that the next pass cannot propose: those that no text has, except for DELETE and INSERT where they apply."""
+        """Ids that the next pass cannot propose: those that no text has, except for DELETE and INSERT while they apply."""
         settings, vocabulary = self.settings, self.vocabulary
-        # After the last editing pass the masks of its insertions are filled, and that is all.
         is_over = self.post_steps >= settings.max_post_steps or self._is_last_pass
         if settings.min_indel_confidence is None or vocabulary.edit_tokens is None or is_over:
             return vocabulary.holes
@@ -237,7 +235,7 @@ class Sequence:
         """
         if math.isnan(sum(confidence)):
             raise NonFiniteLogitsError(f"decoding, block {self.block}")
-        settings, window, mask_id = self.settings, self.window, self.vocabulary.mask_token_id
+        settings, window = self.settings, self.window
         self.forwards += 1
         self._mark_cached(span, window, hidden)  # blocks before the window, if the span had any
         before = self.tokens[window:]
@@ -245,19 +243,17 @@ class Sequence:
         for position, value in zip(span.wanted, confidence, strict=True):
             shown[position - window] = value
         change = self._change(before, span, ids, [value or 0.0 for value in shown], second)
-        self.tokens[window:] = after = change.tokens
-        drafted, edited = change.drafted, change.edited
+        self.tokens[window:], drafted, edited = change[:3]
         if logprobs is not None:
             self._fix(change, dict(zip(span.wanted, logprobs, strict=True)))
         shown = [None if source is None else shown[source] for source in change.sources]
         if self.constraint is not None:
             forced = self._force(self.constraint, [self.tokens[window + i] for i in drafted])
-            drafted, after = drafted + forced, self.tokens[window:]
+            drafted = drafted + forced
             for i in forced:
                 shown[i] = 1.0
-        ratio = before.count(mask_id) / settings.block_size
-        moves = change.inserted, change.deleted
-        step = Step(self.block, self.passes, after, drafted, edited, shown, ratio, window, *moves)
+        ratio = before.count(self.vocabulary.mask_token_id) / settings.block_size
+        step = Step(self.block, self.passes, self.tokens[window:], drafted, edited, shown, ratio, window, *change[3:5])
         self.passes += 1
         self.drafts += len(drafted)
         self.edits += len(edited)
@@ -278,15 +274,13 @@ class Sequence:
     ) -> Change:
         """What a pass does to the window. before, sure: its tokens and the confidence at each; ids: v_i of `span.wanted`."""
         settings, window = self.settings, self.window
-        proposed = list(before)
-        for position, token in zip(span.wanted, ids, strict=True):
-            proposed[position - window] = token
+        proposed, others = list(before), list(before)
+        for i, position in enumerate(span.wanted):
+            proposed[position - window] = ids[i]
+            others[position - window] = ids[i] if second is None else second[i]
         edit_tokens = None if settings.min_indel_confidence is None else self.vocabulary.edit_tokens
         if edit_tokens is not None:
             self.seen.add((*before, len(self.draft)))
-        if second is not None:
-            of = dict(zip(span.wanted, second, strict=True))
-            second = [of.get(window + i, token) for i, token in enumerate(before)]
         change = indel_step(
             before,
             proposed,
@@ -299,7 +293,7 @@ class Sequence:
             tau_edit=settings.tau_edit,
             min_indel_confidence=settings.min_indel_confidence or 0.0,
             settled=span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None,
-            second=second,
+            second=None if second is None else others,
             behind=self.draft,
         )
         # Without a draft, what was cut off is drafted anew in the next block.
@@ -310,10 +304,9 @@ class Sequence:
         """Keep the log-probabilities of the tokens that a pass wrote; those of tokens that moved move along."""
         before = dict(self.fixed)
         for i, source in enumerate(change.sources):
-            if source is not None:
-                known = found if i in change.drafted or i in change.edited else before
-                if (logprob := known.get(self.window + source)) is not None:
-                    self.fixed[self.window + i] = logprob
+            known = found if i in change.drafted or i in change.edited else before
+            if source is not None and self.window + source in known:
+                self.fixed[self.window + i] = known[self.window + source]
 
     def _is_done(self, was_clean: bool, edited: bool) -> bool:
         """Whether the current block is final.
@@ -322,6 +315,7 @@ class Sequence:
         ModelError if masks remain at that limit.
         """
         settings, editing = self.settings, self.settings.tau_edit is not None
+        self.post_steps += was_clean
         # With editing off, tokens behind the end of the completion cannot change it: they stay undrafted.
         relevant = self.tokens[self.window :] if editing else self._completion()
         is_drafted = self.vocabulary.mask_token_id not in relevant
@@ -330,7 +324,6 @@ class Sequence:
             raise ModelError(f"decoding, block {self.block}: masks remain after {self.passes} passes")
         if not editing or not is_drafted:
             return is_drafted
-        self.post_steps += was_clean
         if is_last or self.post_steps >= settings.max_post_steps or (was_clean and not edited):
             return True
         # Shifted with blocks of one token: a drafted token cannot change, so no pass is spent to confirm it.
@@ -356,8 +349,8 @@ class Sequence:
                 self._open_block()
                 if self.constraint is not None:  # which may force the whole block
                     self._force(self.constraint, [])
-            is_open = self.constraint is None or self.vocabulary.mask_token_id in self._completion()
-            is_decided = self.finish_reason is not None or is_open
+            is_decided = bool(self.finish_reason) or self.constraint is None
+            is_decided = is_decided or self.vocabulary.mask_token_id in self._completion()
         final = self.n_prompt + len(completion) if self.finish_reason else self.window
         return self._emit(final)
 

@@ -229,6 +229,14 @@ def check_request(prompt_ids: list[int], settings: Settings, context_length: int
         )
 
 
+def check_draft(settings: Settings, has_grammar: bool) -> None:
+    """Raise UsageError if the settings of a request leave nothing that could repair its draft."""
+    if settings.tau_edit is None or settings.tau_accept is not None or has_grammar:
+        raise UsageError("'draft': only editing repairs a draft; set tau_edit, tau_accept to null, and no grammar")
+    if settings.logprobs is not None:
+        raise UsageError("'draft': its own tokens have no log-probabilities; leave out logprobs")
+
+
 def check_ids(name: str, ids: list[int], vocab_size: int) -> None:
     """Raise UsageError, which names the field, for an id that is not in the vocabulary."""
     unknown = next((token for token in ids if not 0 <= token < vocab_size), None)

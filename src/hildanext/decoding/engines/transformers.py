@@ -23,6 +23,7 @@ from hildanext.decoding.settings import (
     MODES_OF,
     Kind,
     Settings,
+    check_draft,
     check_ids,
     check_request,
     read_presets,
@@ -143,11 +144,17 @@ class TransformersEngine:
         return decode_prompt(self.tokenizer, token_ids)
 
     def submit(self, request: Request) -> AnySequence:
-        """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
+        """Queue a request. Raises UsageError for an empty prompt, a token in it or in the draft that no text has, or a draft
+        that nothing could repair, ContextError if too long."""
         check_request(request.prompt_ids, request.settings, self.context)
-        if self.vocabulary.mask_token_id in request.prompt_ids:
+        given = [*request.prompt_ids, *(request.draft or [])]
+        if self.vocabulary.mask_token_id in given:
             raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
-        check_ids("prompt", request.prompt_ids, self.vocabulary.size)
+        if not {*(self.vocabulary.edit_tokens or ())}.isdisjoint(given):
+            raise UsageError("the prompt contains DELETE or INSERT, which are predictions and no text; remove it")
+        check_ids("prompt", given, self.vocabulary.size)
+        if request.draft is not None:
+            check_draft(request.settings, request.grammar is not None)
         check_ids("logit_bias", [token for token, _ in request.settings.logit_bias], self.vocabulary.size)
         sequence: AnySequence
         constraint = None if request.grammar is None else request.grammar.start()
