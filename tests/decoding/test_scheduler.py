@@ -88,7 +88,7 @@ def test_insertions_and_deletions_equal_the_slow_way(edits_lm):
     rng = random.Random(3)
     engine = open_engine(edits_lm)
     requests = []
-    for _ in range(60):
+    for _ in range(40):
         wanted = some_settings(rng)._replace(max_post_steps=rng.choice([1, 2, 4]))
         wanted = wanted._replace(min_indel_confidence=None if wanted.tau_edit is None else rng.choice([0.0, 0.0, 0.1]))
         draft = None
@@ -103,7 +103,7 @@ def test_insertions_and_deletions_equal_the_slow_way(edits_lm):
         tokens, passes, logps = reference(edits_lm, request.prompt_ids, request.settings, EOS, request.draft)
         assert done.token_ids == tokens, request
         assert not {MASK, DELETE, INSERT} & set(tokens)
-        if EOS not in tokens and request.settings.tau_edit is not None:
+        if EOS not in tokens and request.settings.tau_edit is not None and request.settings.block_size > 1:
             assert done.stats.forwards == passes
         for logp, found in zip(logps, done.logprobs or [], strict=False):  # few requests ask for them
             assert found.logprob == pytest.approx(float(logp[found.token]), abs=1e-4)

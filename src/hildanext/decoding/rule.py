@@ -125,9 +125,9 @@ def indel_step(
     deleted, following = list[tuple[int, int]](), 0
     for i, place in enumerate(places):
         if place is None:
-            deleted.append((following, tokens[i]))
+            deleted.append((min(following, len(tokens) - 1), tokens[i]))
             continue
-        following = min(place + 1, len(tokens))
+        following = place + 1
         if new[i] == edit_tokens.insert and place <= len(tokens):
             inserted.append(place - 1)
         if place < len(tokens):

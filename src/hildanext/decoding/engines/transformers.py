@@ -151,7 +151,7 @@ class TransformersEngine:
         if self.vocabulary.mask_token_id in given:
             raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
         if not {*(self.vocabulary.edit_tokens or ())}.isdisjoint(given):
-            raise UsageError("the prompt contains DELETE or INSERT, which are predictions and no text; remove it")
+            raise UsageError("the prompt contains DELETE or INSERT, which no text has; remove it")
         check_ids("prompt", given, self.vocabulary.size)
         if request.draft is not None:
             check_draft(request.settings, request.grammar is not None)
@@ -159,8 +159,9 @@ class TransformersEngine:
         sequence: AnySequence
         constraint = None if request.grammar is None else request.grammar.start()
         if request.settings.tau_accept is None:
-            given = (request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint)
-            sequence = Sequence(*given, request.draft)
+            sequence = Sequence(
+                request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint, request.draft
+            )
         else:
             sequence = ExactSequence(
                 request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter, constraint
