@@ -149,6 +149,7 @@ def edited_row(ids, allowed, docs, positions, block_size, deletion, insertion, s
         ordinary_ids=torch.arange(60),
         deletion_rate=deletion,
         insertion_rate=insertion,
+        corrupt_rate=0.0,
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -119,23 +119,30 @@ def edit_noise(
     ordinary_ids: Tensor,
     deletion_rate: float,
     insertion_rate: float,
+    corrupt_rate: float,
     generator: torch.Generator,
 ) -> Noisy:
-    """Drop and add tokens of a draft x_t, and label it by its alignment with x_0. All tensors [L], one row, on the CPU.
+    """Drop and add tokens of a draft, and label it by its alignment with x_0. All tensors [L], one row, on the CPU.
 
-    Each observed token is dropped with probability `deletion_rate`; before each one, another ordinary token or once more
-    the clean token before it is added with probability `insertion_rate`. A block then takes the tokens of the draft that follow it, or is cut. The
-    allowed tokens of a block are aligned with its own clean tokens. `pinned` [L] bool: positions whose prediction does
-    not depend on the block; they are neither dropped nor shifted.
+    A block's draft is, with equal odds, x_t or its clean tokens, each replaced by another ordinary one with probability
+    `corrupt_rate`. Each observed token of it is dropped with probability `deletion_rate`; before each one, another
+    ordinary token or once more the clean token before it is added with probability `insertion_rate`. The block then takes
+    the tokens that follow it in the text, or is cut. The allowed tokens of a block are aligned with its own clean tokens.
+    `pinned` [L] bool: positions whose prediction does not depend on the block; they are neither dropped nor shifted.
     """
-    wrong = wrong_tokens(input_ids, ordinary_ids, generator)
-    draws = torch.rand(3, len(input_ids), generator=generator)
+    draws = torch.rand(5, len(input_ids), generator=generator)
     dropped, added = (draws[0] < deletion_rate).tolist(), (draws[1] < insertion_rate).tolist()
-    surplus = torch.where(draws[2] < 0.5, input_ids.roll(1), wrong).tolist()
-    x, y, fixed = noisy.noisy_ids.tolist(), input_ids.tolist(), pinned.tolist()
-    ids, labels = list(x), list(y)
+    others = [wrong_tokens(input_ids, ordinary_ids, generator) for _ in range(2)]
+    surplus = torch.where(draws[2] < 0.5, input_ids.roll(1), others[0]).tolist()
+    replaced = torch.where(draws[3] < corrupt_rate, others[1], input_ids).tolist()
+    from_clean = (draws[4] < 0.5).tolist()
+    x_t, y, fixed = noisy.noisy_ids.tolist(), input_ids.tolist(), pinned.tolist()
+    ids, labels = list(x_t), list(y)
     for start, end, run_end in segments(allowed, doc_ids, block):
-        start += fixed[start]
+        x = replaced if from_clean[start] else x_t
+        if fixed[start]:
+            ids[start] = x[start]
+            start += 1
         draft: list[int] = []
         position = start
         while len(draft) < end - start and position < run_end:

@@ -237,6 +237,7 @@ class DenoisingTask:
                     ordinary_ids=lm.ordinary_ids,
                     deletion_rate=noise.deletion_rate,
                     insertion_rate=noise.insertion_rate,
+                    corrupt_rate=noise.corrupt_rate,
                     generator=sample_generator(self.config.train.seed, sample, "edits"),
                 )
             )
