@@ -37,14 +37,13 @@ class Sequence:
         constraint: Constraint | None = None,
         draft: list[int] | None = None,
     ) -> None:
-        """draft: tokens that the blocks begin with in place of masks, to be repaired."""
+        """draft: tokens that the blocks begin with in place of masks. `self.draft` is what no block has taken yet."""
         if constraint is not None:  # an edit could leave the grammar, and what follows depends on every token
             settings = settings._replace(tau_edit=None, min_indel_confidence=None)
         self.settings, self.vocabulary, self.constraint = settings, vocabulary, constraint
         self.n_prompt, size = len(prompt_ids), settings.block_size
         self.first_block = self.block = self.n_prompt // size
-        self.tokens, self.has_draft = list(prompt_ids), bool(draft)
-        self.draft = list(draft or [])  # its tokens behind the current block
+        self.tokens, self.draft, self.has_draft = list(prompt_ids), list(draft or []), bool(draft)
         self.window = self.block * size  # first position that can still change
         self.num_cached_tokens = 0  # positions whose keys and values in the cache are final
         self.last_hidden: Tensor | None = None  # shifted: hidden state [H] of the last cached position
@@ -250,8 +249,7 @@ class Sequence:
         if self.constraint is not None:
             forced = self._force(self.constraint, [self.tokens[window + i] for i in drafted])
             drafted = drafted + forced
-            for i in forced:
-                shown[i] = 1.0
+            shown = [1.0 if i in forced else value for i, value in enumerate(shown)]
         ratio = before.count(self.vocabulary.mask_token_id) / settings.block_size
         step = Step(self.block, self.passes, self.tokens[window:], drafted, edited, shown, ratio, window, *change[3:5])
         self.passes += 1
@@ -349,8 +347,8 @@ class Sequence:
                 self._open_block()
                 if self.constraint is not None:  # which may force the whole block
                     self._force(self.constraint, [])
-            is_decided = bool(self.finish_reason) or self.constraint is None
-            is_decided = is_decided or self.vocabulary.mask_token_id in self._completion()
+            is_forced = self.constraint is not None and self.vocabulary.mask_token_id not in self._completion()
+            is_decided = self.finish_reason is not None or not is_forced
         final = self.n_prompt + len(completion) if self.finish_reason else self.window
         return self._emit(final)
 
