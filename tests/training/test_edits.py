@@ -83,10 +83,9 @@ def test_an_adapter_keeps_the_rows_of_the_two_tokens(tmp_path: Path, tied: bool)
 
 @pytest.mark.parametrize("convention", ["in_place", "shifted"])
 def test_the_second_turn_has_edits_and_the_first_has_not(tmp_path: Path, tiny_base: Path, convention: str):
-    config = material(tmp_path, tiny_base, noise=EDITS, model={"base": str(tiny_base), "device": "cpu", "dtype": "float32", "convention": convention})  # fmt: skip
-    lm = load_diffusion_lm(config.model, training=True, edits=True)[0]
+    config = material(tmp_path, tiny_base, noise=EDITS, model={"convention": convention})
     recipe = Recipe(2, False, 0.05, 1.0, 0.0)
-    trainer = trainer_for(config, lm, tmp_path / "run", job(4, 4), recipe)
+    trainer, lm = trainer_for(config, job(4, 4), recipe)
     task = trainer.task
     batch = make_batch(lm, [0, 1, 2, 3], task.rows.batch([0, 1, 2, 3]))
     first = noise_rows(lm, batch, 4, recipe, 0.1, 0)
@@ -95,7 +94,7 @@ def test_the_second_turn_has_edits_and_the_first_has_not(tmp_path: Path, tiny_ba
     noisy = task.noise_of("drafts", batch, first, drafts, 4)
     x, labels, y = noisy.noisy_ids, noisy.labels, batch.input_ids
     assert not torch.isin(x, torch.tensor(lm.edit_ids)).any()
-    assert torch.isin(labels, torch.tensor(lm.edit_ids)).sum() > 10
+    assert torch.isin(labels, torch.tensor(lm.edit_ids)).sum() > 4
     assert torch.equal(x[~batch.allowed], y[~batch.allowed])
     assert torch.equal(noisy.masked, batch.allowed & (x == lm.mask_token_id))
     for row in range(4):
