@@ -156,12 +156,7 @@ def resolve(
     if seed is None:
         seed = secrets.randbits(32) if config.temperature > 0 else 0  # JavaScript's numbers hold it exactly
     max_post_steps = preset.max_post_steps if config.max_post_steps == "preset" else config.max_post_steps
-    min_indel = _min_indel_confidence(config, has_indels) if tau_edit is not None and tau_accept is None else None
-    if min_indel is not None and max_post_steps == 0:
-        raise UsageError(
-            "'decode.max_post_steps': 0 leaves no pass for insertions and deletions; raise it, or set "
-            "decode.min_indel_confidence to null"
-        )
+    edits = tau_edit is not None and tau_accept is None
     return Settings(
         mode=mode,
         tau_mask=float(preset.tau_mask if config.tau_mask == "preset" else config.tau_mask),
@@ -184,19 +179,25 @@ def resolve(
         min_p=config.min_p,
         logit_bias=tuple((int(token), bias) for token, bias in config.logit_bias.items()),
         logprobs=config.logprobs,
-        min_indel_confidence=min_indel,
+        min_indel_confidence=_min_indel_confidence(config, has_indels, max_post_steps) if edits else None,
     )
 
 
-def _min_indel_confidence(config: DecodeConfig, has_indels: bool) -> float | None:
-    if config.min_indel_confidence == "preset":
-        return 0.0 if has_indels else None
-    if config.min_indel_confidence is None or has_indels:
-        return config.min_indel_confidence
-    raise UsageError(
-        "'decode.min_indel_confidence': the model has no DELETE and INSERT tokens; train one with noise.edits "
-        "'levenshtein', or set it to null"
-    )
+def _min_indel_confidence(config: DecodeConfig, has_indels: bool, max_post_steps: int) -> float | None:
+    """`Settings.min_indel_confidence`. Raises UsageError if it cannot be followed."""
+    given = config.min_indel_confidence
+    found = (0.0 if has_indels else None) if given == "preset" else given
+    if found is not None and not has_indels:
+        raise UsageError(
+            "'decode.min_indel_confidence': the model has no DELETE and INSERT tokens; train one with noise.edits "
+            "'levenshtein', or set it to null"
+        )
+    if found is not None and max_post_steps == 0:
+        raise UsageError(
+            "'decode.max_post_steps': 0 leaves no pass for insertions and deletions; raise it, or set "
+            "decode.min_indel_confidence to null"
+        )
+    return None if found is None else float(found)
 
 
 def tokens_needed(n_prompt: int, settings: Settings) -> int:

@@ -229,6 +229,17 @@ def add_edit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return dict(zip(("delete_token_id", "insert_token_id"), ids, strict=True))
 
 
+def add_adapters_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any] | None, record: dict[str, Any]
+) -> None:
+    """Add the tokens that an adapter was trained with to its base, which may be converted itself (`known`)."""
+    seed = record["adapter"]["seed"]
+    if known is None:
+        add_mask_token(model, tokenizer, seed)
+    if "edits" in record and "edits" not in (known or {}):
+        add_edit_tokens(model, tokenizer, seed)
+
+
 def _give_rows(model: PreTrainedModel, new_ids: list[int], n_known: int, seed: int) -> None:
     """Give new tokens rows in the vocabulary of a model, whose ids below `n_known` have been in use."""
     embedding, head = weight_matrix(model.get_input_embeddings()), weight_matrix(model.get_output_embeddings())

@@ -27,6 +27,7 @@ from hildanext.model.diffusion_lm import (
     MASK_TOKEN,
     DiffusionLM,
     Injected,
+    add_adapters_tokens,
     add_edit_tokens,
     add_mask_token,
     first_mask_row,
@@ -86,37 +87,35 @@ def load_diffusion_lm(
         with policy.autocast():  # in the format that the checkpoint is loaded in
             probe(model)
     if record is None:
-        mask_id = add_mask_token(model, tokenizer, seed)
-        record = {
-            "base_model": config.base,
-            "base_revision": config.revision,
-            "convention": config.convention or "shifted",
-            "tokens_trained": 0,
-        }
-        if edits:
-            record["edits"] = add_edit_tokens(model, tokenizer, seed)
-        lm = _assemble(model, tokenizer, mask_id, None, record)
+        mask_id, block_size, record = add_mask_token(model, tokenizer, seed), None, _new_record(config)
     else:
         if part is not None:
-            known = read_record(source)
-            if known is None:
-                add_mask_token(model, tokenizer, part["seed"])
-            if "edits" in record and "edits" not in (known or {}):
-                add_edit_tokens(model, tokenizer, part["seed"])
-            elif edits and "edits" not in record:
-                raise UsageError(
-                    f"adapter '{config.base}' was trained without insertions and deletions; make a full checkpoint of it with "
-                    "'hildanext merge-topk --full', or set noise.edits to 'substitution'"
-                )
+            add_adapters_tokens(model, tokenizer, read_record(source), record)
             tokenizer = load_tokenizer(config)
         _check_tokenizer(config, tokenizer, stored, record, model)
-        if edits and "edits" not in record:
-            record["edits"] = add_edit_tokens(model, tokenizer, seed)
-        lm = _assemble(model, tokenizer, stored["mask_token_id"], stored["block_size"], record)
+        mask_id, block_size = stored["mask_token_id"], stored["block_size"]
+    if edits and "edits" not in record:
+        if part is not None:
+            raise UsageError(
+                f"adapter '{config.base}' was trained without insertions and deletions; make a full checkpoint of it with "
+                "'hildanext merge-topk --full', or set noise.edits to 'substitution'"
+            )
+        record["edits"] = add_edit_tokens(model, tokenizer, seed)
+    lm = _assemble(model, tokenizer, mask_id, block_size, record)
+    if "hilda" in stored:
         lm.modes = read_generation_config(config).get("hilda", {})
     if lora is not None or part is not None:
         _adapt(lm, config, part, lora, seed, added)
     return lm, policy
+
+
+def _new_record(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "base_model": config.base,
+        "base_revision": config.revision,
+        "convention": config.convention or "shifted",
+        "tokens_trained": 0,
+    }
 
 
 class CheckpointWithBase(NamedTuple):
