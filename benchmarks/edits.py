@@ -23,16 +23,21 @@ from results import machine, spread
 
 from hildanext.config import Config, load_config
 from hildanext.data.prepare import prepare_data
-from hildanext.data.rows import open_rows
+from hildanext.data.rows import ShuffledRows, open_rows
 from hildanext.data.synthetic import Slots, check, draw_slots, instruction
 from hildanext.data.synthetic import tell as tell_story
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.demo import make_base, prompts
+from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.files import write_json
+from hildanext.model.loading import load_diffusion_lm
 from hildanext.model.pretrained import load_tokenizer
+from hildanext.training import parallel
 from hildanext.training.convert import convert_wsd, sft
+from hildanext.training.denoising import DenoisingTask, Recipe
+from hildanext.training.trainer import Sums, TrainingStep
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "edits"
 WAYS = ("substitution", "levenshtein")
@@ -107,12 +112,30 @@ def decode(engine: TransformersEngine, config: Config, **changes: Any) -> Any:
     return engine.settings(config.model_copy(update={"decode": config.decode.model_copy(update=changes)}))
 
 
-def seconds_of(run: str) -> float:
-    """Median seconds of a step."""
-    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    tokens = [b["tokens_seen"] - a["tokens_seen"] for a, b in zip([{"tokens_seen": 0}, *rows], rows, strict=False)]
-    return statistics.median(n / row["tokens_per_second"] for n, row in zip(tokens, rows, strict=True))
+def training_ratio(config: Config, checkpoint: str, split: str, pairs: int) -> float:
+    """Median ratio of a micro-batch's forwards and backwards with and without insertions and deletions, alternating."""
+    model = config.model.model_copy(update={"base": checkpoint, "convention": None})
+    lm, policy = load_diffusion_lm(model, training=True, edits=True)
+    accelerator = parallel.start(policy, config.train)
+    found = open_rows(config, split, lm.tokenizer)
+    assert found is not None
+    rows, recipe, point = ShuffledRows(found, 0), Recipe(2, False, 0.05, 1.0, 0.0), SchedulePoint("decay", BLOCK, 0.0)
+    tasks = {}
+    for way in WAYS:
+        changed = config.model_copy(update={"noise": config.noise.model_copy(update={"edits": way})})
+        tasks[way] = DenoisingTask(changed, lm, accelerator, recipe, rows, None, BLOCK)
+    ratios = []
+    for pair in range(pairs + 1):
+        seconds = {}
+        for way, task in tasks.items():
+            n = config.train.micro_batch
+            batch = task.fetch(list(range(pair * n, (pair + 1) * n)))
+            began = time.perf_counter()
+            task.backward(batch, TrainingStep(0, point, task.counts([batch], BLOCK)[0]), Sums(), sync=True)
+            seconds[way] = time.perf_counter() - began
+            lm.model.zero_grad()
+        ratios.append(seconds["levenshtein"] / seconds["substitution"])
+    return statistics.median(ratios[1:])
 
 
 # --- Stories of the demo's world
@@ -227,13 +250,13 @@ def world(out: Path, seed: int) -> list[dict[str, Any]]:
                 "seed": seed,
                 "way": way,
                 "tokens": converted["tokens_seen"] + result["tokens_seen"],
-                "step_s": seconds_of(result["run"]),
                 "repairs": repair(engine, tuning, faulty_stories()),
                 "stories": write_stories(engine, tuning),
                 "machine": machine(),
             }
         )
     found[-1]["pass_ratio"] = pass_ratio(engines, config)
+    found[-1]["training_ratio"] = training_ratio(config, converted["checkpoint"], "sft_train", 40)
     return found
 
 
@@ -299,12 +322,11 @@ def smollm2(out: Path, gsm8k: Path, seed: int) -> list[dict[str, Any]]:
         name = f"{way}-{seed}"
         result = convert_wsd(config, name, resume=(out / name).exists())
         drafts = real_drafts(open_engine(config, result["checkpoint"]), config)
-        step_s = seconds_of(result["run"])
-        tokens = result["tokens_seen"]
         found.append(
-            {"part": "smollm2", "seed": seed, "way": way, "tokens": tokens, "step_s": step_s, "drafts": drafts}
+            {"part": "smollm2", "seed": seed, "way": way, "tokens": result["tokens_seen"], "drafts": drafts}
             | {"machine": machine()}
         )
+    found[-1]["training_ratio"] = training_ratio(config, "smollm2-135m", "train", 6)
     return found
 
 
@@ -353,16 +375,16 @@ def world_lines(results: list[dict[str, Any]]) -> list[str]:
             rows = [run["stories"][i] for run in runs]
             values = (spread([row[key] for row in rows], 2) for key in ("accepted", "tokens_per_forward"))
             lines.append(f"| {way} | {tau_mask} | {' | '.join(values)} |")
-    steps = [of(results, "world", way) for way in WAYS]
-    ratios = [b["step_s"] / a["step_s"] for a, b in zip(*steps, strict=True)]
-    passes = [run["pass_ratio"] for run in steps[1]]
-    return [
-        *lines,
-        "",
-        f"Seconds of a training step, against substitution: {spread(ratios, 2)} (one run after the other). Seconds of a pass: "
-        f"{spread(passes, 2)} (alternating). Other processes ran on the machine (load {steps[1][0]['machine']['load_before']:.0f} "
-        f"on {steps[1][0]['machine']['cores']} cores).",
-    ]
+    runs = of(results, "world", WAYS[1])
+    return [*lines, "", cost_line(runs)]
+
+
+def cost_line(runs: list[dict[str, Any]]) -> str:
+    line = f"Cost against substitution, alternating in one process: training {spread([run['training_ratio'] for run in runs], 2)}"
+    if "pass_ratio" in runs[0]:
+        line += f", a pass of decoding {spread([run['pass_ratio'] for run in runs], 2)}"
+    load, cores = runs[0]["machine"]["load_before"], runs[0]["machine"]["cores"]
+    return f"{line}. Load of the machine before: {load:.0f} on {cores} cores."
 
 
 def smollm2_lines(results: list[dict[str, Any]]) -> list[str]:
@@ -380,7 +402,7 @@ def smollm2_lines(results: list[dict[str, Any]]) -> list[str]:
             values = (spread([row[key] for row in rows], 2) for key in ("before", "after", "better", "worse"))
             counts = (spread([row[key] for row in rows], 0) for key in ("insertions", "deletions"))
             lines.append(f"| {way} | {tau_edit} | {rows[0]['blocks']} | {' | '.join(values)} | {' | '.join(counts)} |")
-    return lines
+    return [*lines, "", cost_line(of(results, "smollm2", WAYS[1]))]
 
 
 def write_page(results: list[dict[str, Any]]) -> None:
