@@ -42,12 +42,11 @@ from hildanext.training.trainer import Sums, TrainingStep
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "edits"
 WAYS = ("substitution", "levenshtein")
 BLOCK = 8
-N_FAULTY = 200
-TAU_EDIT = (0.3, 0.5, 0.7, 0.9)  # of repairs
-TAU_MASK = (0.1, 0.3, 0.5, 0.7, 0.9)  # of stories in S_MODE
+N_FAULTY = 100
+TAU_EDIT = (0.5, 0.7, 0.9)  # of repairs
+TAU_MASK = (0.1, 0.5, 0.9)  # of stories in S_MODE
 SHARED: dict[str, Any] = {
     "model.device": "cpu",
-    "model.convention": "shifted",
     "loss.weighting": "uniform",
     "noise.turns": 2,
     "wsd.start_block": 1,
@@ -64,6 +63,7 @@ SHARED: dict[str, Any] = {
     "engine.runtime": "eager",
 }
 WORLD: dict[str, Any] = {
+    "model.convention": "in_place",
     "model.dtype": "float32",
     "data.seq_len": 96,
     "data.eval_share": 0.03,
@@ -75,12 +75,16 @@ WORLD: dict[str, Any] = {
     "wsd.decay_steps": 240,
     "sft.lr": 3e-3,
     "sft.lr_warmup_steps": 20,
-    "sft.steps": 1200,
+    "sft.steps": 1800,
+    "noise.corrupt_rate": 0.05,
+    "noise.deletion_rate": 0.08,
+    "noise.insertion_rate": 0.08,
     "decode.max_new_tokens": 128,
     "engine.slots": 8,
 }
 SMOLLM2: dict[str, Any] = {  # 110 steps x 4 rows x 256 = 112,640 row tokens
     "model.base": "smollm2-135m",
+    "model.convention": "shifted",
     "data.seq_len": 256,
     "train.micro_batch": 2,
     "train.save_every": 22,
@@ -346,7 +350,7 @@ def world_lines(results: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## The demo's world",
         "",
-        f"The base of `make demo`, converted in 300 steps, then tuned in {WORLD['sft.steps']} steps of 4 rows in blocks of {BLOCK} (shifted, two turns). ",
+        f"The base of `make demo`, converted in 300 steps, then tuned in {WORLD['sft.steps']} steps of 4 rows in blocks of {BLOCK} (in_place, two turns).",
         "",
         f"{N_FAULTY} new stories with one word dropped or doubled, given as drafts (Q_MODE). *Right*: equal to the story before the fault.",
         "",
