@@ -99,10 +99,10 @@ def test_labels_of_known_drafts(subtests):
         ("abcd", "abcd", "abcd"),
         ("axcd", "abcd", "abcd"),
         ("aabc", "abcd", "a-bc"),  # a doubled token: the second goes; d comes as a mask
-        ("acde", "abcd", "a+d-"),  # a missing token
+        ("acde", "abcd", "a+de"),  # a missing token; the insertion pushes e out
         ("ad__", "abcd", "abcd"),  # masks behind it: replaced, since a mask fits any token
         ("abef", "abcd", "abcd"),
-        ("adef", "abcd", "a+--"),  # two missing tokens: one mask a round
+        ("adef", "abcd", "a+ef"),  # two missing tokens: one mask a round
         ("a_b_", "abcd", "abcd"),
         ("a_bc", "abcd", "a-bc"),  # a mask too many
         ("xyzw", "abcd", "abcd"),  # nothing matches

@@ -77,16 +77,24 @@ def edit_labels(x: Sequence[int], y: Sequence[int], tokens: EditTokens) -> list[
 
     Its target token if it has one, which keeps, replaces or fills it; DELETE if it is surplus; INSERT, in place of
     keeping it, if target tokens are missing before it: one mask in each gap and round. Missing tokens behind the last
-    kept one need no label, since the block is filled with masks.
+    kept one need no label, since the block is filled with masks. Surplus tokens at the end that the insertions will push
+    out of the block are kept: they belong to the next one.
     """
+    script = align(x, y, tokens.mask)
     labels, missing = [tokens.delete] * len(x), False
-    for i, j in align(x, y, tokens.mask):
+    for i, j in script:
         if i is None:
             missing = True
         elif j is not None:
             inserts = missing and x[i] == y[j]
             labels[i] = tokens.insert if inserts else y[j]
             missing = missing and not inserts
+    pushed_out = sum(i is None for i, _ in script)
+    for i, j in reversed(script):
+        if i is None or j is not None or not pushed_out:
+            break
+        if x[i] != tokens.mask:
+            labels[i], pushed_out = x[i], pushed_out - 1
     return labels
 
 
