@@ -43,7 +43,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "edits"
 WAYS = ("substitution", "levenshtein")
 BLOCK = 8
 N_FAULTY = 100
-TAU_EDIT = (0.5, 0.7, 0.9)  # of repairs
+TAU_EDIT = (0.0, 0.3, 0.5, 0.7)  # of repairs
 TAU_MASK = (0.1, 0.5, 0.9)  # of stories in S_MODE
 SHARED: dict[str, Any] = {
     "model.device": "cpu",
@@ -75,7 +75,7 @@ WORLD: dict[str, Any] = {
     "wsd.decay_steps": 240,
     "sft.lr": 3e-3,
     "sft.lr_warmup_steps": 20,
-    "sft.steps": 1800,
+    "sft.steps": 1200,
     "noise.corrupt_rate": 0.05,
     "noise.deletion_rate": 0.08,
     "noise.insertion_rate": 0.08,

@@ -209,10 +209,8 @@ class DenoisingTask:
             return complement(batch.input_ids, batch.allowed, first, self.lm.mask_token_id, t_min)
         seed, length = self.config.train.seed, drafts.shape[1]
         uniform = torch.stack([torch.rand(length, generator=sample_generator(seed, s, "draft")) for s in batch.samples])
-        uniform = uniform.to(drafts.device)
-        uniform[torch.isin(drafts, torch.tensor(self.lm.edit_ids, device=drafts.device))] = (
-            1.0  # no draft: no text has them
-        )
+        no_text = torch.isin(drafts, torch.tensor(self.lm.edit_ids, dtype=drafts.dtype, device=drafts.device))
+        uniform = uniform.to(drafts.device).masked_fill(no_text, 1.0)  # these masks stay
         noisy = put_drafts(batch.input_ids, first, drafts, uniform, self.config.noise.draft_share, t_min)
         return self.edited(batch, noisy, block_size) if self.config.noise.edits == "levenshtein" else noisy
 
