@@ -16,8 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.runtimes.protocol import ForwardBatch
-from hildanext.decoding.sequence import Sequence, Span
+from hildanext.decoding.sequence import Sequence
 from hildanext.decoding.settings import Settings
+from hildanext.decoding.span import Span
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.model.decoding_attention import use_grouped_attention
 from hildanext.model.diffusion_lm import DiffusionLM

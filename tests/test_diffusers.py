@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import Scheduler
-from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.sequence import Sequence
 from hildanext.decoding.settings import Settings
+from hildanext.decoding.span import Vocabulary
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.model.diffusion_lm import DiffusionLM
 

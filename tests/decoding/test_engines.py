@@ -304,6 +304,8 @@ def test_why_dinfer_cannot_serve(dinfer: DInfer, monkeypatch: pytest.MonkeyPatch
     assert reason(dinfer_backend="vllm") == "dInfer runs llada2 on 'sglang' only; set engine.dinfer_backend to 'sglang'"
     dinfer.write({"model_type": "llada2_moe", "hilda": {"convention": "shifted"}})
     assert reason() == "dInfer supports 'in_place' prediction only, and this checkpoint is 'shifted'"
+    dinfer.write({"model_type": "llada2_moe", "hilda": {"edits": {"delete_token_id": 8, "insert_token_id": 9}}})
+    assert "no insertions and deletions" in (reason() or "")
     dinfer.write({"model_type": "llada"})
     assert reason() == "dInfer runs llada on 'vllm' only; set engine.dinfer_backend to 'vllm'"
     assert reason(dinfer_backend="vllm") is None

@@ -36,8 +36,8 @@ from hildanext.decoding.plan import Plan, plan_rows
 from hildanext.decoding.rule import largest, verify_step
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import Scheduler
-from hildanext.decoding.sequence import Vocabulary
 from hildanext.decoding.settings import Settings, resolve
+from hildanext.decoding.span import Vocabulary
 from hildanext.model.adapter_file import Adapter, LoraFactors
 from hildanext.model.diffusion_lm import DiffusionLM
 from hildanext.model.draft_head import find_draft_head

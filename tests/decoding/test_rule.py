@@ -10,8 +10,9 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 
 from hildanext.config import DecodeConfig, changed_settings, parse_config
 from hildanext.config.decoding import BROUGHT_BY_MODE
-from hildanext.decoding.rule import counts_before, decodable_scores, edit_step, keep_likely, propose
+from hildanext.decoding.rule import counts_before, decodable_scores, edit_step, indel_step, keep_likely, propose
 from hildanext.decoding.settings import Preset, Settings, check_request, read_presets, resolve
+from hildanext.diffusion.edits import EditTokens
 from hildanext.errors import ConfigError, ModelError, UsageError
 
 MASK = 9
@@ -309,3 +310,22 @@ def test_a_request_must_fit():
     with pytest.raises(UsageError, match=r"90 tokens.*max_new_tokens \(9\).*context of 99"):
         check_request([1] * 90, make(max_new_tokens=9), 99)  # 99 tokens, but 100 in whole blocks
     check_request([1] * 90, make(max_new_tokens=9), 100)
+
+
+def test_a_state_that_was_there_before_takes_a_second_choice():
+    """Blocks of four, x = a b c d; every pass would delete b and insert before d."""
+    edit_tokens = EditTokens(MASK, 7, 8)
+
+    def step(second=None, behind=(), **changes):
+        given = ([1, 2, 3, 4], [1, 7, 3, 8], [0.9, 0.8, 0.9, 0.7], [True] * 4, edit_tokens)
+        thresholds = {"tau_mask": 0.5, "tau_edit": 0.5} | changes
+        return indel_step(*given, mask_token_id=MASK, block_size=4, second=second, behind=behind, **thresholds)
+
+    assert step()[:6] == ([1, 3, MASK, 4], [], [], [2], [(1, 2)], [0, 2, None, 3])
+    assert step(min_indel_confidence=0.75).tokens == [1, 3, 4, MASK]  # DELETE alone
+    assert step(min_indel_confidence=0.75, behind=[5, 6])[0] == [1, 3, 4, 5]
+    assert step(min_indel_confidence=0.75, behind=[5, 6]).rest == [6]
+    assert step(min_indel_confidence=0.8).tokens == [1, 2, 3, 4]
+    again = step(second=[6, 6, 6, 6])  # INSERT is the least confident change
+    assert (again.tokens, again.edited, again.deleted) == ([1, 3, 6, MASK], [2], [(1, 2)])
+    assert step(second=[6, 6, 6, 4]).tokens == [1, 3, 4, MASK]  # its second choice is to stay

@@ -11,7 +11,7 @@ from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.settings import Settings
 from hildanext.errors import ModelError, NonFiniteLogitsError, UsageError
-from support.decoding import EOS, MASK, Starved, diffusion_lm
+from support.decoding import DELETE, EOS, INSERT, MASK, Starved, diffusion_lm
 from support.reference import reference
 
 CONTEXT = 64
@@ -76,6 +76,43 @@ def test_the_cache_changes_nothing(lm, tau_edit, behind):
     if tau_edit is not None:
         assert edits > 20  # else this compares drafting only
         assert behind == 0 or rolled > 3  # and editable blocks must have mattered
+
+
+@pytest.fixture(scope="module", params=["in_place", "shifted"])
+def edits_lm(request, tiny_tokenizer):
+    return diffusion_lm(tiny_tokenizer, request.param, edits=True)
+
+
+def test_insertions_and_deletions_equal_the_slow_way(edits_lm):
+    """Any settings, drafts to be repaired or none, side by side: the same tokens and log-probabilities as without a cache."""
+    rng = random.Random(3)
+    engine = open_engine(edits_lm)
+    requests = []
+    for _ in range(40):
+        wanted = some_settings(rng)._replace(max_post_steps=rng.choice([1, 2, 4]))
+        wanted = wanted._replace(min_indel_confidence=None if wanted.tau_edit is None else rng.choice([0.0, 0.0, 0.1]))
+        draft = None
+        if wanted.tau_edit is not None and rng.random() < 0.5:
+            draft = [rng.randrange(4, 297) for _ in range(rng.randint(1, 20))]
+        wanted = wanted if draft is None else wanted._replace(logprobs=None)
+        prompt = [min(token, INSERT - 1) for token in some_prompt(rng)]
+        requests.append(Request(prompt, wanted, draft=draft))
+    steps = []
+    completions = engine.generate_batch(requests, lambda index, event: steps.append((index, event)))
+    for request, done in zip(requests, completions, strict=True):
+        tokens, passes, logps = reference(edits_lm, request.prompt_ids, request.settings, EOS, request.draft)
+        assert done.token_ids == tokens, request
+        assert not {MASK, DELETE, INSERT} & set(tokens)
+        if EOS not in tokens and request.settings.tau_edit is not None and request.settings.block_size > 1:
+            assert done.stats.forwards == passes
+        for logp, found in zip(logps, done.logprobs or [], strict=False):  # few requests ask for them
+            assert found.logprob == pytest.approx(float(logp[found.token]), abs=1e-4)
+    assert sum(done.stats.insertions for done in completions) > 20
+    assert sum(done.stats.deletions for done in completions) > 20
+    for _, step in steps:
+        if isinstance(step, Step):
+            assert all(step.tokens[place] == MASK for place in step.inserted)
+            assert not {MASK, DELETE, INSERT} & {step.tokens[place] for place in (*step.drafted, *step.edited)}
 
 
 def test_anything_a_request_may_ask_for_equals_the_slow_way(lm):

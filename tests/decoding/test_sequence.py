@@ -9,8 +9,9 @@ from hildanext.config import DecodeConfig
 from hildanext.decoding import scheduler as scheduling
 from hildanext.decoding.events import Finished, Step
 from hildanext.decoding.scheduler import Scheduler
-from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.sequence import Sequence
 from hildanext.decoding.settings import Settings, most_passes, resolve
+from hildanext.decoding.span import Vocabulary
 
 MASK, VOCAB, EOS = 9, 9, 0
 

@@ -107,7 +107,7 @@ def test_every_setting_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     with serving.client(config) as client:
         client.post("/generate", json=body)
     before = ("S_MODE", 0.25, 0.75, 16, 16, 9, 0.5, 7, 3, 0.5, 1.25, 0, ("end",), None, 8, None)
-    assert seen[-1].settings == (*before, 0.5, -0.5, 0.125, ((7, 2.0),), 4)
+    assert seen[-1].settings == (*before, 0.5, -0.5, 0.125, ((7, 2.0),), 4, None)
 
 
 def test_bad_bodies_get_422_and_one_line(client: TestClient, subtests: pytest.Subtests) -> None:

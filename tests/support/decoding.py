@@ -5,13 +5,17 @@ import torch
 from hildanext.model.diffusion_lm import DiffusionLM
 from support.models import random_llama
 
-MASK, EOS = 299, 3
+MASK, EOS, DELETE, INSERT = 299, 3, 298, 297
 
 
-def diffusion_lm(tokenizer, convention, dtype=torch.float64, block=4, vocab_size=300):
+def diffusion_lm(tokenizer, convention, dtype=torch.float64, block=4, vocab_size=300, edits=False):
     # Decided enough that thresholds matter, undecided enough that blocks take several passes.
     model = random_llama(vocab_size, initializer_range=0.35, num_key_value_heads=1).to(dtype)
     record = {"base_model": "tiny", "tokens_trained": 0}
+    if edits:
+        record["edits"] = {"delete_token_id": DELETE, "insert_token_id": INSERT}
+        with torch.no_grad():  # likely enough to be proposed now and then
+            model.get_output_embeddings().weight[[DELETE, INSERT]] *= 1.7
     return DiffusionLM(model, tokenizer, mask_token_id=MASK, block_size=block, convention=convention, record=record)
 
 

@@ -93,7 +93,8 @@ def plain_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def trainer_for(config: Config, job: TrainingJob, recipe: Recipe, split: str = "train") -> tuple[Trainer, DiffusionLM]:
     """A trainer outside any run folder."""
-    lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
+    edits = config.noise.edits == "levenshtein"
+    lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora, edits=edits)
     rows = open_rows(config, split, lm.tokenizer)
     assert rows is not None
     accelerator = parallel.start(policy, config.train)

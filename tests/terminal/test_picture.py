@@ -18,12 +18,15 @@ from hildanext.decoding import engines
 from hildanext.decoding.engines import Request
 from hildanext.decoding.events import Step
 from hildanext.decoding.settings import Settings
-from hildanext.terminal.cells import CellTracker
+from hildanext.terminal.cells import CellTracker, as_line
+from hildanext.terminal.live import draw_line
 from hildanext.terminal.picture import (
     COLUMNS,
+    DELETE,
     DRAFT_HIGH,
     EDIT,
     FAINT,
+    INSERT,
     PAPER,
     SHARP,
     Box,
@@ -186,3 +189,31 @@ def test_line_ends_are_shown_in_boxes():
     decode, _ = scripted()
     cell = decode.passes[0][1][2]
     assert shown_text(cell._replace(text=" a\nb\tc ")) == "a⏎b⇥c"
+
+
+def test_insertions_and_deletions_have_colours_of_their_own():
+    engine: Any = SimpleNamespace(
+        mask_token_id=MASK, eos_token_ids=(EOS,), decode_tokens=lambda ids: "".join(WORDS[i] for i in ids if i < 90)
+    )
+    request = Request([0], Settings("Q_MODE", 0.7, 0.5, 16, 4, 20, 0.0, 0))
+    steps = [
+        Step(0, 0, [0, MASK, 3, 4], [], [3], [None, None, 0.9, 0.9], 0.0, 0, [1], [(2, 9), (2, MASK)]),
+        Step(0, 1, [0, 1, 3, 4], [1], [], [None, 0.9, 0.9, 0.9], 0.25, 0),
+    ]
+    tracker = CellTracker(engine, request)
+    decode = Decode("Tell", [(step, tracker.cells(step)) for step in steps], "cost")
+    assert as_line(steps[0], decode.passes[0][1]) == "block 0 pass 1:  Once +_ -b- time {.}"
+    assert as_line(steps[1], decode.passes[1][1]) == "block 0 pass 2:  Once [upon] time ."
+    text = draw_line(steps[0], decode.passes[0][1])
+    assert [str(span.style) for span in text.spans if "strike" in str(span.style) or "blue" in str(span.style)] == [
+        "bold blue",
+        "red strike",
+    ]
+    heading, first, _, _ = stepped(decode).rows
+    assert [box.text for box in heading[-2:]] == ["inserted", "deleted"]
+    assert [(box.text, box.fill) for box in first if box.fill in (INSERT, DELETE)] == [("", INSERT), ("b", DELETE)]
+    for before, after in pairwise(box for box in first if box.width):
+        assert before.x + before.width <= after.x
+    shown = [[(box.text, box.fill) for box in frame.rows[1]] for frame in frames(decode)]
+    assert ("b", DELETE) in shown[0]
+    assert "b" not in {text for text, _ in (*shown[1], *shown[2])}

@@ -33,7 +33,7 @@ def test_fair_positions_are_those_a_loop_finds(data):
         before = range(i - position % block_size, i)  # in its own block; earlier blocks are clean
         expected.append(kinds[i] == "m" and all(kinds[j] == "o" for j in before))
     masked, wrong = (torch.tensor([[k == kind for k in kinds]]) for kind in "mw")
-    noisy = Noisy(torch.zeros(1, len(kinds)), masked, wrong, torch.ones(1, len(kinds)))
+    noisy = Noisy(torch.zeros(1, len(kinds)), masked, wrong, torch.ones(1, len(kinds)), torch.zeros(1, len(kinds)))
     assert left_visible(noisy, torch.tensor([positions]), block_size).tolist() == [expected]
 
 
@@ -113,7 +113,7 @@ def test_a_fresh_adapter_at_block_size_one_has_nothing_to_learn_from_the_base(tm
     lm, teacher, batch = opened(config)
     masked = batch.allowed
     noisy_ids = batch.input_ids.masked_fill(masked, lm.mask_token_id)
-    noisy = Noisy(noisy_ids, masked, masked & False, torch.ones(masked.shape))
+    noisy = Noisy(noisy_ids, masked, masked & False, torch.ones(masked.shape), batch.input_ids)
     soft = teacher.soft(teacher.states(batch), batch, noisy, masked, 1)
     assert (soft.share == 1).all()
     hidden = lm(batch, noisy_ids, masked, 1)

@@ -115,6 +115,7 @@ class Config(Section):
             )
         unused = {"noise.turns": self.noise.turns == 2, "noise.complementary": self.noise.complementary}
         unused |= {"noise.embed_std": self.noise.embed_std > 0, "loss.cap_weight": self.loss.cap_weight > 0}
+        unused |= {"noise.edits": self.noise.edits == "levenshtein"}
         for key in [key for key, is_set in unused.items() if is_set]:
             raise ValueError(f"'{key}': does not apply to gated adapters; remove it or set lora.gate to false")
         return self

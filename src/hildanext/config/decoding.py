@@ -78,6 +78,11 @@ class DecodeConfig(Section):
         description="Maximum number of editing passes after a block has no masks left. 0 ends the block at once; "
         "'preset' takes the mode's value.",
     )
+    min_indel_confidence: float | Threshold | None = Field(
+        "preset",
+        description="Confidence (0 to 1) above which a token is deleted or one is inserted, besides tau_mask and tau_edit. "
+        "null only substitutes, 'preset' is 0 for models trained with noise.edits 'levenshtein' and null for others.",
+    )
     block_size: int | None = Field(
         None,
         ge=1,
@@ -144,7 +149,7 @@ class DecodeConfig(Section):
 
     @model_validator(mode="after")
     def _thresholds(self) -> DecodeConfig:
-        for name in ("tau_mask", "tau_edit"):
+        for name in ("tau_mask", "tau_edit", "min_indel_confidence"):
             value = self.__dict__[name]
             if isinstance(value, (int, float)) and not 0.0 <= value <= 1.0:
                 raise ValueError(f"'{name}': must be between 0 and 1, got {value:g}")

@@ -26,6 +26,26 @@ class NoiseConfig(Section):
         description="Probability that an unmasked token is replaced by a random wrong one, so that the model learns "
         "to edit. 0 disables it.",
     )
+    edits: Literal["substitution", "levenshtein"] = Field(
+        "substitution",
+        description="What the model learns to do to wrong drafts: 'substitution' replaces tokens, 'levenshtein' also inserts "
+        "and deletes. 'levenshtein' changes the second turn of convert-wsd and sft, and adds two tokens to the vocabulary. "
+        "Does not apply to gated adapters and dpo.",
+    )
+    deletion_rate: float = Field(
+        0.05,
+        ge=0.0,
+        lt=1.0,
+        description="Probability that a token of the second turn is dropped, so that the model learns to insert. Applies to "
+        "edits 'levenshtein'.",
+    )
+    insertion_rate: float = Field(
+        0.05,
+        ge=0.0,
+        lt=1.0,
+        description="Probability that before a token of the second turn another one is added, or the token is doubled, so "
+        "that the model learns to delete. Applies to edits 'levenshtein'.",
+    )
     turns: Literal[1, 2] = Field(
         1,
         description="Forward passes per sample in convert-wsd. 2 adds a second one in which some masks hold the "

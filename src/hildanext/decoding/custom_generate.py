@@ -32,8 +32,8 @@ from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.generate_rules import Rules
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import Scheduler
-from hildanext.decoding.sequence import Vocabulary
 from hildanext.decoding.settings import Settings, read_presets, resolve
+from hildanext.decoding.span import Vocabulary
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import length_limit
 from hildanext.model.diffusion_lm import DiffusionLM

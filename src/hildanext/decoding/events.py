@@ -21,6 +21,8 @@ class Step(NamedTuple):
     confidence: list[float | None]  # of each position's proposal; None if the pass could not change the position
     mask_ratio: float  # masked share of the current block before the pass
     start: int
+    inserted: list[int] = []  # noqa: RUF012 - never changed; masks that the pass put before a token
+    deleted: list[tuple[int, int]] = []  # noqa: RUF012 - never changed; (place of the token that follows, dropped token)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Stats:
     tokens_per_second: float
     prefix_tokens: int = 0  # prompt tokens whose keys and values were cached by an earlier request
     seed: int | None = None  # of the sampling noise; the same seed gives the same text. None: decoded greedily
+    insertions: int = 0
+    deletions: int = 0
     # Of completions that verify drafts:
     accepted: int = 0  # drafts that became text
     rows: int = 0  # tokens and masks of all passes
@@ -66,4 +70,9 @@ class Stats:
     @property
     def changes(self) -> str:
         """What the passes did, in words: edits, or how many of the verified drafts were accepted."""
-        return f"{self.accepted} of {self.drafts} drafts accepted" if self.rows else f"{self.edits} edits"
+        if self.rows:
+            return f"{self.accepted} of {self.drafts} drafts accepted"
+        moves = (
+            f", {self.insertions} insertions, {self.deletions} deletions" if self.insertions + self.deletions else ""
+        )
+        return f"{self.edits} edits{moves}"

@@ -34,8 +34,8 @@ from hildanext.decoding.rule import (
     verify_step,
 )
 from hildanext.decoding.runtimes.protocol import GroupRows
-from hildanext.decoding.sequence import CachedText, Span, Vocabulary
 from hildanext.decoding.settings import Settings
+from hildanext.decoding.span import CachedText, Span, Vocabulary
 from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import NonFiniteLogitsError
 from hildanext.model.text_stream import TextStream

@@ -9,6 +9,8 @@ distribution there with the mask token excluded:
     Delta = { i : x_i is another token, v_i != x_i, c_i > tau_edit }     edits, token to token     `edit_step`
     x_i  <- v_i  for all i in Gamma and Delta at once
 
+A model that was trained to insert and delete (LLaDA2.2) may propose INSERT and DELETE as v_i        `indel_step`
+
 All engines and evaluations share this rule. `sequence.py` decides which positions a pass may change and when a block ends.
 """
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from hildanext.decoding.events import TokenLogprob
 from hildanext.decoding.settings import Settings
+from hildanext.diffusion.edits import EditTokens, apply_edits
 
 COLDEST = 1e-5  # vLLM's limit: a lower temperature samples as this one, which takes the most likely token
 
@@ -62,6 +65,77 @@ def edit_step(
     for i in (*gamma, *delta):
         new[i] = ids[i]
     return new, gamma, delta
+
+
+class Change(NamedTuple):
+    """What a pass did to n positions. Indices are those of the new tokens, sorted."""
+
+    tokens: list[int]  # n
+    drafted: list[int]
+    edited: list[int]
+    inserted: list[int]  # masks that were put before a token
+    deleted: list[tuple[int, int]]  # (index of the token that follows now, the token that was dropped)
+    sources: list[int | None]  # the old index of each token; None: it is new
+    rest: list[int]  # tokens that were cut off, then those of `behind` that the block did not take
+
+
+def indel_step(
+    tokens: list[int],
+    ids: list[int],
+    confidence: list[float],
+    editable: list[bool],
+    edit_tokens: EditTokens | None,
+    *,
+    mask_token_id: int,
+    block_size: int,
+    tau_mask: float,
+    tau_edit: float | None,
+    min_indel_confidence: float = 0.0,
+    settled: int | None = None,
+    second: list[int] | None = None,
+    behind: Sequence[int] = (),
+) -> Change:
+    """`edit_step` where v_i may be DELETE, which drops x_i, or INSERT, which puts a mask before x_i (LLaDA2.2). Without
+    `edit_tokens` it is `edit_step`.
+
+    Only the current block, the last `block_size` of the n positions, is inserted into and deleted from: it is cut to its
+    size, or filled with the tokens `behind` it and masks. DELETE and INSERT also need c_i > min_indel_confidence.
+    second: given if the block was in this state before; the least confident position that would change takes this
+    choice instead, its second one, so that edits do not undo each other for ever.
+    """
+    first, ids, sure = len(tokens) - block_size, list(ids), list(confidence)
+    indels = () if edit_tokens is None else edit_tokens[1:]
+    for i, token in enumerate(ids):
+        if token in indels and (sure[i] <= min_indel_confidence or i < first):
+            sure[i] = 0.0
+            ids[i] = token if tokens[i] == mask_token_id else tokens[i]
+    new, gamma, delta = edit_step(
+        tokens, ids, sure, editable, mask_token_id=mask_token_id, tau_mask=tau_mask, tau_edit=tau_edit, settled=settled
+    )
+    if edit_tokens is None:
+        return Change(new, gamma, delta, [], [], list(range(len(tokens))), list(behind))
+    if second is not None and (gamma or delta):
+        least = min((*gamma, *delta), key=sure.__getitem__)
+        new[least] = tokens[least] if second[least] in indels and least < first else second[least]
+        gamma, delta = ([i for i in found if new[i] != tokens[i]] for found in (gamma, delta))
+    block = apply_edits(tokens[first:], new[first:], edit_tokens, behind)
+    places = [*range(first), *(None if place is None else first + place for place in block.places)]
+    sources: list[int | None] = [None] * len(tokens)
+    drafted, edited, inserted = list[int](), list[int](), list[int]()
+    deleted, following = list[tuple[int, int]](), 0
+    for i, place in enumerate(places):
+        if place is None:
+            deleted.append((min(following, len(tokens) - 1), tokens[i]))
+            continue
+        following = place + 1
+        if new[i] == edit_tokens.insert and place <= len(tokens):
+            inserted.append(place - 1)
+        if place < len(tokens):
+            sources[place] = i
+            if new[i] != edit_tokens.insert:
+                drafted += [place] if i in gamma else []
+                edited += [place] if i in delta else []
+    return Change([*new[:first], *block.tokens], drafted, edited, inserted, deleted, sources, block.rest)
 
 
 def verify_step(drafts: list[int], choices: list[int], ratios: list[float], tau_accept: float) -> int:

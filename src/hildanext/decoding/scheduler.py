@@ -16,7 +16,8 @@ from hildanext.decoding.events import Finished, Step, TokenLogprob
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.rule import forced_logprob, propose, token_logprobs
 from hildanext.decoding.runtimes.protocol import GroupRows, Runtime, pad_batch
-from hildanext.decoding.sequence import Sequence, Span
+from hildanext.decoding.sequence import Sequence
+from hildanext.decoding.span import Span
 from hildanext.errors import ModelError
 from hildanext.model.policy import is_out_of_memory
 from hildanext.progress import say
@@ -39,6 +40,7 @@ class Proposals(NamedTuple):
     ids: list[int]  # v_i
     confidence: list[float]  # c_i
     logprobs: list[TokenLogprob] | None = None  # of the v_i, if the request asks for them
+    second: list[int] | None = None  # the likeliest ids but for the v_i, if the sequence's edits go round in a circle
 
 
 class Output(NamedTuple):
@@ -166,8 +168,8 @@ class Scheduler:
                 else:
                     if sequence.constraint is not None:
                         proposals = _walk(sequence, sequence.constraint, span.wanted, logits)
-                    ids, confidence, logprobs = proposals
-                    happened = sequence.finish_pass(span, ids, confidence, hidden, logprobs)
+                    ids, confidence, logprobs, second = proposals
+                    happened = sequence.finish_pass(span, ids, confidence, hidden, logprobs, second)
                     events += [(sequence, event) for event in happened]
             except ModelError as error:  # this sequence fails alone
                 sequence.finish_reason = "error"
@@ -259,7 +261,8 @@ def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, Proposals]
     blocks = [item.sequence for item in wanting if isinstance(item.sequence, Sequence)]
     parts = logits.split(sizes)
     found: dict[int, Proposals] = {}
-    if len(blocks) == len(wanting) and blocks and all(sequence.is_greedy for sequence in blocks):
+    is_shared = len(blocks) == len(wanting) and len({sequence.never for sequence in blocks}) == 1
+    if is_shared and all(sequence.is_greedy for sequence in blocks):
         ids, confidence = _propose(logits, blocks[0], wanting[0].span.wanted)
         proposed = dict(enumerate(zip(ids.split(sizes), confidence.split(sizes), strict=True)))
     else:
@@ -270,7 +273,11 @@ def _proposals(wanting: list[Scheduled], logits: Tensor) -> dict[int, Proposals]
         }
     for index, (v, c) in proposed.items():
         item, ids_of = wanting[index], v.tolist()
-        found[item.slot] = Proposals(ids_of, c.tolist(), _logprobs(parts[index], ids_of, item.sequence))
+        second = None
+        if isinstance(item.sequence, Sequence) and item.sequence.is_repeated:
+            others = parts[index].scatter(1, v[:, None], -torch.inf)
+            second = _propose(others, item.sequence, item.span.wanted)[0].tolist()
+        found[item.slot] = Proposals(ids_of, c.tolist(), _logprobs(parts[index], ids_of, item.sequence), second)
     return found
 
 
@@ -318,7 +325,7 @@ def _propose(
         logits,
         mask_token_id=sequence.vocabulary.mask_token_id,
         vocab_size=sequence.vocabulary.size,
-        holes=sequence.vocabulary.holes,
+        holes=sequence.never,
         settings=None if sequence.is_greedy else sequence.settings,
         noise=None if noise is None else noise.to(logits.device),
         seen=None if seen is None else seen.to(logits.device),

@@ -10,53 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hildanext.decoding.constraint import Constraint
 from hildanext.decoding.events import Finished, Stats, Step, TokenLogprob
-from hildanext.decoding.rule import counts_before, edit_step, forced_logprob, gumbel_noise, tokens_before
+from hildanext.decoding.rule import Change, counts_before, forced_logprob, gumbel_noise, indel_step, tokens_before
 from hildanext.decoding.runtimes.protocol import GroupRows
 from hildanext.decoding.settings import Settings, most_passes
+from hildanext.decoding.span import CachedText, Span, Vocabulary
 from hildanext.diffusion.noise import sample_generator
 from hildanext.errors import ModelError, NonFiniteLogitsError
 from hildanext.model.text_stream import TextStream
-
-
-class Vocabulary(NamedTuple):
-    """The ids that decoding needs, and the prediction convention: if `shifted`, logits at i-1 predict token i."""
-
-    size: int
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...]  # any of them ends a text
-    shifted: bool
-    holes: tuple[int, ...] = ()  # ids below `size` without a token
-    gated: bool = False  # clean tokens run through the base, causal
-
-
-class Span(NamedTuple):
-    """The tokens of one sequence in one forward. Text position p is query p - start."""
-
-    start: int  # text position of the first token; all positions below it are cached
-    tokens: list[int]
-    visible: list[int]  # each query attends to the text positions below this
-    wanted: list[int]  # text positions that need a proposal; empty for a prefill chunk
-    groups: GroupRows | None = None  # of a gated model
-
-
-class CachedText(Protocol):
-    """A sequence whose keys and values a slot holds."""
-
-    settings: Settings
-    tokens: list[int]
-    num_cached_tokens: int
-
-    @property
-    def reusable_prompt(self) -> int:
-        """Length of its prompt that another sequence can reuse."""
-        ...
 
 
 class Sequence:
@@ -69,13 +35,15 @@ class Sequence:
         vocabulary: Vocabulary,
         decode_tokens: Callable[[list[int]], str],
         constraint: Constraint | None = None,
+        draft: list[int] | None = None,
     ) -> None:
+        """draft: tokens that the blocks begin with in place of masks. `self.draft` is what no block has taken yet."""
         if constraint is not None:  # an edit could leave the grammar, and what follows depends on every token
-            settings = settings._replace(tau_edit=None)
+            settings = settings._replace(tau_edit=None, min_indel_confidence=None)
         self.settings, self.vocabulary, self.constraint = settings, vocabulary, constraint
         self.n_prompt, size = len(prompt_ids), settings.block_size
         self.first_block = self.block = self.n_prompt // size
-        self.tokens = list(prompt_ids)
+        self.tokens, self.draft, self.has_draft = list(prompt_ids), list(draft or []), bool(draft)
         self.window = self.block * size  # first position that can still change
         self.num_cached_tokens = 0  # positions whose keys and values in the cache are final
         self.last_hidden: Tensor | None = None  # shifted: hidden state [H] of the last cached position
@@ -83,10 +51,11 @@ class Sequence:
         self.stream = TextStream(decode_tokens, settings.stop)
         self.finish_reason: str | None = None  # "stop", "length" or "error"
         self.passes = self.post_steps = 0  # passes over the current block; those that began without masks
+        self.seen: set[tuple[int, ...]] = set()  # with insertions and deletions: the block's states before its passes
         self.noise: dict[int, Tensor] = {}  # Gumbel noise of each block in the window
         self.fixed: dict[int, TokenLogprob] = {}  # by position, if the request asks for log-probabilities
         self.prefix_tokens = 0  # positions that were cached by an earlier sequence
-        self.forwards = self.prefill_forwards = self.drafts = self.edits = 0
+        self.forwards = self.prefill_forwards = self.drafts = self.edits = self.insertions = self.deletions = 0
         self.mask_ratio: list[float] = []
         self.last_step = 0  # the scheduler's last step that used its keys and values
         self.began = time.perf_counter()
@@ -97,9 +66,12 @@ class Sequence:
 
     def _open_block(self) -> None:
         size = self.settings.block_size
-        self.tokens += [self.vocabulary.mask_token_id] * ((self.block + 1) * size - len(self.tokens))
+        missing = (self.block + 1) * size - len(self.tokens)
+        self.tokens += (self.draft + [self.vocabulary.mask_token_id] * missing)[:missing]
+        del self.draft[:missing]
         self.window = max(self.first_block, self.block - self.settings.editable_blocks) * size
         self.passes = self.post_steps = 0
+        self.seen.clear()
 
     def _masked_budget(self) -> list[int]:
         """The masked positions of the current block that are within `max_new_tokens`."""
@@ -177,7 +149,25 @@ class Sequence:
             return False
         # Shifted, the first token of a block is predicted by cached text alone: a later pass would propose it again.
         opens_block = position == self.window == self.block * self.settings.block_size
-        return not (self.vocabulary.shifted and opens_block)
+        return not (self.vocabulary.shifted and opens_block) or (self.has_draft and self.passes == 0)
+
+    @property
+    def _is_last_pass(self) -> bool:
+        return self.passes + 1 >= most_passes(self.settings.block_size, self.settings)
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Ids that the next pass cannot propose: those that no text has, except for DELETE and INSERT while they apply."""
+        settings, vocabulary = self.settings, self.vocabulary
+        is_over = self.post_steps >= settings.max_post_steps or self._is_last_pass
+        if settings.min_indel_confidence is None or vocabulary.edit_tokens is None or is_over:
+            return vocabulary.holes
+        return tuple(token for token in vocabulary.holes if token not in vocabulary.edit_tokens)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the block was in its present state before: its edits go round in a circle."""
+        return (*self.tokens[self.window :], len(self.draft)) in self.seen
 
     @property
     def decode_width(self) -> int:
@@ -234,56 +224,87 @@ class Sequence:
         confidence: list[float],
         hidden: Tensor,
         logprobs: list[TokenLogprob] | None = None,
+        second: list[int] | None = None,
     ) -> list[Step | Finished]:
         """Apply the decode rule to the proposals of a forward. Returns the pass and the blocks that became final.
 
         ids, confidence: v_i and c_i of the P positions `span.wanted`; hidden [n, H]: the hidden states of the span;
-        logprobs: log p of the v_i, if the request asks for them.
+        logprobs: log p of the v_i, if the request asks for them; second: the second choices, if `is_repeated`.
         Raises NonFiniteLogitsError for a NaN confidence, ModelError if the block does not end within `most_passes`.
         """
         if math.isnan(sum(confidence)):
             raise NonFiniteLogitsError(f"decoding, block {self.block}")
-        settings, window, mask_id = self.settings, self.window, self.vocabulary.mask_token_id
+        settings, window = self.settings, self.window
         self.forwards += 1
         self._mark_cached(span, window, hidden)  # blocks before the window, if the span had any
         before = self.tokens[window:]
-        proposed, sure = list(before), [0.0] * len(before)
         shown: list[float | None] = [None] * len(before)
-        for position, token, value in zip(span.wanted, ids, confidence, strict=True):
-            proposed[position - window] = token
-            sure[position - window] = shown[position - window] = value
-        after, drafted, edited = edit_step(
-            before,
-            proposed,
-            sure,
-            [position >= self.n_prompt for position in range(window, len(self.tokens))],
-            mask_token_id=mask_id,
-            tau_mask=settings.tau_mask,
-            tau_edit=settings.tau_edit,
-            settled=span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None,
-        )
-        self.tokens[window:] = after
+        for position, value in zip(span.wanted, confidence, strict=True):
+            shown[position - window] = value
+        change = self._change(before, span, ids, [value or 0.0 for value in shown], second)
+        self.tokens[window:], drafted, edited = change[:3]
         if logprobs is not None:
-            of = dict(zip(span.wanted, logprobs, strict=True))
-            self.fixed |= {window + i: of[window + i] for i in (*drafted, *edited)}
+            self._fix(change, dict(zip(span.wanted, logprobs, strict=True)))
+        shown = [None if source is None else shown[source] for source in change.sources]
         if self.constraint is not None:
             forced = self._force(self.constraint, [self.tokens[window + i] for i in drafted])
-            drafted, after = drafted + forced, self.tokens[window:]
-            for i in forced:
-                shown[i] = 1.0
-        ratio = before.count(mask_id) / settings.block_size
-        step = Step(self.block, self.passes, after, drafted, edited, shown, ratio, window)
+            drafted = drafted + forced
+            shown = [1.0 if i in forced else value for i, value in enumerate(shown)]
+        ratio = before.count(self.vocabulary.mask_token_id) / settings.block_size
+        step = Step(self.block, self.passes, self.tokens[window:], drafted, edited, shown, ratio, window, *change[3:5])
         self.passes += 1
         self.drafts += len(drafted)
         self.edits += len(edited)
+        self.insertions += len(change.inserted)
+        self.deletions += len(change.deleted)
         self.mask_ratio.append(ratio)
-        if not self._is_done(was_clean=ratio == 0, edited=bool(edited)):
+        changed = bool(edited or change.inserted or change.deleted)
+        if not self._is_done(was_clean=ratio == 0, edited=changed):
             return [step]
-        if not drafted and not edited and self.settings.editable_blocks == 0 and not self.vocabulary.gated:
+        if not drafted and not changed and self.settings.editable_blocks == 0 and not self.vocabulary.gated:
             # The cached keys are those of the final block. Editable blocks are cached when they leave the window: until
             # then they attend to later blocks, which a cached block does not.
             self._mark_cached(span, len(self.tokens), hidden)
         return [step, *self._close_block()]
+
+    def _change(
+        self, before: list[int], span: Span, ids: list[int], sure: list[float], second: list[int] | None
+    ) -> Change:
+        """What a pass does to the window. before, sure: its tokens and the confidence at each; ids: v_i of `span.wanted`."""
+        settings, window = self.settings, self.window
+        proposed, others = list(before), list(before)
+        for i, position in enumerate(span.wanted):
+            proposed[position - window] = ids[i]
+            others[position - window] = ids[i] if second is None else second[i]
+        edit_tokens = None if settings.min_indel_confidence is None else self.vocabulary.edit_tokens
+        if edit_tokens is not None:
+            self.seen.add((*before, len(self.draft)))
+        change = indel_step(
+            before,
+            proposed,
+            sure,
+            [position >= self.n_prompt for position in range(window, len(self.tokens))],
+            edit_tokens,
+            mask_token_id=self.vocabulary.mask_token_id,
+            block_size=settings.block_size,
+            tau_mask=-1.0 if edit_tokens is not None and self._is_last_pass else settings.tau_mask,
+            tau_edit=settings.tau_edit,
+            min_indel_confidence=settings.min_indel_confidence or 0.0,
+            settled=span.wanted[0] - window if self.constraint else 0 if self.vocabulary.shifted else None,
+            second=None if second is None else others,
+            behind=self.draft,
+        )
+        # Without a draft, what was cut off is drafted anew in the next block.
+        self.draft = [t for t in change.rest if t != self.vocabulary.mask_token_id] if self.has_draft else []
+        return change
+
+    def _fix(self, change: Change, found: dict[int, TokenLogprob]) -> None:
+        """Keep the log-probabilities of the tokens that a pass wrote; those of tokens that moved move along."""
+        before = dict(self.fixed)
+        for i, source in enumerate(change.sources):
+            known = found if i in change.drafted or i in change.edited else before
+            if source is not None and self.window + source in known:
+                self.fixed[self.window + i] = known[self.window + source]
 
     def _is_done(self, was_clean: bool, edited: bool) -> bool:
         """Whether the current block is final.
@@ -292,6 +313,7 @@ class Sequence:
         ModelError if masks remain at that limit.
         """
         settings, editing = self.settings, self.settings.tau_edit is not None
+        self.post_steps += was_clean
         # With editing off, tokens behind the end of the completion cannot change it: they stay undrafted.
         relevant = self.tokens[self.window :] if editing else self._completion()
         is_drafted = self.vocabulary.mask_token_id not in relevant
@@ -300,7 +322,6 @@ class Sequence:
             raise ModelError(f"decoding, block {self.block}: masks remain after {self.passes} passes")
         if not editing or not is_drafted:
             return is_drafted
-        self.post_steps += was_clean
         if is_last or self.post_steps >= settings.max_post_steps or (was_clean and not edited):
             return True
         # Shifted with blocks of one token: a drafted token cannot change, so no pass is spent to confirm it.
@@ -326,7 +347,8 @@ class Sequence:
                 self._open_block()
                 if self.constraint is not None:  # which may force the whole block
                     self._force(self.constraint, [])
-            is_decided = self.finish_reason is not None or self.vocabulary.mask_token_id in self._completion()
+            is_forced = self.constraint is not None and self.vocabulary.mask_token_id not in self._completion()
+            is_decided = self.finish_reason is not None or not is_forced
         final = self.n_prompt + len(completion) if self.finish_reason else self.window
         return self._emit(final)
 
@@ -369,6 +391,8 @@ class Sequence:
             n / self.seconds,
             self.prefix_tokens,
             self.settings.used_seed,
+            self.insertions,
+            self.deletions,
         )
 
     def preempt(self) -> None:

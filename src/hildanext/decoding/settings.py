@@ -83,6 +83,7 @@ class Settings(NamedTuple):
     min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     logprobs: int | None = None  # most likely tokens to report beside each token's log-probability; None: no report
+    min_indel_confidence: float | None = None  # of insertions and deletions; None: there are none
 
     @property
     def editable_blocks(self) -> int:
@@ -113,18 +114,25 @@ class Settings(NamedTuple):
 def most_passes(n_positions: int, settings: Settings) -> int:
     """The most passes over `n_positions` masked positions: one for each, and the correction passes.
 
-    A pass drafts at least one mask, so more are never needed. No setting lifts this limit.
+    A pass drafts at least one mask, so more are never needed without insertions and deletions; with them, the last pass
+    fills all masks. No setting lifts this limit.
     """
-    return n_positions + min(settings.max_post_steps, MOST_POST_STEPS) + 1
+    extra = 1 if settings.min_indel_confidence is None else 2
+    return n_positions + min(settings.max_post_steps, MOST_POST_STEPS) + extra
 
 
 def resolve(
-    config: DecodeConfig, trained_block: int, presets: dict[Mode, Preset] | None = None, kind: Kind = "blocks"
+    config: DecodeConfig,
+    trained_block: int,
+    presets: dict[Mode, Preset] | None = None,
+    kind: Kind = "blocks",
+    has_indels: bool = False,
 ) -> Settings:
     """Settings of a configuration. A key comes from the configuration, else from the mode's preset in `presets`
     (calibrated for the checkpoint), else from PRESETS; the block size may also be `trained_block`, the checkpoint's.
 
-    If the configuration samples without a seed, every call draws a new one, below 2**32.
+    If the configuration samples without a seed, every call draws a new one, below 2**32. has_indels: the model has DELETE
+    and INSERT. Raises UsageError for settings that the model cannot follow.
     """
     mode: Mode = config.mode or MODES_OF[kind][0]
     known = (PRESETS if kind == "blocks" else VERIFYING) | (presets or {})
@@ -147,11 +155,13 @@ def resolve(
     seed = config.seed
     if seed is None:
         seed = secrets.randbits(32) if config.temperature > 0 else 0  # JavaScript's numbers hold it exactly
+    max_post_steps = preset.max_post_steps if config.max_post_steps == "preset" else config.max_post_steps
+    edits = tau_edit is not None and tau_accept is None
     return Settings(
         mode=mode,
         tau_mask=float(preset.tau_mask if config.tau_mask == "preset" else config.tau_mask),
         tau_edit=None if tau_edit is None else float(tau_edit),
-        max_post_steps=preset.max_post_steps if config.max_post_steps == "preset" else config.max_post_steps,
+        max_post_steps=max_post_steps,
         block_size=config.block_size or preset.block_size or trained_block,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -169,7 +179,25 @@ def resolve(
         min_p=config.min_p,
         logit_bias=tuple((int(token), bias) for token, bias in config.logit_bias.items()),
         logprobs=config.logprobs,
+        min_indel_confidence=_min_indel_confidence(config, has_indels, max_post_steps) if edits else None,
     )
+
+
+def _min_indel_confidence(config: DecodeConfig, has_indels: bool, max_post_steps: int) -> float | None:
+    """`Settings.min_indel_confidence`. Raises UsageError if it cannot be followed."""
+    given = config.min_indel_confidence
+    found = (0.0 if has_indels else None) if given == "preset" else given
+    if found is not None and not has_indels:
+        raise UsageError(
+            "'decode.min_indel_confidence': the model has no DELETE and INSERT tokens; train one with noise.edits "
+            "'levenshtein', or set it to null"
+        )
+    if found is not None and max_post_steps == 0:
+        raise UsageError(
+            "'decode.max_post_steps': 0 leaves no pass for insertions and deletions; raise it, or set "
+            "decode.min_indel_confidence to null"
+        )
+    return None if found is None else float(found)
 
 
 def tokens_needed(n_prompt: int, settings: Settings) -> int:
@@ -200,6 +228,14 @@ def check_request(prompt_ids: list[int], settings: Settings, context_length: int
             f"prompt ({len(prompt_ids)} tokens) plus max_new_tokens ({settings.max_new_tokens}), rounded up to whole "
             f"blocks {needed}, exceed the model's context of {context_length}; shorten one of them"
         )
+
+
+def check_draft(settings: Settings, has_grammar: bool) -> None:
+    """Raise UsageError if the settings of a request leave nothing that could repair its draft."""
+    if settings.tau_edit is None or settings.tau_accept is not None or has_grammar:
+        raise UsageError("'draft': only editing repairs a draft; set tau_edit, tau_accept to null, and no grammar")
+    if settings.logprobs is not None:
+        raise UsageError("'draft': its own tokens have no log-probabilities; leave out logprobs")
 
 
 def check_ids(name: str, ids: list[int], vocab_size: int) -> None:

@@ -20,6 +20,7 @@ class Noisy(NamedTuple):
     masked: Tensor  # [..., L] bool, positions set to the mask token (M2T)
     corrupted: Tensor  # [..., L] bool, observed positions that hold a wrong token (T2T); disjoint from masked
     t: Tensor  # [..., L] float32, noise level of the position's block
+    labels: Tensor  # [..., L] int64, what to predict: x_0, or with insertions and deletions the labels of `edits.py`
 
 
 def sample_generator(seed: int, index: int, stream: str = "train") -> torch.Generator:
@@ -83,7 +84,7 @@ def add_noise(
     masked = (torch.rand(input_ids.shape, generator=generator) < t) & loss_mask
     corrupted = (torch.rand(input_ids.shape, generator=generator) < corrupt_rate) & loss_mask & ~masked
     noisy_ids = torch.where(corrupted, wrong_tokens(input_ids, ordinary_ids, generator), input_ids)
-    return Noisy(noisy_ids.masked_fill(masked, mask_token_id), masked, corrupted, t)
+    return Noisy(noisy_ids.masked_fill(masked, mask_token_id), masked, corrupted, t, input_ids)
 
 
 def complement(input_ids: Tensor, loss_mask: Tensor, noisy: Noisy, mask_token_id: int, t_min: float) -> Noisy:
@@ -95,7 +96,8 @@ def complement(input_ids: Tensor, loss_mask: Tensor, noisy: Noisy, mask_token_id
     """
     masked = loss_mask & ~noisy.masked
     noisy_ids = input_ids.masked_fill(masked, mask_token_id)
-    return Noisy(noisy_ids, masked, torch.zeros_like(masked), (1.0 - noisy.t).clamp_min(t_min))
+    t = (1.0 - noisy.t).clamp_min(t_min)
+    return Noisy(noisy_ids, masked, torch.zeros_like(masked), t, input_ids)
 
 
 def put_drafts(input_ids: Tensor, noisy: Noisy, drafts: Tensor, uniform: Tensor, share: float, t_min: float) -> Noisy:
@@ -108,7 +110,8 @@ def put_drafts(input_ids: Tensor, noisy: Noisy, drafts: Tensor, uniform: Tensor,
     drafted = noisy.masked & (uniform < share)
     noisy_ids = torch.where(drafted, drafts, noisy.noisy_ids)
     corrupted = noisy.corrupted | (drafted & (drafts != input_ids))
-    return Noisy(noisy_ids, noisy.masked & ~drafted, corrupted, (noisy.t * (1.0 - share)).clamp_min(t_min))
+    t = (noisy.t * (1.0 - share)).clamp_min(t_min)
+    return Noisy(noisy_ids, noisy.masked & ~drafted, corrupted, t, input_ids)
 
 
 def left_visible(noisy: Noisy, position_ids: Tensor, block_size: int) -> Tensor:

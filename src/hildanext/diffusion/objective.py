@@ -39,10 +39,10 @@ class Counts(NamedTuple):
 class Target(NamedTuple):
     """The S supervised positions of a noised micro-batch. A position neither masked nor corrupted is observed and right."""
 
-    labels: Tensor  # [S] int64, always x_0
+    labels: Tensor  # [S] int64, `Noisy.labels`
     t: Tensor  # [S] float32, noise level
     masked: Tensor  # [S] bool
-    corrupted: Tensor  # [S] bool, observed and not the clean token
+    corrupted: Tensor  # [S] bool, observed and not the label
 
 
 class Weights(NamedTuple):

@@ -1,9 +1,9 @@
 """Adapter files: read and write low-rank weight changes in peft's format, and add them to a base.
 
 A matrix W [out, in] becomes W + scaling * B A with A [r, in] and B [out, r] (Hu et al. 2021, arXiv 2106.09685). The
-mask token's embedding row has a full-rank change of its own, a vector [H]. In the file it is the last rank of the
-embedding's pair, with a B that is one-hot at the mask token, so that peft applies it without knowing about mask
-tokens.
+rows of new tokens have a full-rank change of their own, a vector [H]: the mask token's row, and in tied models those of
+DELETE and INSERT. In the file they are the last ranks of the embedding's pair, the mask token's the very last, each with
+a B that is one-hot at its token, so that peft applies them without knowing about such tokens.
 """
 
 from __future__ import annotations
@@ -39,10 +39,18 @@ class Adapter(NamedTuple):
     scaling: float
     pairs: dict[str, LoraFactors]  # by module name
     embedding: str  # name of the input embedding's module
-    row: Tensor  # [H] float32, added to the mask token's embedding row
-    mask_token_id: int
+    rows: dict[int, Tensor]  # token -> [H] float32, added to its embedding row; the mask token is the first
     n_rows: int  # V, the number of embedding rows
     draft_head: dict[str, Tensor] = {}  # noqa: RUF012 - never changed; tensors of `DraftHead` by name, float32
+
+    @property
+    def mask_token_id(self) -> int:
+        return next(iter(self.rows))
+
+    @property
+    def row(self) -> Tensor:
+        """[H] float32, added to the mask token's embedding row."""
+        return self.rows[self.mask_token_id]
 
     @property
     def rank(self) -> int:
@@ -59,10 +67,11 @@ def write_adapter(folder: Path, adapter: Adapter, settings: dict[str, Any], dtyp
     for name, (a, b) in adapter.pairs.items():
         if name != adapter.embedding:
             tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = a, b
-    one_hot = torch.zeros(adapter.n_rows, 1)
-    one_hot[adapter.mask_token_id] = 1 / adapter.scaling
+    ids = list(adapter.rows)[::-1]
+    one_hot = torch.zeros(adapter.n_rows, len(ids))
+    one_hot[ids, range(len(ids))] = 1 / adapter.scaling
     # For embeddings, peft names the factors after the transposed matrix: A holds our B, and B our A.
-    a, b = adapter.row[None].cpu(), one_hot
+    a, b = torch.stack([adapter.rows[token].cpu() for token in ids]), one_hot
     if adapter.embedding in adapter.pairs:
         low_rank = adapter.pairs[adapter.embedding]
         a, b = torch.cat([low_rank.a.cpu(), a]), torch.cat([low_rank.b.cpu(), b], dim=1)
@@ -70,7 +79,7 @@ def write_adapter(folder: Path, adapter: Adapter, settings: dict[str, Any], dtyp
     tensors[f"{_PREFIX}{adapter.embedding}.lora_embedding_B"] = a.T
     tensors |= {f"{_DRAFT_HEAD}{name}": tensor for name, tensor in adapter.draft_head.items()}
     save_file({n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
-    # The embedding's rank differs (r + 1, or 1 in untied models). peft scales by alpha / rank, so its alpha differs
+    # The embedding's rank differs (r + 1 or r + 3, or 1 in untied models). peft scales by alpha / rank, so its alpha differs
     # too.
     embedding_ranks = dict.fromkeys(settings["rank_pattern"], len(a))
     ranks = {"r": adapter.rank, "lora_alpha": adapter.scaling * adapter.rank, "rank_pattern": embedding_ranks}
@@ -103,10 +112,12 @@ def read_adapter(weights: Path, settings: Path) -> tuple[Adapter, dict[str, Any]
         for name, tensor in tensors.items()
         if name.endswith(".lora_A.weight")
     }
-    if len(a) > 1:
-        pairs[embedding] = LoraFactors(a[:-1].contiguous(), b[:, :-1].contiguous())
+    n = max(len(a) - stored["r"], 1)  # rows of new tokens
+    if len(a) > n:
+        pairs[embedding] = LoraFactors(a[:-n].contiguous(), b[:, :-n].contiguous())
+    rows = {int(b[:, -i].argmax()): a[-i].clone() for i in range(1, n + 1)}
     head = {n.removeprefix(_DRAFT_HEAD): tensor for n, tensor in tensors.items() if n.startswith(_DRAFT_HEAD)}
-    return Adapter(scaling, pairs, embedding, a[-1].clone(), int(b[:, -1].argmax()), len(b), head), stored
+    return Adapter(scaling, pairs, embedding, rows, len(b), head), stored
 
 
 @torch.no_grad()
@@ -127,14 +138,15 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> 
             )
         weight.copy_(weight.float() + change)
     weight = _parameter(model, adapter.embedding, adapter_name)
-    add_mask_row(weight, adapter)
+    add_rows(weight, adapter)
 
 
 @torch.no_grad()
-def add_mask_row(embedding: Tensor, adapter: Adapter) -> None:
-    """Add the change of the mask token's row to an embedding [V, H] in place, computed in float32."""
-    row = embedding[adapter.mask_token_id]
-    embedding[adapter.mask_token_id] = (row.float() + adapter.row.to(row.device)).to(row.dtype)
+def add_rows(embedding: Tensor, adapter: Adapter) -> None:
+    """Add the changes of the new tokens' rows to an embedding [V, H] in place, computed in float32."""
+    for token, change in adapter.rows.items():
+        row = embedding[token]
+        embedding[token] = (row.float() + change.to(row.device)).to(row.dtype)
 
 
 def _parameter(model: PreTrainedModel, name: str, adapter_name: str) -> nn.Parameter:

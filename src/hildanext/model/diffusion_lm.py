@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from hildanext.config import Convention, LoraConfig
 from hildanext.data.tokenizer import token_ids
+from hildanext.diffusion.edits import EditTokens
 from hildanext.errors import ModelError
-from hildanext.model.backbone import body, weight_matrix
+from hildanext.model.backbone import body, n_embeddings, weight_matrix
 from hildanext.model.policy import compute_dtype
 from hildanext.model.training_attention import Kind, visible_keys
 
-MASK_TOKEN = "<|mask|>"
+MASK_TOKEN, DELETE_TOKEN, INSERT_TOKEN = "<|mask|>", "<|delete|>", "<|insert|>"
 
 
 class Injected(NamedTuple):
@@ -65,7 +66,9 @@ class DiffusionLM(nn.Module):
         self.modes: dict[str, Any] = {}  # the `hilda` section of generation_config.json, written by `calibrate`
         ids = token_ids(tokenizer)
         self.vocab_size = ids[-1] + 1  # embedding rows beyond it are padding and never decoded
-        self.holes = sorted(set(range(self.vocab_size)) - set(ids))  # ids below it without a token, never decoded
+        self.edit_tokens = read_edit_tokens(mask_token_id, record)  # None: no insertions and deletions
+        # Ids below `vocab_size` that no text has: those without a token, DELETE and INSERT. Never decoded as text.
+        self.holes = sorted(set(range(self.vocab_size)) - set(ids) | set(self.edit_ids))
         self.ordinary_ids = torch.tensor(ordinary_ids(tokenizer))
         self.attention: Kind = "dense"  # the attention that `forward` uses, see `training_attention`
         self.adapter: Injected | None = None  # set in training with `lora.rank`
@@ -88,6 +91,11 @@ class DiffusionLM(nn.Module):
     def gated(self) -> bool:
         """Whether its adapter acts on denoised rows only (`model.gate`)."""
         return "gate" in self.record
+
+    @property
+    def edit_ids(self) -> tuple[int, ...]:
+        """DELETE and INSERT, or nothing."""
+        return () if self.edit_tokens is None else self.edit_tokens[1:]
 
     @property
     def name(self) -> str:
@@ -173,10 +181,16 @@ def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def first_mask_row(known: Tensor, seed: int) -> Tensor:
-    """The embedding [H] of a new mask token: the mean of the known tokens' rows [n, H] plus small noise."""
+    """The embedding [H] of a new token: the mean of the known tokens' rows [n, H] plus small noise."""
     mean, std = known.mean(0), known.std(0)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
     return mean + 0.02 * std * noise
+
+
+def read_edit_tokens(mask_token_id: int, record: dict[str, Any]) -> EditTokens | None:
+    """DELETE and INSERT of a checkpoint. record: the `hilda` section of its config.json."""
+    ids = record.get("edits")
+    return None if ids is None else EditTokens(mask_token_id, ids["delete_token_id"], ids["insert_token_id"])
 
 
 @torch.no_grad()
@@ -199,22 +213,49 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
             f"tokenizer '{tokenizer.name_or_path}': has {len(tokens)} tokens but ids up to {max(tokens)}, so {MASK_TOKEN} "
             f"would get the id {mask_id} of {tokens[mask_id]!r}; give it a mask_token in tokenizer_config.json"
         )
+    if is_new or n_ids > n_embeddings(model):
+        _give_rows(model, [mask_id] if is_new else [], n_ids, seed)
+    return mask_id
+
+
+@torch.no_grad()
+def add_edit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, int]:
+    """Add the special tokens DELETE and INSERT as `add_mask_token` adds a mask token. Returns the entry `hilda.edits`."""
+    known = max(tokenizer.get_vocab().values()) + 1
+    names = [DELETE_TOKEN, INSERT_TOKEN]
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
+    ids = [tokenizer.get_vocab()[name] for name in names]
+    _give_rows(model, ids, known, seed + 1)
+    return dict(zip(("delete_token_id", "insert_token_id"), ids, strict=True))
+
+
+def add_adapters_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: dict[str, Any] | None, record: dict[str, Any]
+) -> None:
+    """Add the tokens that an adapter was trained with to its base, which may be converted itself (`known`)."""
+    seed = record["adapter"]["seed"]
+    if known is None:
+        add_mask_token(model, tokenizer, seed)
+    if "edits" in record and "edits" not in (known or {}):
+        add_edit_tokens(model, tokenizer, seed)
+
+
+def _give_rows(model: PreTrainedModel, new_ids: list[int], n_known: int, seed: int) -> None:
+    """Give new tokens rows in the vocabulary of a model, whose ids below `n_known` have been in use."""
     embedding, head = weight_matrix(model.get_input_embeddings()), weight_matrix(model.get_output_embeddings())
-    n_rows, n_needed, is_tied = len(embedding), max(mask_id + 1, n_ids), head is embedding
-    if not is_new and n_needed <= n_rows:
-        return mask_id
-    mean, row, head_mean = embedding[:n_ids].mean(0), first_mask_row(embedding[:n_ids], seed), head[:n_ids].mean(0)
+    n_rows, n_needed, is_tied = len(embedding), max([n_known, *(token + 1 for token in new_ids)]), head is embedding
+    mean, head_mean = embedding[:n_known].mean(0), head[:n_known].mean(0)
+    rows = [first_mask_row(embedding[:n_known], seed + i) for i in range(len(new_ids))]
     if n_needed > n_rows:
         model.resize_token_embeddings(n_needed, mean_resizing=False)
         embedding, head = weight_matrix(model.get_input_embeddings()), weight_matrix(model.get_output_embeddings())
         embedding[n_rows:] = mean
         if not is_tied:
             head[n_rows:] = head_mean
-    if is_new:
-        embedding[mask_id] = row
+    for token, row in zip(new_ids, rows, strict=True):
+        embedding[token] = row
         if not is_tied:
-            head[mask_id] = head_mean
-    return mask_id
+            head[token] = head_mean
 
 
 def make_batch(lm: DiffusionLM, samples: list[int], rows: dict[str, Tensor]) -> Batch:

@@ -22,7 +22,7 @@ from hildanext.config import LoraConfig
 from hildanext.diffusion.groups import Groups, group_mask
 from hildanext.diffusion.masks import additive, document_mask
 from hildanext.errors import ModelError
-from hildanext.model.adapter_file import Adapter, add_mask_row
+from hildanext.model.adapter_file import Adapter, add_rows
 from hildanext.model.backbone import weight_matrix
 from hildanext.model.diffusion_lm import Batch
 from hildanext.model.draft_head import DraftHead, find_draft_head
@@ -165,7 +165,9 @@ def inject_gated(model: PreTrainedModel, config: LoraConfig, mask_token_id: int,
             n_in, n_out = cast(int, base.in_features), cast(int, base.out_features)  # quantized layers have them, too
             low_rank = LowRank(config.rank, n_in, n_out, config.scaling).to(model.device)
             model.set_submodule(name, GatedLinear(base, low_rank, gate, config.dropout))
-        model.set_input_embeddings(AdaptedEmbedding(model.get_input_embeddings(), mask_token_id, None).to(model.device))
+        model.set_input_embeddings(
+            AdaptedEmbedding(model.get_input_embeddings(), [mask_token_id], None).to(model.device)
+        )
         if config.draft_head is not None:
             hidden = model.config.get_text_config().hidden_size
             model.draft_head = DraftHead(hidden, config.draft_head).to(model.device)
@@ -182,7 +184,7 @@ def open_gate(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> No
     Only the mask token's embedding row is changed in place. Raises ModelError as `insert_gated` does.
     """
     insert_gated(model, adapter, adapter_name)
-    add_mask_row(weight_matrix(model.get_input_embeddings()), adapter)
+    add_rows(weight_matrix(model.get_input_embeddings()), adapter)
     model.set_output_embeddings(BaseHead(model.get_output_embeddings(), adapter.mask_token_id))
 
 

@@ -21,7 +21,17 @@ from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.files import write_json
 from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, add_adapter, read_adapter, write_adapter
 from hildanext.model.backbone import n_embeddings, weight_matrix
-from hildanext.model.diffusion_lm import MASK_TOKEN, DiffusionLM, Injected, add_mask_token, first_mask_row
+from hildanext.model.diffusion_lm import (
+    DELETE_TOKEN,
+    INSERT_TOKEN,
+    MASK_TOKEN,
+    DiffusionLM,
+    Injected,
+    add_adapters_tokens,
+    add_edit_tokens,
+    add_mask_token,
+    first_mask_row,
+)
 from hildanext.model.gate import gated_view, inject_gated, open_gate
 from hildanext.model.lora import collect, inject, peft_settings, trained_parameters, values_of
 from hildanext.model.policy import Policy, choose_policy
@@ -47,6 +57,7 @@ def load_diffusion_lm(
     seed: int = 0,
     lora: LoraConfig | None = None,
     added: Adapter | None = None,
+    edits: bool = False,
 ) -> tuple[DiffusionLM, Policy]:
     """Load a converted checkpoint, an adapter with its base, or an AR base, which gets a mask token and no block size.
 
@@ -54,8 +65,9 @@ def load_diffusion_lm(
     lora: with a rank and in training, freeze the weights in the format `lora.base` and train the adapter that
     `config.base` names, or a new one. Otherwise that adapter is added to the weights of its base.
     added: an adapter to use instead of the one in `config.base`.
+    edits: give a model without them the tokens DELETE and INSERT.
 
-    Raises UsageError for a model that does not exist and for another `model.convention` than the checkpoint's. Raises
+    Raises UsageError for a model that does not exist, an adapter that was trained without the tokens of `edits`, and another `model.convention` than the checkpoint's. Raises
     ModelError for damaged files, an architecture that the probe refuses, and an adapter whose base has changed.
     """
     policy = choose_policy(config.device, config.dtype)
@@ -76,25 +88,35 @@ def load_diffusion_lm(
         with policy.autocast():  # in the format that the checkpoint is loaded in
             probe(model)
     if record is None:
-        mask_id = add_mask_token(model, tokenizer, seed)
-        record = {
-            "base_model": config.base,
-            "base_revision": config.revision,
-            "convention": config.convention or "shifted",
-            "tokens_trained": 0,
-        }
-        lm = _assemble(model, tokenizer, mask_id, None, record)
+        mask_id, block_size, record = add_mask_token(model, tokenizer, seed), None, _new_record(config)
     else:
         if part is not None:
-            if read_record(source) is None:
-                add_mask_token(model, tokenizer, part["seed"])
+            add_adapters_tokens(model, tokenizer, read_record(source), record)
             tokenizer = load_tokenizer(config)
         _check_tokenizer(config, tokenizer, stored, record, model)
-        lm = _assemble(model, tokenizer, stored["mask_token_id"], stored["block_size"], record)
+        mask_id, block_size = stored["mask_token_id"], stored["block_size"]
+    if edits and "edits" not in record:
+        if part is not None:
+            raise UsageError(
+                f"adapter '{config.base}' was trained without insertions and deletions; make a full checkpoint of it with "
+                "'hildanext merge-topk --full', or set noise.edits to 'substitution'"
+            )
+        record["edits"] = add_edit_tokens(model, tokenizer, seed)
+    lm = _assemble(model, tokenizer, mask_id, block_size, record)
+    if "hilda" in stored:
         lm.modes = read_generation_config(config).get("hilda", {})
     if lora is not None or part is not None:
         _adapt(lm, config, part, lora, seed, added)
     return lm, policy
+
+
+def _new_record(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "base_model": config.base,
+        "base_revision": config.revision,
+        "convention": config.convention or "shifted",
+        "tokens_trained": 0,
+    }
 
 
 class CheckpointWithBase(NamedTuple):
@@ -139,6 +161,9 @@ def _check_tokenizer(
     same = tokenizer.mask_token_id == stored["mask_token_id"]
     if "tokenizer" in record:  # not in a published model's, see `published.as_stock`
         same = same and fingerprint(tokenizer) == record["tokenizer"]
+    if "edits" in record:
+        edit_ids = tokenizer.convert_tokens_to_ids([DELETE_TOKEN, INSERT_TOKEN])
+        same = same and edit_ids == [record["edits"][key] for key in ("delete_token_id", "insert_token_id")]
     if not same or token_ids(tokenizer)[-1] >= n_embeddings(model):
         raise ModelError(
             f"checkpoint '{config.base}': its tokenizer (mask token {tokenizer.mask_token_id}, {len(tokenizer)} ids) is not "
@@ -263,8 +288,11 @@ def _adapt(
             f"adapter '{config.base}' has rank {loaded.rank} and alpha {loaded.rank * loaded.scaling:g}; set lora.rank and "
             "lora.alpha to these values, or make a full checkpoint of it with 'hildanext merge-topk --full'"
         )
-    injecting = inject_gated if lora.gate else inject
-    lm.adapter = Injected(lora, injecting(lm.model, lora, lm.mask_token_id, seed))
+    if lora.gate:
+        targets = inject_gated(lm.model, lora, lm.mask_token_id, seed)
+    else:
+        targets = inject(lm.model, lora, lm.mask_token_id, seed, lm.edit_ids)
+    lm.adapter = Injected(lora, targets)
     if loaded is not None:
         set_adapter(lm, values_of(lm.model, loaded, config.base))
     else:
@@ -299,12 +327,14 @@ def save_diffusion_lm(lm: DiffusionLM, folder: Path, weights: dict[str, Tensor] 
     """Write a Hugging Face folder (safetensors) that `AutoModelForCausalLM` loads. The write is not atomic.
 
     With an adapter in training, the folder holds the adapter in peft's format instead of the weights. config.json gets
-    block_size, mask_token_id and the section `hilda`, and both `rope_theta` and `rope_parameters`.
+    block_size, mask_token_id, the ids of DELETE and INSERT, the section `hilda`, and both `rope_theta` and `rope_parameters`.
     weights: unsharded tensors, named as by `weights_of`; by default the model's own.
     """
     config = lm.model.config
     config.block_size = lm.block_size
     config.mask_token_id = lm.mask_token_id
+    if lm.edit_tokens is not None:  # by SGLang's names
+        config.delete_token_id, config.split_token_id = lm.edit_ids
     config.hilda = {
         **lm.record,
         "version": __version__,

@@ -2,8 +2,8 @@
 
 peft adapts the linear layers, including quantized ones; `lora_linear` computes those without quantization and dropout
 as one matrix. This file adapts the vocabulary:
-- The mask token's embedding row is new to the base and gets a full-rank change. peft's own option for trained rows
-  copies the whole embedding, and a tied head, in every forward.
+- The mask token's embedding row is new to the base and gets a full-rank change, as do in tied models the rows of DELETE
+  and INSERT. peft's own option for trained rows copies the whole embedding, and a tied head, in every forward.
 - The head gets a low-rank change. In tied models the embedding shares it, so that tied heads stay tied and a merged
   model is no larger than its base.
 """
@@ -33,14 +33,17 @@ _DRAFT_HEAD = "draft_head."
 
 
 class AdaptedEmbedding(nn.Module):
-    """The input embedding with a trained row for the mask token and, in tied models, a low-rank change."""
+    """The input embedding with trained rows for new tokens, the mask token first, and in tied models a low-rank change.
 
-    def __init__(self, base: nn.Module, mask_token_id: int, low_rank: LowRank | None) -> None:
+    The others, DELETE and INSERT, are no input: their rows act in the tied head only.
+    """
+
+    def __init__(self, base: nn.Module, token_ids: list[int], low_rank: LowRank | None) -> None:
         super().__init__()
-        self.base, self.low_rank, self.mask_token_id = base, low_rank, mask_token_id
+        self.base, self.low_rank, self.token_ids = base, low_rank, token_ids
         # transformers takes a model's dtype from its first parameter. A ParameterList, being a submodule, comes after
         # the base's weight, which a plain parameter would precede.
-        self.row = nn.ParameterList([torch.zeros(self.weight.shape[1])])
+        self.row = nn.ParameterList([torch.zeros(self.weight.shape[1]) for _ in token_ids])
         # Gemma multiplies its embeddings by a constant.
         scale = cast(Tensor, base.embed_scale) if hasattr(base, "embed_scale") else torch.ones(())
         self.scale = torch.as_tensor(scale).to(self.weight.dtype).item()
@@ -53,7 +56,7 @@ class AdaptedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 -> [..., H]."""
         embeds: Tensor = self.base(ids)
-        change = (ids == self.mask_token_id)[..., None] * self.row[0]
+        change = (ids == self.token_ids[0])[..., None] * self.row[0]
         if self.low_rank is not None:
             change = change + self.low_rank.scaling * (F.embedding(ids, self.low_rank.B) @ self.low_rank.A)
         return embeds + (self.scale * change).to(embeds.dtype)
@@ -62,12 +65,12 @@ class AdaptedEmbedding(nn.Module):
 class AdaptedHead(nn.Module):
     """The output head with a low-rank change.
 
-    row: in tied models, the trained row of the embedding.
+    row: in tied models, the trained rows of the embedding, those of `token_ids`.
     """
 
-    def __init__(self, base: nn.Module, mask_token_id: int, low_rank: LowRank, row: nn.ParameterList | None) -> None:
+    def __init__(self, base: nn.Module, token_ids: list[int], low_rank: LowRank, row: nn.ParameterList | None) -> None:
         super().__init__()
-        self.base, self.low_rank, self.row, self.mask_token_id = base, low_rank, row, mask_token_id
+        self.base, self.low_rank, self.row, self.token_ids = base, low_rank, row, token_ids
 
     @property
     def weight(self) -> Tensor:
@@ -81,7 +84,8 @@ class AdaptedHead(nn.Module):
         change = self.low_rank.scaling * F.linear(F.linear(hidden, self.low_rank.A), self.low_rank.B)
         logits = logits + change.to(logits.dtype)
         if self.row is not None:
-            logits[..., self.mask_token_id] += (hidden @ self.row[0]).to(logits.dtype)
+            for token, row in zip(self.token_ids, self.row, strict=True):
+                logits[..., token] += (hidden @ row).to(logits.dtype)
         return logits
 
 
@@ -124,9 +128,12 @@ def one_matrix(config: LoraConfig) -> bool:
     return config.rank is not None and config.base == "native" and not config.dropout
 
 
-def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed: int) -> list[str]:
+def inject(
+    model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed: int, edit_ids: tuple[int, ...] = ()
+) -> list[str]:
     """Freeze a model and insert a new adapter of `config.rank`. The model's outputs do not change yet.
 
+    edit_ids: DELETE and INSERT, if the model has them.
     The factors are float32 for every dtype of the base. Returns the names of the adapted layers in the form that peft
     matches. Raises ConfigError for a target that the model does not have.
     """
@@ -152,21 +159,21 @@ def inject(model: PreTrainedModel, config: LoraConfig, mask_token_id: int, seed:
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2 has layers of both orientations
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model)
-        _adapt_vocabulary(model, config, names, mask_token_id)
+        _adapt_vocabulary(model, config, names, [mask_token_id, *(edit_ids if names.tied else ())])
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return targets
 
 
-def _adapt_vocabulary(model: PreTrainedModel, config: LoraConfig, names: VocabularyNames, mask_token_id: int) -> None:
+def _adapt_vocabulary(model: PreTrainedModel, config: LoraConfig, names: VocabularyNames, token_ids: list[int]) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     n_out, n_in = head.weight.shape
     assert config.rank is not None
     low_rank = LowRank(config.rank, n_in, n_out, config.scaling).to(model.device)
-    adapted = AdaptedEmbedding(embedding, mask_token_id, low_rank if names.tied else None).to(model.device)
+    adapted = AdaptedEmbedding(embedding, token_ids, low_rank if names.tied else None).to(model.device)
     model.set_input_embeddings(adapted)
-    model.set_output_embeddings(AdaptedHead(head, mask_token_id, low_rank, adapted.row if names.tied else None))
+    model.set_output_embeddings(AdaptedHead(head, token_ids, low_rank, adapted.row if names.tied else None))
 
 
 def peft_settings(
@@ -215,7 +222,8 @@ def collect(model: PreTrainedModel, weights: dict[str, Tensor], scaling: float) 
     pairs = {module: LoraFactors(weights[a], weights[b]) for module, (a, b) in _factors(weights).items()}
     n_rows = embedding.weight.shape[0]
     head = {n.removeprefix(_DRAFT_HEAD): tensor for n, tensor in weights.items() if n.startswith(_DRAFT_HEAD)}
-    return Adapter(scaling, pairs, name, weights[f"{name}.row.0"], embedding.mask_token_id, n_rows, head)
+    rows = {token: weights[f"{name}.row.{i}"] for i, token in enumerate(embedding.token_ids)}
+    return Adapter(scaling, pairs, name, rows, n_rows, head)
 
 
 def values_of(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> dict[str, Tensor]:
@@ -231,7 +239,7 @@ def values_of(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> di
             f"adapter '{adapter_name}': only {where} has the layer '{unmatched[0]}'; set lora.targets to the "
             "layers in the file"
         )
-    values = {f"{adapter.embedding}.row.0": adapter.row}
+    values = {f"{adapter.embedding}.row.{i}": row for i, row in enumerate(adapter.rows.values())}
     values |= {f"{_DRAFT_HEAD}{name}": tensor for name, tensor in adapter.draft_head.items()}
     if odd := sorted(
         {n for n in weights if n.startswith(_DRAFT_HEAD)} ^ {n for n in values if n.startswith(_DRAFT_HEAD)}
@@ -254,5 +262,5 @@ def values_of(model: PreTrainedModel, adapter: Adapter, adapter_name: str) -> di
 def fresh_values(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of an adapter that changes nothing, named as by `trained_parameters`."""
     weights = trained_parameters(model)
-    zero = {name for _, name in _factors(weights).values()} | {name for name in weights if name.endswith(".row.0")}
+    zero = {name for _, name in _factors(weights).values()} | {name for name in weights if ".row." in name}
     return {name: torch.zeros_like(w) if name in zero else w.detach().clone() for name, w in weights.items()}

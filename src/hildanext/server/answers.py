@@ -206,7 +206,8 @@ def sse(data: Any, event: str | None = None) -> str:
 
 
 def make_show_step(engine: Engine) -> Callable[[Step], dict[str, Any]]:
-    """Return a function that turns a step into JSON: its fields and `pieces`, each token's text alone (None: masked).
+    """Return a function that turns a step into JSON: its fields, `pieces`, each token's text alone (None: masked), and
+    `dropped`, the text of each deleted token.
 
     The page lays these pieces along the completion's text; texts in context are `terminal.cells.token_texts`.
     """
@@ -217,4 +218,7 @@ def make_show_step(engine: Engine) -> Callable[[Step], dict[str, Any]]:
             known[token] = engine.decode_tokens([token])
         return known[token]
 
-    return lambda step: step._asdict() | {"pieces": [piece(token) for token in step.tokens]}
+    return lambda step: (
+        step._asdict()
+        | {"pieces": [piece(t) for t in step.tokens], "dropped": [piece(t) or "" for _, t in step.deleted]}
+    )

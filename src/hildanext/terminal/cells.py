@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,8 +15,9 @@ from hildanext.terminal.console import printable
 
 FADE = 3  # passes for which an edit stays visible
 
-# end: the end-of-text token. cut: a token after it or beyond max_new_tokens, which is not part of the answer.
-Kind = Literal["prompt", "mask", "drafted", "edited", "settled", "end", "cut"]
+# inserted: a mask that the pass put before a token. deleted: what the pass dropped, see `with_deleted`. end: the
+# end-of-text token. cut: a token after it or beyond max_new_tokens, which is not part of the answer.
+Kind = Literal["prompt", "mask", "drafted", "edited", "inserted", "deleted", "settled", "end", "cut"]
 
 
 class Cell(NamedTuple):
@@ -26,6 +27,7 @@ class Cell(NamedTuple):
     text: str
     kind: Kind
     strength: float
+    dropped: str = ""  # the text that the pass dropped before it
 
 
 class CellTracker:
@@ -52,7 +54,8 @@ class CellTracker:
                     kind = "cut"
                 elif token in self.engine.eos_token_ids:
                     kind, is_cut = "end", True
-            cells.append(Cell(position, text, kind, strength))
+            gone = [token for where, token in step.deleted if where == place and token != self.engine.mask_token_id]
+            cells.append(Cell(position, text, kind, strength, self.engine.decode_tokens(gone) if gone else ""))
         return cells
 
     def _state(self, step: Step, place: int, token: int) -> tuple[Kind, float]:
@@ -60,12 +63,20 @@ class CellTracker:
         if position < self.n_prompt:
             return "prompt", 1.0
         if token == self.engine.mask_token_id:
-            return "mask", 1.0
+            return "inserted" if place in step.inserted else "mask", 1.0
         if place in step.drafted:
             return "drafted", step.confidence[place] or 0.0
         if position in self.edited:
             return "edited", 1 - self.edited[position] / FADE
         return "settled", 1.0
+
+
+def with_deleted(cells: Iterable[Cell]) -> Iterator[Cell]:
+    """The cells, and before each the text that was dropped there as a cell of its own."""
+    for cell in cells:
+        if cell.dropped:
+            yield Cell(cell.position, cell.dropped, "deleted", 1.0)
+        yield cell
 
 
 def token_texts(decode_tokens: Callable[[list[int]], str], tokens: list[int], mask_token_id: int | None) -> list[str]:
@@ -86,12 +97,14 @@ def token_texts(decode_tokens: Callable[[list[int]], str], tokens: list[int], ma
 
 
 def as_line(step: Step, cells: list[Cell]) -> str:
-    """Format a pass as text: `_` is a mask, [word] was drafted and {word} edited in this pass, ∎ ends the text."""
+    """Format a pass as text: `_` is a mask, [word] was drafted and {word} edited in this pass, +_ is a mask that it
+    inserted and -word- a token that it deleted; ∎ ends the text."""
+    forms = {"drafted": "[{}]", "inserted": "+{}", "deleted": "-{}-"}
     words = []
-    for cell in (cell for cell in cells if cell.kind != "cut"):
-        word = printable(cell.text).strip() or {"mask": "_", "end": "∎"}.get(cell.kind, "")
+    for cell in (cell for cell in with_deleted(cells) if cell.kind != "cut"):
+        word = printable(cell.text).strip() or {"mask": "_", "inserted": "_", "end": "∎"}.get(cell.kind, "")
         fresh = cell.kind == "edited" and cell.strength == 1.0
-        words.append(f"[{word}]" if cell.kind == "drafted" else f"{{{word}}}" if fresh else word)
+        words.append("{" + word + "}" if fresh else forms.get(cell.kind, "{}").format(word))
     return f"block {step.block} pass {step.step + 1}:  {' '.join(word for word in words if word)}"
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hildanext.decoding.events import Finished, Step
 from hildanext.progress import say
-from hildanext.terminal.cells import Cell, CellTracker, as_line
+from hildanext.terminal.cells import Cell, CellTracker, as_line, with_deleted
 from hildanext.terminal.console import printable, write_text
 
 REDRAW_S = 1 / 30
@@ -24,14 +24,15 @@ def style_of(cell: Cell) -> str:
         return "bold green" if cell.strength >= 0.9 else "green" if cell.strength >= 0.6 else "dim green"
     if cell.kind == "edited":
         return "bold magenta" if cell.strength == 1 else "magenta" if cell.strength > 0.5 else "dim magenta"
-    return {"mask": "bright_black", "prompt": "bright_black", "end": "bright_black"}.get(cell.kind, "")
+    grey = dict.fromkeys(("mask", "prompt", "end"), "bright_black")
+    return (grey | {"inserted": "bold blue", "deleted": "red strike"}).get(cell.kind, "")
 
 
 def draw_cells(cells: list[Cell]) -> Text:
     """Draw a block: masks as shades, drafts and edits in colour, without the cells that are not part of the answer."""
     text = Text()
-    for cell in cells:
-        if cell.kind == "mask":
+    for cell in with_deleted(cells):
+        if cell.kind in ("mask", "inserted"):
             text.append(MASK, style_of(cell))
         elif cell.kind not in ("cut", "prompt", "end"):
             text.append(printable(cell.text), style_of(cell))
@@ -41,8 +42,8 @@ def draw_cells(cells: list[Cell]) -> Text:
 def draw_line(step: Step, cells: list[Cell]) -> Text:
     """Draw a pass as one line of a trace: the whole block, with the prompt dimmed."""
     line = Text(f"block {step.block:3} pass {step.step + 1:2} ", "bright_black", overflow="fold")
-    for cell in cells:
-        if cell.kind == "mask":
+    for cell in with_deleted(cells):
+        if cell.kind in ("mask", "inserted"):
             line.append(" ▒", style_of(cell))
         elif cell.kind == "end":
             line.append(" ∎", style_of(cell))

@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 from hildanext.decoding.events import Step
 from hildanext.errors import UsageError
 from hildanext.files import atomic_open
-from hildanext.terminal.cells import Cell
+from hildanext.terminal.cells import Cell, with_deleted
 
 FORMATS = (".png", ".svg", ".gif")
 SIZE = 14  # font size, in pixels of the drawing
@@ -28,6 +28,7 @@ PASS_MS, LAST_MS = 450, 4000
 Color = tuple[int, int, int]
 PAPER, FAINT, DIM, INK, BRIGHT = (13, 17, 23), (33, 39, 49), (118, 128, 142), (205, 213, 222), (255, 255, 255)
 DRAFT_LOW, DRAFT_HIGH, EDIT = (18, 60, 62), (24, 150, 128), (196, 62, 142)
+INSERT, DELETE = (42, 98, 196), (168, 48, 44)
 
 
 class Box(NamedTuple):
@@ -87,9 +88,14 @@ def mix(low: Color, high: Color, share: float) -> Color:
 
 
 def look(cell: Cell) -> tuple[Color, Color | None]:
-    """Return a cell's (ink, fill): masks faint, drafts tinted by confidence, edits fading, others plain."""
+    """Return a cell's (ink, fill): masks faint, drafts tinted by confidence, edits fading, others plain.
+
+    Inserted masks and deleted tokens have colours of their own.
+    """
     if cell.kind == "mask":
         return DIM, FAINT
+    if cell.kind in ("inserted", "deleted"):
+        return BRIGHT, INSERT if cell.kind == "inserted" else DELETE
     if cell.kind == "drafted":
         return BRIGHT, mix(DRAFT_LOW, DRAFT_HIGH, cell.strength)
     if cell.kind == "edited":
@@ -101,7 +107,7 @@ def shown_text(cell: Cell) -> str:
     """Return the text in a cell's box: without spaces around it, line ends and tabs visible."""
     if cell.kind == "end":
         return "∎"
-    return "" if cell.kind == "mask" else cell.text.strip(" ").replace("\n", "⏎").replace("\t", "⇥")
+    return "" if cell.kind in ("mask", "inserted") else cell.text.strip(" ").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def heading(decode: Decode, width: float) -> list[Box]:
@@ -115,6 +121,8 @@ def heading(decode: Decode, width: float) -> list[Box]:
         legend += [("correction", BRIGHT, EDIT), ("base's word", INK, None)]
     else:
         legend = [("masked", DIM, FAINT), ("drafted: unsure", *low), ("sure", *sure), ("edited", BRIGHT, EDIT)]
+        if any(step.inserted or step.deleted for step, _ in decode.passes):
+            legend += [("inserted", BRIGHT, INSERT), ("deleted", BRIGHT, DELETE)]
     y, x = MARGIN + len(lines) * ROW, float(MARGIN)
     for name, ink, fill in legend:
         boxes.append(Box(x, y, len(name) * CHAR + 2 * PAD, name, ink, fill))
@@ -139,8 +147,13 @@ def stepped(decode: Decode) -> Drawing:
             row = [Box(MARGIN, y, 0, label, DIM)] if label else []
             x = float(MARGIN + GUTTER)
             for cell, column in zip(cells, widths, strict=True):
-                if cell.kind != "cut":
-                    row.append(Box(x, y, column, shown_text(cell), *look(cell)))
+                *gone, own = with_deleted([cell])
+                left = x
+                for deleted in gone:
+                    row.append(Box(left, y, _width(deleted), shown_text(deleted), *look(deleted)))
+                    left += _width(deleted) + 2
+                if own.kind != "cut":
+                    row.append(Box(left, y, column + x - left, shown_text(own), *look(own)))
                 x += column + 4
             rows.append(row)
             y += ROW
@@ -151,10 +164,12 @@ def stepped(decode: Decode) -> Drawing:
 
 def _columns(block: list[tuple[Step, list[Cell]]]) -> list[float]:
     """Return the column width of each position: the width of its longest text in any pass."""
-    longest = [
-        max(len(shown_text(cell)) for cell in column) for column in zip(*(cells for _, cells in block), strict=True)
-    ]
-    return [max(n, 2) * CHAR + 2 * PAD for n in longest]
+    columns = zip(*(cells for _, cells in block), strict=True)
+    return [max(sum(_width(part) for part in with_deleted([cell])) for cell in column) for column in columns]
+
+
+def _width(cell: Cell) -> float:
+    return max(len(shown_text(cell)), 2) * CHAR + 2 * PAD
 
 
 def frames(decode: Decode) -> Iterator[Drawing]:
@@ -173,8 +188,9 @@ def frames(decode: Decode) -> Iterator[Drawing]:
         # Positions before the pass's first position are final.
         written = {position: settled(cell) for position, cell in written.items() if position < step.start}
         written |= {cell.position: cell for cell in cells if cell.kind not in ("cut", "prompt")}
-        shown = [cell._replace(text=texts[cell.position]) if cell.kind == "mask" else cell for cell in written.values()]
-        n_masks = sum(cell.kind == "mask" for cell in shown)
+        masks = ("mask", "inserted")
+        shown = [cell._replace(text=texts[cell.position]) if cell.kind in masks else cell for cell in written.values()]
+        n_masks = sum(cell.kind in masks for cell in shown)
         pages.append((*_page(shown, first), f"pass {number:3}   {len(shown) - n_masks:3} tokens"))
     pages.append((*_page([settled(cell) for cell in written.values()], first), decode.cost))
     foot = first + max(n_lines for _, n_lines, _ in pages) * ROW + ROW / 2
@@ -183,14 +199,14 @@ def frames(decode: Decode) -> Iterator[Drawing]:
 
 
 def _plain(cell: Cell) -> Cell:
-    return cell if cell.kind == "end" else cell._replace(kind="settled")
+    return cell if cell.kind == "end" else cell._replace(kind="settled", dropped="")
 
 
 def _page(cells: list[Cell], top: float) -> tuple[list[Box], int]:
     """Lay cells out as running text, broken between words; return their boxes and the number of lines."""
     boxes: list[Box] = []
     column = line = 0
-    for word in _words(cells):
+    for word in _words(list(with_deleted(cells))):
         text = "".join(cell.text for cell in word)
         if text.startswith("\n"):
             line, column = line + text.count("\n"), 0
@@ -206,7 +222,7 @@ def _page(cells: list[Cell], top: float) -> tuple[list[Box], int]:
                 right = 2.5 if index == len(word) - 1 else -0.75
                 n = max(len(text), 1) * CHAR
                 x, y = MARGIN + column * CHAR, top + line * ROW
-                shown = "" if cell.kind == "mask" else text
+                shown = "" if cell.kind in ("mask", "inserted") else text
                 boxes.append(Box(x - left, y, n + left + right, shown, ink, fill) if fill else Box(x, y, 0, text, ink))
             column += len(text)
     return boxes, line + 1

@@ -30,6 +30,9 @@ def _train(
 ) -> dict[str, Any]:
     lm = opened.lm
     check_length(lm.model, config.data.seq_len, "data.seq_len")
+    if config.noise.edits == "levenshtein" and recipe.turns == 1:
+        key = "noise.turns" if use == "train" else "sft.turns"
+        raise UsageError(f"'noise.edits': 'levenshtein' changes the second turn, and there is one; set {key} to 2")
     held_out = PARTS[use][1]
     with closing(open_row_source(config, use, lm, block_size)) as rows:
         eval_rows = open_rows(config, held_out, lm.tokenizer)

@@ -3,7 +3,8 @@
 A micro-batch takes one to three *turns*, each a noised forward and a backward:
 
     noised      x_t, drawn at the noise level t of each block
-    drafts      x_t where some masks hold the model's own predictions (multi-turn forward, LLaDA2.1 section 3)
+    drafts      x_t where some masks hold the model's own predictions (multi-turn forward, LLaDA2.1 section 3); with
+                `noise.edits` "levenshtein", tokens are also dropped and added
     complement  x_0 under the complementary mask (LLaDA2.0 section 5.1)
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from hildanext.config import Config
 from hildanext.data.rows import Rows, RowSource
+from hildanext.diffusion.edits import edit_noise
 from hildanext.diffusion.noise import (
     Noisy,
     add_noise,
@@ -91,8 +93,7 @@ class DenoisingModule(nn.Module):
         if embed_noise is not None:
             embed_noise = embed_noise * self.lm.embedding_std()
         hidden = self.lm(batch, noisy.noisy_ids, wanted, block_size, embed_noise)
-        labels = batch.input_ids[wanted]
-        target = Target(labels, noisy.t[wanted], noisy.masked[wanted], noisy.corrupted[wanted])
+        target = Target(noisy.labels[wanted], noisy.t[wanted], noisy.masked[wanted], noisy.corrupted[wanted])
         mask_id, head = self.lm.mask_token_id, self.lm.head
         return Denoised(*denoising_loss(hidden, head, target, n_tokens, self.weights, mask_token_id=mask_id, soft=soft))
 
@@ -180,7 +181,7 @@ class DenoisingTask:
         drafts = batch.input_ids.clone()
         for turn in order:
             # 1. noise: x_0 -> x_t
-            noisy = self.noise_of(turn, batch, first, drafts)
+            noisy = self.noise_of(turn, batch, first, drafts, block_size)
             wanted = self.wanted(batch, noisy)
             embed_noise = None if turn == "drafts" else self.embedding_noise(batch, noisy.masked, step.number)
             soft = None
@@ -199,7 +200,7 @@ class DenoisingTask:
                 if turn == "noised" or not name.startswith("masked"):
                     sums.add(name, value)
 
-    def noise_of(self, turn: Turn, batch: Batch, first: Noisy, drafts: Tensor) -> Noisy:
+    def noise_of(self, turn: Turn, batch: Batch, first: Noisy, drafts: Tensor, block_size: int) -> Noisy:
         """x_t of a turn. first: x_t of the first turn; drafts [B, L] int64: the model's predictions at its masks."""
         t_min = self.recipe.t_min
         if turn == "noised":
@@ -208,9 +209,37 @@ class DenoisingTask:
             return complement(batch.input_ids, batch.allowed, first, self.lm.mask_token_id, t_min)
         seed, length = self.config.train.seed, drafts.shape[1]
         uniform = torch.stack([torch.rand(length, generator=sample_generator(seed, s, "draft")) for s in batch.samples])
-        return put_drafts(
-            batch.input_ids, first, drafts, uniform.to(drafts.device), self.config.noise.draft_share, t_min
-        )
+        no_text = torch.isin(drafts, torch.tensor(self.lm.edit_ids, dtype=drafts.dtype, device=drafts.device))
+        uniform = uniform.to(drafts.device).masked_fill(no_text, 1.0)  # these masks stay
+        noisy = put_drafts(batch.input_ids, first, drafts, uniform, self.config.noise.draft_share, t_min)
+        return self.edited(batch, noisy, block_size) if self.config.noise.edits == "levenshtein" else noisy
+
+    def edited(self, batch: Batch, noisy: Noisy, block_size: int) -> Noisy:
+        """Drop and add tokens of a micro-batch's drafts, and label them by their alignment with x_0."""
+        lm, noise = self.lm, self.config.noise
+        assert lm.edit_tokens is not None
+        fields = (batch.input_ids, batch.allowed, batch.doc_ids, batch.position_ids, *noisy)
+        rows = []
+        for sample, *row in zip(batch.samples, *(x.cpu() for x in fields), strict=True):
+            input_ids, allowed, doc_ids, position_ids, *noised = row
+            opens_block = position_ids % block_size == 0  # shifted, the clean stream predicts it
+            rows.append(
+                edit_noise(
+                    input_ids,
+                    allowed,
+                    doc_ids,
+                    block_ids(position_ids, block_size),
+                    opens_block if lm.convention == "shifted" else torch.zeros_like(allowed),
+                    Noisy(*noised),
+                    tokens=lm.edit_tokens,
+                    ordinary_ids=lm.ordinary_ids,
+                    deletion_rate=noise.deletion_rate,
+                    insertion_rate=noise.insertion_rate,
+                    corrupt_rate=noise.corrupt_rate,
+                    generator=sample_generator(self.config.train.seed, sample, "edits"),
+                )
+            )
+        return Noisy(*(torch.stack(field).to(lm.device) for field in zip(*rows, strict=True)))
 
     def wanted(self, batch: Batch, noisy: Noisy) -> Tensor:
         """The supervised positions, [B, L] bool."""

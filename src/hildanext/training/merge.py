@@ -226,16 +226,16 @@ def mean_adapter(adapters: list[Adapter], folders: list[Path]) -> Adapter:
         )
         for name in first.pairs
     }
-    row = torch.stack([adapter.row for adapter in adapters]).mean(0)
+    rows = {token: torch.stack([adapter.rows[token] for adapter in adapters]).mean(0) for token in first.rows}
     # A draft head is no linear map. Its mean parameters suit checkpoints of one run.
     head = {name: torch.stack([adapter.draft_head[name] for adapter in adapters]).mean(0) for name in first.draft_head}
-    return first._replace(scaling=1.0, pairs=pairs, row=row, draft_head=head)
+    return first._replace(scaling=1.0, pairs=pairs, rows=rows, draft_head=head)
 
 
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     """The closest adapter of at most `rank` (truncated SVD), and its distance relative to the update (Frobenius norm).
 
-    The mask token's row is kept unchanged. All layers have one rank in the file, so a layer whose smaller side is below
+    The new tokens' rows are kept unchanged. All layers have one rank in the file, so a layer whose smaller side is below
     it gets zeros for the rest.
     """
     if rank < 1:

@@ -105,7 +105,7 @@ def draw_noise(
     if recipe.complementary:  # the complement of a mask drawn at level t is a mask drawn at level 1 - t
         ids, docs, positions, allowed = (tensor.repeat(2, 1) for tensor in (ids, docs, positions, allowed))
         masked, t = torch.cat([masked, allowed[: len(masked)] & ~masked]), torch.cat([t, 1.0 - t])
-    noisy = Noisy(ids.masked_fill(masked, lm.mask_token_id), masked, torch.zeros_like(masked), t)
+    noisy = Noisy(ids.masked_fill(masked, lm.mask_token_id), masked, torch.zeros_like(masked), t, ids)
     return Batch(batch.samples, ids, docs, positions, allowed), noisy
 
 

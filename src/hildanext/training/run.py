@@ -68,7 +68,10 @@ def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
     if found is None:
         if resume:
             say(f"{run.path}: no checkpoint yet; starting from the beginning")
-        lm, policy = load_diffusion_lm(config.model, training=True, seed=config.train.seed, lora=config.lora)
+        edits = config.noise.edits == "levenshtein" and command != "dpo"
+        lm, policy = load_diffusion_lm(
+            config.model, training=True, seed=config.train.seed, lora=config.lora, edits=edits
+        )
         if accelerator.is_main_process:  # the only one that writes; if it fails, the launcher ends the others
             check_loadable(lm, config.model, run.path.parent)
         return Opened(run, lm, policy, accelerator, None)

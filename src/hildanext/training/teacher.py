@@ -59,6 +59,7 @@ class Teacher:
         """Soft targets at the wanted positions [B, L] bool of a turn, in row-major order. states: from `states(batch)`."""
         row, column = wanted.nonzero(as_tuple=True)
         fair = left_visible(noisy, batch.position_ids, block_size) & (batch.position_ids > 0)
+        fair &= noisy.labels == batch.input_ids  # not a mask to be deleted
         return Soft(states[row, (column - 1).clamp_min(0)], self.logits, fair[wanted].float() * self.share)
 
     @contextlib.contextmanager

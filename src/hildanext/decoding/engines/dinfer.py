@@ -160,6 +160,8 @@ class DInferEngine:
         convention = model_config.get("hilda", {}).get("convention", "in_place")
         if convention != "in_place":
             return f"dInfer supports 'in_place' prediction only, and this checkpoint is '{convention}'"
+        if "edits" in model_config.get("hilda", {}) and config.decode.min_indel_confidence is not None:
+            return "dInfer has no insertions and deletions, for which this checkpoint was trained; set decode.min_indel_confidence to null"
         family, backend = FAMILIES[model_config["model_type"]]
         if config.engine.dinfer_backend != backend:
             return f"dInfer runs {family} on '{backend}' only; set engine.dinfer_backend to '{backend}'"

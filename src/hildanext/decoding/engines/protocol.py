@@ -37,6 +37,7 @@ class Request:
     prompt_ids: list[int]
     settings: Settings
     grammar: CompiledGrammar | None = None
+    draft: list[int] | None = None  # a completion to be repaired: its tokens stand in the blocks in place of masks
 
 
 @dataclass(frozen=True)

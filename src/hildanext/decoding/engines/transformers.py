@@ -18,16 +18,18 @@ from hildanext.decoding.memory import return_freed_memory
 from hildanext.decoding.runtimes import open_runtime
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import AnySequence, Scheduler
-from hildanext.decoding.sequence import Sequence, Vocabulary
+from hildanext.decoding.sequence import Sequence
 from hildanext.decoding.settings import (
     MODES_OF,
     Kind,
     Settings,
+    check_draft,
     check_ids,
     check_request,
     read_presets,
     resolve,
 )
+from hildanext.decoding.span import Vocabulary
 from hildanext.errors import HildaError, UsageError
 from hildanext.model.backbone import length_limit, max_positions
 from hildanext.model.diffusion_lm import DiffusionLM
@@ -80,6 +82,7 @@ class TransformersEngine:
             lm.convention == "shifted",
             tuple(lm.holes),
             gated=lm.gated,
+            edit_tokens=lm.edit_tokens,
         )
         self.kind: Kind = "base" if lm.block_size is None else "gated" if lm.gated else "blocks"
         never = [self.vocabulary.mask_token_id, *self.vocabulary.holes]
@@ -128,7 +131,8 @@ class TransformersEngine:
         return encode_prompt(self.tokenizer, prompt, known, **rendering._asdict())
 
     def settings(self, config: Config) -> Settings:
-        return resolve(config.decode, self.trained_block or 1, self.presets, self.kind)
+        has_indels = self.vocabulary.edit_tokens is not None
+        return resolve(config.decode, self.trained_block or 1, self.presets, self.kind, has_indels)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         return self.grammars.compile(grammar)
@@ -140,16 +144,24 @@ class TransformersEngine:
         return decode_prompt(self.tokenizer, token_ids)
 
     def submit(self, request: Request) -> AnySequence:
-        """Queue a request. Raises UsageError for an empty prompt or a mask token in it, ContextError if too long."""
+        """Queue a request. Raises UsageError for an empty prompt, a token in it or in the draft that no text has, or a draft
+        that nothing could repair, ContextError if too long."""
         check_request(request.prompt_ids, request.settings, self.context)
-        if self.vocabulary.mask_token_id in request.prompt_ids:
+        given = [*request.prompt_ids, *(request.draft or [])]
+        if self.vocabulary.mask_token_id in given:
             raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
-        check_ids("prompt", request.prompt_ids, self.vocabulary.size)
+        if not {*(self.vocabulary.edit_tokens or ())}.isdisjoint(given):
+            raise UsageError("the prompt contains DELETE or INSERT, which no text has; remove it")
+        check_ids("prompt", given, self.vocabulary.size)
+        if request.draft is not None:
+            check_draft(request.settings, request.grammar is not None)
         check_ids("logit_bias", [token for token, _ in request.settings.logit_bias], self.vocabulary.size)
         sequence: AnySequence
         constraint = None if request.grammar is None else request.grammar.start()
         if request.settings.tau_accept is None:
-            sequence = Sequence(request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint)
+            sequence = Sequence(
+                request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, constraint, request.draft
+            )
         else:
             sequence = ExactSequence(
                 request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter, constraint

@@ -156,8 +156,8 @@ export class Canvas {
       this.nodes.set(position, node);
       this.#block(cell.block).append(node);
     }
-    const names = ["tok", state];
-    if (state !== "masked") names.push(tint(cell.confidence));
+    const names = state === "inserted" ? ["tok", "masked", state] : ["tok", state];
+    if (piece !== null) names.push(tint(cell.confidence));
     if (cell.silent) names.push("silent");
     if (cell.wasEdited) names.push("was-edited");
     if (step && cell.block === step.block && this.trace.blockSize > 1) names.push("open");
@@ -169,8 +169,10 @@ export class Canvas {
     if (node.className !== wanted) node.className = wanted;
     const text = piece ?? "";
     if (node.textContent !== text) node.textContent = text;
+    if (node.dataset.dropped !== cell.dropped) node.dataset.dropped = cell.dropped; // drawn before the token
     const sure = cell.confidence === null ? "" : `, ${percent(cell.confidence)}`;
-    const label = `${readable(piece)}${state === "kept" || state === "masked" ? "" : `, ${this.#word(state)}`}${sure}`;
+    const gone = cell.dropped && `, after ${readable(cell.dropped)}, deleted`;
+    const label = `${readable(piece)}${state === "kept" || state === "masked" ? "" : `, ${this.#word(state)}`}${sure}${gone}`;
     if (node.title !== label) {
       node.title = label;
       node.setAttribute("aria-label", label);
@@ -196,7 +198,8 @@ export class Canvas {
     this.slider.value = this.k;
     const name = this.unit;
     const [drafted, edited] = this.trace.verifies ? ["accepted", "corrected"] : ["drafted", "edited"];
-    const what = step === null ? "before the first pass" : `${step.drafted.length} ${drafted}, ${step.edited.length} ${edited}`;
+    const moved = step && step.inserted.length + step.deleted.length ? `, ${step.inserted.length} inserted, ${step.deleted.length} deleted` : "";
+    const what = step === null ? "before the first pass" : `${step.drafted.length} ${drafted}, ${step.edited.length} ${edited}${moved}`;
     this.where.textContent = `${name} ${this.k} of ${n}`;
     this.slider.setAttribute("aria-valuetext", `${name} ${this.k} of ${n}: ${what}`);
     this.slider.title = what;
@@ -309,9 +312,13 @@ export class Canvas {
   /** Figures of the tokens' making: drafts and edits, or how often drafts were accepted, by their row in the group. */
   #made({ mode, stats }) {
     if (mode === "AR") return [];
-    if (!this.trace.verifies) return [[number(stats.drafts), "drafts"], [number(stats.edits), "edits"]];
+    if (!this.trace.verifies) return [[number(stats.drafts), "drafts"], [number(stats.edits), "edits"], ...this.#moved(stats)];
     const shares = stats.tried_by_offset.map((tried, row) => [tried && percent(stats.right_by_offset[row] / tried), row ? `right in row ${row}` : "right, lookup"]);
     return [[number(stats.accepted / stats.forwards), "accepted a forward"], ...shares.filter(([share]) => share)];
+  }
+
+  #moved({ insertions, deletions }) {
+    return insertions + deletions ? [[number(insertions), "insertions"], [number(deletions), "deletions"]] : [];
   }
 
   #about(done) {

@@ -2,7 +2,7 @@
 
 export class Trace {
   constructor() {
-    this.steps = []; // {block, step, start, tokens, pieces, drafted, edited, confidence, mask_ratio}
+    this.steps = []; // {block, step, start, tokens, pieces, drafted, edited, inserted, deleted, dropped, confidence, mask_ratio}
     this.promptTokens = 0;
     this.blockSize = 1; // 1: no blocks to show
     this.isByToken = false; // the AR base's text
@@ -21,7 +21,7 @@ export class Trace {
     } else if (event === "token") {
       this.isByToken = true;
       const start = this.promptTokens + this.steps.length;
-      const pass = { block: start, step: 0, start, tokens: [data.token], pieces: [data.text], drafted: [0], edited: [] };
+      const pass = { block: start, step: 0, start, tokens: [data.token], pieces: [data.text], drafted: [0], edited: [], inserted: [], deleted: [], dropped: [] };
       this.steps.push({ ...pass, confidence: [data.confidence], mask_ratio: 1 });
     } else if (event === "done") {
       this.done = data;
@@ -46,7 +46,8 @@ export class Trace {
 
   /**
    * The text after the first `k` passes: [{position, piece (null: masked), state, confidence, block}].
-   * state: masked, drafted or edited (by pass k, or by any pass that verifies), kept; `wasEdited`: by any pass up to k.
+   * state: masked, inserted (a mask, by pass k), drafted or edited (by pass k, or by any pass that verifies), kept;
+   * `wasEdited`: by any pass up to k; `dropped`: the text that pass k deleted before it.
    */
   at(k) {
     const cells = new Map();
@@ -60,6 +61,8 @@ export class Trace {
         const drafted = step.drafted.includes(place);
         const edited = step.edited.includes(place);
         const masked = step.pieces[place] === null;
+        const inserted = index === k - 1 && step.inserted.includes(place);
+        const dropped = index === k - 1 ? step.dropped.filter((_, i) => step.deleted[i][0] === place).join("") : "";
         cells.set(position, {
           position,
           token,
@@ -67,7 +70,8 @@ export class Trace {
           silent: step.pieces[place] === "", // a special token, which adds no text
           block: Math.floor(position / this.blockSize),
           confidence: drafted || edited ? step.confidence[place] : before?.confidence ?? null,
-          state: masked ? "masked" : coloured && edited ? "edited" : coloured && drafted ? "drafted" : "kept",
+          dropped,
+          state: inserted ? "inserted" : masked ? "masked" : coloured && edited ? "edited" : coloured && drafted ? "drafted" : "kept",
           wasEdited: edited || Boolean(before?.wasEdited),
         });
       });
