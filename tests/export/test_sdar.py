@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import hildanext
 from hildanext import cli
 from hildanext.config import ModelConfig
-from hildanext.errors import CheckpointError, HildaError
+from hildanext.errors import CheckpointError, HildaError, UsageError
 from hildanext.export.command import export
 from hildanext.export.weights import Stored, mean_row, ranges, stored_tensors, write_shards
 from hildanext.files import write_json
@@ -151,7 +151,11 @@ def test_calibrated_settings_and_no_editing(tmp_path: Path) -> None:
     out = Path(export(folder, "sdar", tmp_path / "out")["out"])
     settings = yaml.safe_load((out / "sglang-q_mode.yaml").read_text())
     assert settings == {"block_size": 8, "threshold": 0.9, "edit_threshold": 1.0, "max_post_edit_steps": 0}
-    assert "--dllm-algorithm JointThresholdInDel " in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "--dllm-algorithm JointThresholdInDel " in card
+    assert "lmdeploy serve" not in card  # it would write DELETE and INSERT as text
+    with pytest.raises(UsageError, match="insert and delete, which diffusers cannot do"):
+        export(folder, "diffusers", tmp_path / "diffusers")
     assert json.loads((out / "config.json").read_text())["split_token_id"] == 291
 
 

@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from hildanext.decoding.settings import Settings
+from hildanext.errors import UsageError
 from hildanext.export.source import (
     Checkpoint,
     copy_files,
@@ -42,6 +43,11 @@ def export_diffusers(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
     Raises UsageError for a model whose texts the pipeline cannot write, WriteError if there is no room.
     """
     require_servable(checkpoint, TARGET)
+    if checkpoint.has_indels:
+        raise UsageError(
+            f"'{checkpoint.folder}' was trained to insert and delete, which diffusers cannot do; convert with noise.edits "
+            "'substitution', or use --to sdar for SGLang"
+        )
     tensors = checkpoint.tensors()
     shards = list(by_file(tensors).values())
     n_bytes = sum(stored.n_bytes for stored in tensors.values())

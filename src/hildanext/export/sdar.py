@@ -19,6 +19,7 @@ from hildanext.data.tokenizer import fingerprint, token_ids
 from hildanext.decoding.settings import Settings
 from hildanext.errors import ModelError, UsageError
 from hildanext.export.source import (
+    EDIT_TOKENS,
     Checkpoint,
     copy_files,
     never_decoded,
@@ -41,7 +42,6 @@ COPIED = (  # keys of a Qwen3's config.json that the servers read
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("attention_bias", "attention_dropout", "max_window_layers"),
 )
-EDIT_TOKENS = ("delete_token_id", "split_token_id")  # of a model that was trained to insert and delete
 
 
 def export_sdar(checkpoint: Checkpoint, out: Path, served_mask_id: int = SERVED_MASK_ID) -> dict[str, Any]:
@@ -231,10 +231,10 @@ def sglang_yaml(settings: Settings) -> str:
     )
 
 
-def launch_commands(checkpoint: Checkpoint, folder: str, mode: Mode) -> tuple[str, str]:
-    """The commands that start SGLang and LMDeploy on an exported folder."""
+def launch_commands(checkpoint: Checkpoint, folder: str, mode: Mode) -> list[str]:
+    """The commands that start the servers on an exported folder: SGLang's, then LMDeploy's if it has the model's rule."""
     settings = checkpoint.settings(mode)
-    algorithm = "JointThresholdInDel" if all(key in checkpoint.config for key in EDIT_TOKENS) else "JointThreshold"
+    algorithm = "JointThresholdInDel" if checkpoint.has_indels else "JointThreshold"
     sglang = (
         f"python -m sglang.launch_server --model-path {folder} --trust-remote-code --dtype bfloat16 "
         f"--dllm-algorithm {algorithm} --dllm-algorithm-config {folder}/{yaml_name(mode)}"
@@ -244,12 +244,17 @@ def launch_commands(checkpoint: Checkpoint, folder: str, mode: Mode) -> tuple[st
         f"--dllm-block-length {settings.block_size} --dllm-unmasking-strategy low_confidence_dynamic "
         f"--dllm-confidence-threshold {settings.tau_mask}"
     )
-    return sglang, lmdeploy
+    return [sglang] if checkpoint.has_indels else [sglang, lmdeploy]
 
 
 def card(checkpoint: Checkpoint, folder: str) -> str:
     """README.md of the exported folder."""
-    sglang, lmdeploy = launch_commands(checkpoint, folder, "Q_MODE")
+    commands = "\n\n".join(f"```\n{command}\n```" for command in launch_commands(checkpoint, folder, "Q_MODE"))
+    lmdeploy = (
+        "LMDeploy must not serve it: it would write the tokens that stand for insertions and deletions."
+        if checkpoint.has_indels
+        else "LMDeploy drafts only: it has no editing, and fills a mask whose probability equals the threshold, too."
+    )
     editing = ", ".join(
         f"{mode}: threshold {found.tau_mask}, "
         + (
@@ -264,17 +269,10 @@ def card(checkpoint: Checkpoint, folder: str) -> str:
 Converted and exported by HildaNext {checkpoint.record["version"]}. Blocks of {checkpoint.config["block_size"]} tokens, the
 logits at a position predict the token at that position, mask token {SERVED_MASK_ID}.
 
-```
-{sglang}
-```
+{commands}
 
-```
-{lmdeploy}
-```
-
-SGLang drafts and edits ({editing}). LMDeploy drafts only: it has no editing, and fills a mask whose probability equals
-the threshold, too. The block size must be the one above: both servers would take 4 otherwise. Start the commands in the
-folder that contains this one.
+SGLang drafts and edits ({editing}). {lmdeploy} The block size must be the one above: the servers would take 4 otherwise.
+Start the commands in the folder that contains this one.
 
 In Python, `AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)` gives the logits of whole blocks.
 `configuration_sdar.py`, `modeling_sdar.py` and `block_diffusion.py` need torch and transformers 5.

@@ -21,6 +21,9 @@ from hildanext.model.prompts import end_ids
 from hildanext.model.published import is_published
 from hildanext.training.checkpoint import STATE, TENSORS
 
+# Keys of config.json, of a model that was trained to insert and delete.
+EDIT_TOKENS = ("delete_token_id", "split_token_id")
+
 
 class Checkpoint(NamedTuple):
     """A converted checkpoint's folder, read."""
@@ -48,6 +51,11 @@ class Checkpoint(NamedTuple):
     @property
     def architecture(self) -> str:
         return str(self.config["architectures"][0])
+
+    @property
+    def has_indels(self) -> bool:
+        """Whether the model was trained to insert and delete."""
+        return all(key in self.config for key in EDIT_TOKENS)
 
     @property
     def end_ids(self) -> tuple[int, ...]:

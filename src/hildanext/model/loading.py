@@ -67,8 +67,9 @@ def load_diffusion_lm(
     added: an adapter to use instead of the one in `config.base`.
     edits: give a model without them the tokens DELETE and INSERT.
 
-    Raises UsageError for a model that does not exist, an adapter that was trained without the tokens of `edits`, and another `model.convention` than the checkpoint's. Raises
-    ModelError for damaged files, an architecture that the probe refuses, and an adapter whose base has changed.
+    Raises UsageError for a model that does not exist, an adapter that was trained without these tokens, and another
+    `model.convention` than the checkpoint's; ModelError for damaged files, an architecture that the probe refuses, and an
+    adapter whose base has changed.
     """
     policy = choose_policy(config.device, config.dtype)
     stored = read_stock_dict(config)
@@ -158,9 +159,8 @@ def _check_tokenizer(
     record: dict[str, Any],
     model: PreTrainedModel,
 ) -> None:
-    same = tokenizer.mask_token_id == stored["mask_token_id"]
-    if "tokenizer" in record:  # not in a published model's, see `published.as_stock`
-        same = same and fingerprint(tokenizer) == record["tokenizer"]
+    known = record.get("tokenizer")  # None for a published model, see `published.as_stock`
+    same = tokenizer.mask_token_id == stored["mask_token_id"] and known in (None, fingerprint(tokenizer))
     if "edits" in record:
         edit_ids = tokenizer.convert_tokens_to_ids([DELETE_TOKEN, INSERT_TOKEN])
         same = same and edit_ids == [record["edits"][key] for key in ("delete_token_id", "insert_token_id")]
@@ -243,11 +243,8 @@ def beside(model: PreTrainedModel, found: GatedAdapter) -> DiffusionLM:
         )
     # A row of its own, as in `add_mask_token`, unless the base came with a mask token.
     has_row = tokenizer.mask_token != MASK_TOKEN or hasattr(model.config, "hilda")
-    row = (
-        embedding[adapter.mask_token_id]
-        if has_row
-        else first_mask_row(embedding[: max(known) + 1], found.record["adapter"]["seed"])
-    )
+    first = first_mask_row(embedding[: max(known) + 1], found.record["adapter"]["seed"])
+    row = embedding[adapter.mask_token_id] if has_row else first
     with torch.random.fork_rng(devices=[]):  # new modules draw their first values, which the adapter's replace
         view = gated_view(model, adapter, row, found.name)
     probe(view)
