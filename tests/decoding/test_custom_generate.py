@@ -49,7 +49,7 @@ def random_adapter(model: PreTrainedModel, seed: int, k: int = 3) -> GatedAdapte
     layers = {name: model.get_submodule(name) for name in linear_layers(model)}
     pairs = {n: LoraFactors(draw(2, layer.in_features), draw(layer.out_features, 2)) for n, layer in layers.items()}
     head = {"down.weight": draw(8, 32), "up.weight": draw(16, 8), "recur.weight": draw(8, 8)}
-    adapter = Adapter(1.5, pairs, "unused", draw(16), MASK, VOCABULARY, head)
+    adapter = Adapter(1.5, pairs, "unused", {MASK: draw(16)}, VOCABULARY, head)
     record = {"convention": "shifted", "base_model": "random", "gate": {"fresh": FRESH[:k]}, "adapter": {"seed": 0}}
     return GatedAdapter("random", adapter, NamedTokenizer(), k, record, {})
 

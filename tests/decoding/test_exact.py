@@ -99,7 +99,7 @@ def gated(family: str, seed: int, k: int) -> tuple[DiffusionLM, PreTrainedModel]
         name: LoraFactors(draw(2, layer.in_features), draw(layer.out_features, 2)) for name, layer in layers.items()
     }
     head = {"down.weight": draw(8, 32), "up.weight": draw(16, 8), "recur.weight": draw(8, 8)}
-    open_gate(model, Adapter(1.5, pairs, "unused", torch.zeros(16), MASK, VOCABULARY, head), "random")
+    open_gate(model, Adapter(1.5, pairs, "unused", {MASK: torch.zeros(16)}, VOCABULARY, head), "random")
     lm = DiffusionLM(
         model, Tokenizer(), mask_token_id=MASK, block_size=k, convention="shifted", record={"gate": {"causal": False}}
     )
