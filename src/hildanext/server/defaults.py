@@ -44,5 +44,6 @@ def _in_mode(decode: DecodeConfig, mode: Mode) -> DecodeConfig:
 
 def _resolved(config: Config, engine: Engine, decode: DecodeConfig) -> DecodeConfig:
     """Replace what depends on the mode and the checkpoint; every other key already has its value."""
+    names = ("mode", "block_size", "min_indel_confidence", *BROUGHT_BY_MODE)
     settings = engine.settings(config.model_copy(update={"decode": decode}))._asdict()
-    return decode.model_copy(update={name: settings[name] for name in ("mode", "block_size", *BROUGHT_BY_MODE)})
+    return decode.model_copy(update={name: settings[name] for name in names})

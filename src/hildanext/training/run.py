@@ -68,7 +68,7 @@ def open_run(config: Config, name: str, command: str, resume: bool) -> Opened:
     if found is None:
         if resume:
             say(f"{run.path}: no checkpoint yet; starting from the beginning")
-        edits = config.noise.edits == "levenshtein" and command != "dpo"
+        edits = command != "dpo" and config.noise.edits == "levenshtein"
         lm, policy = load_diffusion_lm(
             config.model, training=True, seed=config.train.seed, lora=config.lora, edits=edits
         )
