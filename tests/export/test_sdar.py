@@ -24,17 +24,18 @@ from hildanext.export.command import export
 from hildanext.export.weights import Stored, mean_row, ranges, stored_tensors, write_shards
 from hildanext.files import write_json
 from hildanext.model.loading import load_diffusion_lm
-from support.exports import BLOCK, tiny_llama, tiny_qwen3, write_checkpoint
+from support.exports import BLOCK, tiny_llama, tiny_qwen3, tiny_qwen3_moe, write_checkpoint
 from support.models import write_converted, write_gated
 
 SERVED = 151669  # the mask token's id in SGLang and LMDeploy
 ROWS = 151936  # of Qwen3's vocabulary
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "experts"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the mask token at 300, and rows that pad the vocabulary as large as any others."""
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_qwen3(ROWS, tied=request.param == "tied"))
+    model = tiny_qwen3_moe(ROWS) if request.param == "experts" else tiny_qwen3(ROWS, tied=request.param == "tied")
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), model)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_the_folder_holds_what_the_servers_need(checkpoint: Path, exported: Path
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     model.save_pretrained(exported.parent / f"{exported.name}-again")
     stored = json.loads((exported.parent / f"{exported.name}-again" / "config.json").read_text())
-    assert (stored["model_type"], stored["rope_theta"]) == ("sdar", 5000.0)
+    assert (stored["model_type"], stored["rope_theta"]) == (config.model_type, 5000.0)
 
 
 def test_calibrated_settings_and_no_editing(tmp_path: Path) -> None:
@@ -312,6 +313,10 @@ def _yarn(folder: Path) -> Path:
     return path
 
 
+def _partly_dense(folder: Path) -> Path:
+    return write_checkpoint(folder, tiny_qwen3_moe(ROWS, mlp_only_layers=[0]))
+
+
 def _base(folder: Path) -> Path:
     return write_checkpoint(folder, tiny_qwen3(320)).parent / "base"
 
@@ -339,6 +344,7 @@ def _cut(folder: Path) -> Path:
         (_without_block, "no block_size"),
         (_taken, "is the token 'zebra'"),
         (_yarn, "rope_parameters.rope_type is 'yarn'"),
+        (_partly_dense, "mlp_only_layers is [0]"),
         (_base, "is not a converted checkpoint"),
         (_without_weights, "no safetensors weights"),
         (_cut, "damaged safetensors file"),

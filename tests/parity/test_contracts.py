@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from hildanext.export import sdar
 from hildanext.export.command import export
 from hildanext.export.source import open_checkpoint
-from support.exports import BLOCK, tiny_qwen3, write_checkpoint
+from support.exports import BLOCK, tiny_qwen3, tiny_qwen3_moe, write_checkpoint
 
 CONTRACTS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "contracts.json").read_text())
 LAYERS = 2
@@ -54,6 +54,26 @@ def test_the_tensors_have_the_names_that_are_looked_up(exported: Path, server: s
     wanted = {name.format(layer=layer) for name in CONTRACTS[server]["model"]["tensors"] for layer in range(LAYERS)}
     with safe_open(exported / "model.safetensors", "pt") as file:
         assert set(file.keys()) == wanted
+
+
+def test_a_model_with_experts_has_its_keys_and_names(tmp_path: Path) -> None:
+    out = Path(export(write_checkpoint(tmp_path, tiny_qwen3_moe(151936)), "sdar", None)["out"])
+    stored = json.loads((out / "config.json").read_text())
+    loaded = AutoConfig.from_pretrained(out, trust_remote_code=True)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    for contract in CONTRACTS.values():
+        dense, experts = contract["model"], contract["experts"]
+        for key in (*dense["config_keys"], *experts["config_keys"]):
+            assert getattr(loaded, key) == stored[key], key
+        assert stored["architectures"] == [experts["architectures"]]
+        looked_up = [name for name in dense["tensors"] if ".mlp." not in name] + experts["tensors"]
+        assert names == {
+            name.format(layer=layer, expert=expert)
+            for name in looked_up
+            for layer in range(LAYERS)
+            for expert in range(4)
+        }
 
 
 def test_the_settings_and_the_commands(checkpoint: Path, exported: Path) -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hildanext.config import ModelConfig
 from hildanext.config.model import Convention
@@ -33,6 +41,16 @@ def tiny_qwen3(rows: int, tied: bool = False, rope_theta: float = 5000.0, **chan
     rope = {"rope_type": "default", "rope_theta": rope_theta}
     config = Qwen3Config(vocab_size=rows, tie_word_embeddings=tied, rope_parameters=rope, **SIZES | changes)
     return Qwen3ForCausalLM(config).eval()
+
+
+def tiny_qwen3_moe(rows: int, **changes: Any) -> Qwen3MoeForCausalLM:
+    """A random Qwen3 with four experts a layer, of which a token takes two."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=rows, rope_parameters=rope, **SIZES | experts | changes)
+    ).eval()
 
 
 def tiny_llama(rows: int) -> LlamaForCausalLM:

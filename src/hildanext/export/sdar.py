@@ -1,4 +1,4 @@
-"""Export in SDAR's layout, which SGLang and LMDeploy load: a dense Qwen3 that predicts in place.
+"""Export in SDAR's layout, which SGLang and LMDeploy load: a Qwen3 that predicts in place, dense or with experts.
 
 Both servers take the mask token's id from their own code, 151669, and the block size from their options. Neither keeps
 ids without a token out of a text, so each such id gets the mean row of the head: its logit is then the mean of the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,12 +35,25 @@ TARGET = "SGLang and LMDeploy"
 SERVED_MASK_ID = 151669  # in SGLang's dllm/config.py and LMDeploy's configurations/sdar.py
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 REMOTE = Path(__file__).parent / "remote"
-CODE = ("block_diffusion.py", "configuration_sdar.py", "modeling_sdar.py")
+
+
+class Layout(NamedTuple):
+    """What the servers and the exported code call an architecture."""
+
+    model_type: str
+    prefix: str  # of the classes
+
+
+LAYOUTS = {"Qwen3ForCausalLM": Layout("sdar", "SDAR"), "Qwen3MoeForCausalLM": Layout("sdar_moe", "SDARMoe")}
 MODES: tuple[Mode, ...] = ("Q_MODE", "S_MODE")
 COPIED = (  # keys of a Qwen3's config.json that the servers read
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
-    *("attention_bias", "attention_dropout", "max_window_layers"),
+    *("attention_bias", "attention_dropout"),
+)
+COPIED_IF_THERE = (  # the first one of a dense Qwen3, the others of one with experts
+    *("max_window_layers", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"),
+    *("mlp_only_layers", "output_router_logits", "router_aux_loss_coef"),
 )
 
 
@@ -66,7 +79,7 @@ def export_sdar(checkpoint: Checkpoint, out: Path, served_mask_id: int = SERVED_
         tokenizer = load_tokenizer(_written(folder, config))
         hidden = never_decoded(tokenizer, served_mask_id, config["vocab_size"])
         write_shards(folder, shards, list(_changed(tensors, mask_id, served_mask_id, hidden)))
-        copy_files([REMOTE / name for name in CODE], REMOTE, folder)
+        copy_files([REMOTE / name for name in code_of(checkpoint)], REMOTE, folder)
         write_json(folder / "config.json", sdar_config(checkpoint, tokenizer, served_mask_id, hidden, tensors))
         eos = list(checkpoint.end_ids)
         write_json(folder / "generation_config.json", checkpoint.generation | {"eos_token_id": eos})
@@ -81,9 +94,9 @@ def export_sdar(checkpoint: Checkpoint, out: Path, served_mask_id: int = SERVED_
 def _require_qwen3(checkpoint: Checkpoint) -> None:
     """Raise UsageError unless SDAR's modelling code computes what the checkpoint's does."""
     config = checkpoint.config
-    if checkpoint.architecture != "Qwen3ForCausalLM":
+    if checkpoint.architecture not in LAYOUTS:
         raise UsageError(
-            f"'{checkpoint.folder}' is a {checkpoint.architecture}; {TARGET} serve block diffusion on dense Qwen3 only: "
+            f"'{checkpoint.folder}' is a {checkpoint.architecture}; {TARGET} serve block diffusion on Qwen3 only: "
             "convert a Qwen3 base, or use --to diffusers"
         )
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
@@ -91,11 +104,19 @@ def _require_qwen3(checkpoint: Checkpoint) -> None:
         ("hidden_act", config["hidden_act"], "silu"),
         ("use_sliding_window", config.get("use_sliding_window", False), False),
         ("rope_parameters.rope_type", rope, "default"),
+        ("decoder_sparse_step", config.get("decoder_sparse_step", 1), 1),
+        ("mlp_only_layers", config.get("mlp_only_layers", []), []),
     ):
         if value != wanted:
             raise UsageError(
                 f"'{checkpoint.folder}': {key} is {value!r}, which SDAR's layout does not have; only {wanted!r} can be served"
             )
+
+
+def code_of(checkpoint: Checkpoint) -> list[str]:
+    """The modelling code that travels with the weights."""
+    kind = LAYOUTS[checkpoint.architecture].model_type
+    return ["block_diffusion.py", f"configuration_{kind}.py", f"modeling_{kind}.py"]
 
 
 def _require_free(checkpoint: Checkpoint, served_mask_id: int) -> None:
@@ -184,15 +205,19 @@ def sdar_config(
     rope = config.get("rope_parameters") or {}
     dtype = str({"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}[tensors[EMBEDDING].dtype])
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    kind, prefix = LAYOUTS[checkpoint.architecture]
+    experts = {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}
     return {
-        "architectures": ["SDARForCausalLM"],
-        "model_type": "sdar",
+        "architectures": [f"{prefix}ForCausalLM"],
+        "model_type": kind,
         "auto_map": {
-            "AutoConfig": "configuration_sdar.SDARConfig",
-            "AutoModel": "modeling_sdar.SDARModel",
-            "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+            "AutoConfig": f"configuration_{kind}.{prefix}Config",
+            "AutoModel": f"modeling_{kind}.{prefix}Model",
+            "AutoModelForCausalLM": f"modeling_{kind}.{prefix}ForCausalLM",
         },
         **{key: config[key] for key in COPIED},
+        **{key: config[key] for key in COPIED_IF_THERE if key in config},
+        **experts,
         "rope_theta": rope["rope_theta"] if "rope_theta" in rope else config["rope_theta"],
         "rope_scaling": None,
         "use_sliding_window": False,
@@ -250,6 +275,7 @@ def launch_commands(checkpoint: Checkpoint, folder: str, mode: Mode) -> list[str
 def card(checkpoint: Checkpoint, folder: str) -> str:
     """README.md of the exported folder."""
     commands = "\n\n".join(f"```\n{command}\n```" for command in launch_commands(checkpoint, folder, "Q_MODE"))
+    code = " and ".join(f"`{name}`" for name in code_of(checkpoint)[1:]) + " and `block_diffusion.py`"
     lmdeploy = (
         "LMDeploy must not serve it: it would write the tokens that stand for insertions and deletions."
         if checkpoint.has_indels
@@ -275,5 +301,5 @@ SGLang drafts and edits ({editing}). {lmdeploy} The block size must be the one a
 Start the commands in the folder that contains this one.
 
 In Python, `AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)` gives the logits of whole blocks.
-`configuration_sdar.py`, `modeling_sdar.py` and `block_diffusion.py` need torch and transformers 5.
+{code} need torch and transformers 5.
 """

@@ -1,6 +1,6 @@
 """Published diffusion models in layouts of their own, read as stock architectures of transformers: SDAR and LLaDA2.x.
 
-Their code is never run. SDAR is Qwen3 under another name (arXiv 2510.06303). A LLaDA2.x without experts is a Qwen3 that
+Their code is never run. SDAR is Qwen3 under another name, SDAR-MoE Qwen3-MoE (arXiv 2510.06303). A LLaDA2.x without experts is a Qwen3 that
 rotates only a part of each head, and stores queries, keys and values as one matrix. Both predict token i at position i.
 """
 
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen3Config
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3MoeConfig
 
 from hildanext.errors import ModelError
 
-LAYOUTS = ("sdar", "llada2_moe")  # their model_type
+LAYOUTS = ("sdar", "sdar_moe", "llada2_moe")  # their model_type
+STOCK: dict[str, type[PreTrainedConfig]] = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 # What LLaDA2.x leaves to its decoding code, where it is written as constants.
 LLADA2_BLOCK, LLADA2_MASK = 32, 156895
 LLADA2_NAMES = (  # parts of a tensor's name -> of the stock model's
@@ -38,7 +39,7 @@ def as_stock(stored: dict[str, Any], name: str) -> dict[str, Any]:
     if stored.get("model_type") not in LAYOUTS:
         return stored
     try:
-        config = _sdar(stored) if stored["model_type"] == "sdar" else _llada2(stored, name)
+        config = _llada2(stored, name) if stored["model_type"] == "llada2_moe" else _sdar(stored)
     except KeyError as error:
         raise ModelError(f"model '{name}': config.json has no {error}; restore it") from None
     for key in ("block_size", "mask_token_id"):
@@ -56,15 +57,24 @@ def as_stock(stored: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _qwen3(stored: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """The keys that Qwen3 has, and what is different."""
-    known = {field.name for field in dataclasses.fields(Qwen3Config)} - {"transformers_version", "dtype"}
+    kind = changes.get("model_type", "qwen3")
+    known = {field.name for field in dataclasses.fields(STOCK[kind])} - {"transformers_version", "dtype"}
     kept = {key: value for key, value in stored.items() if key in known}
-    return kept | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"} | changes
+    return kept | {"architectures": ["Qwen3ForCausalLM"], "model_type": kind} | changes
 
 
 def _sdar(stored: dict[str, Any]) -> dict[str, Any]:
     scaling = stored.get("rope_scaling") or {"rope_type": "default"}
+    experts: dict[str, Any] = {}
+    if stored["model_type"] == "sdar_moe":
+        experts = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_local_experts": stored["num_experts"],
+        }
     return _qwen3(
         stored,
+        **experts,
         rope_parameters=scaling | {"rope_theta": stored["rope_theta"]},
         block_size=stored.get("block_size"),
         mask_token_id=stored.get("mask_token_id"),
@@ -104,12 +114,14 @@ def is_published(stored: dict[str, Any]) -> bool:
     """Whether config.json is one of SDAR's, or of a LLaDA2.x without experts; dInfer loads those with experts itself."""
     kind = stored.get("model_type")
     is_dense = stored.get("first_k_dense_replace", 0) >= stored.get("num_hidden_layers", math.inf)
-    return kind in LAYOUTS and (kind == "sdar" or is_dense)
+    return kind in LAYOUTS and (kind != "llada2_moe" or is_dense)
 
 
-def stock_config(stored: dict[str, Any]) -> Qwen3Config:
+def stock_config(stored: dict[str, Any]) -> PreTrainedConfig:
     """The configuration object of a dictionary from `as_stock`."""
-    return Qwen3Config(**{key: value for key, value in stored.items() if key not in ("model_type", "hilda")})
+    return STOCK[stored["model_type"]](
+        **{key: value for key, value in stored.items() if key not in ("model_type", "hilda")}
+    )
 
 
 def llada2_weights(files: list[Path], config: Qwen3Config) -> dict[str, Tensor]:
