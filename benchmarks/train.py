@@ -145,7 +145,7 @@ def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Tokens per second of a small Llama: two processes on two cores against one process on one core, in turn."""
+    """Tokens per second of a small Llama: one process on one core, two and four processes on two cores, in turn."""
     base = folder / "base"
     tokenizer = story_tokenizer(2000)
     tiny_llama(tokenizer, hidden=384, layers=8, context=512, seed=0).save_pretrained(base)
@@ -157,25 +157,23 @@ def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model={"base": str(base), "device": "cpu", "dtype": "float32"},
         data={"seq_len": 512},
         wsd={"warmup_steps": 0, "stable_steps": 8, "decay_steps": 0},
-        train={"rows_per_step": 8, "micro_batch": 4, "eval_every": 0, "eval_rows": 1, "save_every": 100},
+        train={"rows_per_step": 8, "micro_batch": 2, "eval_every": 0, "eval_rows": 1, "save_every": 100},
     )
     file = folder / "config.json"
     file.write_text(config.model_dump_json(), encoding="utf-8")
-    launch = {
-        1: ["taskset", "-c", "0", sys.executable, "-m", "hildanext.cli"],
-        2: [
-            *("taskset", "-c", "0,1"),
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "--", "hildanext.cli"),
-        ],
-    }
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    program = ["hildanext.cli", "convert-wsd", "--config", str(file)]
+    launch = {1: ["taskset", "-c", "0", sys.executable, "-m", *program]}
+    for n in (2, 4):
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m", "--"]
+        launch[n] = ["taskset", "-c", "0,1", sys.executable, "-m", *torchrun, *program]
+    rates: dict[int, list[float]] = {n: [] for n in launch}
     losses: dict[int, list[float]] = {}
     for turn in range(args.turns):
         for n, launcher in launch.items():
             run = f"p{n}-{turn}"
-            command = [*launcher, "convert-wsd", "--config", str(file), "--run", run]
-            subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                [*launcher, "--run", run], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
             lines = (folder / "runs" / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             metrics = [json.loads(line) for line in lines]
             rates[n].append(statistics.median(row["tokens_per_second"] for row in metrics[1:-1]))
@@ -184,8 +182,9 @@ def scaling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "one": statistics.median(rates[1]),
         "two": statistics.median(rates[2]),
+        "four": statistics.median(rates[4]),
         "ratio": statistics.median(b / a for a, b in zip(rates[1], rates[2], strict=True)),
-        "loss_difference": max(abs(a - b) for a, b in zip(losses[1], losses[2], strict=True)),
+        "loss_difference": max(abs(a - b) for n in (2, 4) for a, b in zip(losses[1], losses[n], strict=True)),
         "turns": args.turns,
     }
 
