@@ -15,11 +15,12 @@ import random
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import machine, spread
+from results import machine, machines_line, spread, stored_runs
 
 from hildanext.config import Config, load_config
 from hildanext.data.prepare import prepare_data
@@ -337,13 +338,21 @@ def smollm2(out: Path, gsm8k: Path, seed: int) -> list[dict[str, Any]]:
 # --- The page
 
 
-def known() -> list[dict[str, Any]]:
-    file = PAGE.with_suffix(".json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-
-
 def of(results: list[dict[str, Any]], part: str, way: str) -> list[dict[str, Any]]:
     return [result for result in results if (result["part"], result["way"]) == (part, way)]
+
+
+def table_rows(
+    results: list[dict[str, Any]], part: str, key: str, thresholds: Sequence[float], figures: dict[str, int]
+) -> list[str]:
+    """A line for each way and threshold, with its figures over the seeds. figures: digits by name."""
+    lines = []
+    for way in WAYS:
+        for i, threshold in enumerate(thresholds):
+            rows = [run[key][i] for run in of(results, part, way)]
+            values = (spread([row[name] for row in rows], digits) for name, digits in figures.items())
+            lines.append(f"| {way} | {threshold} | {' | '.join(values)} |")
+    return lines
 
 
 def world_lines(results: list[dict[str, Any]]) -> list[str]:
@@ -357,15 +366,8 @@ def world_lines(results: list[dict[str, Any]]) -> list[str]:
         "| | tau_edit | right | of dropped | of doubled | accepted by the checker | passes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for way in WAYS:
-        runs = of(results, "world", way)
-        for i, tau_edit in enumerate(TAU_EDIT):
-            rows = [run["repairs"][i] for run in runs]
-            values = (
-                spread([row[key] for row in rows], 2) for key in ("right", "of_dropped", "of_doubled", "accepted")
-            )
-            passes = spread([row["passes"] for row in rows], 0)
-            lines.append(f"| {way} | {tau_edit} | {' | '.join(values)} | {passes} |")
+    figures = {"right": 2, "of_dropped": 2, "of_doubled": 2, "accepted": 2, "passes": 0}
+    lines += table_rows(results, "world", "repairs", TAU_EDIT, figures)
     lines += [
         "",
         "100 new stories in S_MODE (tau_edit 0):",
@@ -373,12 +375,7 @@ def world_lines(results: list[dict[str, Any]]) -> list[str]:
         "| | tau_mask | accepted | tokens per forward |",
         "|---|---|---|---|",
     ]
-    for way in WAYS:
-        runs = of(results, "world", way)
-        for i, tau_mask in enumerate(TAU_MASK):
-            rows = [run["stories"][i] for run in runs]
-            values = (spread([row[key] for row in rows], 2) for key in ("accepted", "tokens_per_forward"))
-            lines.append(f"| {way} | {tau_mask} | {' | '.join(values)} |")
+    lines += table_rows(results, "world", "stories", TAU_MASK, {"accepted": 2, "tokens_per_forward": 2})
     runs = of(results, "world", WAYS[1])
     return [*lines, "", cost_line(runs)]
 
@@ -421,8 +418,7 @@ def write_page(results: list[dict[str, Any]]) -> None:
         page += ["", *world_lines(results)]
     if of(results, "smollm2", WAYS[1]):
         page += ["", *smollm2_lines(results)]
-    machines = sorted({f"{result['machine']['cpu']} ({result['machine']['capability']})" for result in results})
-    page += ["", f"Machines: {'; '.join(machines)}."]
+    page += ["", machines_line(results)]
     PAGE.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
@@ -434,13 +430,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:
-        if not any((run["part"], run["seed"]) == ("world", seed) for run in known()):
-            write_json(PAGE.with_suffix(".json"), [*known(), *world(args.out / f"world-{seed}", seed)])
-            write_page(known())
+        if not any((run["part"], run["seed"]) == ("world", seed) for run in stored_runs(PAGE)):
+            write_json(PAGE.with_suffix(".json"), [*stored_runs(PAGE), *world(args.out / f"world-{seed}", seed)])
+            write_page(stored_runs(PAGE))
     for seed in args.seeds[:1] if args.gsm8k else []:
-        if not any((run["part"], run["seed"]) == ("smollm2", seed) for run in known()):
-            write_json(PAGE.with_suffix(".json"), [*known(), *smollm2(args.out / "smollm2", args.gsm8k, seed)])
-            write_page(known())
+        if not any((run["part"], run["seed"]) == ("smollm2", seed) for run in stored_runs(PAGE)):
+            write_json(
+                PAGE.with_suffix(".json"), [*stored_runs(PAGE), *smollm2(args.out / "smollm2", args.gsm8k, seed)]
+            )
+            write_page(stored_runs(PAGE))
 
 
 if __name__ == "__main__":

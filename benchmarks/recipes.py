@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import machine, spread
+from results import machine, machines_line, spread, stored_runs
 
 from hildanext.config import load_config
 from hildanext.data.prepare import prepare_data
@@ -159,15 +159,10 @@ def add(result: dict[str, Any]) -> None:
     folder = os.open(PAGE.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        write_json(file, [*known(), result])
-        write_page(known())
+        write_json(file, [*stored_runs(PAGE), result])
+        write_page(stored_runs(PAGE))
     finally:
         os.close(folder)
-
-
-def known() -> list[dict[str, Any]]:
-    file = PAGE.with_suffix(".json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
 def write_page(results: list[dict[str, Any]]) -> None:
@@ -204,10 +199,9 @@ def write_page(results: list[dict[str, Any]]) -> None:
                 f"| {name} | {spread([run['accuracy'] for run in runs], 3)} | {spread([run['loss'] for run in runs], 2)} | {seeds} "
                 f"| {', '.join(dict.fromkeys(dtypes))} |"
             )
-    machines = sorted({f"{result['machine']['cpu']} ({result['machine']['capability']})" for result in results})
     page += [
         "",
-        f"Machines: {'; '.join(machines)}. Runs without autocast trained in fp32. The machine, threads and speed of each",
+        f"{machines_line(results)} Runs without autocast trained in fp32. The machine, threads and speed of each",
         "run are in [recipes.json](recipes.json).",
     ]
     PAGE.with_suffix(".md").write_text("\n".join(page) + "\n", encoding="utf-8")
@@ -226,7 +220,7 @@ def main() -> None:
     shutil.copyfile(args.gsm8k, questions)
     for name in args.only:
         for seed in args.seeds:
-            if any((run["name"], run["seed"], run["tokens"]) == (name, seed, args.tokens) for run in known()):
+            if any((run["name"], run["seed"], run["tokens"]) == (name, seed, args.tokens) for run in stored_runs(PAGE)):
                 continue
             result = measure(name, RECIPES[name], args.out, questions, seed, args.tokens)
             add(result)

@@ -66,6 +66,18 @@ def keep(file: Path, part: str, found: dict[str, Any] | None, where: dict[str, A
     return results
 
 
+def stored_runs(page: Path) -> list[dict[str, Any]]:
+    """The runs of a benchmark that keeps a list of them in the JSON file beside its page."""
+    file = page.with_suffix(".json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def machines_line(runs: list[dict[str, Any]]) -> str:
+    """The processors on which runs were measured."""
+    names = sorted({f"{run['machine']['cpu']} ({run['machine']['capability']})" for run in runs})
+    return f"Machines: {'; '.join(names)}."
+
+
 def spread(values: list[float], digits: int) -> str:
     """The mean of a value over runs, with its range if there are several."""
     mean = f"{statistics.mean(values):.{digits}f}"

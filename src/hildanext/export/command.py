@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from hildanext.errors import UsageError
 from hildanext.export.diffusers import export_diffusers
@@ -12,7 +12,6 @@ from hildanext.export.sdar import export_sdar
 from hildanext.export.source import open_checkpoint
 
 Target = Literal["sdar", "diffusers", "hub-card"]
-TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def export(

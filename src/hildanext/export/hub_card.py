@@ -16,7 +16,6 @@ from hildanext.errors import HildaError, ModelError, UsageError
 from hildanext.export.source import Checkpoint, copy_files, other_files, require_space
 from hildanext.files import atomic_open, new_folder, write_json
 from hildanext.model.pretrained import base_of, find_file, fingerprint_weights
-from hildanext.training.checkpoint import TENSORS
 
 LAST_EVALUATION = ("eval_loss", "eval_accuracy")
 SOURCE_KEYS = ("kind", "path", "weight")  # of a source of data, for the card
@@ -38,11 +37,8 @@ def export_hub_card(
     licence: its identifier on the hub; None reads it from the base's README. reports: folders of `hildanext evaluate`.
     Raises UsageError for a report about other weights, WriteError if there is no room.
     """
-    weights = [path for path in sorted(checkpoint.folder.glob("*.safetensors")) if path.name != TENSORS]
     indices = sorted(checkpoint.folder.glob("*.index.json"))
-    files = [*weights, *indices, *other_files(checkpoint, ("README.md", "config.json"))]
-    if not weights:
-        raise ModelError(f"'{checkpoint.folder}': no safetensors weights; choose another checkpoint")
+    files = [*checkpoint.weight_files(), *indices, *other_files(checkpoint, ("README.md", "config.json"))]
     measured = [_report(checkpoint, path) for path in reports or []]
     run = find_run(checkpoint.folder)
     text = card(checkpoint, run, licence or base_licence(checkpoint), measured)

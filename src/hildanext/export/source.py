@@ -69,7 +69,11 @@ class Checkpoint(NamedTuple):
 
     def tensors(self) -> dict[str, Stored]:
         """The model's tensors by name. Raises ModelError if the folder has none."""
-        found = stored_tensors(path for path in sorted(self.folder.glob("*.safetensors")) if path.name != TENSORS)
+        return stored_tensors(self.weight_files())
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files of the weights. Raises ModelError if the folder has none."""
+        found = [path for path in sorted(self.folder.glob("*.safetensors")) if path.name != TENSORS]
         if not found:
             raise ModelError(f"'{self.folder}': no safetensors weights; choose another checkpoint")
         return found

@@ -243,8 +243,8 @@ def beside(model: PreTrainedModel, found: GatedAdapter) -> DiffusionLM:
         )
     # A row of its own, as in `add_mask_token`, unless the base came with a mask token.
     has_row = tokenizer.mask_token != MASK_TOKEN or hasattr(model.config, "hilda")
-    first = first_mask_row(embedding[: max(known) + 1], found.record["adapter"]["seed"])
-    row = embedding[adapter.mask_token_id] if has_row else first
+    rows, seed = embedding[: max(known) + 1], found.record["adapter"]["seed"]
+    row = embedding[adapter.mask_token_id] if has_row else first_mask_row(rows, seed)
     with torch.random.fork_rng(devices=[]):  # new modules draw their first values, which the adapter's replace
         view = gated_view(model, adapter, row, found.name)
     probe(view)

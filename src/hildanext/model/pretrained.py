@@ -89,9 +89,9 @@ def _load(name: str, loader: Callable[[], Any]) -> Any:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer without the model's weights. Raises UsageError or ModelError."""
     place, gguf_file = locate(config.base)
-    options: dict[str, Any] = {}
-    if published := is_published(read_config_dict(config)):
-        stored = read_stock_dict(config)
+    stored, options = read_config_dict(config), dict[str, Any]()
+    if published := is_published(stored):
+        stored = as_stock(stored, config.base)
         options["config"] = stock_config(stored)
     tokenizer: PreTrainedTokenizerBase = _load(
         config.base,
@@ -202,8 +202,9 @@ def _load_causal_lm(
             "device_map": {"": policy.device},
         }
     kind: Any = AutoModelForCausalLM
-    if (layout := read_config_dict(config).get("model_type")) in LAYOUTS:
-        options["config"] = stock_config(read_stock_dict(config))
+    stored = read_config_dict(config)
+    if (layout := stored.get("model_type")) in LAYOUTS:
+        options["config"] = stock_config(as_stock(stored, config.base))
         if layout == "llada2_moe":  # its tensors have names of their own
             kind, files = Qwen3ForCausalLM, _weight_files(config)
             options["state_dict"] = _load(config.base, lambda: llada2_weights(files, options["config"]))

@@ -144,15 +144,18 @@ class TransformersEngine:
         return decode_prompt(self.tokenizer, token_ids)
 
     def submit(self, request: Request) -> AnySequence:
-        """Queue a request. Raises UsageError for an empty prompt, a token in it or in the draft that no text has, or a draft
-        that nothing could repair, ContextError if too long."""
+        """Queue a request.
+
+        Raises UsageError for an empty prompt, for a token in prompt or draft that no text has and for a draft that nothing
+        could repair; ContextError if the request is too long.
+        """
         check_request(request.prompt_ids, request.settings, self.context)
-        given = [*request.prompt_ids, *(request.draft or [])]
-        if self.vocabulary.mask_token_id in given:
-            raise UsageError("the prompt contains the mask token, which marks text to be drafted; remove it")
-        if not {*(self.vocabulary.edit_tokens or ())}.isdisjoint(given):
-            raise UsageError("the prompt contains DELETE or INSERT, which no text has; remove it")
-        check_ids("prompt", given, self.vocabulary.size)
+        for name, given in (("prompt", request.prompt_ids), ("draft", request.draft or [])):
+            if self.vocabulary.mask_token_id in given:
+                raise UsageError(f"the {name} contains the mask token, which marks text to be drafted; remove it")
+            if not {*(self.vocabulary.edit_tokens or ())}.isdisjoint(given):
+                raise UsageError(f"the {name} contains DELETE or INSERT, which no text has; remove it")
+            check_ids(name, given, self.vocabulary.size)
         if request.draft is not None:
             check_draft(request.settings, request.grammar is not None)
         check_ids("logit_bias", [token for token, _ in request.settings.logit_bias], self.vocabulary.size)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from hildanext.decoding.memory import TokenRows, release_file_pages
 from hildanext.decoding.runtimes.openvino_export import Exported, split_attention, traces_freed
 from hildanext.decoding.runtimes.openvino_graph import Weights, simplify
-from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch, widen
+from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_batch, widen, within
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
 from hildanext.model.backbone import n_embeddings, weight_matrix
@@ -269,14 +269,13 @@ class OpenVinoRuntime:
     def _mask(self, batch: ForwardBatch, starts: list[int]) -> Tensor:
         """Additive mask [B, 1, G W, W + room]: the new tokens, then the cached positions before the first new one."""
         n, width = batch.ids.shape
-        # numpy's calls take a third of the time of torch's, which counts at this size.
+        # numpy's calls take less time than torch's, which counts at this size.
         columns, own = np.arange(self.room), np.arange(width)
         first = np.array(starts)[:, None]
         keys = (first + own)[:, None]  # columns of the new tokens
         new = keys < batch.visible.numpy()[..., None]
         if batch.own is not None:
-            group = batch.own.numpy()
-            new |= (keys >= group[..., :1]) & (keys < group[..., 1:])
+            new |= within(keys, batch.own.numpy())
         real = own < np.array(batch.widths)[:, None]  # [B, W]
         new &= real[:, None]
         new |= ~real[..., None]  # padding attends to all new tokens: an empty row would give nan

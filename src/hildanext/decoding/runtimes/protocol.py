@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +54,10 @@ class ForwardBatch(NamedTuple):
         return self._replace(own=torch.zeros(*shape, 2, dtype=torch.long), gate=torch.zeros(shape, dtype=torch.bool))
 
 
-def within(keys: Tensor, own: Tensor) -> Tensor:
+Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
+
+
+def within(keys: Array, own: Array) -> Array:
     """keys [K] or [B, 1, K], own [B, W, 2] -> [B, W, K] bool: whether a key's column is in [first, end)."""
     return (keys >= own[..., :1]) & (keys < own[..., 1:])
 
