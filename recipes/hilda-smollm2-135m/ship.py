@@ -1,4 +1,4 @@
-"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in five parts, the package's folder.
+"""Make hilda-smollm2-135m: prompts, the base's answers to them, training in parts, the package's folder.
 
     python recipes/hilda-smollm2-135m/ship.py        # or: make ship
 
@@ -21,12 +21,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from hildanext.config import SHIPPED_MODEL, Config, load_config
+import torch
+
+from hildanext.config import SHIPPED_MODEL, Config, LoraConfig, load_config
 from hildanext.data.prepare import prepare_data
 from hildanext.data.sources.self_answers import written_file
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.settings import Preset
 from hildanext.files import write_json
+from hildanext.model.adapter_file import SETTINGS, WEIGHTS, LoraFactors, read_adapter, write_adapter
+from hildanext.model.low_rank import LowRank
 from hildanext.model.pretrained import MODELS, load_tokenizer
 from hildanext.model.self_answers import write_answers
 from hildanext.progress import say
@@ -51,6 +55,7 @@ PRESETS = {
     "S_MODE": Preset(0.5, 0.0, tau_accept=0.8, rows=16),
 }
 FALLING = {"sft.lr_decay_share": 1.0, "train.lr_final_ratio": 0.02}
+OUTPUTS = {"lora.targets": ["o_proj", "down_proj"], "lora.rank": 32}
 SIX_ROWS = {"sft.lr": 1.5e-3, "sft.block_size": 6, "noise.anchors": 48}
 # Parts of the training, each from the adapter of the part before: the rate is constant, then it falls.
 PARTS: dict[str, dict[str, Any]] = {
@@ -74,6 +79,11 @@ PARTS: dict[str, dict[str, Any]] = {
         "sft.steps": 130,
         "sft.lr": 4e-4,
     },
+    # Only the output projections from here: half of the gate's products in a pass, which is 8 % of its time.
+    "sixth": SIX_ROWS
+    | FALLING
+    | OUTPUTS
+    | {"sources": 6, "train.seed": 5, "noise.anchors": 56, "noise.offset_keep": 0.9, "sft.steps": 1300},
 }
 CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")
 
@@ -133,12 +143,35 @@ def prepare(config: Config) -> None:
     ready.touch()
 
 
+def narrow(checkpoint: Path, folder: Path, lora: LoraConfig) -> None:
+    """Copy an adapter to `folder` without the layers that `lora` leaves out, its other factors grown to the rank of `lora`.
+
+    The new ranks are those of a new adapter, so the changes of the layers that stay are the same.
+    """
+    adapter, settings = read_adapter(checkpoint / WEIGHTS, checkpoint / SETTINGS)
+    assert lora.rank is not None
+    assert isinstance(lora.targets, list)
+    torch.manual_seed(0)
+    pairs = {}
+    for name, (a, b) in adapter.pairs.items():
+        if name.rpartition(".")[2] in lora.targets:
+            new = LowRank(lora.rank - adapter.rank, a.shape[1], b.shape[0], adapter.scaling)
+            pairs[name] = LoraFactors(torch.cat([a, new.A.detach()]), torch.cat([b, new.B.detach()], dim=1))
+    vocabulary = [*settings["rank_pattern"]]
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    write_adapter(folder, adapter._replace(pairs=pairs), settings | {"target_modules": [*lora.targets, *vocabulary]})
+
+
 def train() -> str:
     """Train the parts in turn. Returns the last checkpoint."""
     base = None
     for part in PARTS:
         config = part_config(part)
         prepare(config)
+        if base is not None and OUTPUTS.items() <= PARTS[part].items():
+            narrowed = Path("narrowed")
+            narrow(Path(base), narrowed, config.lora)
+            base = str(narrowed)
         if base is not None:
             config = config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
         done = sft(config, part, resume=RunFolder(Path("runs") / part).record.is_file())

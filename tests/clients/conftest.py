@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +38,15 @@ def truth(converted: Config) -> Callable[..., Completion]:
         return engine.generate(Request(engine.encode(prompt), engine.settings(converted)._replace(**changes)))
 
     return complete
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> Iterator[None]:
+    """Some libraries leave connections open. Python warns of them when it collects them, which may be in another test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

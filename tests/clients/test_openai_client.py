@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 
 import openai
 import pytest
@@ -12,8 +13,15 @@ from support.clients import CHAT, CITIES, PROMPT, TOO_LONG, TOOLS, WARM, Cat
 
 
 @pytest.fixture
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+def wide(wide_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=wide_url, api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as found:
+        yield found
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -70,16 +78,14 @@ def test_penalties(client: openai.OpenAI, truth) -> None:
     assert answer.choices[0].message.content == truth(CHAT, max_new_tokens=12, **asked).text
 
 
-def test_structured(wide_url: str) -> None:
-    client = openai.OpenAI(base_url=wide_url, api_key="none", max_retries=0)
-    answer = client.chat.completions.parse(model="model", messages=CHAT, response_format=Cat)
+def test_structured(wide: openai.OpenAI) -> None:
+    answer = wide.chat.completions.parse(model="model", messages=CHAT, response_format=Cat)
     assert isinstance(answer.choices[0].message.parsed, Cat)
-    with client.chat.completions.stream(model="model", messages=CHAT, response_format=Cat) as stream:
+    with wide.chat.completions.stream(model="model", messages=CHAT, response_format=Cat) as stream:
         assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
 
 
-def test_tools(wide_url: str) -> None:
-    client = openai.OpenAI(base_url=wide_url, api_key="none", max_retries=0)
+def test_tools(wide: openai.OpenAI) -> None:
     asked = {
         "model": "model",
         "messages": CHAT,
@@ -87,14 +93,14 @@ def test_tools(wide_url: str) -> None:
         "tool_choice": "required",
         "parallel_tool_calls": False,
     }
-    said = client.chat.completions.create(**asked).choices[0].message
+    said = wide.chat.completions.create(**asked).choices[0].message
     (call,) = said.tool_calls
     assert json.loads(call.function.arguments)["city"] in CITIES
-    with client.chat.completions.stream(**asked) as stream:
+    with wide.chat.completions.stream(**asked) as stream:
         (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
     assert streamed.function.arguments == call.function.arguments
     told = [*CHAT, said, {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
-    answer = client.chat.completions.create(model="model", messages=told, tools=TOOLS, tool_choice="none", max_tokens=9)
+    answer = wide.chat.completions.create(model="model", messages=told, tools=TOOLS, tool_choice="none", max_tokens=9)
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 

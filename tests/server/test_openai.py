@@ -14,6 +14,7 @@ from hildanext.decoding.engines import Request, open_engine
 from hildanext.errors import UsageError
 from hildanext.model.pretrained import load_tokenizer
 from support import serving
+from support.serving import asking
 from support.stepping import passed, stepping, until
 
 MODEL = parse_config({}).model.base
@@ -22,8 +23,8 @@ PROMPT = "Once upon a time"
 
 @pytest.fixture(scope="module")
 def client(converted: Config) -> Iterator[openai.OpenAI]:
-    with serving.running(converted) as (url, _):
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with serving.running(converted) as (url, _), asking(url) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -209,32 +210,31 @@ def test_other_models_are_refused(client: openai.OpenAI) -> None:
 
 def test_keys() -> None:
     config = parse_config({"engine": {"order": ["dummy"]}})
-    with serving.running(config, keys=[b"right"]) as (url, _):
-        right, wrong = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in ("right", "wrong"))
+    with (
+        serving.running(config, keys=[b"right"]) as (url, _),
+        asking(url, "right") as right,
+        asking(url, "wrong") as wrong,
+    ):
         assert "hello" in right.completions.create(model="smollm2-135m", prompt="hello").choices[0].text
         with pytest.raises(openai.AuthenticationError) as caught:
             wrong.models.list()
         assert (caught.value.type, caught.value.code) == ("authentication_error", "invalid_api_key")
 
 
-def asking(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
 def test_a_full_queue_is_a_rate_limit_that_the_client_understands() -> None:
-    with stepping(held=True, queue=0) as (url, worker, engine):
+    with stepping(held=True, queue=0) as (url, worker, engine), asking(url) as client:
         with pytest.raises(openai.RateLimitError) as caught:  # three prompts, two places
-            asking(url).completions.create(model=MODEL, prompt=["a", "b", "c"], max_tokens=4)
+            client.completions.create(model=MODEL, prompt=["a", "b", "c"], max_tokens=4)
         assert caught.value.response.headers["Retry-After"] == "1"
         assert caught.value.code == "rate_limit_exceeded"
         engine.held = False
         engine.go.release()
         until(worker, lambda: not worker.accepted)
-        assert asking(url).completions.create(model=MODEL, prompt="x", max_tokens=2).choices[0].text == "xAA"
+        assert client.completions.create(model=MODEL, prompt="x", max_tokens=2).choices[0].text == "xAA"
 
 
 def test_one_of_several_prompts_that_fails_takes_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    with stepping() as (url, worker, engine):
+    with stepping() as (url, worker, engine), asking(url) as client:
         submit = engine.submit
 
         def fail(request: Request) -> object:
@@ -248,7 +248,7 @@ def test_one_of_several_prompts_that_fails_takes_the_others_along(monkeypatch: p
             # In a stream that the others have begun, the error is an event.
             with pytest.raises(openai.APIError, match="not this one"):
                 list(
-                    asking(url).completions.create(
+                    client.completions.create(
                         model=MODEL, prompt=["good", "bad", "good"], max_tokens=10**9, stream=stream
                     )
                 )
@@ -258,8 +258,8 @@ def test_one_of_several_prompts_that_fails_takes_the_others_along(monkeypatch: p
 
 
 def test_a_client_that_leaves_a_stream_of_several_answers_frees_their_places() -> None:
-    with stepping() as (url, worker, engine):
-        stream = asking(url).completions.create(model=MODEL, prompt=["a", "b"], max_tokens=10**9, stream=True)
+    with stepping() as (url, worker, engine), asking(url) as client:
+        stream = client.completions.create(model=MODEL, prompt=["a", "b"], max_tokens=10**9, stream=True)
         indices = set()
         for chunk in stream:
             indices.add(chunk.choices[0].index)
@@ -271,9 +271,9 @@ def test_a_client_that_leaves_a_stream_of_several_answers_frees_their_places() -
 
 
 def test_an_error_in_a_stream_is_one_that_the_client_understands() -> None:
-    with stepping(held=True) as (url, worker, engine), ThreadPoolExecutor(1) as pool:
+    with stepping(held=True) as (url, worker, engine), ThreadPoolExecutor(1) as pool, asking(url) as client:
         stream = pool.submit(
-            lambda: list(asking(url).completions.create(model=MODEL, prompt="x", max_tokens=9, stream=True))
+            lambda: list(client.completions.create(model=MODEL, prompt="x", max_tokens=9, stream=True))
         )
         until(worker, lambda: engine.waiting)
         passed(worker)

@@ -19,8 +19,8 @@ WARM = {"temperature": 1.0, "seed": 5}
 
 @pytest.fixture(scope="module")
 def client(converted: Config) -> Iterator[openai.OpenAI]:
-    with serving.running(converted) as (url, _):
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with serving.running(converted) as (url, _), serving.asking(url) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -55,8 +55,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def client(served: tuple[str, Config]) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
+def client(served: tuple[str, Config]) -> Iterator[openai.OpenAI]:
+    with serving.asking(served[0]) as found:
+        yield found
 
 
 def test_parse_gives_the_pydantic_model(client: openai.OpenAI) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import uvicorn
 from fastapi.testclient import TestClient
 
@@ -72,6 +73,11 @@ def client(
     with TestClient(app, base_url="http://127.0.0.1:8000") as found:
         until(lambda: app.state.worker.state != "loading")
         yield found
+
+
+def asking(url: str, key: str = "none") -> openai.OpenAI:
+    """OpenAI's client of a server; closed, with its connections, when its block ends."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
 
 def free_port() -> int:
