@@ -83,7 +83,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "sixth": SIX_ROWS
     | FALLING
     | OUTPUTS
-    | {"sources": 6, "train.seed": 5, "noise.anchors": 56, "noise.offset_keep": 0.9, "sft.steps": 1300},
+    | {"sources": 6, "train.seed": 5, "noise.anchors": 56, "noise.offset_keep": 0.9, "sft.steps": 540},
 }
 CURVE = ("step", "tokens_seen", "lr", "loss", "eval_loss", "eval_accuracy", "eval_run")
 
