@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hildanext import cli
-from hildanext.config import SHIPPED_MODEL, load_config, parse_config
+from hildanext.config import SHIPPED_MODEL, LoraConfig, load_config, parse_config
 from hildanext.data.sources.self_answers import written_file
 from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Request, open_engine
 from hildanext.decoding.settings import read_presets
 from hildanext.errors import ConfigError
+from hildanext.model.adapter_file import SETTINGS, WEIGHTS, Adapter, LoraFactors, read_adapter, write_adapter
 from hildanext.model.pretrained import MODELS
 from support import serving
 
@@ -49,10 +51,13 @@ def test_its_training_is_on_record():
         assert run["curve"][-1]["tokens_seen"] <= run["tokens"]
         assert run["group_rows"] > 0
         assert run["config"]["data"]["sources"]
-        assert parse_config(run["config"]).lora.rank == json.loads((FOLDER / "adapter_config.json").read_text())["r"]
         losses = [point["eval_loss"] for point in run["curve"]]
         assert losses[-1] < losses[0]
     assert losses[-1] == min(losses)  # of the last part, whose learning rate falls
+    adapter = json.loads((FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
+    last = parse_config(runs[-1]["config"]).lora
+    assert last.rank == adapter["r"]
+    assert set(last.targets) <= set(adapter["target_modules"])
 
 
 def test_the_card_says_what_it_is():
@@ -82,7 +87,7 @@ def test_its_recipe_makes_such_a_model(tmp_path, monkeypatch):
             config["hilda"]["base_model"],
             config["hilda"]["convention"],
         )
-        assert (made.lora.rank, made.lora.gate) == (adapter["r"], True)
+        assert made.lora.gate
         ship["place_answers"](made)
         for source in made.data.sources:
             answers = written_file(made.paths.data, source).read_text(encoding="utf-8").splitlines()
@@ -90,7 +95,35 @@ def test_its_recipe_makes_such_a_model(tmp_path, monkeypatch):
             prompts = Path(source.path).read_text(encoding="utf-8").splitlines()
             assert asked <= set(prompts)
             assert len(asked) > 0.9 * len(set(prompts))
-    assert made.sft.block_size == config["block_size"]  # of the last part
+    # Of the last part:
+    assert (made.lora.rank, made.sft.block_size) == (adapter["r"], config["block_size"])
+
+
+def test_its_recipe_narrows_an_adapter(tmp_path):
+    """The layers that stay change as before; the new ranks change nothing until they are trained."""
+    ship = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / SHIPPED_MODEL / "ship.py"))
+    wide = Adapter(
+        2.0,
+        {name: LoraFactors(torch.randn(2, 4), torch.randn(4, 2)) for name in ("layers.0.q_proj", "layers.0.o_proj")},
+        "embed",
+        {5: torch.randn(4)},
+        6,
+        {"up": torch.randn(4, 3)},
+    )
+    source = tmp_path / "wide"
+    source.mkdir()
+    vocabulary = {"target_modules": ["q_proj", "o_proj", "embed"], "rank_pattern": {"embed": None}}
+    write_adapter(source, wide, vocabulary)
+    ship["narrow"](source, tmp_path / "narrow", LoraConfig(rank=3, gate=True, targets=["o_proj"]))
+    narrow, settings = read_adapter(tmp_path / "narrow" / WEIGHTS, tmp_path / "narrow" / SETTINGS)
+    assert settings["target_modules"] == ["o_proj", "embed"]
+    assert [*narrow.pairs] == ["layers.0.o_proj"]
+    before, after = wide.pairs["layers.0.o_proj"], narrow.pairs["layers.0.o_proj"]
+    assert (narrow.rank, narrow.scaling) == (3, 2.0)
+    assert after.a[2].abs().sum() > 0  # or nothing would be learned there
+    torch.testing.assert_close(after.b @ after.a, before.b @ before.a)
+    torch.testing.assert_close(narrow.row, wide.row)
+    torch.testing.assert_close(narrow.draft_head["up"], wide.draft_head["up"])
 
 
 def test_it_is_the_base_only_where_none_is_named(tmp_path):
