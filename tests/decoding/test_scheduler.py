@@ -98,10 +98,9 @@ def test_insertions_and_deletions_equal_the_slow_way(tiny_tokenizer, convention,
     """Any settings, drafts to be repaired or none, side by side: the same tokens and log-probabilities as without a cache."""
     rng = random.Random(3)
     dtype = torch.float32 if runtime == "openvino" else torch.float64
-    lm, edits_lm = (
-        diffusion_lm(tiny_tokenizer, convention, dtype, edits=True) for _ in range(2)
-    )  # OpenVINO empties one
-    engine = open_engine(lm, runtime=runtime)
+    make_lm = partial(diffusion_lm, tiny_tokenizer, convention, dtype, edits=True)
+    edits_lm = make_lm()
+    engine = open_engine(make_lm(), runtime=runtime)  # OpenVINO empties the model
     requests = []
     for _ in range(40):
         wanted = some_settings(rng)._replace(max_post_steps=rng.choice([1, 2, 4]))
