@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import statistics
 import time
@@ -25,12 +24,12 @@ from results import machine, machines_line, spread, stored_runs
 from hildanext.config import Config, load_config
 from hildanext.data.prepare import prepare_data
 from hildanext.data.rows import ShuffledRows, open_rows
-from hildanext.data.synthetic import Slots, check, draw_slots, instruction
-from hildanext.data.synthetic import tell as tell_story
+from hildanext.data.synthetic import Faulty, check, faulty_stories, instruction
 from hildanext.data.tokenize import tokenize_data
 from hildanext.decoding.engines import Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.demo import make_base, prompts
+from hildanext.demo_repair import is_repaired, repair_request
 from hildanext.diffusion.schedule import SchedulePoint
 from hildanext.files import write_json
 from hildanext.model.loading import load_diffusion_lm
@@ -74,7 +73,6 @@ WORLD: dict[str, Any] = {
     "wsd.warmup_steps": 60,
     "wsd.stable_steps": 0,
     "wsd.decay_steps": 240,
-    "sft.lr": 3e-3,
     "sft.lr_warmup_steps": 20,
     "sft.steps": 1200,
     "noise.corrupt_rate": 0.05,
@@ -82,6 +80,10 @@ WORLD: dict[str, Any] = {
     "noise.insertion_rate": 0.08,
     "decode.max_new_tokens": 128,
     "engine.slots": 8,
+}
+TUNING: dict[str, Any] = {
+    "sft.lr": 5e-3,
+    "loss.keep": 0.3,  # most tokens are right: with 1, a fault that the model is half sure of is left alone
 }
 SMOLLM2: dict[str, Any] = {  # 110 steps x 4 rows x 256 = 112,640 row tokens
     "model.base": "smollm2-135m",
@@ -146,39 +148,13 @@ def training_ratio(config: Config, checkpoint: str, split: str, pairs: int) -> f
 # --- Stories of the demo's world
 
 
-class Faulty:
-    """A story with one word dropped or doubled."""
-
-    def __init__(self, draw: random.Random, kind: str) -> None:
-        self.slots: Slots = draw_slots(draw)
-        self.story, self.kind = tell_story(self.slots, draw), kind
-        words = self.story.split(" ")
-        at = draw.randrange(len(words))
-        self.faulty = " ".join([*words[: at + (kind == "doubled")], *words[at + (kind == "dropped") :]])
-
-
-def faulty_stories(n: int = N_FAULTY, seed: int = 123) -> list[Faulty]:
-    draw = random.Random(seed)
-    return [Faulty(draw, ("doubled", "dropped")[i % 2]) for i in range(n)]
-
-
-def ids_of(engine: TransformersEngine, text: str) -> list[int]:
-    """Token ids of an answer, filled up with the end of text to whole blocks, as rows of sft are."""
-    return [*engine.tokenizer(text, add_special_tokens=False)["input_ids"], engine.eos_token_ids[0]]
-
-
 def repair(engine: TransformersEngine, config: Config, stories: list[Faulty]) -> list[dict[str, Any]]:
     found = []
     for tau_edit in TAU_EDIT:
         wanted = decode(engine, config, mode="Q_MODE", tau_edit=tau_edit)
-        requests = []
-        for story in stories:
-            prompt = engine.encode([{"role": "user", "content": instruction(story.slots)}])
-            draft = ids_of(engine, story.faulty)
-            draft += [engine.eos_token_ids[0]] * (-(len(prompt) + len(draft)) % BLOCK)
-            requests.append(Request(prompt, wanted, draft=draft))
+        requests = [repair_request(engine, wanted, story) for story in stories]
         done = engine.generate_batch(requests)
-        right = [answer.text.strip() == story.story for answer, story in zip(done, stories, strict=True)]
+        right = [is_repaired(answer, story) for answer, story in zip(done, stories, strict=True)]
         accepted = [
             not check(answer.text, story.slots.name, story.slots.thing)
             for answer, story in zip(done, stories, strict=True)
@@ -243,7 +219,7 @@ def world(out: Path, seed: int) -> list[dict[str, Any]]:
     converted = convert_wsd(config, "convert", resume=(out / "convert").exists())
     found, engines = [], {}
     for way in WAYS:
-        tuning = settings(WORLD | sources, out, **{"train.seed": seed, "noise.edits": way})
+        tuning = settings(WORLD | TUNING | sources, out, **{"train.seed": seed, "noise.edits": way})
         tuning = tuning.model_copy(
             update={"model": tuning.model.model_copy(update={"base": converted["checkpoint"], "convention": None})}
         )
@@ -255,7 +231,7 @@ def world(out: Path, seed: int) -> list[dict[str, Any]]:
                 "seed": seed,
                 "way": way,
                 "tokens": converted["tokens_seen"] + result["tokens_seen"],
-                "repairs": repair(engine, tuning, faulty_stories()),
+                "repairs": repair(engine, tuning, faulty_stories(N_FAULTY, seed=123)),
                 "stories": write_stories(engine, tuning),
                 "machine": machine(),
             }
@@ -359,7 +335,7 @@ def world_lines(results: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## The demo's world",
         "",
-        f"The base of `make demo`, converted in 300 steps, then tuned in {WORLD['sft.steps']} steps of 4 rows in blocks of {BLOCK} (in_place, two turns).",
+        f"The base of `make demo`, converted in 300 steps, then tuned in {WORLD['sft.steps']} steps of 4 rows in blocks of {BLOCK} (in_place, two turns, loss.keep {TUNING['loss.keep']}).",
         "",
         f"{N_FAULTY} new stories with one word dropped or doubled, given as drafts (Q_MODE). *Right*: equal to the story before the fault.",
         "",

@@ -36,10 +36,11 @@ PACKAGES: dict[str, tuple[int, set[str]]] = {
     "export": (6, set()),
     "api": (7, set()),
     "smoke": (7, set()),
-    "demo": (7, set()),
-    "commands": (8, set()),
-    "cli": (9, set()),
-    "__init__": (10, set()),  # imports at the first use of a name, or for type checkers alone
+    "demo_repair": (7, set()),
+    "demo": (8, set()),
+    "commands": (9, set()),
+    "cli": (10, set()),
+    "__init__": (11, set()),  # imports at the first use of a name, or for type checkers alone
 }
 # The mathematics imports torch and nothing of ours.
 PURE = {"diffusion.noise", "diffusion.masks", "diffusion.objective", "diffusion.edits"}

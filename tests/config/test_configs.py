@@ -25,7 +25,8 @@ from hildanext.training.run_folder import RunFolder
 
 FOLDER = Path(cli.__file__).parent / "configs"
 FILES = sorted(FOLDER.glob("*.json"))
-READY = [path for path in FILES if path.stem != "demo"]  # the demo makes its own model, and has its own test
+# The demo makes its own models, and has its own test.
+READY = [path for path in FILES if not path.stem.startswith("demo")]
 
 
 def tiny_qwen3(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

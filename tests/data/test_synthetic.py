@@ -14,6 +14,7 @@ from hildanext.data.synthetic import (
     THINGS,
     check,
     draw_slots,
+    faulty_stories,
     instruction,
     synthetic_instructions,
     synthetic_stories,
@@ -96,3 +97,18 @@ def test_the_seed_makes_the_stories():
 def test_the_instruction_names_the_hero_and_the_thing():
     slots = draw_slots(random.Random(0))
     assert instruction(slots) == f"Tell a story about {slots.name} with a {slots.thing}."
+
+
+def test_a_faulty_story_has_one_word_too_few_or_too_many():
+    stories = faulty_stories(200, seed=1)
+    assert stories == faulty_stories(200, seed=1)
+    for number, found in enumerate(stories):
+        right, wrong = found.story.split(), found.faulty.split()
+        assert not check(found.story, found.slots.name, found.slots.thing)
+        assert found.kind == ("doubled", "dropped")[number % 2]
+        longer, shorter = (wrong, right) if found.kind == "doubled" else (right, wrong)
+        without = [i for i in range(len(longer)) if longer[:i] + longer[i + 1 :] == shorter]
+        assert without
+        if found.kind == "doubled":
+            assert len(without) >= 2  # either of two equal neighbours may go
+    assert len({found.faulty.split()[0] for found in stories}) > 2  # the first word can be the one

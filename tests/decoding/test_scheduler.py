@@ -1,11 +1,13 @@
 """Continuous batching on a random Llama: the same tokens as without any cache, whoever runs beside, whenever it joins."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from hildanext.config import parse_config
+from hildanext.decoding import runtimes
 from hildanext.decoding.engines import Completion, Request
 from hildanext.decoding.engines.transformers import TransformersEngine
 from hildanext.decoding.events import Finished, Step
@@ -17,8 +19,8 @@ from support.reference import reference
 CONTEXT = 64
 
 
-def open_engine(lm, slots=8, chunk=16):
-    engine = {"order": ["transformers"], "runtime": "eager", "slots": slots, "context": CONTEXT, "prefill_chunk": chunk}
+def open_engine(lm, slots=8, chunk=16, runtime="eager"):
+    engine = {"order": ["transformers"], "runtime": runtime, "slots": slots, "context": CONTEXT, "prefill_chunk": chunk}
     return TransformersEngine(parse_config({"engine": engine}), {}, lm)
 
 
@@ -78,15 +80,27 @@ def test_the_cache_changes_nothing(lm, tau_edit, behind):
         assert behind == 0 or rolled > 3  # and editable blocks must have mattered
 
 
-@pytest.fixture(scope="module", params=["in_place", "shifted"])
-def edits_lm(request, tiny_tokenizer):
-    return diffusion_lm(tiny_tokenizer, request.param, edits=True)
+@pytest.fixture(params=["eager", "compiled", "openvino"])
+def runtime(request, monkeypatch):
+    """A runtime that this machine has. Graphs are traced alike by every backend of torch.compile; this one is fast."""
+    if request.param == "compiled":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        torch._dynamo.reset()
+    if request.param == "openvino":
+        pytest.importorskip("openvino", reason="OpenVINO is not installed")
+        monkeypatch.setattr(runtimes, "has_openvino", lambda: True)
+    return request.param
 
 
-def test_insertions_and_deletions_equal_the_slow_way(edits_lm):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("convention", ["in_place", "shifted"])
+def test_insertions_and_deletions_equal_the_slow_way(tiny_tokenizer, convention, runtime):
     """Any settings, drafts to be repaired or none, side by side: the same tokens and log-probabilities as without a cache."""
     rng = random.Random(3)
-    engine = open_engine(edits_lm)
+    dtype = torch.float32 if runtime == "openvino" else torch.float64
+    make_lm = partial(diffusion_lm, tiny_tokenizer, convention, dtype, edits=True)
+    edits_lm = make_lm()
+    engine = open_engine(make_lm(), runtime=runtime)  # OpenVINO empties the model
     requests = []
     for _ in range(40):
         wanted = some_settings(rng)._replace(max_post_steps=rng.choice([1, 2, 4]))
@@ -99,6 +113,7 @@ def test_insertions_and_deletions_equal_the_slow_way(edits_lm):
         requests.append(Request(prompt, wanted, draft=draft))
     steps = []
     completions = engine.generate_batch(requests, lambda index, event: steps.append((index, event)))
+    engine.close()
     for request, done in zip(requests, completions, strict=True):
         tokens, passes, logps = reference(edits_lm, request.prompt_ids, request.settings, EOS, request.draft)
         assert done.token_ids == tokens, request

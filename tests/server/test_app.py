@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from transformers import PreTrainedTokenizerFast
 
 from hildanext import __version__
 from hildanext.config import Config, parse_config
@@ -21,6 +22,7 @@ from hildanext.model.policy import choose_policy
 from hildanext.server import meters, openai
 from hildanext.server.app import make_app
 from support import serving
+from support.decoding import diffusion_lm
 from support.serving import dummy
 from support.waiting import until
 
@@ -122,6 +124,8 @@ def test_bad_bodies_get_422_and_one_line(client: TestClient, subtests: pytest.Su
         ('{"prompt": "x", "tau_mask": 1.5}', "'tau_mask': "),
         ('{"prompt": "x", "tau_mask": "0.5"}', "'tau_mask': "),
         ('{"prompt": "x", "tau_edit": NaN}', "'tau_edit': "),
+        ('{"prompt": "x", "min_indel_confidence": 1.5}', "'min_indel_confidence': "),
+        ('{"prompt": "x", "min_indel_confidence": "preset"}', "'min_indel_confidence': "),
         ('{"prompt": "x", "temperature": Infinity}', "'temperature': "),
         ('{"prompt": "x", "temperature": 1e39}', "'temperature': "),
         ('{"prompt": "x", "temperature": 2.1}', "'temperature': "),
@@ -248,6 +252,32 @@ def test_a_converted_checkpoint_is_served(converted: Config) -> None:
     engine = open_engine(converted)
     settings = engine.settings(converted)._replace(tau_edit=None, seed=1)
     assert same(answer, engine.generate(Request(engine.encode("Once upon"), settings)).as_dict())
+
+
+def test_insertions_and_deletions_by_request(tiny_tokenizer: PreTrainedTokenizerFast, client: TestClient) -> None:
+    """The threshold travels to the engine, null turns them off, and a model without the two tokens refuses one."""
+    body = {"prompt": "the cat", "tau_mask": 0.1, "tau_edit": 0.2}
+    asked: list[dict[str, Any]] = [{}, {"min_indel_confidence": 0.2}, {"min_indel_confidence": None}]
+    engine_keys = {"order": ["transformers"], "runtime": "eager", "context": 64}
+    config = parse_config({"engine": engine_keys, "decode": {"max_new_tokens": 24}})
+    engine = TransformersEngine(config, {}, diffusion_lm(tiny_tokenizer, "in_place", edits=True))
+    with serving.client(config, engine) as served:
+        assert served.get("/settings").json()["default"]["min_indel_confidence"] == 0.0
+        answers = [served.post("/generate", json=body | one).json() for one in asked]
+        other = {"model": config.model.base, "max_tokens": 24}
+        texts = [served.post("/v1/completions", json=other | body | one).json()["choices"][0]["text"] for one in asked]
+    settings = engine.settings(config)._replace(tau_mask=0.1, tau_edit=0.2)
+    for threshold, answer in zip((0.0, 0.2, None), answers, strict=True):
+        direct = engine.generate(Request(engine.encode("the cat"), settings._replace(min_indel_confidence=threshold)))
+        assert same(answer, direct.as_dict())
+    moved = [answer["stats"]["insertions"] + answer["stats"]["deletions"] for answer in answers]
+    assert moved[0] > moved[1] > moved[2] == 0
+    assert texts == [answer["text"] for answer in answers]
+    for path, model in (("/generate", {}), ("/v1/completions", {"model": config.model.base})):
+        refused = client.post(path, json={"prompt": "x", "tau_edit": None, "min_indel_confidence": 0.5} | model)
+        assert refused.status_code == 400
+        assert "the model has no DELETE and INSERT tokens" in refused.text
+        assert client.post(path, json={"prompt": "x", "min_indel_confidence": None} | model).status_code == 200
 
 
 def test_without_a_seed_each_answer_draws_one_and_tells_it(converted: Config) -> None:

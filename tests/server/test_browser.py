@@ -15,13 +15,18 @@ from typing import Any
 
 import httpx2
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from hildanext.config import Config
+from hildanext.config import Config, parse_config
+from hildanext.decoding import sequence
 from hildanext.decoding.engines.dummy import NOTICE
+from hildanext.decoding.engines.transformers import TransformersEngine
+from hildanext.decoding.rule import Change
 from hildanext.jobs import watcher
 from hildanext.jobs.store import ENDED
 from hildanext.server.command import open_jobs
 from support import serving, waiting
+from support.decoding import diffusion_lm
 from support.models import write_gated
 from support.training import material
 
@@ -251,6 +256,76 @@ def test_the_slider_steps_through_every_pass(visit: Any, server: str) -> None:
     here.look("history")
     canvas.get_by_label("Play").click()
     expect(canvas.locator("output")).to_have_text(f"pass {len(trace)} of {len(trace)}")
+
+
+# The history of the token at each position from ... to, after each pass: what happened to it, in which pass.
+STORIES = """(canvas, [from, to]) => {
+  const slider = canvas.querySelector("input[type=range]");
+  return [...Array(Number(slider.max)).keys()].map((k) => {
+    slider.value = k + 1;
+    slider.dispatchEvent(new Event("input"));
+    return [...Array(to - from).keys()].map((i) => {
+      const click = () => canvas.querySelector(`[data-position="${from + i}"]`).click();
+      click();
+      const lines = [...canvas.querySelectorAll(".history li:has(.what)")];
+      const found = lines.map((line) => [".what", "button"].map((part) => line.querySelector(part).textContent));
+      click();
+      return found;
+    });
+  });
+}"""
+
+
+def fate(changes: list[Change], position: int, k: int) -> list[tuple[str, str]]:
+    """The truth of a history: what each pass did to the token that stands at a position of the first block after pass k."""
+    found, place = [], position
+    for number in range(k, 0, -1):  # backwards, to where it came from
+        change = changes[number - 1]
+        kinds = [kind for kind in ("inserted", "drafted", "edited") if place in getattr(change, kind)]
+        found += [(kind, f"pass {number}") for kind in kinds]
+        source = change.sources[place]
+        if source is None:
+            break
+        place = source
+    found.reverse()
+    place = position
+    for number in range(k + 1, len(changes) + 1):  # forwards, to where it went
+        change = changes[number - 1]
+        if place not in change.sources:
+            is_deleted = changes[number - 2].tokens[place] in [token for _, token in change.deleted]  # else cut off
+            return found + [("deleted", f"pass {number}")] * is_deleted
+        place = change.sources.index(place)
+        found += [(kind, f"pass {number}") for kind in ("drafted", "edited") if place in getattr(change, kind)]
+    return found
+
+
+def test_a_history_follows_its_token_through_insertions_and_deletions(
+    visit: Any, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the sources that the decoding rule reports, in an answer of one block, which every pass may shift."""
+    changes: list[Change] = []
+    real = sequence.indel_step
+    keep = lambda *args, **kwargs: changes.append(real(*args, **kwargs)) or changes[-1]  # noqa: E731
+    monkeypatch.setattr(sequence, "indel_step", keep)
+    engine_keys = {"order": ["transformers"], "runtime": "eager", "context": 64}
+    config = parse_config({"engine": engine_keys, "decode": {"block_size": 16}})
+    engine = TransformersEngine(config, {}, diffusion_lm(tiny_tokenizer, "in_place", edits=True))
+    with serving.running(config, lambda config: engine) as (url, _):
+        here = visit(url)
+        here.ask("the", max_new_tokens="14", tau_mask="0.1", tau_edit="0.1")
+        changes.clear()
+        here.page.click("#generate")
+        canvas = here.finished()
+        n_prompt = len(engine.encode("the"))
+        assert any(change.deleted for change in changes)
+        assert any(change.inserted for change in changes)
+        stories = canvas.evaluate(STORIES, [n_prompt, n_prompt + 14])
+        assert len(stories) == len(changes)
+        for k, positions in enumerate(stories, 1):
+            for position, story in enumerate(positions, n_prompt):
+                assert [tuple(line) for line in story] == fate(changes, position, k), (k, position)
+        canvas.locator(".tok").last.evaluate("it => it.click()")
+        here.look("moved")
 
 
 def prompt_tokens(server: str) -> int:

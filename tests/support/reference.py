@@ -134,7 +134,7 @@ def _moved(
 
 
 def _logp(lm: DiffusionLM, logits: torch.Tensor) -> torch.Tensor:
-    scores = logits[: lm.vocab_size].float()
+    scores = logits[: lm.vocab_size].to(torch.float32, copy=True)
     scores[[lm.mask_token_id, *lm.edit_ids]] = -torch.inf
     return scores.log_softmax(-1)
 
@@ -148,7 +148,7 @@ def _propose(
         drawn = torch.empty(size, lm.vocab_size)
         drawn.exponential_(generator=sample_generator(settings.seed, p // size, "decode"))
         noise = -drawn[p % size][None].log()
-    scores = logits.float()
+    scores = logits.to(torch.float32, copy=True)
     for token, bias in settings.logit_bias:
         scores[0, token] += bias
     for token in set(tokens[:p]):

@@ -36,14 +36,14 @@ class NoiseConfig(Section):
         0.05,
         ge=0.0,
         lt=1.0,
-        description="Probability that a token of the second turn is dropped, so that the model learns to insert. Applies to "
-        "edits 'levenshtein'.",
+        description="Probability that at a token of the second turn one or a few tokens are dropped, so that the model learns "
+        "to insert. Applies to edits 'levenshtein'.",
     )
     insertion_rate: float = Field(
         0.05,
         ge=0.0,
         lt=1.0,
-        description="Probability that before a token of the second turn another one is added, or the token is doubled, so "
+        description="Probability that before a token of the second turn another one is added, or the last ones once more, so "
         "that the model learns to delete. Applies to edits 'levenshtein'.",
     )
     turns: Literal[1, 2] = Field(

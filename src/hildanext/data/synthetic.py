@@ -143,6 +143,29 @@ def synthetic_stories(count: int, seed: int) -> Iterator[str]:
         yield tell(draw_slots(rng), rng)
 
 
+class Faulty(NamedTuple):
+    """A story, and the same story with a fault."""
+
+    slots: Slots
+    story: str
+    faulty: str
+    kind: str  # what happened to one of its words: "dropped" or "doubled"
+
+
+def faulty_stories(count: int, seed: int) -> list[Faulty]:
+    """`count` stories, every second one with one of its words dropped, the others with one doubled; they depend only on the seed."""
+    rng = random.Random(seed)
+    found = []
+    for i in range(count):
+        slots = draw_slots(rng)
+        story, doubled = tell(slots, rng), i % 2 == 0
+        words = story.split(" ")
+        at = rng.randrange(len(words))
+        faulty = " ".join([*words[: at + doubled], *words[at + (not doubled) :]])
+        found.append(Faulty(slots, story, faulty, "doubled" if doubled else "dropped"))
+    return found
+
+
 def instruction(slots: Slots) -> str:
     """The user's request for a story."""
     return f"Tell a story about {slots.name} with a {slots.thing}."

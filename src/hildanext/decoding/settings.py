@@ -179,12 +179,12 @@ def resolve(
         min_p=config.min_p,
         logit_bias=tuple((int(token), bias) for token, bias in config.logit_bias.items()),
         logprobs=config.logprobs,
-        min_indel_confidence=_min_indel_confidence(config, has_indels, max_post_steps) if edits else None,
+        min_indel_confidence=_min_indel_confidence(config, has_indels, max_post_steps if edits else None),
     )
 
 
-def _min_indel_confidence(config: DecodeConfig, has_indels: bool, max_post_steps: int) -> float | None:
-    """`Settings.min_indel_confidence`. Raises UsageError if it cannot be followed."""
+def _min_indel_confidence(config: DecodeConfig, has_indels: bool, max_post_steps: int | None) -> float | None:
+    """`Settings.min_indel_confidence`. max_post_steps: None without editing. Raises UsageError if it cannot be followed."""
     given = config.min_indel_confidence
     found = (0.0 if has_indels else None) if given == "preset" else given
     if found is not None and not has_indels:
@@ -197,7 +197,7 @@ def _min_indel_confidence(config: DecodeConfig, has_indels: bool, max_post_steps
             "'decode.max_post_steps': 0 leaves no pass for insertions and deletions; raise it, or set "
             "decode.min_indel_confidence to null"
         )
-    return None if found is None else float(found)
+    return None if found is None or max_post_steps is None else float(found)
 
 
 def tokens_needed(n_prompt: int, settings: Settings) -> int:

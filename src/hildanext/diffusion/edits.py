@@ -19,6 +19,8 @@ from torch import Tensor
 
 from hildanext.diffusion.noise import Noisy, block_starts, wrong_tokens
 
+RUN_ON = 0.3  # probability that a run of tokens, dropped or doubled in training, has one token more
+
 
 class EditTokens(NamedTuple):
     """The ids that edits need."""
@@ -133,15 +135,16 @@ def edit_noise(
     """Drop and add tokens of a draft, and label it by its alignment with x_0. All tensors [L], one row, on the CPU.
 
     A block's draft is, with equal odds, x_t or its clean tokens, each replaced by another ordinary one with probability
-    `corrupt_rate`. Each observed token of it is dropped with probability `deletion_rate`; before each one, another
-    ordinary token or once more the clean token before it is added with probability `insertion_rate`. The block then takes
+    `corrupt_rate`. At each of its tokens a run of observed tokens to drop begins with probability `deletion_rate`; before
+    each observed one, another ordinary token or once more the run of clean tokens before it is added with probability
+    `insertion_rate`. A run goes on with probability RUN_ON, since a word may have several tokens. The block then takes
     the tokens that follow it in the text, or is cut. The allowed tokens of a block are aligned with its own clean tokens.
     `pinned` [L] bool: positions whose prediction does not depend on the block; they are neither dropped nor shifted.
     """
-    draws = torch.rand(5, len(input_ids), generator=generator)
-    dropped, added = (draws[0] < deletion_rate).tolist(), (draws[1] < insertion_rate).tolist()
+    draws = torch.rand(6, len(input_ids), generator=generator)
+    dropped, added = run_on((draws[0] < deletion_rate).tolist(), draws[5]), (draws[1] < insertion_rate).tolist()
     others = [wrong_tokens(input_ids, ordinary_ids, generator) for _ in range(2)]
-    surplus = torch.where(draws[2] < 0.5, input_ids.roll(1), others[0]).tolist()
+    surplus, repeats, length = others[0].tolist(), (draws[2] < 0.5).tolist(), run_lengths(draws[5])
     replaced = torch.where(draws[3] < corrupt_rate, others[1], input_ids).tolist()
     from_clean = (draws[4] < 0.5).tolist()
     x_t, y, fixed = noisy.noisy_ids.tolist(), input_ids.tolist(), pinned.tolist()
@@ -156,7 +159,7 @@ def edit_noise(
         while len(draft) < end - start and position < run_end:
             token, is_observed = x[position], x[position] != tokens.mask
             if is_observed and added[position]:
-                draft.append(surplus[position])
+                draft += y[max(0, position - length[position]) : position] if repeats[position] else [surplus[position]]
             if not (is_observed and dropped[position]):
                 draft.append(token)
             position += 1
@@ -179,3 +182,16 @@ def segments(allowed: Tensor, doc_ids: Tensor, block: Tensor) -> list[tuple[int,
             spans.append([position, position])
         spans[-1][1] = run_ends[run[position]] = position + 1
     return [(start, end, run_ends[run[start]]) for start, end in spans]
+
+
+def run_on(begins: list[bool], draws: Tensor) -> list[bool]:
+    """Whether each of n tokens belongs to a run. begins: where runs begin; draws [n] in [0, 1): whether they go on."""
+    found = list[bool]()
+    for begin, goes_on in zip(begins, (draws < RUN_ON).tolist(), strict=True):
+        found.append(begin or (goes_on and bool(found) and found[-1]))
+    return found
+
+
+def run_lengths(draws: Tensor) -> list[int]:
+    """Lengths of n runs, 1 or more: longer than k with probability RUN_ON ** k. draws [n] in [0, 1)."""
+    return (1 + (draws.clamp_min(1e-6).log() / torch.tensor(RUN_ON).log()).long()).tolist()

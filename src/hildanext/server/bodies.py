@@ -46,7 +46,8 @@ Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 Schema = Annotated[dict[str, Any], AfterValidator(_whole_json)]
 NOTHING: list[Any] = [None, False, "", [], {}]  # values that ask for nothing, whatever the field
-NULL_MEANS_OFF = ("tau_edit", "tau_accept", "lookup")  # settings whose null is a value, and not "omitted"
+# Settings whose null is a value, and not "omitted".
+NULL_MEANS_OFF = ("tau_edit", "min_indel_confidence", "tau_accept", "lookup")
 
 
 class Body(BaseModel):
@@ -125,6 +126,9 @@ class SamplingBody(Body):
     mode: Mode | None = None
     tau_mask: Share | None = None
     tau_edit: Share | None = Field(None, description="null turns editing off; omitted: the preset's value.")
+    min_indel_confidence: Share | None = Field(
+        None, description="Models with insertions and deletions; null only substitutes; omitted: the server's value."
+    )
     tau_accept: TauAccept | None = Field(
         None, description="Gated checkpoints; null edits blocks instead; omitted: the preset's value."
     )

@@ -23,7 +23,7 @@ export class Canvas {
     this.trace = new Trace();
     this.k = 0; // number of passes shown
     this.live = true; // show each new pass
-    this.chosen = null; // position whose history is shown
+    this.chosen = null; // key of the token whose history is shown
     this.nodes = new Map(); // position -> its element
     this.blocks = new Map(); // block -> its element
     this.timer = this.frame = null;
@@ -149,20 +149,21 @@ export class Canvas {
   }
 
   #drawToken(cell, step) {
-    const { position, piece, state } = cell;
+    const { position, key, piece, state } = cell;
     let node = this.nodes.get(position);
     if (!node) {
       node = h("span", { class: "tok", role: "button", tabindex: -1, "data-position": position });
       this.nodes.set(position, node);
       this.#block(cell.block).append(node);
     }
+    if (node.dataset.key !== String(key)) node.dataset.key = key;
     const names = state === "inserted" ? ["tok", "masked", state] : ["tok", state];
     if (piece !== null) names.push(tint(cell.confidence));
     if (cell.silent) names.push("silent");
     if (cell.wasEdited) names.push("was-edited");
     if (step && cell.block === step.block && this.trace.blockSize > 1) names.push("open");
     if (position >= this.trace.end) names.push("cut");
-    if (position === this.chosen) names.push("chosen");
+    if (key === this.chosen) names.push("chosen");
     // Alternating classes restart the animation when two passes in a row edit the same token.
     if (state === "edited" && !this.trace.verifies) names.push(this.k % 2 ? "odd" : "even");
     const wanted = names.filter(Boolean).join(" ");
@@ -207,8 +208,8 @@ export class Canvas {
 
   /** Show a token's history, or hide it if it is shown. */
   #choose(node) {
-    const position = node ? Number(node.dataset.position) : null;
-    this.chosen = position === this.chosen ? null : position;
+    const key = node ? Number(node.dataset.key) : null;
+    this.chosen = key === this.chosen ? null : key;
     if (node) {
       for (const other of this.body.querySelectorAll('[tabindex="0"]')) other.setAttribute("tabindex", "-1");
       node.setAttribute("tabindex", "0");
@@ -241,11 +242,12 @@ export class Canvas {
     const rows = this.trace.history(this.chosen).filter((row) => row.what !== "unchanged" || row.piece === null);
     const shown = rows.filter((row) => row.what !== "unchanged");
     const waited = rows.length - shown.length;
+    const position = this.trace.placeOf(this.chosen, this.k);
     this.history.replaceChildren(
       h(
         "div",
         { class: "row between" },
-        h("h3", {}, `Token ${this.chosen - this.trace.promptTokens + 1}`, h("small", {}, this.#place())),
+        h("h3", {}, `Token ${position - this.trace.promptTokens + 1}`, h("small", {}, this.#place(position))),
         h("button", { type: "button", class: "icon", "aria-label": "Close the history", onclick: () => this.#choose(null) }, "×"),
       ),
       h(
@@ -261,8 +263,8 @@ export class Canvas {
             h("span", { class: `what ${row.what}` }, this.#word(row.what)),
             row.what === "edited" && !this.trace.verifies ? h("del", {}, readable(row.before)) : null,
             h("b", {}, readable(row.piece)),
-            h("span", { class: "meter", role: "img", "aria-label": `confidence ${percent(row.confidence)}` }, h("i", { class: `fill ${tint(row.confidence)}` })),
-            h("span", { class: "number" }, percent(row.confidence)),
+            row.confidence === null ? null : h("span", { class: "meter", role: "img", "aria-label": `confidence ${percent(row.confidence)}` }, h("i", { class: `fill ${tint(row.confidence)}` })),
+            row.confidence === null ? null : h("span", { class: "number" }, percent(row.confidence)),
           ),
         ),
       ),
@@ -273,9 +275,9 @@ export class Canvas {
     return this.trace.verifies ? (WORDS[state] ?? state) : state;
   }
 
-  #place() {
-    const block = this.trace.blockSize > 1 ? `, block ${this.trace.numberOf(Math.floor(this.chosen / this.trace.blockSize))}` : "";
-    return ` position ${this.chosen}${block}`;
+  #place(position) {
+    const block = this.trace.blockSize > 1 ? `, block ${this.trace.numberOf(Math.floor(position / this.trace.blockSize))}` : "";
+    return ` position ${position}${block}`;
   }
 
   /** The name of one step of the trace: a pass, or a token of the AR base. */
