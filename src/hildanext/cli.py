@@ -157,11 +157,7 @@ def _add_using(add: Add) -> None:
     export.add_argument("--dry-run", action="store_true", help="hub-card: show what --push would upload")
     text = "Check the installation: one conversion step, one SFT step and one generation; prints OK."
     add("smoke-test", commands.smoke_test, text)
-    shown = add(
-        "demo", commands.demo, "Run all main steps on synthetic stories with a tiny model: offline, in minutes."
-    )
-    text = "also train a model that inserts and deletes, and repair stories with it: four minutes more"
-    shown.add_argument("--repair", action="store_true", help=text)
+    add("demo", commands.demo, "Run all main steps on synthetic stories with a tiny model: offline, in minutes.")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -190,4 +190,4 @@ def smoke_test(args: argparse.Namespace) -> Result:
 def demo(args: argparse.Namespace) -> Result:
     from hildanext.demo import demo
 
-    return demo(args.config, list(args.set), args.repair)
+    return demo(args.config, list(args.set))

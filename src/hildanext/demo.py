@@ -2,8 +2,8 @@
 
 A tiny AR model is trained from scratch as the base. A gated adapter converts it on the WSD schedule, which ends with a
 merge of the best checkpoints. Then the base, EXACT and S_MODE write stories; those of EXACT are compared with the base's
-token by token, and a checker accepts or rejects each story. With `--repair` a second conversion, without a gate, learns to
-insert and delete, and repairs stories with a word too few or too many. All printed numbers are measured in the run.
+token by token, and a checker accepts or rejects each story. A second conversion, without a gate, learns to insert and
+delete, and repairs stories with a word too few or too many. All printed numbers are measured in the run.
 """
 
 from __future__ import annotations
@@ -214,12 +214,12 @@ def verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def summary(report: dict[str, Any], passes: str, repairs: str) -> str:
     """The text that the demo prints at its end. passes, repairs: those of one answer of each model."""
     lines = ["", "One answer, pass by pass (EXACT; [accepted draft], {correction}, the base's own word):", passes]
-    if found := report.get("repair"):
-        lines += ["", "One repair, pass by pass ([filled mask], {replaced}, +_ inserted mask, -deleted-):", repairs]
-        lines += [
-            f"  {found['repaired']} of {found['stories']} stories with a word dropped or doubled became what they were before "
-            f"({found['dropped']} of the dropped, {found['doubled']} of the doubled)"
-        ]
+    found = report["repair"]
+    lines += ["", "One repair, pass by pass ([filled mask], {replaced}, +_ inserted mask, -deleted-):", repairs]
+    lines += [
+        f"  {found['repaired']} of {found['stories']} stories with a word dropped or doubled became what they were before "
+        f"({found['dropped']} of the dropped, {found['doubled']} of the doubled)"
+    ]
     lines += ["", "One story of each:"]
     lines += [f"  {name}: {report[name]['sample']}" for name in MODES]
     lines += ["", f"{'':10}{'accepted':>10}{'same text':>12}{'tokens/forward':>16}{'tokens/s':>10}"]
@@ -246,10 +246,9 @@ def _merged(run: Path, k: int) -> Path:
     return out
 
 
-def demo(config_path: str | None, overrides: list[str], repairs: bool = False) -> dict[str, Any]:
+def demo(config_path: str | None, overrides: list[str]) -> dict[str, Any]:
     """Run the demo in the folder `paths.runs`, which may be an earlier demo's; returns the content of report.json.
 
-    repairs: also train a model that inserts and deletes, and repair stories with it.
     Raises UsageError if the folder exists and is not an earlier demo's.
     """
     config = load_config(config_path or READY, overrides)
@@ -266,33 +265,30 @@ def demo(config_path: str | None, overrides: list[str], repairs: bool = False) -
     # The models are so small that a second thread gains little, and on a busy machine they would wait for each other.
     torch.set_num_threads(1)
     began = time.perf_counter()
-    n_stages = 4 if repairs else 3
-    say(f"1/{n_stages}  train a tiny AR model from scratch")
+    say("1/4  train a tiny AR model from scratch")
     base = make_base(config, folder)
-    say(f"2/{n_stages}  convert it: a gated adapter, groups of 1 to 8 masks (WSD)")
+    say("2/4  convert it: a gated adapter, groups of 1 to 8 masks (WSD)")
     convert_wsd(config)
     converted = _merged(folder / "convert", 2)
-    report, shown, runs = dict[str, Any](), "", ["convert"]
-    if repairs:
-        say(f"3/{n_stages}  convert the base once more, without a gate; repair stories by insertions and deletions")
-        repairing = repair_config(config)
-        report["repair"], shown = repair(repairing, train_repair(repairing))
-        runs.append("repair")
-    say(f"{n_stages}/{n_stages}  write stories: AR base, EXACT, S_MODE")
+    say("3/4  convert the base once more, without a gate; repair stories by insertions and deletions")
+    repairing = repair_config(config)
+    repaired, repairs = repair(repairing, train_repair(repairing))
+    say("4/4  write stories: AR base, EXACT, S_MODE")
     final = _with_base(config, converted)
     lm, _ = load_diffusion_lm(final.model)
     base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    modes, passes = measure(final, base, lm)
-    report |= modes | {
-        "verdicts": verdicts(modes),
+    report, passes = measure(final, base, lm)
+    report |= {
+        "repair": repaired,
+        "verdicts": verdicts(report),
         "seconds": time.perf_counter() - began,
         "checkpoint": str(converted),
         "report": str(folder / "report.json"),
-        "curves": [str(folder / run / "curves.png") for run in runs],
+        "curves": [str(folder / run / "curves.png") for run in ("convert", "repair")],
         "seed": config.train.seed,
         "config": config.model_dump(mode="json"),
         "versions": versions(),
         "git": git_revision(),
     }
     write_json(folder / "report.json", report)
-    return report | {"stdout": summary(report, passes, shown)}
+    return report | {"stdout": summary(report, passes, repairs)}

@@ -1,4 +1,4 @@
-"""The second model of `demo --repair`: it inserts and deletes, and repairs stories in which one word was dropped or doubled."""
+"""The second model of `demo`: it inserts and deletes, and repairs stories in which one word was dropped or doubled."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from hildanext.decoding.runtimes.protocol import ForwardBatch, GroupRows, pad_ba
 from hildanext.diffusion.masks import additive, block_causal_mask
 from hildanext.errors import ModelError
 from hildanext.model.backbone import n_embeddings, weight_matrix
+from hildanext.model.gate import as_base
 from hildanext.model.gated_linear import BaseHead, find_gate
 from hildanext.progress import say
 
@@ -59,7 +60,8 @@ class OpenVinoRuntime:
         body = self._export(model)
         projection, self.probe = model.get_output_embeddings(), _probe_ids(n_embeddings(model))
         if isinstance(projection, BaseHead):
-            self.probe[8:] = [projection.mask_token_id] * 4  # the adapter knows masked rows only
+            # The adapter knows masked rows behind text only; behind random tokens int8 turns single rows round.
+            self.probe = [*_written(model, self.probe[0], 8), *[projection.mask_token_id] * 4]
             # The rule leaves the mask token out as well, without an operation in the graph.
             projection = projection.base
         head = self._convert(projection, (torch.zeros(1, self.hidden),))
@@ -323,6 +325,17 @@ class OpenVinoRuntime:
 def _probe_ids(n_embeddings: int) -> list[int]:
     """Tokens spread over the vocabulary: its first ones are special, and models are hardly trained on them."""
     return [(i + 1) * n_embeddings // 14 for i in range(12)]
+
+
+@torch.inference_mode()
+def _written(model: PreTrainedModel, first: int, n: int) -> list[int]:
+    """n tokens, from `first` on, that a gated model's base writes greedily."""
+    ids = torch.tensor([[first]])
+    with as_base(model):
+        while ids.shape[1] < n:
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    written: list[int] = ids[0].tolist()
+    return written
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:
