@@ -373,12 +373,8 @@ def smollm2_lines(results: list[dict[str, Any]]) -> list[str]:
         "| | tau_edit | blocks | distance to the text before | after | better | worse | insertions | deletions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for way in WAYS:
-        for i, tau_edit in enumerate(TAU_EDIT):
-            rows = [run["drafts"][i] for run in of(results, "smollm2", way)]
-            values = (spread([row[key] for row in rows], 2) for key in ("before", "after", "better", "worse"))
-            counts = (spread([row[key] for row in rows], 0) for key in ("insertions", "deletions"))
-            lines.append(f"| {way} | {tau_edit} | {rows[0]['blocks']} | {' | '.join(values)} | {' | '.join(counts)} |")
+    figures = {"blocks": 0, "before": 2, "after": 2, "better": 2, "worse": 2, "insertions": 0, "deletions": 0}
+    lines += table_rows(results, "smollm2", "drafts", TAU_EDIT, figures)
     return [*lines, "", cost_line(of(results, "smollm2", WAYS[1]))]
 
 

@@ -164,14 +164,14 @@ def narrow(checkpoint: Path, folder: Path, lora: LoraConfig) -> None:
 
 def train() -> str:
     """Train the parts in turn. Returns the last checkpoint."""
-    base = None
+    base = lora = None
     for part in PARTS:
         config = part_config(part)
         prepare(config)
-        if base is not None and OUTPUTS.items() <= PARTS[part].items():
-            narrowed = Path("narrowed")
-            narrow(Path(base), narrowed, config.lora)
-            base = str(narrowed)
+        if base is not None and config.lora != lora:
+            narrow(Path(base), Path("narrowed"), config.lora)
+            base = "narrowed"
+        lora = config.lora
         if base is not None:
             config = config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
         done = sft(config, part, resume=RunFolder(Path("runs") / part).record.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,11 @@ def measure_repairs(engine: TransformersEngine, settings: Settings) -> tuple[dic
         for kind in ("dropped", "doubled")
     }
     candidates = [i for i in range(N_FAULTY) if repaired[i]] or [0]
-    passes = {i: show_repair(engine, requests[i]) for i in candidates}
-    shown = max(candidates, key=lambda i: (MOVED.search(passes[i]) is not None, -i))
-    text = f"  before:  {stories[shown].faulty}\n{passes[shown]}\n  after:   {answers[shown].text.strip()}"
+    decoded = ((i, show_repair(engine, requests[i])) for i in candidates)  # only as many as are looked at
+    first = next(decoded)
+    moved = ((i, passes) for i, passes in itertools.chain([first], decoded) if MOVED.search(passes))
+    shown, passes = next(moved, first)
+    text = f"  before:  {stories[shown].faulty}\n{passes}\n  after:   {answers[shown].text.strip()}"
     return {"stories": N_FAULTY, "repaired": sum(repaired)} | of_kind, text
 
 

@@ -60,7 +60,7 @@ class OpenVinoRuntime:
         body = self._export(model)
         projection, self.probe = model.get_output_embeddings(), _probe_ids(n_embeddings(model))
         if isinstance(projection, BaseHead):
-            # The adapter knows masked rows behind text only; behind random tokens int8 turns single rows round.
+            # The adapter knows masked rows behind text only. Behind random tokens, int8 states of single rows can be far off.
             self.probe = [*_written(model, self.probe[0], 8), *[projection.mask_token_id] * 4]
             # The rule leaves the mask token out as well, without an operation in the graph.
             projection = projection.base
