@@ -33,7 +33,7 @@ from hildanext.config import DecodeConfig
 from hildanext.decoding.drafter import LEAST_REACH, GroupDrafter
 from hildanext.decoding.exact import ExactSequence
 from hildanext.decoding.plan import Plan, plan_rows
-from hildanext.decoding.rule import largest, verify_step
+from hildanext.decoding.rule import largest, repeated_pairs, verify_step
 from hildanext.decoding.runtimes.eager import EagerRuntime
 from hildanext.decoding.scheduler import Scheduler
 from hildanext.decoding.settings import Settings, resolve
@@ -309,11 +309,45 @@ def test_sampled_tokens_have_the_bases_joint_distribution():
     assert sum(sum(sequence.right) for sequence in sequences) > n / 20
 
 
-def test_relaxed_acceptance_keeps_likely_drafts_and_only_those():
-    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.4, 1.0], 0.5) == 1
-    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], 0.5) == 3
-    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 1.0, 1.0], 1.0) == 1  # equal probability is not the choice
-    assert verify_step([], [4], [], 1.0) == 0
+def test_relaxed_acceptance_keeps_likely_drafts_that_repeat_nothing_and_only_those():
+    new = [False] * 3
+    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.4, 1.0], new, 0.5) == 1
+    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], new, 0.5) == 3
+    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], [False, True, False], 0.5) == 1
+    assert (
+        verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], [True, False, True], 0.5) == 3
+    )  # the choices may repeat
+    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 1.0, 1.0], new, 1.0) == 1  # equal probability is not the choice
+    assert verify_step([], [4], [], [], 1.0) == 0
+
+
+@given(st.lists(st.integers(0, 2), max_size=7), st.lists(st.integers(0, 2), max_size=5))
+def test_repeated_pairs_are_those_that_stand_earlier(text: list[int], drafts: list[int]):
+    whole = text + drafts
+    expected = [
+        any(whole[i - 1 : i + 1] == whole[e - 1 : e + 1] for i in range(1, e)) for e in range(len(text), len(whole))
+    ]
+    assert repeated_pairs(text, drafts) == expected
+
+
+def test_a_relaxed_text_repeats_a_pair_of_tokens_only_where_the_base_would():
+    """Replays texts of a random model: what is not the base's choice is likely enough, and makes no pair a second time."""
+    relaxed = 0
+    for seed in range(6):
+        lm, base = gated("llama", seed, k=3)
+        prompt = random_prompt(random.Random(seed))
+        drafter = Oracle(generated(base, prompt, 40), 3, 0.5, seed)
+        text = decode(lm, [prompt], [drafter], tau_accept=0.02, max_new_tokens=40)[0].stream.token_ids
+        with torch.no_grad():
+            logits = base(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1, :VOCABULARY]
+        logits[:, MASK] = -torch.inf
+        p = logits.softmax(-1)
+        for i, token in enumerate(text):
+            if token != int(p[i].argmax()):
+                relaxed += 1
+                assert float(p[i, token] / p[i].max()) > 0.02 - 1e-6
+                assert i == 0 or text[i - 1 : i + 1] not in [text[j - 1 : j + 1] for j in range(1, i)]
+    assert relaxed > 5
 
 
 @given(st.lists(st.floats(0, 1), max_size=4), st.lists(st.floats(0, 1), max_size=4), st.integers(1, 9))

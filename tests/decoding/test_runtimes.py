@@ -94,8 +94,8 @@ def openvino():
 
     opened = []
 
-    def make(lm, weights="native"):
-        opened.append(OpenVinoRuntime(lm, (BLOCK, 2 * BLOCK), weights))
+    def make(lm, weights="native", later=()):
+        opened.append(OpenVinoRuntime(lm, (BLOCK, 2 * BLOCK), weights, later))
         return opened[-1]
 
     yield make
@@ -107,6 +107,25 @@ def test_openvino_computes_what_eager_does(openvino):
     lm, exported = model(), model()
     assert max(differences(EagerRuntime(lm), openvino(exported))) < 1e-4
     assert exported.config._attn_implementation == "sdpa"  # the model is left as it was
+
+
+def test_openvino_makes_a_graph_for_other_widths_with_the_first_request_and_drops_it_at_rest(openvino):
+    eager, runtime = EagerRuntime(model()), openvino(model(), later=(BLOCK, 12, 16))
+    for one in (eager, runtime):
+        one.allocate(1, 32)
+    passes = [pad_batch([([*range(start, start + n)], start, [start + n] * n)], 0) for start, n in ((0, 12), (12, 10))]
+    assert runtime.fixed == [BLOCK, 2 * BLOCK]
+    runtime.prepare(12)
+    runtime.prepare(9)  # of no mode
+    assert runtime.fixed == [BLOCK, 2 * BLOCK, 12]
+    for batch in passes:
+        assert torch.allclose(eager.body(batch), runtime.body(batch), atol=1e-4)
+    runtime.rest([22])
+    assert runtime.fixed == [BLOCK, 2 * BLOCK]
+    runtime.prepare(12)
+    batch = pad_batch([([5] * 10, 22, [32] * 10)], 0)
+    assert torch.allclose(eager.body(batch), runtime.body(batch), atol=1e-4)
+    assert runtime.requests[12] is not runtime.requests[-1]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -49,9 +49,9 @@ class DecodeConfig(Section):
     )
     tau_accept: float | Threshold | None = Field(
         "preset",
-        description="A draft is accepted if its probability under the base is at least this share (above 0, at most 1) of "
-        "the base's likeliest token's. 1 keeps the base's text exactly, null edits blocks instead of verifying drafts, "
-        "'preset' takes the mode's value. Applies to gated adapters.",
+        description="A draft is accepted if it is the base's choice, or if its probability under the base is at least this "
+        "share (above 0, at most 1) of the likeliest token's and it repeats no pair of tokens of the completion. 1 keeps the "
+        "base's text exactly, null edits blocks instead of verifying drafts, 'preset' takes the mode's value. Applies to gated adapters.",
     )
     rows: PassRows | Threshold = Field(
         "preset",

@@ -29,6 +29,7 @@ from hildanext.decoding.rule import (
     decodable_scores,
     forced_logprob,
     gumbel_noise,
+    repeated_pairs,
     token_logprobs,
     tokens_before,
     verify_step,
@@ -192,15 +193,17 @@ class ExactSequence:
         self.rows += len(span.tokens)
         settings, tried = self.settings, self.pending[:n_drafts]
         end = len(self.tokens)
-        choices, ratios = self._choices(logits[: n_drafts + 1], [draft.token for draft in tried])
-        run = verify_step([draft.token for draft in tried], choices, ratios, self.tau_accept)
+        drafts = [draft.token for draft in tried]
+        choices, ratios = self._choices(logits[: n_drafts + 1], drafts)
+        repeats = [False] * n_drafts if self.tau_accept == 1.0 else repeated_pairs(self.tokens[self.n_prompt :], drafts)
+        run = verify_step(drafts, choices, ratios, repeats, self.tau_accept)
         if choices[run] == NO_CHOICE:
             raise dead_end()
         for index, draft in enumerate(tried[: run + 1]):
             self.tried[draft.offset] += 1
             self.right[draft.offset] += index < run
         self.num_cached_tokens = end + run
-        new = [draft.token for draft in tried[:run]] + [choices[run]]
+        new = [*drafts[:run], choices[run]]
         kept = self._append(new)
         if settings.logprobs is not None:
             self.fixed += self._logprobs(logits[:kept], new[:kept], settings.logprobs)

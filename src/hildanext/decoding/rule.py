@@ -16,6 +16,7 @@ All engines and evaluations share this rule. `sequence.py` decides which positio
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -138,18 +139,34 @@ def indel_step(
     return Change([*new[:first], *block.tokens], drafted, edited, inserted, deleted, sources, block.rest)
 
 
-def verify_step(drafts: list[int], choices: list[int], ratios: list[float], tau_accept: float) -> int:
+def verify_step(
+    drafts: list[int], choices: list[int], ratios: list[float], repeats: list[bool], tau_accept: float
+) -> int:
     """Length of the longest accepted prefix of m drafts.
 
     choices [m + 1]: the verifying model's choice at the row before each draft, and behind the last one; `choices[n]` is
     the token after n accepted drafts. Draft j is accepted if it is the choice, or if its probability is at least
-    tau_accept of the likeliest token's: `ratios[j]` = p(d_j) / max p. With tau_accept 1 the text is the model's own,
-    greedy or sampled (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192).
+    tau_accept of the likeliest token's, `ratios[j]` = p(d_j) / max p, and `repeats[j]` (`repeated_pairs`) is false. With
+    tau_accept 1 the text is the model's own, greedy or sampled (speculative decoding, Leviathan et al. 2023, arXiv
+    2211.17192).
     """
-    for n, (draft, choice, ratio) in enumerate(zip(drafts, choices, ratios, strict=False)):
-        if draft != choice and (tau_accept == 1.0 or ratio < tau_accept):
+    for n, (draft, choice, ratio, repeat) in enumerate(zip(drafts, choices[:-1], ratios, repeats, strict=True)):
+        if draft != choice and (tau_accept == 1.0 or ratio < tau_accept or repeat):
             return n
     return len(drafts)
+
+
+def repeated_pairs(text: list[int], drafts: list[int]) -> list[bool]:
+    """For each draft, whether it and the token before it stand side by side earlier in `text` or the drafts.
+
+    Drafts fall into such repetition sooner than the verifying model does, so they are not accepted in its place.
+    """
+    seen = set(itertools.pairwise(text))
+    found = []
+    for pair in itertools.pairwise([*text[-1:], *drafts]):
+        found.append(pair in seen)
+        seen.add(pair)
+    return found if text else [False, *found][: len(drafts)]
 
 
 def propose(

@@ -21,6 +21,7 @@ from hildanext.decoding.scheduler import AnySequence, Scheduler
 from hildanext.decoding.sequence import Sequence
 from hildanext.decoding.settings import (
     MODES_OF,
+    VERIFYING,
     Kind,
     Settings,
     check_draft,
@@ -99,7 +100,10 @@ class TransformersEngine:
         context = choose_context(config.engine.context, lm.model)
         settings = self.settings(config)
         widths = (settings.block_size, 2 * settings.block_size) if settings.tau_accept is None else (settings.rows,)
-        self.runtime = open_runtime(config.engine, lm, widths)
+        of_modes = (
+            () if self.kind == "blocks" else tuple({(VERIFYING | self.presets)[mode].rows for mode in self.modes})
+        )
+        self.runtime = open_runtime(config.engine, lm, widths, of_modes)
         self.lm = lm if isinstance(self.runtime, EagerRuntime) else given
         del lm
         gc.collect()
@@ -169,6 +173,7 @@ class TransformersEngine:
             sequence = ExactSequence(
                 request.prompt_ids, request.settings, self.vocabulary, self.decode_tokens, self.drafter, constraint
             )
+        self.runtime.prepare(sequence.decode_width)
         self.scheduler.submit(sequence)
         return sequence
 

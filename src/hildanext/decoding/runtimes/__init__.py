@@ -43,10 +43,13 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def open_runtime(config: EngineConfig, lm: DiffusionLM, widths: tuple[int, ...]) -> Runtime:
+def open_runtime(
+    config: EngineConfig, lm: DiffusionLM, widths: tuple[int, ...], later: tuple[int, ...] = ()
+) -> Runtime:
     """Open the runtime of `engine.runtime` around a loaded model, and say which one runs and why.
 
-    widths: the numbers of rows that most passes of one sequence have, ascending; they get graphs of their own.
+    widths: the numbers of rows that most passes of one sequence have, ascending; they get graphs of their own. later:
+    those that passes of other settings have, which get theirs with the first request for them (`Runtime.prepare`).
     Raises ConfigError for settings that cannot run on this machine.
     """
     name, reason = choose_runtime(config.runtime, lm.device.type, has_openvino())
@@ -58,15 +61,15 @@ def open_runtime(config: EngineConfig, lm: DiffusionLM, widths: tuple[int, ...])
     if name == "openvino":
         from hildanext.decoding.runtimes.openvino import OpenVinoRuntime
 
-        return OpenVinoRuntime(lm.model, widths, config.weights)
+        return OpenVinoRuntime(lm.model, widths, config.weights, later)
     if name == "compiled":
         from hildanext.decoding.runtimes.compiled import CompiledRuntime
 
-        return CompiledRuntime(lm.model, widths)
+        return CompiledRuntime(lm.model, widths, later)
     if name == "cudagraphs":
         from hildanext.decoding.runtimes.cudagraphs import CudaGraphRuntime
 
-        return CudaGraphRuntime(lm.model, widths)
+        return CudaGraphRuntime(lm.model, widths, later)
     from hildanext.decoding.runtimes.eager import EagerRuntime
 
     return EagerRuntime(lm.model)

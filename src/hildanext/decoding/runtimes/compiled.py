@@ -1,4 +1,4 @@
-"""torch.compile: one graph for each fixed shape, all compiled before the first request.
+"""torch.compile: one graph for each fixed shape, compiled before the first request; those of other modes with their first.
 
 Only the number of keys is dynamic, so nothing is compiled again as texts grow. Needs a C++ compiler on CPUs and
 Triton on GPUs.
@@ -20,8 +20,8 @@ from hildanext.progress import say
 class CompiledRuntime(FixedShapeRuntime):
     name = "compiled"
 
-    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...]) -> None:
-        super().__init__(model, widths)
+    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...], later: tuple[int, ...] = ()) -> None:
+        super().__init__(model, widths, later)
         self.compiled = torch.compile(self.forward, fullgraph=True)
 
     @torch.inference_mode()

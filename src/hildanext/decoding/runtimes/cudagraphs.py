@@ -30,8 +30,8 @@ class CudaGraphRuntime(FixedShapeRuntime):
 
     name = "cudagraphs"
 
-    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...]) -> None:
-        super().__init__(model, widths)
+    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...], later: tuple[int, ...] = ()) -> None:
+        super().__init__(model, widths, later)
         self.recorded: dict[tuple[int, int, int], Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle()  # one graph runs at a time, so all share their memory
 

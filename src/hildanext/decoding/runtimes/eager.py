@@ -78,6 +78,9 @@ class EagerRuntime:
             self.gate.rows = None  # between forwards the model is its base
         return hidden
 
+    def prepare(self, width: int) -> None:
+        """Nothing to make: every width runs as it comes."""
+
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
 

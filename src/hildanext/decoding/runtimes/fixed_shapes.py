@@ -15,14 +15,18 @@ class FixedShapeRuntime(EagerRuntime):
     Wider forwards, such as prompt chunks, run eagerly. A subclass implements `run_fixed`.
     """
 
-    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...]) -> None:
+    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...], later: tuple[int, ...] = ()) -> None:
         super().__init__(model)
-        self.widths = widths  # ascending
+        self.widths, self.later = list(widths), later  # widths: ascending
         self.slots = 1
 
     def allocate(self, slots: int, context: int) -> None:
         super().allocate(slots, context)
         self.slots = slots
+
+    def prepare(self, width: int) -> None:
+        if width in self.later and width not in self.widths:
+            self.widths = sorted([*self.widths, width])
 
     def body(self, batch: ForwardBatch) -> Tensor:
         n, width = batch.ids.shape

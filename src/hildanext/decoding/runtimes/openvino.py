@@ -40,14 +40,16 @@ KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
 class OpenVinoRuntime:
     """Graphs: one sequence of one block, any other shape, and the head; for a small model one sequence of two blocks, too.
 
-    Each graph of the body holds the weights in a layout of its own. The loaded model is not needed once they are made.
+    `prepare` adds graphs of one sequence for the widths in `later`, which exist until the runtime rests. Each graph of the body holds the weights in a layout of its own. The loaded model is not needed once they are made.
     """
 
     name = "openvino"
     torch_threads: int | None = 1  # torch threads wait by spinning and would take cores from OpenVINO
     resting_tokens: int | None = 1024
 
-    def __init__(self, model: PreTrainedModel, widths: tuple[int, ...], weights: Weights) -> None:
+    def __init__(
+        self, model: PreTrainedModel, widths: tuple[int, ...], weights: Weights, later: tuple[int, ...] = ()
+    ) -> None:
         self.weights, self.title = weights, type(model).__name__
         config = model.eval().config.get_text_config()
         self.n_states, self.n_kv, self.dim = kv_shape(model)
@@ -79,8 +81,8 @@ class OpenVinoRuntime:
                     f"no room in {folder.rpartition('/')[0]} for {size >> 20} MiB of weights: they stay in memory twice"
                 )
             self.graph = body
-            self.fixed = widths[: 1 + is_small]  # ascending
-            self.compiled = {width: self._compile(1, width) for width in self.fixed}
+            self.compiled = {width: self._compile(1, width) for width in widths[: 1 + is_small]}
+            self.later = tuple(width for width in later if width not in self.compiled)
             self.compiled[FREE] = self._compile(-1, -1)
             self.compiled[HEAD] = self.core.compile_model(head, "CPU", self._options())
         self.requests = {key: graph.create_infer_request() for key, graph in self.compiled.items()}
@@ -97,6 +99,16 @@ class OpenVinoRuntime:
         self.outputs: dict[int, tuple[Tensor, Tensor]] = {}  # for each request, hidden states and new keys and values
         self._check(expected)
         release_file_pages(self.folder)
+
+    @property
+    def fixed(self) -> list[int]:
+        """The widths that have a graph of their own, ascending."""
+        return sorted(key for key in self.compiled if key > 0)
+
+    def prepare(self, width: int) -> None:
+        if width in self.later and width not in self.compiled:
+            self.compiled[width] = self._compile(1, width)
+            self.requests[width] = self.compiled[width].create_infer_request()
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -220,6 +232,8 @@ class OpenVinoRuntime:
         self.logits = torch.zeros(0, self.logits.shape[1])
         if self.was_wide:  # a wide pass leaves memory in its graph that `release_memory` does not free
             self.compiled[FREE], self.was_wide = self._compile(-1, -1), False
+        for width in self.later:
+            self.compiled.pop(width, None)
         for graph in self.compiled.values():
             graph.release_memory()  # of activations
         self.requests = {key: graph.create_infer_request() for key, graph in self.compiled.items()}

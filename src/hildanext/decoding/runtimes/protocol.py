@@ -73,6 +73,10 @@ class Runtime(Protocol):
         """Allocate `slots` slots of `context` tokens. Drops all cached keys and values."""
         ...
 
+    def prepare(self, width: int) -> None:
+        """A request has passes of `width` tokens: make what they need, if it was left until the first of them."""
+        ...
+
     def body(self, batch: ForwardBatch) -> Tensor:
         """Run the batch and cache its keys and values. Returns hidden states [B, W, H], valid until the next call."""
         ...
