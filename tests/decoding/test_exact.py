@@ -314,9 +314,8 @@ def test_relaxed_acceptance_keeps_likely_drafts_that_repeat_nothing_and_only_tho
     assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.4, 1.0], new, 0.5) == 1
     assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], new, 0.5) == 3
     assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], [False, True, False], 0.5) == 1
-    assert (
-        verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], [True, False, True], 0.5) == 3
-    )  # the choices may repeat
+    choices_may_repeat = [True, False, True]
+    assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 0.5, 1.0], choices_may_repeat, 0.5) == 3
     assert verify_step([4, 5, 6], [4, 9, 6, 7], [1.0, 1.0, 1.0], new, 1.0) == 1  # equal probability is not the choice
     assert verify_step([], [4], [], [], 1.0) == 0
 

@@ -40,7 +40,8 @@ KINDS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
 class OpenVinoRuntime:
     """Graphs: one sequence of one block, any other shape, and the head; for a small model one sequence of two blocks, too.
 
-    `prepare` adds graphs of one sequence for the widths in `later`, which exist until the runtime rests. Each graph of the body holds the weights in a layout of its own. The loaded model is not needed once they are made.
+    `prepare` adds graphs of one sequence for the widths in `later`, which exist until the runtime rests. Each graph of the
+    body holds the weights in a layout of its own. The loaded model is not needed once they are made.
     """
 
     name = "openvino"

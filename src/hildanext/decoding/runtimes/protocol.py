@@ -74,7 +74,7 @@ class Runtime(Protocol):
         ...
 
     def prepare(self, width: int) -> None:
-        """A request has passes of `width` tokens: make what they need, if it was left until the first of them."""
+        """Make the graph for passes of `width` tokens of one sequence, if it is one that is left until a request needs it."""
         ...
 
     def body(self, batch: ForwardBatch) -> Tensor:
