@@ -64,21 +64,20 @@ class GroupDrafter:
         """
         scores = logits[:, : self.vocab_size].float()
         scores[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
-        top, ids = scores.topk(min(CANDIDATES, scores.shape[1]), dim=-1)
         tokens: list[int] = []
         chances: list[float] = []
         state = None
         draft_head, reach = self.draft_head, 1.0
         if draft_head is not None:  # what does not depend on the drafts, for all rows at once
             read = draft_head.read_hidden(hidden.float())
-        for row in range(len(hidden)):
-            ranked = top[row]
+        for row, of_row in enumerate(scores):
+            ranked, ids = of_row.topk(min(CANDIDATES, len(of_row)))  # row by row: drafts often end before the last one
             if draft_head is not None:
                 state = draft_head.step(read[row] + self.before.rows(torch.tensor(before)), state)
-                ranked = ranked + self.changes.rows(ids[row]) @ state
+                ranked = ranked + self.changes.rows(ids) @ state
             follows = None if constraint is None else constraint.behind(tokens)
             if follows is not None:
-                ranked = ranked.masked_fill(~follows.tensor[ids[row].cpu()].to(ids.device), -torch.inf)
+                ranked = ranked.masked_fill(~follows.tensor[ids.cpu()].to(ids.device), -torch.inf)
                 if follows.only is None and not bool((ranked > -torch.inf).any()):
                     break
             probabilities = ranked.softmax(-1)
@@ -86,9 +85,9 @@ class GroupDrafter:
                 best = int(ranked.argmax())
             else:
                 warm = keep_likely(ranked[None] / max(settings.temperature, COLDEST), settings)[0]
-                best = int((warm + noise[row, ids[row]]).argmax())
+                best = int((warm + noise[row, ids]).argmax())
             forced = None if follows is None else follows.only
-            before = int(ids[row, best]) if forced is None else forced
+            before = int(ids[best]) if forced is None else forced
             tokens.append(before)
             chances.append(float(probabilities[best]) if forced is None else 1.0)
             reach *= chances[-1]
