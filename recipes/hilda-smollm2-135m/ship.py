@@ -51,8 +51,8 @@ PROMPTS = {
 # Rows of a pass and tau_accept; docs/LOG.md and the model's card say how they were chosen.
 PRESETS = {
     "EXACT": Preset(0.7, 0.5, tau_accept=1.0, rows=8),
-    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.7, rows=12),
-    "S_MODE": Preset(0.5, 0.0, tau_accept=0.3, rows=16),
+    "Q_MODE": Preset(0.7, 0.5, tau_accept=0.6, rows=12),
+    "S_MODE": Preset(0.5, 0.0, tau_accept=0.25, rows=16),
 }
 FALLING = {"sft.lr_decay_share": 1.0, "train.lr_final_ratio": 0.02}
 OUTPUTS = {"lora.targets": ["o_proj", "down_proj"], "lora.rank": 32}
