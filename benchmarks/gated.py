@@ -3,7 +3,7 @@
     python benchmarks/gated.py                                   # every variant, seed 0
     python benchmarks/gated.py --only base "rank 8" --seeds 0 1 2
     python benchmarks/gated.py --human stories.jsonl             # also the variant that learns from human text
-    python benchmarks/gated.py --time
+    python benchmarks/gated.py --time                            # times passes with the stored runs' adapters
 
 All variants share prompts, held-out rows and anchors. Training text are the base's greedy answers of the recipe of
 hilda-smollm2-135m. Then each decodes 12 unseen prompts x 96 tokens with EXACT in fp32. --time: OpenVINO with int8 weights
@@ -43,7 +43,7 @@ MASK_ROWS = 150_000
 ANCHORS, K, ROWS = 64, 4, 4  # groups in a row, rows in a group, rows a step
 FULL, FEW = 25, 8  # rows of a pass: a group behind every draft, and what costs little on a CPU
 CONTEXT = 200  # cached tokens while passes are timed
-PASSES = 80
+PASSES = 80  # timed of each side
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 OUTPUTS = ["o_proj", "down_proj"]
@@ -205,17 +205,18 @@ def pass_ms(config: Config, checkpoint: str) -> dict[str, float]:
 
 
 def time_passes(out: Path) -> None:
-    """Time a pass of each structure that stored runs have. Training does not change it, so one step is enough."""
+    """Time a pass with the adapter of each stored run, after one step of training: more does not change its time."""
     runs, found = stored_runs(PAGE), dict[str, dict[str, Any]]()
-    for name in {run["name"] for run in runs if "keys" not in VARIANTS[run["name"]]}:
-        structure = str({key: VARIANTS[name].get(key) for key in ("lora.targets", "lora.rank")})
-        if structure not in found:
-            config = settings(VARIANTS[name] | {"sft.block_size": K, "train.eval_rows": 1}, out, None, 0, 1)
-            prepare(config, out, VARIANTS[name].get("text", "greedy"))
-            checkpoint = sft(config, f"one-step-{list(VARIANTS).index(name)}")["checkpoint"]
-            found[structure] = {"pass_ms": pass_ms(config, checkpoint), "timed_on": machine()}
-            print(f"{name}: {found[structure]['pass_ms']}", flush=True)
-        runs = [run | found[structure] if run["name"] == name else run for run in runs]
+    for name in dict.fromkeys(run["name"] for run in runs if "keys" not in VARIANTS[run["name"]]):
+        layers = {key: value for key, value in VARIANTS[name].items() if key in ("lora.targets", "lora.rank")}
+        if str(layers) not in found:
+            config = settings(layers | {"train.eval_rows": 1}, out, None, 0, 1)
+            prepare(config, out, "greedy")
+            run = f"one-step-{list(VARIANTS).index(name)}"
+            checkpoint = sft(config, run, resume=(out / "runs" / run).exists())["checkpoint"]
+            found[str(layers)] = {"pass_ms": pass_ms(config, checkpoint), "timed_on": machine()}
+            print(f"{name}: {found[str(layers)]['pass_ms']}", flush=True)
+        runs = [stored | found[str(layers)] if stored["name"] == name else stored for stored in runs]
     write_json(PAGE.with_suffix(".json"), runs)
     write_page(runs)
 

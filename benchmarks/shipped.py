@@ -76,15 +76,6 @@ def complete(engine: TransformersEngine, prompts: list[list[int]], wanted: Setti
     return engine.generate_batch([Request(prompt, wanted) for prompt in prompts])
 
 
-def beside(
-    loaded: CheckpointWithBase, prompts: list[list[int]], own: list[Completion], done: list[Completion]
-) -> dict[str, Any]:
-    """Answers beside those of the base token by token in the same runtime, whose passes of one row may round otherwise."""
-    pairs = zip(prompts, own, done, strict=True)
-    gaps = [first_difference(loaded, prompt, base.token_ids, answer.token_ids) for prompt, base, answer in pairs]
-    return {"equal": gaps.count(None), "differences": [gap for gap in gaps if gap is not None]}
-
-
 def text_of_base(loaded: CheckpointWithBase, prompts: list[list[int]], budget: int, file: Path) -> list[list[int]]:
     """The base's greedy tokens by transformers' own `generate`, one prompt at a time; kept in `file` as they come."""
     asked = {"base": loaded.base_config.base, "prompts": prompts, "budget": budget}
@@ -115,13 +106,17 @@ def score(
         "tokens_per_forward": speed.value,
         "tokens_per_forward_interval": [speed.low, speed.high],
         "rows": sum(completion.stats.rows for completion in done) / sum(forwards),
-        "differences": [
-            gap
-            for prompt, base, text in zip(prompts, truth, texts, strict=True)
-            if (gap := first_difference(loaded, prompt, base, text)) is not None
-        ],
+        "differences": differences(loaded, prompts, truth, texts),
         "samples": [completion.text for completion in done[:6]],
     }
+
+
+def differences(
+    loaded: CheckpointWithBase, prompts: list[list[int]], truth: list[list[int]], texts: list[list[int]]
+) -> list[dict[str, Any]]:
+    """`first_difference` of every text that has one."""
+    gaps = (first_difference(loaded, *case) for case in zip(prompts, truth, texts, strict=True))
+    return [gap for gap in gaps if gap is not None]
 
 
 @torch.inference_mode()
@@ -234,8 +229,13 @@ def main() -> None:
             done = complete(engine, prompts, wanted)
             found = score(loaded, prompts, truth, done)
             if runtime != "eager":
-                own = complete(engine, prompts, settings(config, engine, TOKEN_BY_TOKEN, args.tokens))
-                found["beside_own_base"] = beside(loaded, prompts, own, done)
+                # Rounded weights are another model, so EXACT is also compared with the base in the same runtime.
+                one_row = settings(config, engine, TOKEN_BY_TOKEN, args.tokens)
+                own, texts = ([x.token_ids for x in some] for some in (complete(engine, prompts, one_row), done))
+                found["beside_own_base"] = {
+                    "equal": sum(a == b for a, b in zip(own, texts, strict=True)),
+                    "differences": differences(loaded, prompts, own, texts),
+                }
             name = way.name if runtime == "eager" else f"{way.name}, {runtime} {weights}"
             report["ways"][name] = found | {"settings": wanted._asdict()}
             said = f"{found['equal']} of {found['answers']} equal, {found['tokens_per_forward']:.2f} tokens a forward"
